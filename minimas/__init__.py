@@ -1,0 +1,43 @@
+"""minimas: latent collaboration between language-model agents (LatentMAS, arXiv 2511.20639) in plain PyTorch.
+
+from minimas import load, latent_mas
+
+lm = load("weights/tiny")
+[result] = latent_mas(lm, ["Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"])
+print(result.text, result.usage)
+"""
+
+from .agents import latent_mas, single, text_mas
+from .cache import KVCache
+from .config import Config
+from .generate import Sampling, generate
+from .latent import Aligner, alignment_matrix, think
+from .load import LM, load
+from .model import Qwen3
+from .results import Result, Watcher
+from .teams import Agent, Team, hierarchical, sequential
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "LM",
+    "Agent",
+    "Aligner",
+    "Config",
+    "KVCache",
+    "Qwen3",
+    "Result",
+    "Sampling",
+    "Team",
+    "Tokenizer",
+    "Watcher",
+    "alignment_matrix",
+    "generate",
+    "hierarchical",
+    "latent_mas",
+    "load",
+    "sequential",
+    "single",
+    "text_mas",
+    "think",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,270 @@
+"""The command line: `python -m minimas ask QUESTION` and `python -m minimas info MODEL`.
+
+The answer goes to stdout as it is written, everything else to stderr, and an error is one line. Only parses and prints:
+what computes something belongs elsewhere.
+"""
+
+import argparse
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import prompts
+from .agents import KINDS, TRANSFERS, latent_mas, single, text_mas
+from .info import describe
+from .latent import ALIGNMENTS
+from .load import TINY, load, resolve
+from .results import AgentTrace, Result, Usage, Watcher
+from .teams import Team
+
+METHODS: dict[str, Callable[..., list[Result]]] = {"latent_mas": latent_mas, "text_mas": text_mas, "single": single}
+LATENT = ("latent_mas",)
+# Flags that only some methods read; with another one they would do nothing, so they are refused.
+ONLY = {"team": ("latent_mas", "text_mas"), "latent_steps": LATENT, "align": LATENT, "transfer": LATENT}
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
+Row = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"minimas: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A parser of one flag's value, an int or float in low … high."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value < math.inf):
+            expected = (
+                f"a {'whole ' if kind is int else ''}number, {low} {'or more' if high == math.inf else f'to {high}'}"
+            )
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+        return value
+
+    return parse
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="minimas", description="Agents that think in latent space and hand over their memory (LatentMAS)."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="ask | info")
+    ask = commands.add_parser("ask", help="answer a question with a team of agents", allow_abbrev=False)
+    add = ask.add_argument
+    add("question", nargs="?", help="the question, or - to read it from standard input")
+    add("--file", type=Path, metavar="FILE.jsonl", help="many questions: one JSON object with a question per line")
+    add("--model", "-m", default=TINY, help="folder or hub id (default: %(default)s)")
+    add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
+    add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
+    add("--latent-steps", type=number(int, 0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
+    add("--align", choices=ALIGNMENTS, help="from hidden state to embedding (default: ridge, the paper's)")
+    add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
+    add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
+    add("--max-new-tokens", "-n", type=number(int, 1), metavar="N", help="an agent may write (default: 256)")
+    add("--temperature", "--temp", type=number(float, 0), metavar="T", help="0: greedy (default: the model's)")
+    add("--top-p", type=number(float, 1e-6, 1), metavar="P", help="(default: the model's)")
+    add("--top-k", type=number(int, 0), metavar="K", help="0: all tokens (default: the model's)")
+    add("--seed", "-s", type=number(int, 0), default=0, metavar="N", help="(default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=1, metavar="B", help="questions of a file at once (default: 1)")
+    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")
+    add("--quiet", action="store_true", help="nothing on stderr but errors")
+    info = commands.add_parser("info", help="say what a model is and what it will need", allow_abbrev=False)
+    info.add_argument("model", help="folder or hub id")
+    for command in (ask, info):
+        command.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C; raises SystemExit(2) for usage."""
+    args = parser().parse_args(argv)
+    try:
+        (run_ask if args.command == "ask" else run_info)(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("\nminimas: stopped", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        if args.debug:
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            text = f"out of memory ({text}): try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps"
+        print(f"minimas: error: {text}", file=sys.stderr)
+        return 1
+
+
+def run_info(args: argparse.Namespace) -> None:
+    for label, text in describe(args.model).items():
+        print(f"{label + ':':<14} {text}")
+
+
+def run_ask(args: argparse.Namespace) -> None:
+    for flag, methods in ONLY.items():
+        if getattr(args, flag) is not None and args.method not in methods:
+            parser().error(f"--{flag.replace('_', '-')}: goes with --method {' or '.join(methods)}, not {args.method}")
+    rows = list(read_rows(args))
+    if args.transfer == "shuffled" and len(rows) == 1:
+        parser().error(
+            "--transfer: found shuffled with one question, expected a --file of two or more to swap memories"
+        )
+    options = {flag: getattr(args, flag) for flag in ONLY if getattr(args, flag) is not None}
+    if str(args.team).endswith(".json"):
+        options["team"] = Team.from_json(args.team)
+    lm = load(args.model, device=args.device, dtype=args.dtype)
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if args.temperature == 0:
+        given["repetition_penalty"] = 1.0  # greedy is greedy
+    sampling = dataclasses.replace(lm.sampling, **given)
+    known = [re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows]
+    if args.model == TINY and lm.folder == resolve(TINY) and not all(known) and not args.quiet:
+        hint = f"only knows questions such as {prompts.TINY_EXAMPLE!r}; for others: --model Qwen/Qwen3-0.6B"
+        print(f"minimas: {TINY} {hint}", file=sys.stderr)
+    bill: list[Usage] = []
+    for kind, batch in batches(rows, args):
+        screen = Screen(args, batch)
+        try:
+            questions, choices = [row["question"] for row in batch], [row.get("choices") for row in batch]
+            results = METHODS[args.method](
+                lm, questions, kind=kind, choices=choices, sampling=sampling, seed=args.seed, watcher=screen, **options
+            )
+        except KeyboardInterrupt:
+            screen.keep()
+            raise
+        finally:
+            screen.close()
+        screen.show(results)
+        bill += [result.usage for result in results]
+    if not args.quiet:
+        total = {field.name: sum(getattr(usage, field.name) for usage in bill) for field in dataclasses.fields(Usage)}
+        print_bill("total", **total | {"memory_bytes": max(usage.memory_bytes for usage in bill)})
+
+
+def read_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """The questions: one from the argument or standard input, or all of a file, checked line by line."""
+    if (args.question is None) == (args.file is None):
+        parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
+    if args.file is None:
+        question = sys.stdin.read() if args.question == "-" else args.question
+        if not question.strip():
+            parser().error("QUESTION: found an empty text, expected a question")
+        yield {"question": question}
+        return
+    count = 0
+    for count, line in enumerate(args.file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{args.file}: line {count}: not valid JSON ({error})") from error
+        for field, kind, needed in (("question", str, True), ("choices", dict, False)):
+            found = row.get(field) if isinstance(row, dict) else row
+            if (not isinstance(found, kind) and (needed or found is not None)) or found in ("", {}):
+                raise ValueError(f"{args.file}: line {count}: {field}: found {found!r:.80}, expected {kind.__name__}")
+        yield row
+    if not count:
+        raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
+
+
+def batches(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
+    """Runs of rows of one kind, --batch-size at a time; shuffled memories need all of them at once."""
+
+    def kind(row: Row) -> str:
+        if args.kind or row.get("choices"):
+            return args.kind or "choice"
+        if "tests" in row or "entry_point" in row:
+            return "code"
+        return "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
+
+    for name, run in groupby(rows, key=kind):
+        group = list(run)
+        size = len(group) if args.transfer == "shuffled" else args.batch_size
+        for start in range(0, len(group), size):
+            yield name, group[start : start + size]
+
+
+def print_bill(
+    name: str, prompt_tokens: int, latent_steps: int, output_tokens: int, seconds: float, memory_bytes: int
+) -> None:
+    tokens = f"read {prompt_tokens:,}, thought {latent_steps:,}, wrote {output_tokens:,}"
+    print(f"{name:>14}: {tokens} in {seconds:.2f} s, memory {memory_bytes / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+
+
+class Screen(Watcher):
+    """Shows one batch: the answer as it is written on stdout, the agents' progress and bills on stderr."""
+
+    def __init__(self, args: argparse.Namespace, batch: list[Row]) -> None:
+        self.args, self.batch, self.pieces = args, batch, [""] * len(batch)
+        self.bar: Any = None
+
+    def begin(self, agent: str, reads: int, thinks: int) -> None:
+        if sys.stderr.isatty() and not self.args.quiet:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=thinks, desc=f"{agent}: read {reads}, thinking", leave=False, file=sys.stderr)
+
+    def thought(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def text(self, question: int, piece: str) -> None:
+        self.close()
+        self.pieces[question] += piece
+        if len(self.batch) == 1 and not self.args.json:
+            print(piece, end="", flush=True)
+
+    def end(self, traces: Sequence[AgentTrace]) -> None:
+        self.close()
+        if any(self.pieces) and len(self.batch) == 1 and not self.args.json:
+            print(flush=True)  # the answer is complete
+        if not self.args.quiet:
+            names = [field.name for field in dataclasses.fields(Usage)]
+            print_bill(traces[0].name, **{name: sum(getattr(trace, name) for trace in traces) for name in names})
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def show(self, results: Sequence[Result]) -> None:
+        for row, result in zip(self.batch, results, strict=True):
+            if self.args.json:
+                self.print_json(row, dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)})
+            elif len(self.batch) > 1:
+                print(result.text, flush=True)
+            if result.finish_reason == "length" and not self.args.quiet:
+                print(f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}", file=sys.stderr)
+
+    def keep(self) -> None:
+        """Print what was written before an interruption and is not on stdout yet."""
+        for row, text in zip(self.batch, self.pieces, strict=True):
+            if self.args.json and text:
+                self.print_json(row, {"question": row["question"], "text": text, "finish_reason": "interrupted"})
+            elif len(self.batch) > 1 and text:
+                print(text, flush=True)
+
+    def print_json(self, row: Row, result: dict[str, Any]) -> None:
+        settings = {flag: getattr(self.args, flag) for flag in ("model", "method", *ONLY, "seed")}
+        print(json.dumps({"id": row.get("id")} | settings | result, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

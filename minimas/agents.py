@@ -1,0 +1,326 @@
+"""Teams of agents, all played by one model, and the three ways they can work: single, text_mas, latent_mas.
+
+All three are one loop over agents: read the prompt behind the memory, think, write if it is one's turn to, close the
+turn, hand over. They differ in what is handed over: nothing, text, or the memory (LatentMAS, arXiv 2511.20639,
+section 3). Does not know: attention, cache layout, how a thought is made, printing.
+
+    B questions   D hidden
+"""
+
+import copy
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import prompts
+from .answers import extract
+from .cache import KVCache
+from .generate import Sampling, Written, generator, read, stream
+from .latent import think
+from .load import LM
+from .results import AgentTrace, Result, Watcher
+from .teams import TEAMS, Agent, Team
+from .tokenizer import Turn
+
+TRANSFERS = ("full", "latents", "last", "none", "shuffled")
+KINDS = tuple(prompts.FORMS)
+
+
+def single(
+    lm: LM,
+    questions: Sequence[str],
+    kind: str = "math",
+    choices: Any = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    watcher: Watcher | None = None,
+) -> list[Result]:
+    """One agent answers each question alone: the baseline. Parameters and errors as in `latent_mas`."""
+    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
+    return _pass_text(run, lm.teams.get("single", Team((Agent("single", prompts.SINGLE),))))
+
+
+def text_mas(
+    lm: LM,
+    questions: Sequence[str],
+    team: str | Team = "sequential",
+    kind: str = "math",
+    choices: Any = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    watcher: Watcher | None = None,
+) -> list[Result]:
+    """The same agents pass text: each writes, and the next one reads it. Parameters and errors as in `latent_mas`.
+
+    What was written goes where the next prompt has `{context}`. A prompt without it is put behind the earlier agents'
+    turns, as the next one of a conversation.
+    """
+    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
+    return _pass_text(run, run.team(team))
+
+
+def latent_mas(
+    lm: LM,
+    questions: Sequence[str],
+    team: str | Team = "sequential",
+    latent_steps: int | None = None,
+    align: str | Callable[[Tensor], Tensor] = "ridge",
+    kind: str = "math",
+    choices: Any = None,
+    sampling: Sampling | None = None,
+    transfer: str = "full",
+    seed: int = 0,
+    watcher: Watcher | None = None,
+) -> list[Result]:
+    """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
+
+    `team` is a Team or the name of one; `latent_steps` None: each agent's own, else the folder's, else 40; `align` a
+    kind of `Aligner` or any callable from hidden states to embeddings; `kind` ("math", "choice", "code", "free") and
+    `choices` (one dict letter -> text, or one for each question) pick the form and extraction of the answer; `sampling`
+    None: the model's defaults; `transfer` what the next agent sees of the memory: "full" (inputs and thoughts, the
+    paper), "latents" (thoughts only), "last" (the previous agent's only), "none" and "shuffled" (question i gets the
+    memory of question i + 1; the last one the first's), the two control arms.
+
+    Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
+    """
+    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
+    return _pass_memory(run, run.team(team), latent_steps, align, transfer)
+
+
+@dataclass
+class _Run:
+    """One call of a method: what is the same for all of its agents, checked at the door."""
+
+    lm: LM
+    questions: Sequence[str]
+    kind: str
+    choices: Any
+    sampling: Sampling
+    seed: int
+    watcher: Watcher
+
+    def __post_init__(self) -> None:
+        if self.lm.tokenizer is None:
+            raise ValueError(f"{self.lm.folder}: tokenizer.json is missing, expected one: questions are text")
+        self.tokenizer = self.lm.tokenizer
+        if isinstance(self.questions, str) or not self.questions:
+            raise ValueError(f"questions: found {self.questions!r}, expected a list of at least one text")
+        for i, question in enumerate(self.questions, start=1):
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError(f"question {i}: found {question!r}, expected a text that is not empty")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.choices is None or isinstance(self.choices, Mapping):
+            self.choices = [self.choices] * len(self.questions)
+        if len(self.choices) != len(self.questions) or (self.kind == "choice" and not all(self.choices)):
+            raise ValueError(f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question")
+        self.generators = [generator(self.seed, question) for question in self.questions]
+
+    def rolled(self) -> "_Run":
+        """The same run with question i + 1 in the place of question i."""
+        other = copy.copy(self)
+        for field in ("questions", "choices", "generators"):
+            first, *rest = getattr(self, field)
+            setattr(other, field, [*rest, first])
+        return other
+
+    def team(self, team: str | Team) -> Team:
+        """A team given by name: the folder's own first, then the generic one."""
+        if isinstance(team, Team):
+            return team
+        found = self.lm.teams.get(team) or (TEAMS[team]() if team in TEAMS else None)
+        if not isinstance(found, Team):
+            expected = f"a Team, a .json file or one of {', '.join(TEAMS)}"
+            raise ValueError(f"team (--team): found {team!r}, expected {expected}")
+        return found
+
+    def turn(self, agent: Agent, q: int, context: str = "") -> Turn:
+        """Agent's turn on question q, up to the open assistant turn."""
+        options = self.choices[q] if self.kind == "choice" else {}
+        asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
+        fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
+        # In one pass, so that a question that holds "{context}" stays a question.
+        text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], agent.prompt)
+        return self.tokenizer.turn(text, agent.system, agent.prefix)
+
+    def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool) -> int:
+        """The slots held after an agent's turn at most; raises ValueError if the model's context is shorter."""
+        limit, wrote = self.lm.model.config.max_position_embeddings, self.sampling.max_new_tokens if writes else 0
+        if (needed := held + reads + thinks + wrote) > limit:
+            raise ValueError(
+                f"{agent.name}: {held} slots of memory, a prompt of {reads} tokens, {thinks} thoughts (--latent-steps)"
+                f" and {wrote} tokens to write (--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
+            )
+        return needed
+
+    def act(
+        self,
+        agents: Sequence[Agent],
+        turns: Sequence[Turn],
+        memory: KVCache,
+        steps: int = 0,
+        align: Callable[[Tensor], Tensor] | None = None,
+        writes: bool = True,
+        final: bool = False,
+        closes: bool = False,
+    ) -> "_Acted":
+        """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
+        model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
+        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
+        for row, row_ids in enumerate(ids):
+            self.require_room(agents[row // B], int(held[row]), len(row_ids), steps, writes)
+        self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
+        hidden = read(model, ids, memory)
+        read_until = memory.lengths
+        if align is not None:
+            _, hidden = think(model, self.watcher.watch(align), hidden, memory, steps)
+        written = [Written("", [], "stop")] * len(ids)
+        if writes:
+            sources = self.generators * len(agents)
+            pieces = stream(
+                model, self.tokenizer, hidden, memory, self.sampling, self.lm.end_ids, sources, ids, remember=closes
+            )
+            for row, piece, done in pieces:
+                if final and piece:
+                    self.watcher.text(row, piece)
+                if done is not None:
+                    written[row] = done
+        if closes:
+            # Left open, the next agent's system message would stand inside this one's answer.
+            read(model, [self.tokenizer.encode(self.tokenizer.turn_end)] * len(ids), memory)
+        seconds, sizes = (self._clock() - start) / len(ids), (memory.lengths * memory.slot_nbytes).tolist()
+        traces = [
+            AgentTrace(len(i), steps, len(out.ids), seconds, size, agents[row // B].name, turn.text, out.text)
+            for row, (i, out, size, turn) in enumerate(zip(ids, written, sizes, turns, strict=True))
+        ]
+        for first in range(0, len(traces), B):
+            self.watcher.end(traces[first : first + B])
+        return _Acted(memory, held, read_until, steps, traces, written)
+
+    def _clock(self) -> float:
+        if self.lm.model.device.type == "cuda":
+            torch.cuda.synchronize(self.lm.model.device)  # kernels are queued, not done, when a call returns
+        return time.perf_counter()
+
+    def results(self, acts: Sequence["_Acted"]) -> list[Result]:
+        """One result for each question, from all agents' turns in order."""
+        B, results = len(self.questions), []
+        for q, (question, out) in enumerate(zip(self.questions, acts[-1].written, strict=True)):
+            traces = [trace for act in acts for trace in act.traces[q::B]]
+            answer = extract(self.kind, out.text, self.choices[q])
+            results.append(Result(question, out.text, answer, out.finish_reason, traces))
+        return results
+
+
+@dataclass
+class _Acted:
+    """One turn of one or more agents: the memory after it, and which of its slots are whose."""
+
+    memory: KVCache
+    held: Tensor  # (rows,) slots before the turn
+    read_until: Tensor  # (rows,) slots after the prompt; the thoughts follow
+    steps: int
+    traces: list[AgentTrace]
+    written: list[Written]
+
+    def hand_over(self, transfer: str) -> KVCache:
+        """The memory as the next agent sees it."""
+        if transfer == "none":
+            return self.memory.truncate(0)
+        if transfer == "last":
+            return self.memory.keep_last(self.memory.lengths - self.held)
+        if transfer == "latents":
+            thoughts = self.memory.truncate(self.read_until + self.steps).keep_last(self.steps)
+            return KVCache.concat([self.memory.truncate(self.held), thoughts])
+        return self.memory
+
+
+def _stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Agent], bool, bool]]:
+    """Which agents act together, whether alone (from empty memory, unseen by each other), whether they are the last.
+
+    Those of a parallel team do, as far as they are `alike`.
+    """
+    *before, last = team.agents
+    for _, group in itertools.groupby(before, key=alike):
+        agents = list(group)
+        if team.parallel:
+            yield agents, True, False
+        else:
+            yield from (([agent], False, False) for agent in agents)
+    yield [last], False, True
+
+
+def _pass_text(run: _Run, team: Team) -> list[Result]:
+    """Every agent writes, from empty memory; the next one reads it."""
+    B, acts = len(run.questions), []
+    work, talk = [""] * B, [Turn("")] * B  # for prompts with {context}, and for those without
+    for agents, alone, final in _stages(team, alike=lambda agent: None):
+        turns = []
+        for agent in agents:
+            for q in range(B):
+                turn = run.turn(agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else "")
+                turns.append(turn if alone or "{context}" in agent.prompt else talk[q] + turn)
+        acts.append(run.act(agents, turns, run.lm.model.new_cache(len(turns)), final=final))
+        for row, out in enumerate(acts[-1].written):
+            agent, q = agents[row // B], row % B
+            work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
+            talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
+    return run.results(acts)
+
+
+def _pass_memory(run: _Run, team: Team, latent_steps: int | None, align: Any, transfer: str) -> list[Result]:
+    """Every agent but the last thinks behind the memory handed to it; the last one writes."""
+    if transfer not in TRANSFERS:
+        raise ValueError(f"transfer (--transfer): found {transfer!r}, expected one of {', '.join(TRANSFERS)}")
+    if transfer == "shuffled" and len(run.questions) == 1:
+        raise ValueError("transfer (--transfer): found 'shuffled' with one question, expected two or more to swap")
+    if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
+        raise ValueError(f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more")
+
+    def steps(agent: Agent, final: bool) -> int:
+        # The last agent answers: it thinks only if it says so itself.
+        given = (agent.latent_steps, 0) if final else (latent_steps, agent.latent_steps, default)
+        return next(number for number in given if number is not None)
+
+    default = run.lm.default_steps
+    B, model = len(run.questions), run.lm.model
+    # Another question's memory is the memory of agents who were asked another question.
+    thinking = run.rolled() if transfer == "shuffled" else run
+    _require_context(run, thinking, team, steps, transfer)
+    align = run.lm.aligner(align) if isinstance(align, str) else align
+    acts: list[_Acted] = []
+    parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
+    for agents, alone, final in _stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
+        asked = run if final else thinking
+        turns = [asked.turn(agent, q) for agent in agents for q in range(B)]
+        empty = alone or not parts
+        memory = model.new_cache(len(turns)) if empty else KVCache.concat(parts) if len(parts) > 1 else parts[0]
+        writes = final or agents[0].writes
+        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, closes=not final)
+        acts.append(acted)
+        if final:
+            break
+        handed = acted.hand_over(transfer)
+        rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
+        parts = [*parts, *map(handed.select, rows)] if alone else [handed]
+        parts = parts[-1:] if transfer == "last" else parts
+    return run.results(acts)
+
+
+def _require_context(run: _Run, thinking: _Run, team: Team, steps: Callable[..., int], transfer: str) -> None:
+    """Raise ValueError before the first turn if the last one, or any between, does not fit into the context."""
+    for q in range(len(run.questions)):
+        held = 0
+        for agents, alone, final in _stages(team, alike=lambda agent: None):
+            asked = run if final else thinking
+            for agent in agents:
+                reads, before = len(run.tokenizer.encode_turn(asked.turn(agent, q))), 0 if alone else held
+                after = run.require_room(agent, before, reads, steps(agent, final), final or agent.writes)
+                added = {"latents": steps(agent, final), "none": 0}.get(transfer, after - before)
+                held = added if transfer == "last" else held + added

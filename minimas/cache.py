@@ -1,0 +1,228 @@
+"""KVCache: an agent's working memory, the keys and values of every layer (paper, section 3.2).
+
+The invariant is *slot = position*: row b's slots 0 … lengths[b]-1 are filled, and the key in slot p was rotated for
+position p. Ragged batches are padded on the right: no query sees what lies beyond lengths[b] (one at position p sees
+slots ≤ p), and the next append overwrites it. So there is no padding mask, a row does not depend on its neighbours, and
+whatever moves a slot must rotate its key. A memory is a value: `select`, `fork`, `truncate`, `keep_last` and `concat`
+return a new one; only `append` and `advance`, which the model calls, change it.
+
+Does not know: models, tokens, agents.  B rows, K key-value heads, S slots, T new slots, d head size.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import Config
+from .rotary import move
+
+FORMAT = "minimas-memory-1"
+
+
+class KVCache:
+    """Keys and values (B, K, S, d) of every layer; `lengths` (B,) int64 on the CPU counts each row's filled slots."""
+
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """An empty memory; room is taken as it is needed."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
+        self.config = config
+        self.owner: Any = None  # the model that appends signs the memory; it has a name and a fingerprint()
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)  # on the CPU: reading it never waits for a GPU
+        self.dtype, self.device = dtype, torch.device(device)
+        empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+
+    @property
+    def ragged(self) -> bool:
+        return bool((self.lengths != self.lengths[0]).any())
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot of one row, keys and values of all layers."""
+        return 2 * len(self.keys) * self.keys[0].shape[1] * self.keys[0].shape[3] * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all filled slots; room taken in advance is not counted."""
+        return int(self.lengths.sum()) * self.slot_nbytes
+
+    def next_positions(self, rows: int, new: int) -> Tensor:
+        """Positions of the next `new` slots on the memory's device: (B, T), or (1, T) where all rows are equally long.
+
+        Raises ValueError when the inputs are not for as many rows as the memory holds.
+        """
+        if rows != len(self.lengths):
+            raise ValueError(f"inputs: found {rows} rows, expected {len(self.lengths)} as in the memory")
+        starts = self.lengths if self.ragged else self.lengths[:1]
+        return (starts[:, None] + torch.arange(new)).to(self.device)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, K, T, d) behind each row's filled slots and return the layer's (B, K, S, d).
+
+        Keys come rotated for positions lengths[b] … lengths[b]+T-1. Nothing counts as filled before `advance`, so a
+        forward pass that fails half-way leaves the memory as it was.
+        """
+        new = keys.shape[2]
+        start, total = int(self.lengths.min()), int(self.lengths.max()) + new
+        self._reserve(layer, total, keys.shape[1])
+        for store, chunk in ((self.keys[layer], keys), (self.values[layer], values)):
+            if start + new == total:
+                store[:, :, start:total] = chunk
+            else:  # ragged rows: each has its own first free slot
+                slots = (self.lengths[:, None] + torch.arange(new)).to(store.device)  # (B, T)
+                rows = torch.arange(len(slots), device=store.device)[:, None]  # (B, 1)
+                store[rows, :, slots] = chunk.transpose(1, 2)  # indexed as (B, T, K, d)
+        return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
+
+    def advance(self, lengths: Tensor) -> None:
+        """Count `lengths` (B,) more slots as filled, after every layer has appended at least as many."""
+        self.lengths = self.lengths + lengths.to("cpu", torch.int64)
+
+    def _reserve(self, layer: int, slots: int, heads: int) -> None:
+        room = self.keys[layer].shape[2]
+        if slots <= room:
+            return
+        room = max(slots, room + room // 2 + 64)  # by half, so that a long rollout copies a bounded number of times
+        for stores in (self.keys, self.values):
+            old = stores[layer]
+            # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN. The number of
+            # heads comes with the first append, so that a shard of a layer is still a layer.
+            stores[layer] = old.new_zeros(old.shape[0], heads, room, old.shape[3])
+            if old.shape[2]:
+                stores[layer][:, :, : old.shape[2]] = old
+
+    def fork(self) -> "KVCache":
+        """A copy, so that two continuations do not disturb each other."""
+        return self.select(range(len(self.lengths)))
+
+    def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
+        """A copy of `rows`, an index tensor or a list; a row may come twice or not at all.
+
+        Raises IndexError for a row that does not exist.
+        """
+        index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64).cpu()
+        if index.ndim != 1 or len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= len(self.lengths):
+            raise IndexError(f"rows: found {index.tolist()}, expected a list of indices below {len(self.lengths)}")
+        filled, where = int(self.lengths[index].max()), index.to(self.device)
+        return self._with(self.lengths[index], lambda store: store[:, :, :filled].index_select(0, where))
+
+    def truncate(self, length: int | Tensor) -> "KVCache":
+        """The first `length` slots of every row (an int, or one per row (B,)); shorter rows stay as they are."""
+        return self._slice(length, from_end=False)
+
+    def keep_last(self, length: int | Tensor) -> "KVCache":
+        """The last `length` slots of every row (an int, or one per row (B,)), moved to slot 0 with keys re-rotated.
+
+        Not re-rotated, old keys would stand where later positions, which follow the length, do not expect them.
+        """
+        return self._slice(length, from_end=True)
+
+    @classmethod
+    def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
+        """Join memories of equal batch size row by row, each one's keys rotated by the length of those before it.
+
+        The result equals one forward in which no part sees another (a block mask), not a sequential one.
+        Raises ValueError for no caches, or caches of different models, dtypes, devices or batch sizes.
+        """
+        kinds = {(c.config, len(c.lengths), c.dtype, c.device) for c in caches}
+        if len(kinds) != 1:
+            found = "; ".join(f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds) or "none"
+            raise ValueError(f"caches: found {found}, expected one or more of equal model, rows, dtype and device")
+        first = caches[0]
+        joined = cls(first.config, len(first.lengths), first.dtype, first.device)
+        for cache in caches:
+            width = int(cache.lengths.max())
+            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+                moved = move(keys[:, :, :width], joined.lengths.to(keys.device), first.config.rope_theta)
+                joined.append(layer, moved, values[:, :, :width])
+            joined.advance(cache.lengths)
+            joined.owner = joined.owner or cache.owner
+        return joined
+
+    def _slice(self, length: int | Tensor, from_end: bool) -> "KVCache":
+        lengths = torch.minimum(self.lengths, torch.as_tensor(length, dtype=torch.int64).cpu())
+        if int(lengths.min()) < 0:
+            raise ValueError(f"length: found {int(lengths.min())}, expected 0 or more")
+        starts = self.lengths - lengths if from_end else torch.zeros_like(lengths)
+        # Clamped: a row shorter than the widest repeats a slot as padding.
+        slots = (starts[:, None] + torch.arange(int(lengths.max()))).clamp(max=int(self.lengths.max()) - 1)
+        index = slots.to(self.device)[:, None, :, None]  # (B, 1, S, 1)
+        new = self._with(lengths, lambda s: s.gather(2, index.expand(-1, s.shape[1], -1, s.shape[3])))  # (B, K, S, d)
+        if bool(starts.any()):
+            new.keys = [move(keys, -starts.to(keys.device), self.config.rope_theta) for keys in new.keys]
+        return new
+
+    def _with(self, lengths: Tensor, take: Callable[[Tensor], Tensor]) -> "KVCache":
+        new = copy.copy(self)
+        new.lengths = lengths
+        new.keys, new.values = [take(keys) for keys in self.keys], [take(values) for values in self.values]
+        return new
+
+    def save(self, path: str | Path) -> None:
+        """Write the filled slots to a safetensors file, atomically, with the fingerprint of the model that made them.
+
+        Raises ValueError for a memory that no model has written to, OSError naming the file when it cannot be written.
+        """
+        if self.owner is None:
+            raise ValueError(f"{path}: no model has written to this memory, so there is nothing to save")
+        tensors, filled = {"lengths": self.lengths}, int(self.lengths.max())
+        for kind, stores in (("keys", self.keys), ("values", self.values)):
+            tensors |= {f"{kind}.{i}": store[:, :, :filled].contiguous().cpu() for i, store in enumerate(stores)}
+        metadata = {"format": FORMAT, "model": self.owner.name, "fingerprint": self.owner.fingerprint()}
+        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)  # whole or not at all: a full disk leaves an older memory untouched
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{path}: cannot write the memory ({error})") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "KVCache":
+        """Read a memory saved by `save` onto the device and into the dtype of `model`.
+
+        Raises FileNotFoundError, or ValueError naming the file for a damaged one, one of another format, or one that
+        another model made: keys and values mean nothing to other weights.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path}: no such memory file") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected {FORMAT!r}")
+        if (mark := metadata.get("fingerprint")) != model.fingerprint():
+            made_by, expected = f"{metadata.get('model')!r} ({mark})", f"{model.name!r} ({model.fingerprint()})"
+            raise ValueError(f"{path}: model: this memory was made by {made_by}, expected {expected}")
+        lengths = tensors.get("lengths", torch.empty(0))
+        if lengths.dtype != torch.int64 or lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 0:
+            raise ValueError(f"{path}: lengths: found {lengths.tolist()}, expected one count for each row")
+        cache, c = cls(model.config, len(lengths), model.dtype, model.device), model.config
+        shape = (len(lengths), c.num_key_value_heads, int(lengths.max()), c.head_dim)
+        for kind, stores in (("keys", cache.keys), ("values", cache.values)):
+            for layer in range(len(stores)):
+                found = tensors.get(f"{kind}.{layer}", torch.empty(0))
+                if found.shape != shape or not found.is_floating_point():
+                    raise ValueError(f"{path}: {kind}.{layer}: found {tuple(found.shape)}, expected floats {shape}")
+                stores[layer] = found.to(model.device, model.dtype)
+        cache.lengths, cache.owner = lengths, model
+        return cache

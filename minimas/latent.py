@@ -1,0 +1,129 @@
+"""Thinking without words: the alignment W_a, the map from a hidden state back to an input embedding, and the loop.
+
+An agent that has read its prompt does not decode. Its last hidden state h (last layer, after the final norm) becomes
+the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639, section 3.1):
+
+    e = rescale(h W_a)        W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
+
+W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in, so W_a is the
+identity up to λ, and only the rescaling is left. Does not know: tokens, prompts, agents, sampling.
+
+    B rows   D hidden   V vocabulary
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .model import Qwen3, finite
+
+LAMBDA = 1e-5  # the paper's
+ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
+
+
+def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: int = 16384) -> Tensor:
+    """The ridge map W_a (D, D) from output space to input space, for w_out and w_in (V, D) (paper, equation 3).
+
+    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is symmetric and positive
+    definite, hence Cholesky:
+
+        2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
+
+    The sums over V run in chunks in float32 (float64 for float64 weights), so that a 16-bit embedding is never copied
+    whole; the solve and the result are float64. Raises ValueError for unequal shapes or weights that are not finite.
+    """
+    if w_out.ndim != 2 or w_out.shape != w_in.shape:
+        raise ValueError(f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, expected two equal (V, D)")
+    wide = torch.promote_types(w_out.dtype, torch.float32)
+    gram = torch.zeros(w_out.shape[1], w_out.shape[1], dtype=wide, device=w_out.device)  # W_outᵀ W_out
+    cross = torch.zeros_like(gram)  # W_outᵀ W_in
+    for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
+        out = out.to(wide)
+        gram += out.T @ out
+        cross += out.T @ into.to(wide)
+    gram, cross = gram.double(), cross.double()
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        raise ValueError("w_out: found NaN, infinity or numerical singularity, expected a finite LM head")
+    return torch.cholesky_solve(cross, factor)
+
+
+class Aligner:
+    """The map from a hidden state to an input embedding, any (…, D) -> (…, D): rescale((h · scale) W).
+
+    `matrix` W (D, D) and `scale` (D,): None for the identity; `norm`, the length of every result: None to leave it.
+    """
+
+    def __init__(self, matrix: Tensor | None = None, norm: float | None = None, scale: Tensor | None = None) -> None:
+        self.matrix, self.norm, self.scale = matrix, norm, scale
+
+    @classmethod
+    def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
+        """Compute one kind of map from the unquantized embeddings, once per model.
+
+        "ridge" (the paper's W_a), "identity", "prenorm" ((h ÷ g) W_a: the state before the gain g of the final norm),
+        "random" (W_a's singular values, random directions: a control), all rescaled to the mean norm of the embeddings;
+        "none" (h fed back raw). `rows` is how many embedding rows count (None: all): those behind the tokenizer's last
+        id are padding. Raises ValueError for another kind, or rows out of range.
+        """
+        if kind not in ALIGNMENTS:
+            raise ValueError(f"align (--align): found {kind!r}, expected one of {', '.join(ALIGNMENTS)}")
+        w_in = model.model.embed_tokens.weight
+        w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
+        rows = len(w_in) if rows is None else rows
+        if not 1 <= rows <= len(w_in):
+            raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, the rows of the embedding")
+        if kind == "none":
+            return cls()
+        w_in, w_out = w_in[:rows], w_out[:rows]
+        wide = torch.promote_types(w_in.dtype, torch.float32)
+        norm = sum(part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384)) / rows
+        if kind == "identity":
+            return cls(norm=norm)
+        matrix = alignment_matrix(w_out, w_in)
+        if kind == "random":
+            matrix = _random_directions(matrix)
+        gain = model.model.norm.weight.to(wide)
+        scale = (
+            torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
+        )  # a gain of 0 leaves nothing to divide
+        return cls(matrix.to(wide), norm, scale)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (…, D) to embeddings (…, D), in at least float32, cast back to their dtype."""
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        x = x if self.scale is None else x * self.scale
+        x = x if self.matrix is None else x @ self.matrix
+        if self.norm is not None:
+            x = x * (self.norm / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        return x.to(hidden.dtype)
+
+
+def _random_directions(matrix: Tensor) -> Tensor:
+    """A matrix with the singular values of `matrix` between random orthogonal bases, the same at every call."""
+    bases = torch.randn(2, *matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (2, D, D)
+    left, right = torch.linalg.qr(bases.to(matrix.device)).Q
+    return left * torch.linalg.svdvals(matrix) @ right.T  # type: ignore[no-any-return]
+
+
+def think(
+    model: Qwen3, align: Callable[[Tensor], Tensor], hidden: Tensor, cache: KVCache, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Roll `steps` latent thoughts out from `hidden` (B, 1, D), the state of each row's last valid position.
+
+    Each step maps the last hidden state to an embedding and feeds it; the memory `cache` grows by one slot a step.
+    Returns the embeddings fed, (B, steps, D), and the last hidden state, (B, 1, D), which is not fed. The first k
+    thoughts of a longer rollout are a k-step rollout; 0 steps leave memory and state as they are. `align` is any
+    callable from (B, 1, D) to (B, 1, D). Raises ValueError for negative steps, or a state that is not finite.
+    """
+    if steps < 0:
+        raise ValueError(f"latent_steps (--latent-steps): found {steps}, expected 0 or more")
+    thoughts = hidden.new_empty(hidden.shape[0], steps, hidden.shape[-1])  # (B, steps, D)
+    for step in range(steps):
+        embedding = align(hidden)
+        thoughts[:, step : step + 1] = embedding
+        hidden = model(embedding, cache)
+    return thoughts, finite(hidden, model.name)

@@ -1,0 +1,196 @@
+"""Qwen3 as a pure function of embeddings and a memory: embed, forward, logits.
+
+The trunk takes embeddings and returns hidden states, so that tokens, latent thoughts and mixtures of both are one path
+(paper, section 3.1), and the cache is an argument, so that any number of memories can be alive at once. Parameter
+names are Hugging Face's. Two switches turn the block into Qwen2's (bias on q, k, v, no QK-norm) or Llama's (neither).
+
+    B rows   T new positions   S cached + new   D hidden   H query heads   K key-value heads   d head size   V tokens
+
+Sources: Qwen3 technical report (arXiv 2505.09388); RMSNorm (1910.07467); grouped-query attention (2305.13245);
+RoPE (2104.09864). Does not know: tokenizers, sampling, alignment, agents, files.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import KVCache
+from .config import Config
+from .rotary import angles, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps), computed in at least float32, cast back, then scaled: Hugging Face's order."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of T new positions on S slots of a memory, to which it first appends its own."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.head_dim = c.head_dim
+        bias, normed = c.model_type == "qwen2", c.model_type == "qwen3"
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
+
+    def forward(self, x: Tensor, at: "Places", cache: KVCache, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        # The number of heads is read off the weights.
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
+        k, v = cache.append(layer, k, v)  # (B, K, S, d)
+        # The query heads of one key-value head become its rows, so no key or value is ever copied.
+        q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K · T, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask)  # (B, K, H/K · T, d)
+        out = out.view(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
+        return self.o_proj(out)  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), Shazeer's SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each behind a norm and around a residual."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, at: "Places", cache: KVCache, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), at, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Places(NamedTuple):
+    """Where the T new positions stand: their rotation, and which of the S slots each of them may see."""
+
+    cos: Tensor  # (B, 1, T, d)
+    sin: Tensor  # (B, 1, T, d)
+    mask: Tensor | None  # (B, 1, H/K · T, S), True is visible; None: all of them
+
+
+class Trunk(nn.Module):
+    """The parameters that Hugging Face keeps under `model.`."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Qwen3(nn.Module):
+    """A decoder-only transformer whose input is embeddings and whose output is hidden states.
+
+    Made for inference: parameters are random until loaded, and ask for no gradients until `requires_grad_(True)`.
+    """
+
+    def __init__(self, config: Config, name: str = "unnamed model") -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings: (B, T) int64 -> (B, T, D)."""
+        return self.model.embed_tokens(input_ids)  # type: ignore[no-any-return]
+
+    def forward(self, inputs_embeds: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, (B, T, D) -> (B, T, D), of new positions that see the memory `cache`.
+
+        Appends them to `cache` (None: to one that is thrown away). `lengths` (B,) counts each row's valid positions in
+        a right-padded chunk; None means all T. Behind them nothing is remembered, and states mean nothing.
+        """
+        B, T, _ = inputs_embeds.shape
+        if cache is None:
+            cache = self.new_cache(B)
+        at = self._places(cache, B, T)
+        x = inputs_embeds
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, at, cache, layer)
+        cache.advance(torch.full((B,), T) if lengths is None else lengths)
+        cache.owner = self
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: (B, T, D) -> (B, T, V)."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty memory of this model's shape, dtype and device."""
+        return KVCache(self.config, batch_size, self.dtype, self.device)
+
+    def _places(self, cache: KVCache, B: int, T: int) -> Places:
+        c = self.config
+        positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
+        cos, sin = angles(positions, c.head_dim, c.rope_theta, self.dtype)
+        if T == 1 and not cache.ragged:
+            return Places(cos, sin, None)
+        slots = torch.arange(int(cache.lengths.max()) + T, device=positions.device)  # (S,)
+        mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+        # Not is_causal: that flag aligns the triangle to the top left, which is wrong as soon as S ≠ T.
+        return Places(cos, sin, mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1))
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the shape and a sample of every weight, so that a memory is not fed to other weights.
+
+        Rounded to bf16, so that the dtype in which a checkpoint was loaded does not matter.
+        """
+        c = self.config
+        digest = hashlib.sha256(f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}".encode())
+        for module_name, module in self.named_modules():
+            for name, weight in module.state_dict().items() if not any(module.children()) else ():
+                sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
+                digest.update(f"{module_name}.{name}{tuple(weight.shape)}".encode())
+                digest.update(bytes(sample.view(torch.uint8).tolist()))
+        return digest.hexdigest()[:16]
+
+
+def finite(x: Tensor, name: str) -> Tensor:
+    """`x` itself; raises ValueError naming the model when it holds NaN or infinity, as damaged weights make it."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name}: found a state that is not finite: damaged weights, or --dtype float32 is needed")
+    return x

@@ -1,0 +1,77 @@
+"""What a team reports: the bill of each agent, the result of each question, and what happens on the way.
+
+Does not know: models, teams, printing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Usage:
+    """The bill: tokens read, thought and written, seconds, and the largest memory in bytes.
+
+    `seconds` is this question's share of the time its batch took, so that sums over questions are wall time.
+    """
+
+    prompt_tokens: int = 0
+    latent_steps: int = 0
+    output_tokens: int = 0
+    seconds: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass
+class AgentTrace(Usage):
+    """What one agent did on one question. `prompt` is its turn as read, `text` what it wrote ("" if it did not)."""
+
+    name: str = ""
+    prompt: str = ""
+    text: str = ""
+
+
+@dataclass
+class Result:
+    """The outcome of one question: `text` as the last agent wrote it, `answer` as extracted from it, or None."""
+
+    question: str
+    text: str
+    answer: str | None
+    finish_reason: str  # "stop" | "length"
+    agents: list[AgentTrace]
+
+    @property
+    def usage(self) -> Usage:
+        """The agents' bills added up; memory is the largest of them."""
+        names = [field.name for field in dataclasses.fields(Usage)]
+        total = Usage(**{name: sum(getattr(agent, name) for agent in self.agents) for name in names})
+        total.memory_bytes = max(agent.memory_bytes for agent in self.agents)
+        return total
+
+
+class Watcher:
+    """Told what happens while a team works; override what you want to see. `question` counts from 0 in the call."""
+
+    def begin(self, agent: str, reads: int, thinks: int) -> None:
+        """An agent starts: how many tokens it will read, and how many thoughts it will think."""
+
+    def thought(self) -> None:
+        """One latent step is done."""
+
+    def text(self, question: int, piece: str) -> None:
+        """The last agent wrote a piece of text."""
+
+    def end(self, traces: Sequence[AgentTrace]) -> None:
+        """An agent is done, one trace per question."""
+
+    def watch(self, align: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`align` that tells of every thought."""
+
+        def watched(hidden: Tensor) -> Tensor:
+            self.thought()
+            return align(hidden)
+
+        return watched

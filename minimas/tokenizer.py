@@ -1,0 +1,186 @@
+"""Text ↔ token ids, and the chat template that makes an agent's turn out of a message.
+
+A user's text can never become a control token: `encode_turn` cuts every control token that touches user text in two
+before encoding, so that the ids spell the same characters in ordinary tokens. Everything else is encoded in one piece,
+so any Hugging Face tokenizer gives the same ids. The template is the model's own, run in a sandbox; ChatML where it
+has none. Does not know: torch, models, roles.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from .config import read_json
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Stand-ins for a message's content, to see what a template puts around it; private-use characters no text holds.
+HOLE = "\ue0f1minimas{}\ue0f2"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An agent's turn as text, and the spans of it, (start, end) in characters, that are not to be trusted."""
+
+    text: str
+    untrusted: tuple[tuple[int, int], ...] = ()
+
+    def __add__(self, other: "Turn") -> "Turn":
+        shift = len(self.text)
+        return Turn(self.text + other.text, self.untrusted + tuple((a + shift, b + shift) for a, b in other.untrusted))
+
+
+class Tokenizer:
+    """The tokenizer.json of a model folder, with its chat template.
+
+    `size` is the highest id + 1; `end_ids` are the tokens that end a turn; `turn_end` is the text that closes one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
+        self.path = Path(folder) / "tokenizer.json"
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file")
+        try:
+            self.backend = Backend.from_str(self.path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
+        # Padding or truncation set for training would add or drop tokens without a word.
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self._read_template(Path(folder))
+        self.control = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
+        self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        # A lookahead matches at every character, so overlapping tokens are all found, the longest first.
+        names = "|".join(re.escape(name) for name in sorted(self.control, key=len, reverse=True))
+        self._find_control = re.compile(f"(?=({names}))") if names else None
+        self.turn_end = self._turn_end()
+        ends = {self.control.get(name) for name in (self._eos, "<|im_end|>")}
+        self.end_ids = frozenset(i for i in ends if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of trusted text: control tokens in it are control tokens; nothing is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_turn(self, turn: Turn) -> list[int]:
+        """Ids of a turn in which no control token comes from an untrusted span."""
+        cuts = [0]
+        for match in self._find_control.finditer(turn.text) if self._find_control and turn.untrusted else ():
+            start, end = match.span(1)
+            if any(start < b and a < end for a, b in turn.untrusted):
+                cuts.append(start + 1)
+        pieces = [turn.text[a:b] for a, b in zip(cuts, [*cuts[1:], len(turn.text)], strict=True)]
+        return [i for piece in pieces if piece for i in self.encode(piece)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def turn(self, user: str, system: str | None = None, prefix: str = "") -> Turn:
+        """One user message, and a system message if given, up to the open assistant turn and `prefix` in it.
+
+        Both messages are untrusted, `prefix` is not. Raises ValueError naming a template that cannot be rendered.
+        """
+        contents = [system, user] if system is not None else [user]
+        roles, holes = ["system", "user"][-len(contents) :], [HOLE.format(i) for i in range(len(contents))]
+        text = self._render(roles, contents)
+        # What surrounds the messages, seen with stand-ins for them, tells where they are in the text.
+        rest, spans, at = self._render(roles, holes), [], 0
+        for content, hole in zip(contents, holes, strict=True):
+            before, _, rest = rest.partition(hole)
+            start = at + len(before)
+            body = content if text.startswith(content, start) else content.strip()  # some templates strip
+            spans.append((start, at := start + len(body)))
+            if text[:start][-len(before) :] != before or not text.startswith(body, start):
+                raise ValueError(f"{self.template_path}: the chat template changes or drops a message")
+        if text[at:] != rest:
+            raise ValueError(f"{self.template_path}: the chat template depends on the content of a message")
+        return Turn(text, tuple(spans)) + Turn(prefix)
+
+    def written(self, text: str) -> Turn:
+        """What an agent wrote and the end of its turn, to be put behind the turn it answered."""
+        return Turn(text, ((0, len(text)),)) + Turn(self.turn_end)
+
+    def _turn_end(self) -> str:
+        """What the template puts behind an assistant's text: `<|im_end|>\\n` in ChatML."""
+        hole = HOLE.format(1)
+        text = self._render(["user", "assistant"], [HOLE.format(0), hole], generation_prompt=False)
+        if hole not in text:
+            raise ValueError(f"{self.template_path}: the template drops the assistant message")
+        return text.rpartition(hole)[2] or self._eos
+
+    def _render(self, roles: list[str], contents: list[str], generation_prompt: bool = True) -> str:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            text = self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
+            return str(text)
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{self.template_path}: the chat template cannot be rendered ({error})") from error
+
+    def _read_template(self, folder: Path) -> None:
+        settings_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        settings = read_json(settings_path) if settings_path.is_file() else {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{settings_path}: found {type(settings).__name__}, expected a JSON object")
+        source, self.template_path = settings.get("chat_template"), settings_path
+        if template_path.is_file():
+            source, self.template_path = template_path.read_text(encoding="utf-8"), template_path
+        if isinstance(source, list):  # several templates by name
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+        if source is not None and not isinstance(source, str):
+            raise ValueError(f"{self.template_path}: chat_template: found {type(source).__name__}, expected text")
+        named = {field: settings.get(field) for field in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {field: name.get("content") if isinstance(name, dict) else name for field, name in named.items()}
+        self._names = {field: name for field, name in named.items() if isinstance(name, str)}
+        self._eos = self._names.get("eos_token", "<|im_end|>")
+        # What transformers gives to a template, and nothing more.
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        sandbox.globals["raise_exception"] = _raise_exception
+        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        try:
+            self._template = sandbox.from_string(CHATML if source is None else source)
+        except TemplateError as error:
+            raise ValueError(f"{self.template_path}: not a readable chat template ({error})") from error
+
+
+class TextStream:
+    """Text of ids that come one by one; never half a character, never a control token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self._given = 0  # characters handed out so far
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" while a character is unfinished."""
+        self.ids.append(token)
+        piece: str = self._stream.step(self._tokenizer.backend, token) or ""
+        self._given += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no more ids come, such as the first bytes of a character cut off by the limit."""
+        return self.text[self._given :]
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return self._tokenizer.decode(self.ids)
+
+
+def _raise_exception(message: str) -> Any:
+    raise TemplateError(message)

@@ -1,0 +1,148 @@
+"""Tiny random models of the three families, model folders made of them, and ragged chunks: what every room's tests share.
+
+Weights are about 1/sqrt(fan_in) and norm gains and biases are random: tiny initialisations and gains of 1 hide bugs under
+any tolerance.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimas import Config, KVCache, Qwen3
+from minimas.config import FAMILIES
+
+TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
+# (num_attention_heads, num_key_value_heads, head_dim): grouped, one head each, one for all; hidden_size is 16, so that
+# head_dim is hidden_size // heads in the second only.
+LAYOUTS = ((4, 2, 6), (4, 4, 4), (3, 1, 8))
+
+
+def tiny_config(family: str = "qwen3", **overrides: Any) -> Config:
+    """A config of two layers, by default untied, with grouped heads and a head size that hidden_size does not tell."""
+    heads, kv_heads, head_dim = LAYOUTS[0]
+    fields = {
+        "model_type": family,
+        "vocab_size": 41,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+    return Config(**(fields | overrides))
+
+
+def tiny_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Qwen3:
+    """A random model of `tiny_config(family, **overrides)`, the same for the same seed whatever the dtype."""
+    return random_model(tiny_config(family, **overrides), seed, dtype)
+
+
+def random_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Qwen3:
+    """A model whose every parameter is random: matrices about 1/sqrt(fan_in), gains between 0.5 and 1.5, biases about 1."""
+    model = Qwen3(config, name=f"{config.model_type}-{seed}").to(torch.float64)
+    source = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        drawn = torch.randn(weight.shape, generator=source, dtype=torch.float64)
+        if name.endswith("norm.weight"):
+            drawn = 0.5 + torch.rand(weight.shape, generator=source, dtype=torch.float64)
+        elif weight.ndim == 2 and "embed" not in name:
+            drawn /= weight.shape[1] ** 0.5
+        weight.data.copy_(drawn)
+    return model.to(dtype).eval()
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The config.json of a config, in Hugging Face's field names."""
+    raw = dataclasses.asdict(config)
+    raw["eos_token_id"] = list(raw.pop("eos_token_ids")) or None
+    return raw | {"hidden_act": "silu"}
+
+
+def write_folder(path: Path, model: Qwen3, shards: int = 1, tokenizer: Path | None = None) -> Path:
+    """A model folder as Hugging Face lays it out; `tokenizer` is a folder whose tokenizer files are copied."""
+    path.mkdir(parents=True, exist_ok=True)
+    raw = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    (path / "config.json").write_text(json.dumps(raw))
+    write_tensors(path, {name: tensor.clone() for name, tensor in model.state_dict().items()}, shards)
+    if tokenizer is not None:
+        for source in [*tokenizer.glob("tokenizer*.json"), *tokenizer.glob("chat_template.jinja")]:
+            shutil.copy(source, path)
+    return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """model.safetensors, or so many shards and their index."""
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        save_file(part, path / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids (rows, length), the same for the same seed."""
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def remember(model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, KVCache]:
+    """Hidden states and memory of ids (B, T) read from empty memory; `lengths` where rows are right-padded."""
+    cache = model.new_cache(len(ids))
+    counts = None if lengths is None else torch.tensor(lengths)
+    return model(model.embed(ids), cache, counts), cache
+
+
+def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(row, keys, values) of every row's filled slots, each (layers, K, lengths[row], d)."""
+    for row, length in enumerate(cache.lengths.tolist()):
+        pair = [torch.stack([store[row, :, :length] for store in stores]) for stores in (cache.keys, cache.values)]
+        yield row, pair[0], pair[1]
+
+
+def distance(a: KVCache, b: KVCache) -> float:
+    """The largest difference between the filled slots of two memories; infinite when their lengths differ."""
+    if a.lengths.tolist() != b.lengths.tolist():
+        return float("inf")
+    pairs = [
+        (mine, theirs)
+        for left, right in zip(filled(a), filled(b), strict=True)
+        for mine, theirs in zip(left[1:], right[1:], strict=True)
+    ]
+    return max((float((mine - theirs).abs().max()) for mine, theirs in pairs if mine.numel()), default=0.0)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Qwen3:
+    """A float64 model: any family, tied or not, any head layout, one to three layers."""
+    heads, kv_heads, head_dim = draw(st.sampled_from(LAYOUTS))
+    config = tiny_config(
+        draw(st.sampled_from(FAMILIES)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_hidden_layers=draw(st.integers(1, 3)),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    return random_model(config, draw(st.integers(0, 99)))

@@ -1,0 +1,644 @@
+r"""Right answers fail nowhere, wrong ones pass nowhere. Each test names the bug it prevents.
+
+"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}` became 1 and so
+matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a usage example replaced the program.
+"""
+
+import json
+import random
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minimas.answers import KINDS, extract, grade
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+OPTIONS = {
+    "a": "Hemolytic uremic syndrome",
+    "b": "Oral ulcers",
+    "c": "Continue methimazole",
+    "d": "Discontinue methimazole, start propylthiouracil",
+}
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    path = DATA / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [lambda kind: extract(kind, "1"), lambda kind: grade(kind, "1", "1")])
+def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
+    """A typo such as "maths" would otherwise score a whole run as wrong."""
+    with pytest.raises(ValueError, match="--kind: found 'maths', expected math, choice, code or free"):
+        call("maths")
+
+
+def test_code_is_not_graded_by_its_text() -> None:
+    """Two programs that differ in a space are the same program: only tests can tell."""
+    with pytest.raises(ValueError, match="running its tests"):
+        grade("code", "x = 1", "x = 1")
+
+
+@given(st.sampled_from(KINDS), st.text() | st.from_regex(r"[\\{}$#*_`<>/.,^=()0-9a-dA-D\n -]{0,60}", fullmatch=True))
+@example("math", r"\boxed{")
+@example("math", "0^-1 1/0 1e5^9 9^999999")
+@example("math", "\udcff \x00 ²³⁻ ⁻ ½¾ ①")
+@example("code", "x = \x00")
+@example("code", "(" * 5000)
+@example("code", "-" * 50_000 + "1")
+@example("code", "```python\nprint('\\d' is 1)")
+@settings(max_examples=400, deadline=None)
+def test_no_text_makes_it_raise(kind: str, text: str) -> None:
+    """One odd output in the middle of the night must not end a run."""
+    extract(kind, text)
+    extract(kind, text, OPTIONS)
+    if kind != "code":
+        grade(kind, text, text, OPTIONS)
+
+
+REPEATED = (
+    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{|{|`|"
+    "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |**|_|\\|(|not |,"
+).split("|")
+
+
+@pytest.mark.parametrize("start", ["", "= -", "\\boxed{", "The answer is ", "```", "A"])
+def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
+    """A pattern that backtracks hangs the run on the one model that says the same for 20,000 tokens."""
+    for part in REPEATED:
+        text = start + part * (20_000 // len(part)) + "`"
+        for kind in KINDS:
+            before = time.process_time()
+            extract(kind, text, OPTIONS)
+            assert time.process_time() - before < 0.5, (kind, part)
+
+
+@pytest.mark.parametrize(
+    "part", ["1, 2 = 3 apples. ", "$", "The answer is (B).\n", "\\boxed{} ", "A\n", "٣é", "choose "]
+)
+def test_a_megabyte_takes_seconds(part: str) -> None:
+    """The same at the size where even a small square is an hour."""
+    text = part * (10**6 // len(part))
+    before = time.process_time()
+    extract("math", text)
+    extract("choice", text, OPTIONS)
+    extract("code", text)
+    assert time.process_time() - before < 15
+
+
+# -- thoughts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think> 2 9 14</think> 14", "14"),
+        ("<think>\\boxed{3}</think>So it is \\boxed{4}.", "4"),
+        ("<think>\\boxed{3}</think>So it is 4.", "4"),
+        ("opened by the prompt, \\boxed{3}</think>\n\n4", "4"),
+        ("<think>a</think>3<think>b</think>4", "4"),
+        ("<think>a</think>4<think>or is it 5", "4"),
+        ("4 <think> or is it 5", "4"),
+        ("<think>so it is \\boxed{4}</think>\n", "4"),  # closed and nothing after it: all there is to go by
+        ("<think>\\boxed{3} but", None),
+        ("<think>", None),
+    ],
+)
+def test_an_unfinished_thought_is_no_answer(text: str, answer: str | None) -> None:
+    """A box inside `<think>` is a draft; counting it rewards a run that hit its token limit."""
+    assert extract("math", text) == answer
+
+
+def test_free_text_is_what_follows_the_thoughts() -> None:
+    """Otherwise an exact match compares the gold with the reasoning."""
+    assert extract("free", "<think>hm</think>\n The Eiffel  Tower \n") == "The Eiffel  Tower"
+    assert extract("free", "<think>hm</think>\n") is None
+    assert extract("free", " \n") is None
+    assert grade("free", "<think>hm</think> the eiffel\ntower ", "The  Eiffel Tower")
+    assert not grade("free", "The Eiffel Towers", "The Eiffel Tower")
+    assert not grade("free", "", "")
+
+
+# -- math -------------------------------------------------------------------------------------------------------------
+
+MATH = [  # text, its answer
+    # where it stands
+    (r"\boxed{3} is not it, \boxed{18} is, with 2 left.", "18"),
+    (r"\fbox{18}", "18"),
+    (r"\boxed 18", "18"),
+    (r"$$\boxed{\boxed{18}}$$", "18"),
+    (r"\boxed{\frac{1}{\frac{2}{3}}}", r"\frac{1}{2/3}"),
+    (r"I put it in \boxed{}: the answer is 18, not 3.", "18"),
+    (r"\boxed{5} and, in the end, \boxed{18", None),
+    (r"\boxed{3} or \boxed{5}", None),
+    (r"\boxed{5}, \boxed{5}", "5"),
+    ("16 - 3 = <<16-3=13>>13\n#### 18", "18"),
+    ("#### 1. Count the 16 eggs\n#### 2. Subtract\nSo 18 are left.", "18"),
+    ("The answer is 18 because 3 were eaten.", "18"),
+    ("The answer to the question about 3 ducks is therefore: 18.", "18"),
+    ("The final answer is $\\frac{36}{2}$.", "18"),
+    ("**Final Answer:** 18\nI checked it 3 times.", "18"),
+    ("### Answer\n\n18 eggs\n\nin 3 days", "18"),
+    ("The answer is:\n$$\n18\n$$", "18"),
+    ("The answer is not 5.", None),
+    ("The answer is 5 or 6.", None),
+    ("5 or 6", None),
+    ("It is 18, not 5.", "18"),
+    ("9 * 2 = $18 every day for 7 days.", "18"),
+    ("x = 18", "18"),
+    ("x=3. So all 18 are there.", "18"),
+    ("She has 3 and then 18", "18"),
+    (" 14", "14"),
+    ("", None),
+    ("I do not know.", None),
+    (r"\boxed{x = 18}", "18"),
+    (r"\boxed{9 + 9 = 18}", "18"),
+    (r"\boxed{x = 1, y = 2}", "x=1,y=2"),
+    (r"\boxed{x \ge 18}", r"x\ge18"),
+    ("x = 2 or x = -2", None),
+    ("The answer is x = 1, y = 2.", None),
+    ("The answer is 18, as 3 * 6 = 18, and half of it is 9.", "18"),
+    ("3*6=18, 18+2=20 in 2 days.", "20"),
+    # how it is written
+    (r"\boxed{1,234}", "1234"),
+    (r"\boxed{1,234,567.50}", "1234567.5"),
+    (r"\boxed{12{,}345}", "12345"),
+    (r"\boxed{12\,345}", "12345"),
+    (r"\boxed{12\!,\!345}", "12345"),
+    ("12 345 678 (with narrow spaces: 12\u202f345\u202f678)", "12345678"),
+    (r"\boxed{1,2}", "1,2"),
+    (r"\boxed{12,34}", "12,34"),
+    (r"\boxed{(1, 234)}", "(1,234)"),
+    ("18.00", "18"),
+    ("18.", "18"),
+    ("$0.50", "0.5"),
+    (r"\boxed{.5}", "0.5"),
+    (r"\boxed{\$18}", "18"),
+    (r"\boxed{-\$18}", "-18"),
+    (r"\boxed{\$-18}", "-18"),
+    (r"\boxed{€18.50}", "18.5"),
+    ("It costs US$18.", "18"),
+    ("18 dollars", "18"),
+    ("18km", "18"),
+    ("She drives 18 km/h.", "18"),
+    (r"\boxed{18\text{ apples}}", "18"),
+    (r"\boxed{\text{18 apples}}", "18"),
+    (r"\boxed{18\ \mathrm{cm}^2}", "18"),
+    ("an area of 18 m².", "18"),
+    (r"\boxed{18^\circ}", "18"),
+    (r"\boxed{18\,^\circ\text{C}}", "18"),
+    (r"\boxed{\$18/\text{hour}}", "18"),
+    (r"\boxed{\textbf{18}}", "18"),
+    (r"\boxed{50\%}", "50%"),
+    ("about 50 percent", "50%"),
+    (r"\boxed{2\text{ million dollars}}", "2000000"),
+    ("-5", "-5"),
+    ("x = \u22125", "-5"),
+    (r"\boxed{- 5}", "-5"),
+    ("+5", "5"),
+    ("- 5 eggs", "5"),  # a list's bullet
+    ("negative 5", "-5"),
+    ("\uff11\uff0c\uff12\uff13\uff14", "1234"),
+    ("٤٢", "42"),
+    ("४२", "42"),
+    ("答案是-42。", "-42"),
+    ("1/2", "1/2"),
+    ("2/4", "1/2"),
+    (r"\boxed{\frac{1}{2}}", "1/2"),
+    (r"\boxed{\dfrac12}", "1/2"),
+    (r"\boxed{-\tfrac{7}{2}}", "-7/2"),
+    (r"\boxed{\frac{-7}{2}}", "-7/2"),
+    (r"\boxed{3\frac{1}{2}}", "7/2"),
+    ("3 1/2 cups", "7/2"),
+    ("-3½", "-7/2"),
+    (r"\boxed{1/0}", "1/0"),
+    ("1e3", "1000"),
+    ("1.5E-3", "0.0015"),
+    ("10^3", "1000"),
+    ("10**3", "1000"),
+    ("10³", "1000"),
+    (r"\boxed{2\times10^3}", "2000"),
+    (r"\boxed{2 \cdot 10^{-3}}", "0.002"),
+    ("2 x 10^3", "2000"),
+    ("073", "73"),
+    ("73**", "73"),
+    # a part of an expression is not its value
+    (r"\boxed{\sqrt{2}}", r"\sqrt{2}"),
+    (r"\boxed{\sqrt2}", r"\sqrt{2}"),
+    ("The answer is $2\\sqrt{3}$.", r"2\sqrt{3}"),
+    ("√2", r"\sqrt{2}"),
+    (r"\boxed{2\pi}", r"2\pi"),
+    (r"\boxed{2x}", "2x"),
+    (r"\boxed{x + 5}", "x+5"),
+    (r"\boxed{0.\overline{3}}", r"0.\overline{3}"),
+    (r"\boxed{5!}", "5!"),
+    (r"\boxed{1:2}", "1:2"),
+    ("18 + 2", None),
+    ("H2O", None),
+    (r"\boxed{\text{no solution}}", "no solution"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), MATH)
+def test_the_table_of_math_answers(text: str, answer: str | None) -> None:
+    """Each row is a way in which models write an answer and graders have misread it."""
+    assert extract("math", text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\boxed{1,234}", "1234"),
+        (r"\boxed{1234}", "1,234"),  # the 14 golds of GSM8K that carry a comma
+        ("#### 1,450,000", "1450000"),
+        ("18.00", "18"),
+        ("073", "73"),
+        ("73", "073"),
+        ("0.5", "1/2"),
+        (r"\boxed{\frac{3}{6}}", "0.50"),
+        ("50%", "50"),
+        ("50%", "0.5"),
+        ("50", "50%"),
+        ("0.5", "50%"),
+        ("0.5%", "0.5"),
+        ("18", "18 dollars"),
+        ("18", r"\$18.00"),
+        ("18", "2 * 9 = 18\n#### 18"),
+        ("18", r"so $\boxed{18}$"),
+        (r"\boxed{\dfrac{\sqrt3}{2}}", r"\frac{\sqrt{3}}{2}"),
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"(3,\frac{\pi}{2})"),
+        (r"\boxed{No Solution}", "no solution"),
+        ("1e999999999", "1e999999999"),
+        ("7" * 5000, "7" * 5000),
+    ],
+)
+def test_right_answers_do_not_fail(text: str, gold: str) -> None:
+    """The same number in another dress is the same number."""
+    assert grade("math", text, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        (r"\boxed{1,234}", "1"),  # the authors' pattern stopped at the comma
+        (r"\boxed{1,234}", "234"),
+        (r"\boxed{1,2}", "12"),
+        (r"\boxed{1,2}", "2"),
+        ("18.5", "18"),
+        ("0.3333333333333333", "1/3"),  # equal as floats
+        ("9007199254740993", "9007199254740992"),  # equal as floats
+        (r"\boxed{\frac{1}{2}}", "1"),
+        (r"\boxed{\frac{1}{2}}", "2"),
+        (r"\boxed{3\frac{1}{2}}", "3"),
+        (r"\boxed{\sqrt{2}}", "2"),
+        ("It is $2\\sqrt{3}$", "2"),
+        ("It is $2\\sqrt{3}$", "3"),
+        (r"\boxed{2\pi}", "2"),
+        (r"\boxed{2x}", "2"),
+        (r"\boxed{x^2}", "2"),
+        (r"\boxed{x=1, y=2}", "2"),
+        (r"\boxed{(1,2)}", "(2,1)"),
+        (r"\boxed{3} and \boxed{5}", "5"),
+        (r"\boxed{12", "12"),  # may have become 1234
+        ("-5", "5"),
+        ("\u22125", "5"),
+        ("50%", "5"),
+        ("0.5", "50"),
+        ("5%", "500%"),
+        ("5%", "0.0005"),
+        ("10^3", "10"),
+        ("10^3", "3"),
+        ("10³", "103"),
+        ("1e3", "1"),
+        ("2 million", "2"),
+        ("3-5", "5"),
+        ("18 + 2", "2"),
+        ("<think> 14", "14"),
+        ("1e999999999", "1e999999998"),
+        ("9^9^9", "9"),
+        ("7" * 5000, "7" * 4999),
+        ("", ""),
+        ("none", ""),
+    ],
+)
+def test_wrong_answers_do_not_pass(text: str, gold: str) -> None:
+    """Every row passed in some grader, mostly because a part of the number was read."""
+    assert not grade("math", text, gold)
+
+
+DRESSES = [
+    "{}",
+    " {}",
+    r"\boxed{{{}}}",
+    r"\boxed{{ {} \text{{ apples}}}}",
+    r"\boxed{{\text{{{} dollars}}}}",
+    r"$\boxed{{x = {}}}$",
+    "#### {}",
+    "The answer is {}.",
+    "**Answer:** {}",
+    "So she has 3 + 4 = {} apples in 2 days.",
+    "First 7, then 12.5; in the end {} km.",
+    "<think> 3 and 4</think> {}",
+]
+
+
+@given(st.integers(-(10**15), 10**15), st.integers(0, 3), st.sampled_from(DRESSES), st.sampled_from(["-", "\u2212"]))
+def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
+    """Commas, decimals and words around a number do not change it; the number beside it is another number."""
+    written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
+    text = dress.format(written)
+    assert extract("math", text) == str(number)
+    for gold in (str(number), f"{number:,}", f"{number}.0"):
+        assert grade("math", text, gold)
+    assert not grade("math", text, str(number + 1))
+    assert not grade("math", text, str(-number - 1))
+    assert not grade("math", text, f"{number}.01")
+
+
+@given(
+    st.integers(-999, 999), st.integers(1, 999), st.sampled_from(["{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}"])
+)
+def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> None:
+    """Floats make 0.1 + 0.2 wrong and 0.333 right."""
+    text = rf"\boxed{{{form.format(top, bottom)}}}"
+    value = Fraction(top, bottom)
+    assert extract("math", text) == str(value)
+    assert grade("math", text, f"{top * 7}/{bottom * 7}")
+    assert not grade("math", text, str(value + Fraction(1, 10**9)))
+
+
+@given(st.decimals(-(10**9), 10**9, allow_nan=False, places=4))
+def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
+    """A bill that says 5/2 where the model wrote 2.50 is hard to follow."""
+    answer = extract("math", f"{number:,f}")
+    assert answer is not None and "/" not in answer and "," not in answer
+    assert Fraction(answer) == Fraction(number)
+
+
+@given(st.sampled_from([answer for _, answer in MATH if answer and answer.strip("-0123456789./%") == ""]))
+def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
+    """A regrade reads the stored answer and must find the same one, whatever dress it wears then."""
+    for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
+        assert extract("math", dress.format(answer)) == answer
+
+
+@pytest.mark.parametrize(
+    "text", ["1e999999999", "10^999999999", "9^9^9^9", "2^-999999999", "1e99*" * 60 + "1", "9" * 5000, "1/3^400"]
+)
+def test_a_huge_exponent_is_not_computed(text: str) -> None:
+    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers (torchtitan 4442)."""
+    start = time.process_time()
+    assert not grade("math", rf"\boxed{{{text}}}", "1")
+    assert time.process_time() - start < 0.5
+
+
+# -- choice -----------------------------------------------------------------------------------------------------------
+
+CHOICE = [  # text, answer; every one also in lower case where the letter is dressed
+    ("B", "b"),
+    (" b\n", "b"),
+    ("b.", "b"),
+    ("B)", "b"),
+    ("(B)", "b"),
+    ("[B]", "b"),
+    ("**B**", "b"),
+    ("$B$", "b"),
+    ("（Ｂ）", "b"),
+    ("B. Oral ulcers", "b"),
+    ("**B. Oral ulcers**", "b"),
+    ("B Oral ulcers", "b"),
+    ("B\n\nIt explains the fever.", "b"),
+    ("Option B", "b"),
+    ("answer: b", "b"),
+    ("**Answer:** B", "b"),
+    ("### Answer\nB", "b"),
+    ("The answer is (B).", "b"),
+    ("The answer is b", "b"),
+    ("The answer is **B** because A is too rare.", "b"),
+    ("The answer is most likely option B, oral ulcers.", "b"),
+    ("The correct choice is **(B)**", "b"),
+    ("I choose (B). Hope this helps!", "b"),
+    ("A is wrong. So B is correct.", "b"),
+    ("Therefore, it must be (B).", "b"),
+    ("The answer is A. No, wait: the answer is B.", "b"),
+    ("The answer is B.\n\nOption A is less likely.", "b"),
+    (r"\boxed{B}", "b"),
+    (r"\boxed{b}", "b"),
+    (r"\boxed{\text{B}}", "b"),
+    (r"\boxed{\textbf{(B) }\text{Oral ulcers}}", "b"),
+    (r"\boxed{(B) Oral ulcers}", "b"),
+    (r"\boxed{Oral ulcers}", "b"),
+    (r"\boxed{\text{oral ulcers.}}", "b"),
+    (r"The answer is A, or rather \boxed{B}", "b"),
+    ("The answer is oral ulcers.", "b"),
+    ("The answer is Oral ulcers (common in this disease).", "b"),
+    ("Oral ulcers", "b"),
+    ("Continue methimazole", "c"),
+    ("The answer is: Discontinue methimazole, start propylthiouracil", "d"),
+    ("A. Hemolytic\nB. Oral\nC. Continue\nD. Discontinue\n\nB", "b"),
+    ("<think>A</think>B", "b"),
+    # no answer
+    ("A or B", None),
+    ("A and C", None),
+    ("A/B", None),
+    ("A, B", None),
+    ("Both A and C.", None),
+    ("The answer is (A) or (B).", None),
+    ("The answer is A, B, and C.", None),
+    (r"\boxed{A} or \boxed{B}", None),
+    (r"\boxed{A, C}", None),
+    (r"\boxed{B. Hemolytic uremic syndrome}", None),  # letter and text disagree
+    ("A. Hemolytic\nB. Oral\nC. Continue\nD. Discontinue", None),
+    ("E", None),
+    (r"\boxed{E}", None),
+    (r"\boxed{42}", None),
+    (r"\boxed{B", None),
+    ("The answer is not A.", None),
+    ("A cat sat", None),
+    ("A cat sat on a mat. I saw it.", None),
+    ("I think so.", None),
+    ("The answer is a matter of taste.", None),
+    ("He lacks vitamin C.", None),
+    ("This is hepatitis B", None),
+    ("<think>B", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), CHOICE)
+def test_the_table_of_choice_answers(text: str, answer: str | None) -> None:
+    r"""The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b", character by character."""
+    assert extract("choice", text, OPTIONS) == answer
+    assert extract("choice", text, {letter.upper(): words for letter, words in OPTIONS.items()}) == answer
+    for gold in OPTIONS:
+        assert grade("choice", text, gold, OPTIONS) == (gold == answer)
+
+
+def test_a_letter_needs_no_options_to_be_read() -> None:
+    """GPQA's files keep the options inside the question."""
+    for text in ("C", r"\boxed{\text{C}}", "The answer is (C).", r"\boxed{(C) 10 m/s}", "The correct option is C"):
+        assert extract("choice", text) == "c"
+        assert grade("choice", text, "C") and not grade("choice", text, "B")
+    for text in ("I think so", "A cat sat", "A or B", "no idea"):
+        assert extract("choice", text) is None
+
+
+def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
+    """MedQA gives the gold as text, ARC as a letter, in upper case."""
+    for gold in ("b", "B", "(B)", "Oral ulcers", "oral ulcers", "B. Oral ulcers"):
+        assert grade("choice", "(B)", gold, OPTIONS)
+        assert not grade("choice", "(A)", gold, OPTIONS)
+    assert not grade("choice", "E", "E", OPTIONS)
+
+
+def test_options_may_be_numbered() -> None:
+    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option, unless it is a label."""
+    numbered = {"1": "gas", "2": "solid", "3": "liquid", "4": "plasma"}
+    for text in ("2", "(2)", r"\boxed{2}", "The answer is 2.", "Answer: 2) solid", "solid"):
+        assert extract("choice", text, numbered) == "2"
+    assert extract("choice", "The answer is 2.5", numbered) is None
+    assert extract("choice", "5", numbered) is None
+    assert extract("choice", r"\boxed{13}", {"a": "6", "b": "7", "c": "13", "d": "19"}) == "c"
+
+
+def test_a_part_of_an_option_is_not_that_option() -> None:
+    """By substring, "discontinue" holds "continue": the wrong option would match the right text."""
+    assert extract("choice", r"\boxed{Discontinue methimazole}", OPTIONS) is None
+    assert extract("choice", "The answer is kilometer.", {"a": "meter", "b": "kilometer"}) == "b"
+    assert extract("choice", "The answer is 10 meters.", {"a": "10", "b": "20"}) is None
+
+
+# -- code -------------------------------------------------------------------------------------------------------------
+
+SOLUTION = "def double(x):\n    return 2 * x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```python\n{SOLUTION}\n```",
+        f"```\n{SOLUTION}\n```",
+        f"Here it is: ```Python\n{SOLUTION}\n```",
+        f"```py\n{SOLUTION}```",
+        f"```python\n{SOLUTION}\n```\nUse it so:\n```python\ny = double(2)\nprint(y)\n```\nIt prints\n```\n4\n```",
+        f"```python\ndef draft(x): ...\n```\nBetter:\n```python\n{SOLUTION}\n```",
+        f"```python\n{SOLUTION}\n```\nor, if you like,\n```python\ndef doub",
+        f"```bash\npip install x\n```\n```python\n{SOLUTION}\n```\n```text\ndef not_python\n```",
+        f"1. First\n\n   ```python\n   {SOLUTION.replace(chr(10), chr(10) + '   ')}\n   ```",
+        f"<think>```python\ndef wrong(): ...\n```</think>```python\n{SOLUTION}\n```",
+        f"```python\n{SOLUTION}",
+        f"```python\r\n{SOLUTION.replace(chr(10), chr(13) + chr(10))}\r\n```",
+        f"Use `x` and ```y``` here.\n```python\n{SOLUTION}\n```",
+        SOLUTION,
+        f"\n{SOLUTION}\n",
+    ],
+)
+def test_the_solution_is_found(text: str) -> None:
+    """The authors took the last ```python block, a usage example as a rule, and no untagged one."""
+    assert extract("code", text) == SOLUTION
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "yes",
+        "I do not know.",
+        "Answer: 42",
+        "42",
+        "not sure",
+        "```bash\nls\n```",
+        "<think>" + SOLUTION,
+        "```python\n```",
+    ],
+)
+def test_prose_is_no_program(text: str) -> None:
+    """`yes` and `Answer: 42` parse as Python, do nothing and would be counted as written programs."""
+    assert extract("code", text) is None
+
+
+# -- on the data ------------------------------------------------------------------------------------------------------
+
+
+def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
+    """A grader that fails gold solutions cannot tell two methods apart."""
+    data = rows("gsm8k_test")
+    for row, other in zip(data, data[1:] + data[:1], strict=True):
+        gold, wrong = row["answer"], other["answer"]
+        for text in (
+            row["solution"],
+            f"<think>{other['solution']}</think>{row['solution']}",
+            rf"\boxed{{{int(gold):,}}}",
+        ):
+            assert grade("math", text, gold), row["id"]
+            assert grade("math", text, row["solution"]), row["id"]
+            assert grade("math", text, wrong) == (int(gold) == int(wrong)), row["id"]
+
+
+def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
+    """AIME writes 073; the authors call int() on what may be no integer."""
+    data = rows("aime2024")
+    for row, other in zip(data, data[1:] + data[:1], strict=True):
+        for text in (rf"$\boxed{{{int(row['answer']):03d}}}$", f"The answer is {row['answer']}."):
+            assert grade("math", text, row["answer"])
+            assert grade("math", text, other["answer"]) == (int(row["answer"]) == int(other["answer"]))
+
+
+@pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
+def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
+    """Options that hold one another, that are numbers, or that end in a full stop are where matching breaks."""
+    for row in rows(name):
+        choices = row["choices"]
+        for letter, words in choices.items():
+            big = letter.upper()
+            for text in (
+                big,
+                f"({letter})",
+                f"{big}. {words}",
+                f"The answer is ({big}) {words}",
+                f"The answer is {big}.",
+                rf"\boxed{{{big}}}",
+                rf"\boxed{{\text{{{big}. {words}}}}}",
+                rf"\boxed{{{words}}}",
+                f"The answer is: {words}",
+                f"{' '.join(choices.values())}\n\nThe correct option is **{big}**.",
+            ):
+                assert extract("choice", text, choices) == letter, (row["id"], text)
+                assert grade("choice", text, row["answer"], choices) == (letter == row["answer"])
+                assert grade("choice", text, choices[row["answer"]], choices) == (letter == row["answer"])
+
+
+def test_a_question_read_back_is_seldom_an_answer() -> None:
+    """Chance must stay chance: a model that only repeats its question and options has answered nothing."""
+    data = rows("arc_easy_test") + rows("medqa")
+    found = 0
+    for row in data:
+        options = "\n".join(f"{letter.upper()}. {words}" for letter, words in row["choices"].items())
+        found += extract("choice", f"{row['question']}\n{options}", row["choices"]) is not None
+    assert found == 0
+
+
+def test_shuffled_letters_score_at_chance() -> None:
+    """The control of the grader itself: random letters in random dress are right as often as chance says."""
+    draw = random.Random(0)
+    data = rows("arc_challenge_test")
+    right = sum(
+        grade(
+            "choice",
+            draw.choice(["{}", "({})", r"\boxed{{{}}}"]).format(draw.choice("ABCD")),
+            row["answer"],
+            row["choices"],
+        )
+        for row in data * 20
+    )
+    assert 0.21 < right / (20 * len(data)) < 0.29
