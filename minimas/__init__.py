@@ -19,25 +19,7 @@ from .teams import Agent, Team, hierarchical, sequential
 from .tokenizer import Tokenizer
 
 __all__ = [
-    "LM",
-    "Agent",
-    "Aligner",
-    "Config",
-    "KVCache",
-    "Qwen3",
-    "Result",
-    "Sampling",
-    "Team",
-    "Tokenizer",
-    "Watcher",
-    "alignment_matrix",
-    "generate",
-    "hierarchical",
-    "latent_mas",
-    "load",
-    "sequential",
-    "single",
-    "text_mas",
-    "think",
-]
+    "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team", "Tokenizer", "Watcher",
+    "alignment_matrix", "generate", "hierarchical", "latent_mas", "load", "sequential", "single", "text_mas", "think",
+]  # fmt: skip
 __version__ = "0.1.0"

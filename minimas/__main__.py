@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import errno
 import json
-import math
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ import torch
 
 from . import prompts
 from .agents import KINDS, TRANSFERS, latent_mas, single, text_mas
+from .generate import Sampling
 from .info import describe
 from .latent import ALIGNMENTS
 from .load import TINY, load, resolve
@@ -40,28 +40,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"minimas: error: {message}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """A parser of one flag's value, an int or float in low … high."""
+def whole(low: int) -> Callable[[str], int]:
+    """A parser of a flag's value, a whole number not below `low`."""
 
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and value < math.inf):
-            expected = (
-                f"a {'whole ' if kind is int else ''}number, {low} {'or more' if high == math.inf else f'to {high}'}"
-            )
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+    def number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"found {value}, expected {low} or more")
         return value
 
-    return parse
+    return number
 
 
 def parser() -> Parser:
-    top = Parser(
-        prog="minimas", description="Agents that think in latent space and hand over their memory (LatentMAS)."
-    )
+    top = Parser(prog="minimas", description="Agents that think in latent space and hand over memory (LatentMAS).")
     commands = top.add_subparsers(dest="command", required=True, metavar="ask | info")
     ask = commands.add_parser("ask", help="answer a question with a team of agents", allow_abbrev=False)
     add = ask.add_argument
@@ -70,16 +61,16 @@ def parser() -> Parser:
     add("--model", "-m", default=TINY, help="folder or hub id (default: %(default)s)")
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
-    add("--latent-steps", type=number(int, 0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
+    add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
     add("--align", choices=ALIGNMENTS, help="from hidden state to embedding (default: ridge, the paper's)")
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
-    add("--max-new-tokens", "-n", type=number(int, 1), metavar="N", help="an agent may write (default: 256)")
-    add("--temperature", "--temp", type=number(float, 0), metavar="T", help="0: greedy (default: the model's)")
-    add("--top-p", type=number(float, 1e-6, 1), metavar="P", help="(default: the model's)")
-    add("--top-k", type=number(int, 0), metavar="K", help="0: all tokens (default: the model's)")
-    add("--seed", "-s", type=number(int, 0), default=0, metavar="N", help="(default: %(default)s)")
-    add("--batch-size", type=number(int, 1), default=1, metavar="B", help="questions of a file at once (default: 1)")
+    add("--max-new-tokens", "-n", type=int, metavar="N", help="an agent may write (default: the model's, else 256)")
+    add("--temperature", "--temp", type=float, metavar="T", help="0: greedy (default: the model's)")
+    add("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this mass (default: the model's)")
+    add("--top-k", type=int, metavar="K", help="keep this many; 0: all (default: the model's)")
+    add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
+    add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")
@@ -124,14 +115,13 @@ def run_ask(args: argparse.Namespace) -> None:
             parser().error(f"--{flag.replace('_', '-')}: goes with --method {' or '.join(methods)}, not {args.method}")
     rows = list(read_rows(args))
     if args.transfer == "shuffled" and len(rows) == 1:
-        parser().error(
-            "--transfer: found shuffled with one question, expected a --file of two or more to swap memories"
-        )
+        parser().error("--transfer: found shuffled with one question, expected a --file of two or more")
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    Sampling(**given)  # refused before a model is loaded
     options = {flag: getattr(args, flag) for flag in ONLY if getattr(args, flag) is not None}
     if str(args.team).endswith(".json"):
         options["team"] = Team.from_json(args.team)
     lm = load(args.model, device=args.device, dtype=args.dtype)
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)
@@ -155,8 +145,7 @@ def run_ask(args: argparse.Namespace) -> None:
         screen.show(results)
         bill += [result.usage for result in results]
     if not args.quiet:
-        total = {field.name: sum(getattr(usage, field.name) for usage in bill) for field in dataclasses.fields(Usage)}
-        print_bill("total", **total | {"memory_bytes": max(usage.memory_bytes for usage in bill)})
+        print_bill("total", bill)
 
 
 def read_rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -169,8 +158,10 @@ def read_rows(args: argparse.Namespace) -> Iterator[Row]:
             parser().error("QUESTION: found an empty text, expected a question")
         yield {"question": question}
         return
-    count = 0
-    for count, line in enumerate(args.file.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = args.file.read_text(encoding="utf-8").split("\n")
+    for count, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -180,7 +171,7 @@ def read_rows(args: argparse.Namespace) -> Iterator[Row]:
             if (not isinstance(found, kind) and (needed or found is not None)) or found in ("", {}):
                 raise ValueError(f"{args.file}: line {count}: {field}: found {found!r:.80}, expected {kind.__name__}")
         yield row
-    if not count:
+    if not any(line.strip() for line in lines):
         raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
 
 
@@ -201,11 +192,11 @@ def batches(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[str, li
             yield name, group[start : start + size]
 
 
-def print_bill(
-    name: str, prompt_tokens: int, latent_steps: int, output_tokens: int, seconds: float, memory_bytes: int
-) -> None:
-    tokens = f"read {prompt_tokens:,}, thought {latent_steps:,}, wrote {output_tokens:,}"
-    print(f"{name:>14}: {tokens} in {seconds:.2f} s, memory {memory_bytes / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+def print_bill(name: str, usages: Sequence[Usage]) -> None:
+    total = Usage.total(usages)
+    tokens = f"read {total.prompt_tokens:,}, thought {total.latent_steps:,}, wrote {total.output_tokens:,}"
+    memory = f"memory {total.memory_bytes / 1e6:,.2f} MB"
+    print(f"{name:>14}: {tokens} in {total.seconds:.2f} s, {memory}", file=sys.stderr, flush=True)
 
 
 class Screen(Watcher):
@@ -236,8 +227,7 @@ class Screen(Watcher):
         if any(self.pieces) and len(self.batch) == 1 and not self.args.json:
             print(flush=True)  # the answer is complete
         if not self.args.quiet:
-            names = [field.name for field in dataclasses.fields(Usage)]
-            print_bill(traces[0].name, **{name: sum(getattr(trace, name) for trace in traces) for name in names})
+            print_bill(traces[0].name, traces)
 
     def close(self) -> None:
         if self.bar is not None:

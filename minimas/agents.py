@@ -33,28 +33,17 @@ KINDS = tuple(prompts.FORMS)
 
 
 def single(
-    lm: LM,
-    questions: Sequence[str],
-    kind: str = "math",
-    choices: Any = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    watcher: Watcher | None = None,
+    lm: LM, questions: Sequence[str], kind: str = "math", choices: Any = None, sampling: Sampling | None = None,
+    seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
     """One agent answers each question alone: the baseline. Parameters and errors as in `latent_mas`."""
     run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
-    return _pass_text(run, lm.teams.get("single", Team((Agent("single", prompts.SINGLE),))))
+    return _pass_text(run, lm.teams.get("single") or Team((Agent("single", prompts.SINGLE),)))
 
 
 def text_mas(
-    lm: LM,
-    questions: Sequence[str],
-    team: str | Team = "sequential",
-    kind: str = "math",
-    choices: Any = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    watcher: Watcher | None = None,
+    lm: LM, questions: Sequence[str], team: str | Team = "sequential", kind: str = "math", choices: Any = None,
+    sampling: Sampling | None = None, seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
     """The same agents pass text: each writes, and the next one reads it. Parameters and errors as in `latent_mas`.
 
@@ -66,17 +55,9 @@ def text_mas(
 
 
 def latent_mas(
-    lm: LM,
-    questions: Sequence[str],
-    team: str | Team = "sequential",
-    latent_steps: int | None = None,
-    align: str | Callable[[Tensor], Tensor] = "ridge",
-    kind: str = "math",
-    choices: Any = None,
-    sampling: Sampling | None = None,
-    transfer: str = "full",
-    seed: int = 0,
-    watcher: Watcher | None = None,
+    lm: LM, questions: Sequence[str], team: str | Team = "sequential", latent_steps: int | None = None,
+    align: str | Callable[[Tensor], Tensor] = "ridge", kind: str = "math", choices: Any = None,
+    sampling: Sampling | None = None, transfer: str = "full", seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
@@ -160,15 +141,8 @@ class _Run:
         return needed
 
     def act(
-        self,
-        agents: Sequence[Agent],
-        turns: Sequence[Turn],
-        memory: KVCache,
-        steps: int = 0,
-        align: Callable[[Tensor], Tensor] | None = None,
-        writes: bool = True,
-        final: bool = False,
-        closes: bool = False,
+        self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int = 0, align: Any = None,
+        writes: bool = True, final: bool = False, closes: bool = False,
     ) -> "_Acted":
         """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
@@ -183,9 +157,8 @@ class _Run:
         written = [Written("", [], "stop")] * len(ids)
         if writes:
             sources = self.generators * len(agents)
-            pieces = stream(
-                model, self.tokenizer, hidden, memory, self.sampling, self.lm.end_ids, sources, ids, remember=closes
-            )
+            end = self.lm.end_ids
+            pieces = stream(model, self.tokenizer, hidden, memory, self.sampling, end, sources, ids, remember=closes)
             for row, piece, done in pieces:
                 if final and piece:
                     self.watcher.text(row, piece)
@@ -208,12 +181,12 @@ class _Run:
             torch.cuda.synchronize(self.lm.model.device)  # kernels are queued, not done, when a call returns
         return time.perf_counter()
 
-    def results(self, acts: Sequence["_Acted"]) -> list[Result]:
+    def results(self, acts: Sequence["_Acted"], last: Agent) -> list[Result]:
         """One result for each question, from all agents' turns in order."""
         B, results = len(self.questions), []
         for q, (question, out) in enumerate(zip(self.questions, acts[-1].written, strict=True)):
             traces = [trace for act in acts for trace in act.traces[q::B]]
-            answer = extract(self.kind, out.text, self.choices[q])
+            answer = extract(self.kind, last.prefix + out.text, self.choices[q])  # a prefix may open a thought
             results.append(Result(question, out.text, answer, out.finish_reason, traces))
         return results
 
@@ -271,7 +244,7 @@ def _pass_text(run: _Run, team: Team) -> list[Result]:
             agent, q = agents[row // B], row % B
             work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
             talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
-    return run.results(acts)
+    return run.results(acts, team.agents[-1])
 
 
 def _pass_memory(run: _Run, team: Team, latent_steps: int | None, align: Any, transfer: str) -> list[Result]:
@@ -310,7 +283,7 @@ def _pass_memory(run: _Run, team: Team, latent_steps: int | None, align: Any, tr
         rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
         parts = [*parts, *map(handed.select, rows)] if alone else [handed]
         parts = parts[-1:] if transfer == "last" else parts
-    return run.results(acts)
+    return run.results(acts, team.agents[-1])
 
 
 def _require_context(run: _Run, thinking: _Run, team: Team, steps: Callable[..., int], transfer: str) -> None:

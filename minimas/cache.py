@@ -3,10 +3,8 @@
 The invariant is *slot = position*: row b's slots 0 … lengths[b]-1 are filled, and the key in slot p was rotated for
 position p. Ragged batches are padded on the right: no query sees what lies beyond lengths[b] (one at position p sees
 slots ≤ p), and the next append overwrites it. So there is no padding mask, a row does not depend on its neighbours, and
-whatever moves a slot must rotate its key. A memory is a value: `select`, `fork`, `truncate`, `keep_last` and `concat`
-return a new one; only `append` and `advance`, which the model calls, change it.
-
-Does not know: models, tokens, agents.  B rows, K key-value heads, S slots, T new slots, d head size.
+whatever moves a slot must rotate its key. A memory is a value: only `append` and `advance`, which the model calls,
+change it. Does not know: models, tokens, agents.  B rows, K key-value heads, S slots, T new slots, d head size.
 """
 
 import copy
@@ -30,26 +28,18 @@ class KVCache:
     """Keys and values (B, K, S, d) of every layer; `lengths` (B,) int64 on the CPU counts each row's filled slots."""
 
     def __init__(
-        self,
-        config: Config,
-        batch_size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, config: Config, batch_size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         """An empty memory; room is taken as it is needed."""
         if batch_size < 1:
             raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
         self.config = config
-        self.owner: Any = None  # the model that appends signs the memory; it has a name and a fingerprint()
+        self.owner: Any = None  # the model that writes here; it has a name and a fingerprint()
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)  # on the CPU: reading it never waits for a GPU
         self.dtype, self.device = dtype, torch.device(device)
         empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
-
-    @property
-    def ragged(self) -> bool:
-        return bool((self.lengths != self.lengths[0]).any())
 
     @property
     def slot_nbytes(self) -> int:
@@ -62,25 +52,22 @@ class KVCache:
         return int(self.lengths.sum()) * self.slot_nbytes
 
     def next_positions(self, rows: int, new: int) -> Tensor:
-        """Positions of the next `new` slots on the memory's device: (B, T), or (1, T) where all rows are equally long.
-
-        Raises ValueError when the inputs are not for as many rows as the memory holds.
-        """
+        """Positions of the next slots, (B, T), or (1, T) for rows of one length; ValueError for other rows."""
         if rows != len(self.lengths):
             raise ValueError(f"inputs: found {rows} rows, expected {len(self.lengths)} as in the memory")
-        starts = self.lengths if self.ragged else self.lengths[:1]
+        starts = self.lengths if bool((self.lengths != self.lengths[0]).any()) else self.lengths[:1]
         return (starts[:, None] + torch.arange(new)).to(self.device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, K, T, d) behind each row's filled slots and return the layer's (B, K, S, d).
 
-        Keys come rotated for positions lengths[b] … lengths[b]+T-1. Nothing counts as filled before `advance`, so a
-        forward pass that fails half-way leaves the memory as it was.
+        Keys come rotated for their positions. Nothing counts as filled before `advance`, so that a forward pass that
+        fails half-way leaves the memory as it was.
         """
         new = keys.shape[2]
         start, total = int(self.lengths.min()), int(self.lengths.max()) + new
-        self._reserve(layer, total, keys.shape[1])
-        for store, chunk in ((self.keys[layer], keys), (self.values[layer], values)):
+        for stores, chunk in ((self.keys, keys), (self.values, values)):
+            store = stores[layer] = _with_room(stores[layer], total, heads=chunk.shape[1])
             if start + new == total:
                 store[:, :, start:total] = chunk
             else:  # ragged rows: each has its own first free slot
@@ -93,28 +80,18 @@ class KVCache:
         """Count `lengths` (B,) more slots as filled, after every layer has appended at least as many."""
         self.lengths = self.lengths + lengths.to("cpu", torch.int64)
 
-    def _reserve(self, layer: int, slots: int, heads: int) -> None:
-        room = self.keys[layer].shape[2]
-        if slots <= room:
-            return
-        room = max(slots, room + room // 2 + 64)  # by half, so that a long rollout copies a bounded number of times
-        for stores in (self.keys, self.values):
-            old = stores[layer]
-            # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN. The number of
-            # heads comes with the first append, so that a shard of a layer is still a layer.
-            stores[layer] = old.new_zeros(old.shape[0], heads, room, old.shape[3])
-            if old.shape[2]:
-                stores[layer][:, :, : old.shape[2]] = old
+    def sign(self, model: Any) -> None:
+        """Note which model writes here; raises ValueError if another one has: these keys mean nothing to it."""
+        if self.owner not in (None, model) and self.owner.fingerprint() != model.fingerprint():
+            raise ValueError(f"memory: found one that model {self.owner.name!r} wrote, expected one of {model.name!r}")
+        self.owner = model
 
     def fork(self) -> "KVCache":
         """A copy, so that two continuations do not disturb each other."""
         return self.select(range(len(self.lengths)))
 
     def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
-        """A copy of `rows`, an index tensor or a list; a row may come twice or not at all.
-
-        Raises IndexError for a row that does not exist.
-        """
+        """A copy of `rows`, an index tensor or a list, with repeats; raises IndexError for one that does not exist."""
         index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64).cpu()
         if index.ndim != 1 or len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= len(self.lengths):
             raise IndexError(f"rows: found {index.tolist()}, expected a list of indices below {len(self.lengths)}")
@@ -126,32 +103,28 @@ class KVCache:
         return self._slice(length, from_end=False)
 
     def keep_last(self, length: int | Tensor) -> "KVCache":
-        """The last `length` slots of every row (an int, or one per row (B,)), moved to slot 0 with keys re-rotated.
-
-        Not re-rotated, old keys would stand where later positions, which follow the length, do not expect them.
-        """
+        """The last `length` slots of every row (an int, or one per row (B,)), moved to slot 0, keys re-rotated."""
         return self._slice(length, from_end=True)
 
     @classmethod
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
         """Join memories of equal batch size row by row, each one's keys rotated by the length of those before it.
 
-        The result equals one forward in which no part sees another (a block mask), not a sequential one.
-        Raises ValueError for no caches, or caches of different models, dtypes, devices or batch sizes.
+        Equals one forward in which no part sees another (a block mask), not a sequential one. Raises ValueError for
+        no caches, or caches of different models, dtypes, devices or batch sizes.
         """
         kinds = {(c.config, len(c.lengths), c.dtype, c.device) for c in caches}
         if len(kinds) != 1:
             found = "; ".join(f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds) or "none"
             raise ValueError(f"caches: found {found}, expected one or more of equal model, rows, dtype and device")
-        first = caches[0]
-        joined = cls(first.config, len(first.lengths), first.dtype, first.device)
+        joined = cls(*kinds.pop())
         for cache in caches:
             width = int(cache.lengths.max())
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                moved = move(keys[:, :, :width], joined.lengths.to(keys.device), first.config.rope_theta)
+                moved = move(keys[:, :, :width], joined.lengths.to(keys.device), joined.config.rope_theta)
                 joined.append(layer, moved, values[:, :, :width])
             joined.advance(cache.lengths)
-            joined.owner = joined.owner or cache.owner
+            joined.sign(cache.owner or joined.owner)
         return joined
 
     def _slice(self, length: int | Tensor, from_end: bool) -> "KVCache":
@@ -159,7 +132,7 @@ class KVCache:
         if int(lengths.min()) < 0:
             raise ValueError(f"length: found {int(lengths.min())}, expected 0 or more")
         starts = self.lengths - lengths if from_end else torch.zeros_like(lengths)
-        # Clamped: a row shorter than the widest repeats a slot as padding.
+        # Clamped: a shorter row repeats a slot as padding.
         slots = (starts[:, None] + torch.arange(int(lengths.max()))).clamp(max=int(self.lengths.max()) - 1)
         index = slots.to(self.device)[:, None, :, None]  # (B, 1, S, 1)
         new = self._with(lengths, lambda s: s.gather(2, index.expand(-1, s.shape[1], -1, s.shape[3])))  # (B, K, S, d)
@@ -174,9 +147,9 @@ class KVCache:
         return new
 
     def save(self, path: str | Path) -> None:
-        """Write the filled slots to a safetensors file, atomically, with the fingerprint of the model that made them.
+        """Write the filled slots and their model's fingerprint to a safetensors file, whole or not at all.
 
-        Raises ValueError for a memory that no model has written to, OSError naming the file when it cannot be written.
+        Raises ValueError when no model has written to this memory, OSError naming a file that cannot be written.
         """
         if self.owner is None:
             raise ValueError(f"{path}: no model has written to this memory, so there is nothing to save")
@@ -187,7 +160,7 @@ class KVCache:
         partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
         try:
             save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)  # whole or not at all: a full disk leaves an older memory untouched
+            partial.replace(path)  # a full disk leaves an older memory as it was
         except (OSError, SafetensorError) as error:
             raise OSError(f"{path}: cannot write the memory ({error})") from error
         finally:
@@ -197,8 +170,7 @@ class KVCache:
     def load(cls, path: str | Path, model: Any) -> "KVCache":
         """Read a memory saved by `save` onto the device and into the dtype of `model`.
 
-        Raises FileNotFoundError, or ValueError naming the file for a damaged one, one of another format, or one that
-        another model made: keys and values mean nothing to other weights.
+        Raises FileNotFoundError, or ValueError naming a file that is damaged, foreign, or made by another model.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -210,13 +182,14 @@ class KVCache:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected {FORMAT!r}")
-        if (mark := metadata.get("fingerprint")) != model.fingerprint():
-            made_by, expected = f"{metadata.get('model')!r} ({mark})", f"{model.name!r} ({model.fingerprint()})"
-            raise ValueError(f"{path}: model: this memory was made by {made_by}, expected {expected}")
-        lengths = tensors.get("lengths", torch.empty(0))
+        made_by, reader = (metadata.get("model"), metadata.get("fingerprint")), (model.name, model.fingerprint())
+        if made_by[1] != reader[1]:
+            raise ValueError(f"{path}: model: found a memory of {made_by}, expected one of {reader}")
+        lengths, c = tensors.get("lengths", torch.empty(0)), model.config
         if lengths.dtype != torch.int64 or lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 0:
             raise ValueError(f"{path}: lengths: found {lengths.tolist()}, expected one count for each row")
-        cache, c = cls(model.config, len(lengths), model.dtype, model.device), model.config
+        cache = cls(c, len(lengths), model.dtype, model.device)
+        cache.lengths, cache.owner = lengths, model
         shape = (len(lengths), c.num_key_value_heads, int(lengths.max()), c.head_dim)
         for kind, stores in (("keys", cache.keys), ("values", cache.values)):
             for layer in range(len(stores)):
@@ -224,5 +197,17 @@ class KVCache:
                 if found.shape != shape or not found.is_floating_point():
                     raise ValueError(f"{path}: {kind}.{layer}: found {tuple(found.shape)}, expected floats {shape}")
                 stores[layer] = found.to(model.device, model.dtype)
-        cache.lengths, cache.owner = lengths, model
         return cache
+
+
+def _with_room(store: Tensor, slots: int, heads: int) -> Tensor:
+    """`store`, or a copy with room for `slots`; the first append brings the number of heads (of a shard: fewer)."""
+    B, _, room, d = store.shape
+    if slots <= room:
+        return store
+    # By half, so that a long rollout copies a bounded number of times. Zeros, not empty: a masked slot still enters
+    # attention as 0 × value, and 0 × NaN is NaN.
+    grown = store.new_zeros(B, heads, max(slots, room + room // 2 + 64), d)
+    if room:
+        grown[:, :, :room] = store
+    return grown

@@ -7,7 +7,6 @@ that do not touch a forward pass are listed, so that silence is a decision. Does
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 # One block, three layouts: Qwen3 normalizes queries and keys per head, Qwen2 adds a bias to q, k and v, Llama neither.
 FAMILIES = ("qwen3", "qwen2", "llama")
+LARGEST = 1e300  # a JSON integer may have any number of digits
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Fields that change the mathematics -> the values that mean "not in use"; null and absence always do.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -54,19 +54,15 @@ class Config:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> "Config":
         """Read the dict of a config.json; raises ValueError naming `source`, the field, found and expected."""
-        if not isinstance(raw, Mapping):
-            raise ValueError(f"{source}: found {type(raw).__name__}, expected a JSON object")
 
         def require(good: bool, field: str, expected: str) -> None:
             if not good:
-                found = repr(raw[field])[:80] if field in raw else "nothing"
-                raise ValueError(f"{source}: {field}: found {found}, expected {expected}")
+                raise ValueError(f"{source}: {field}: found {raw.get(field)!r:.80}, expected {expected}")
 
         def number(field: str, kind: type, default: float | None = None) -> Any:
-            value = default if raw.get(field) is None else raw[field]
+            value: Any = default if raw.get(field) is None else raw[field]
             good = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            good = good and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
-            require(good, field, f"a positive {'integer' if kind is int else 'number'}")
+            require(good and 0 < value < LARGEST, field, f"a positive {'integer' if kind is int else 'number'}")
             return kind(value)
 
         family = raw.get("model_type")
@@ -77,9 +73,8 @@ class Config:
             require(not raw.get("attention_bias"), "attention_bias", f"false for model_type {family!r}")
         plain = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         sizes = {field: number(field, int) for field in plain.split()}
-        full = ["full_attention"] * sizes["num_hidden_layers"]
+        heads, full = sizes["num_attention_heads"], ["full_attention"] * min(sizes["num_hidden_layers"], 9999)
         require(raw.get("layer_types") in (None, full), "layer_types", "'full_attention' for every layer")
-        heads = sizes["num_attention_heads"]
         kv_heads = number("num_key_value_heads", int, heads if family == "llama" else None)
         require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         # Qwen3's is free of hidden_size, so a guess would be wrong; the other two may leave it out.
@@ -88,8 +83,7 @@ class Config:
         require(isinstance(raw.get("tie_word_embeddings", False), bool), "tie_word_embeddings", "true or false")
         stored = "dtype" if raw.get("dtype") else "torch_dtype"  # transformers 5 and 4
         require(raw.get(stored) in (None, *DTYPES), stored, f"one of {', '.join(DTYPES)}")
-        known = IGNORED | UNSUPPORTED.keys() | {field.name for field in dataclasses.fields(cls)}
-        for field in raw.keys() - known:
+        for field in raw.keys() - IGNORED - UNSUPPORTED.keys() - {field.name for field in dataclasses.fields(cls)}:
             if raw[field]:
                 logging.getLogger(__name__).warning("%s: %s is not a known field; it is ignored", source, field)
         return cls(
@@ -105,14 +99,19 @@ class Config:
         )
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; raises FileNotFoundError or ValueError naming it."""
+def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
+    """The object in a JSON file, {} for a missing one that is not `needed`; FileNotFoundError or ValueError name it."""
+    if not needed and not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:  # malformed, or not UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: found {type(raw).__name__}, expected a JSON object")
+    return raw
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
@@ -130,13 +129,12 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
         block = {} if raw.get(field) is None else raw[field]
         if not isinstance(block, Mapping):
             raise ValueError(f"{source}: {field}: found {block!r}, expected an object or null")
-        kind, part = block.get("rope_type", block.get("type", "default")), block.get("partial_rotary_factor", 1)
-        if kind != "default" or part != 1:
-            found = f"rope_type {kind!r} and partial_rotary_factor {part!r}"
-            raise ValueError(f"{source}: {field}: found {found}, expected 'default' and 1")
+        kind = block.get("rope_type", block.get("type", "default"))
+        if kind != "default" or block.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"{source}: {field}: found {block!r:.80}, expected rope_type 'default' of whole heads")
         theta = block.get("rope_theta", theta)
     if theta is None and raw.get("model_type") == "llama":
         theta = 10000.0  # the first Llama checkpoints do not say
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not math.isfinite(theta) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < LARGEST:
         raise ValueError(f"{source}: rope_theta: found {theta!r}, expected a positive number")
     return float(theta)

@@ -9,7 +9,6 @@ order or shard. Does not know: prompts, agents, alignment.
 import dataclasses
 import hashlib
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,18 +37,14 @@ class Sampling:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
-        for name, kind, low, high in (
-            ("temperature", float, 0, math.inf),
-            ("top_p", float, sys.float_info.min, 1),
-            ("top_k", int, 0, math.inf),
-            ("repetition_penalty", float, sys.float_info.min, math.inf),
-            ("max_new_tokens", int, 1, math.inf),
-        ):
+        wanted = {"temperature": "0 or more", "top_p": "more than 0 and at most 1", "repetition_penalty": "more than 0"}
+        wanted |= {"top_k": "a whole number, 0 or more", "max_new_tokens": "a whole number, 1 or more"}
+        for name, expected in wanted.items():
             value = getattr(self, name)
-            good = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            if not good or not low <= value <= high or value == math.inf:
-                flag, whole = f"--{name.replace('_', '-')}", "whole " if kind is int else ""
-                raise ValueError(f"{name} ({flag}): found {value!r}, expected a {whole}number, {low:.0f} … {high}")
+            good = isinstance(value, int if "whole" in expected else int | float) and not isinstance(value, bool)
+            good = good and math.isfinite(value) and (value > 0 or (value == 0 and "0 or more" in expected))
+            if not good or (name == "top_p" and value > 1):
+                raise ValueError(f"{name} (--{name.replace('_', '-')}): found {value!r}, expected {expected}")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "generation_config.json") -> "Sampling":
@@ -128,26 +123,11 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return order.gather(1, place)[:, 0]
 
 
-def _penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Make tokens already there less likely (Keskar et al., arXiv 1909.05858, as in Hugging Face)."""
-    logits = logits.clone()
-    for row, ids in enumerate(seen):
-        there = torch.tensor(sorted(set(ids)), device=logits.device)
-        scores = logits[row, there]
-        logits[row, there] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return logits
-
-
 def decode(
-    model: Qwen3,
-    hidden: Tensor,
-    cache: KVCache,
-    sampling: Sampling,
-    end_ids: Collection[int],
-    generators: Sequence[torch.Generator],
-    prompts: Sequence[Sequence[int]],
+    model: Qwen3, hidden: Tensor, cache: KVCache, sampling: Sampling, end_ids: Collection[int],
+    generators: Sequence[torch.Generator], prompts: Sequence[Sequence[int]],
 ) -> Iterator[list[int | None]]:
-    """Yield one token for every row, None for a row that has ended, until all have; from hidden (B, 1, D).
+    """From hidden (B, 1, D) on, yield one token for every row, None for a row that has ended, until all have.
 
     A token is in memory once the iterator is asked for the next one; an end token never is. There is no limit here:
     the caller stops asking. `prompts` are the ids that a repetition penalty counts as already there.
@@ -156,8 +136,10 @@ def decode(
     seen = [list(row) for row in prompts]
     while True:
         logits = finite(model.logits(hidden), model.name)[:, -1]  # (B, V)
-        if sampling.repetition_penalty != 1:
-            logits = _penalize(logits, seen, sampling.repetition_penalty)
+        if (penalty := sampling.repetition_penalty) != 1:  # Keskar et al., arXiv 1909.05858, as in Hugging Face
+            for scores, there in zip(logits, seen, strict=True):
+                old = scores[there]
+                scores[there] = torch.where(old > 0, old / penalty, old * penalty)
         # An ended row draws no more: how long its neighbours go on must not move its generator.
         drawing = [source if on else None for source, on in zip(generators, running, strict=True)]
         tokens = choose(logits, sampling, drawing)  # (B,)
@@ -172,15 +154,8 @@ def decode(
 
 
 def stream(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    hidden: Tensor,
-    cache: KVCache,
-    sampling: Sampling,
-    end_ids: Collection[int],
-    generators: Sequence[torch.Generator],
-    prompts: Sequence[Sequence[int]],
-    remember: bool = False,
+    model: Qwen3, tokenizer: Tokenizer, hidden: Tensor, cache: KVCache, sampling: Sampling, end_ids: Collection[int],
+    generators: Sequence[torch.Generator], prompts: Sequence[Sequence[int]], remember: bool = False,
 ) -> Iterator[tuple[int, str, Written | None]]:
     """Yield (row, piece of text, None) as text comes, and (row, last piece, Written) when a row is done.
 
@@ -207,6 +182,6 @@ def stream(
 
 
 def generate(*args: Any, **kwargs: Any) -> list[Written]:
-    """What each row writes, as a list; takes what `stream` takes."""
+    """What each row writes, in order; takes what `stream` takes."""
     done = {row: written for row, _, written in stream(*args, **kwargs) if written is not None}
     return [done[row] for row in sorted(done)]

@@ -31,8 +31,8 @@ def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: 
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
-    The sums over V run in chunks in float32 (float64 for float64 weights), so that a 16-bit embedding is never copied
-    whole; the solve and the result are float64. Raises ValueError for unequal shapes or weights that are not finite.
+    The sums over V run in chunks in float32 (float64 for float64 weights), never on a whole copy; the solve and the
+    result are float64. Raises ValueError for unequal shapes or weights that are not finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
         raise ValueError(f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, expected two equal (V, D)")
@@ -46,9 +46,10 @@ def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: 
     gram, cross = gram.double(), cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) or not bool(torch.isfinite(factor).all()):
-        raise ValueError("w_out: found NaN, infinity or numerical singularity, expected a finite LM head")
-    return torch.cholesky_solve(cross, factor)
+    matrix = torch.cholesky_solve(cross, factor)
+    if int(failed) or not bool(torch.isfinite(matrix).all()):
+        raise ValueError("w_out, w_in: found NaN, infinity or numerical singularity, expected finite embeddings")
+    return matrix
 
 
 class Aligner:
@@ -65,9 +66,9 @@ class Aligner:
         """Compute one kind of map from the unquantized embeddings, once per model.
 
         "ridge" (the paper's W_a), "identity", "prenorm" ((h ÷ g) W_a: the state before the gain g of the final norm),
-        "random" (W_a's singular values, random directions: a control), all rescaled to the mean norm of the embeddings;
-        "none" (h fed back raw). `rows` is how many embedding rows count (None: all): those behind the tokenizer's last
-        id are padding. Raises ValueError for another kind, or rows out of range.
+        "random" (W_a's singular values, random directions: a control), rescaled to the embeddings' mean norm; "none"
+        (h fed back raw). `rows` is how many embedding rows count (None: all); behind the tokenizer's last is padding.
+        Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
             raise ValueError(f"align (--align): found {kind!r}, expected one of {', '.join(ALIGNMENTS)}")
@@ -84,8 +85,11 @@ class Aligner:
         if kind == "identity":
             return cls(norm=norm)
         matrix = alignment_matrix(w_out, w_in)
-        if kind == "random":
-            matrix = _random_directions(matrix)
+        if kind == "random":  # W_a's singular values between random orthogonal bases, the same at every call
+            generator = torch.Generator().manual_seed(0)
+            bases = torch.randn(2, *matrix.shape, generator=generator, dtype=torch.float64)  # (2, D, D)
+            left, right = torch.linalg.qr(bases.to(matrix.device)).Q
+            matrix = left * torch.linalg.svdvals(matrix) @ right.T
         gain = model.model.norm.weight.to(wide)
         scale = (
             torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
@@ -100,13 +104,6 @@ class Aligner:
         if self.norm is not None:
             x = x * (self.norm / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
         return x.to(hidden.dtype)
-
-
-def _random_directions(matrix: Tensor) -> Tensor:
-    """A matrix with the singular values of `matrix` between random orthogonal bases, the same at every call."""
-    bases = torch.randn(2, *matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (2, D, D)
-    left, right = torch.linalg.qr(bases.to(matrix.device)).Q
-    return left * torch.linalg.svdvals(matrix) @ right.T  # type: ignore[no-any-return]
 
 
 def think(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # read on first access, see LM
 
 TINY = "weights/tiny"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = ("BF16", "F16", "F32", "F64")
 CAN_PACK = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
 
 
@@ -47,55 +47,44 @@ class LM:
 
         if not (self.folder / "tokenizer.json").is_file():
             return None
-        tokenizer = Tokenizer(self.folder)
-        if tokenizer.size > self.model.config.vocab_size:
+        tokenizer, limit = Tokenizer(self.folder), self.model.config.vocab_size
+        if tokenizer.size > limit:
             raise ValueError(
-                f"{self.folder / 'tokenizer.json'}: found ids up to {tokenizer.size - 1}, expected fewer than "
-                f"vocab_size, {self.model.config.vocab_size}, of config.json"
+                f"{tokenizer.path}: found {tokenizer.size:,} tokens, expected vocab_size, {limit:,}, or fewer"
             )
         return tokenizer
-
-    @cached_property
-    def _generation_config(self) -> dict[str, Any]:
-        path = self.folder / "generation_config.json"
-        raw = read_json(path) if path.is_file() else {}
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: found {type(raw).__name__}, expected a JSON object")
-        return raw
 
     @cached_property
     def sampling(self) -> "Sampling":
         """The model's own sampling defaults, from generation_config.json; greedy without one."""
         from .generate import Sampling
 
-        return Sampling.from_dict(self._generation_config, str(self.folder / "generation_config.json"))
+        path = self.folder / "generation_config.json"
+        return Sampling.from_dict(read_json(path, needed=False), str(path))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Every token that ends a turn, as any of the folder's files says."""
-        where = f"{self.folder / 'generation_config.json'}: eos_token_id"
-        ids = set(token_ids(self._generation_config.get("eos_token_id"), where))
-        ids.update(self.model.config.eos_token_ids)
-        if self.tokenizer is not None:
-            ids.update(self.tokenizer.end_ids)
-        return frozenset(ids)
+        path = self.folder / "generation_config.json"
+        ids = token_ids(read_json(path, needed=False).get("eos_token_id"), f"{path}: eos_token_id")
+        return frozenset(ids).union(self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ())
 
     @cached_property
-    def _teams(self) -> "tuple[dict[str, Team], int | None]":
-        from .teams import read_teams
-
-        path = self.folder / "teams.json"
-        return read_teams(path) if path.is_file() else ({}, None)
-
-    @property
     def teams(self) -> "dict[str, Team]":
         """The folder's own teams by name (teams.json), {} without one."""
-        return self._teams[0]
+        from .teams import Team
 
-    @property
+        path = self.folder / "teams.json"
+        raw = read_json(path, needed=False)
+        return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in raw.keys() - {"latent_steps"}}
+
+    @cached_property
     def default_steps(self) -> int:
-        """How many thoughts an agent thinks if nobody says: the folder's number, or 40 (paper: best at 40 … 80)."""
-        return 40 if self._teams[1] is None else self._teams[1]
+        """How many thoughts an agent thinks if nobody says: teams.json's number, or 40 (paper: best at 40 to 80)."""
+        steps: int = read_json(self.folder / "teams.json", needed=False).get("latent_steps", 40)
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"{self.folder / 'teams.json'}: latent_steps: found {steps!r}, expected 0 or more")
+        return steps
 
     def aligner(self, kind: str) -> "Aligner":
         """The model's alignment of one kind, over the rows that the tokenizer can produce; computed once."""
@@ -118,32 +107,37 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
     where, kind = _device(device), _dtype(dtype)
     folder = resolve(name)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    kind = kind or getattr(torch, config.dtype)
-    files = _tensor_files(folder)
-    shapes = _headers(folder, files)
+    found = _checkpoint(folder)
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last not in shapes:  # before a model of a billion layers is built to find out
+    if last not in found:  # before a model of a billion layers is built to find out
         raise ValueError(f"{folder}: tensor {last} is missing (num_hidden_layers is {config.num_hidden_layers})")
     with torch.device("meta"):
         model = Qwen3(config, name=str(name))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    claimed = _claim(folder, shapes, wanted, config.tie_word_embeddings)
-    for key in claimed:
+    for key, shape in wanted.items():
+        if key not in found or found[key][1] != shape:
+            seen = f"shape {found[key][1]}" if key in found else "nothing"
+            raise ValueError(f"{folder}: tensor {key}: found {seen}, expected shape {shape} by config.json")
+    # Old Llama checkpoints carry the rotary frequencies, and Qwen3-0.6B a second copy of its tied embedding.
+    twin = "lm_head.weight" if config.tie_word_embeddings else None
+    for key, (path, _) in found.items():
+        if key not in wanted and key != twin and not key.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(f"{path}: tensor {key} belongs to nothing in a model of this config.json")
+
+    def read(key: str) -> Tensor:
+        # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
+        with _opened(found[key][0]) as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor.to(device=where, dtype=kind or getattr(torch, config.dtype), copy=True)
+
+    for key in found.keys() & wanted.keys():
         owner, _, leaf = key.rpartition(".")
-        tensor = _read(files[key], key).to(device=where, dtype=kind, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings and "lm_head.weight" in shapes:
-        head = _read(files["lm_head.weight"], "lm_head.weight").to(device=where, dtype=kind)
-        if not torch.equal(head, model.model.embed_tokens.weight):
-            raise ValueError(
-                f"{folder / 'config.json'}: tie_word_embeddings: found true, but lm_head.weight in "
-                f"{files['lm_head.weight'].name} differs from model.embed_tokens.weight"
-            )
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(key), requires_grad=False))
+    if twin in found and not torch.equal(read("lm_head.weight"), model.model.embed_tokens.weight):
+        field = f"{folder / 'config.json'}: tie_word_embeddings"
+        raise ValueError(f"{field}: found true, expected false: lm_head.weight is not model.embed_tokens.weight")
     pack(model)
     return LM(model.eval(), folder)
-
-
-# -- where the files are -----------------------------------------------------------------------------------------------
 
 
 def resolve(name: str | Path, only_config: bool = False) -> Path:
@@ -195,118 +189,69 @@ def _from_hub(repo: str, only_config: bool) -> Path:
         ) from error
 
 
-# -- what the files hold -----------------------------------------------------------------------------------------------
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name -> the safetensors file that holds it, from one file or an index with shards."""
+def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every tensor's name -> its file and its shape, from one safetensors file or an index of several."""
     if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(_names(folder / WEIGHTS), folder / WEIGHTS)
+        return _contents(folder / WEIGHTS)
     index = folder / INDEX
     if not index.is_file():
-        others = sorted(
-            p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        )
-        found = f"found {', '.join(others[:4])}" if others else "found no weights"
-        raise FileNotFoundError(f"{folder}: {found}, expected {WEIGHTS} or {INDEX} (pickled weights are never loaded)")
-    raw = read_json(index)
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+        kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in kinds)[:4]) or "no weights"
+        raise FileNotFoundError(f"{folder}: found {others}, expected {WEIGHTS} or {INDEX} (nothing is ever unpickled)")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map: found {type(weight_map).__name__}, expected tensor names -> file names")
-    files: dict[str, Path] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise ValueError(f"{index}: weight_map: found {weight_map!r:.80}, expected tensor names -> file names")
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for shard in dict.fromkeys(map(str, weight_map.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(f"{index}: weight_map: found {shard!r}, expected a .safetensors file of this folder")
-        for key in _names(folder / shard):
-            if weight_map.get(key) != shard:
-                raise ValueError(f"{folder / shard}: tensor {key}: the index has it in {weight_map.get(key)!r}")
-            files[key] = folder / shard
-    for key, shard in weight_map.items():
-        if key not in files:
-            raise ValueError(f"{folder / shard}: tensor {key} is missing (the index has it here)")
-    return files
+        found |= {key: place for key, place in _contents(folder / shard).items() if key not in found}
+    for key in weight_map.keys() | found.keys():
+        if key not in found or found[key][0].name != weight_map.get(key):
+            seen = found[key][0].name if key in found else "no file"
+            raise ValueError(f"{index}: tensor {key}: found in {seen}, expected in {weight_map.get(key)}")
+    return found
+
+
+def _contents(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    found = {}
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            part = file.get_slice(key)
+            if part.get_dtype() not in STORED:
+                raise ValueError(f"{path}: tensor {key}: found {part.get_dtype()}, expected {', '.join(STORED)}")
+            found[key] = (path, tuple(part.get_shape()))
+    return found
 
 
 def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file, truncated or of another format ({error})"
-        ) from error
-
-
-def _names(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(file.keys())
-
-
-def _headers(folder: Path, files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape; raises ValueError for one that is not floating point."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in dict.fromkeys(files.values()):
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                part = file.get_slice(key)
-                if part.get_dtype() not in STORED:
-                    raise ValueError(f"{path}: tensor {key}: found {part.get_dtype()}, expected {', '.join(STORED)}")
-                shapes[key] = tuple(part.get_shape())
-    return shapes
-
-
-def _claim(
-    folder: Path, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], tied: bool
-) -> list[str]:
-    """The tensors to read, in the file's order; raises ValueError when one is missing, misshapen or nobody's."""
-    for key, shape in wanted.items():
-        if key not in shapes:
-            raise ValueError(f"{folder}: tensor {key} is missing, expected shape {shape}")
-        if shapes[key] != shape:
-            raise ValueError(f"{folder}: tensor {key}: found shape {shapes[key]}, expected {shape} by config.json")
-    for key in shapes:
-        # Old Llama checkpoints carry the rotary frequencies, and Qwen3-0.6B a second copy of its tied embedding.
-        spare = key.endswith(".rotary_emb.inv_freq") or (tied and key == "lm_head.weight")
-        if key not in wanted and not spare:
-            raise ValueError(f"{folder}: tensor {key} belongs to nothing in a model of this config.json")
-    return [key for key in shapes if key in wanted]
-
-
-def _read(path: Path, key: str) -> Tensor:
-    # Opened anew for every tensor: the mapping is dropped with it, else the whole file counts as resident twice.
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(key)
-    return tensor
+        raise ValueError(f"{path}: found a truncated or foreign file, expected safetensors ({error})") from error
 
 
 def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(auto if str(name) == "auto" else name)
     except RuntimeError as error:
         raise ValueError(f"device (--device): found {name!r}, expected auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device (--device): found {str(name)!r}, expected cpu or cuda (others are not tested)")
+        raise ValueError(f"device (--device): found {str(name)!r}, expected cpu or cuda: no other is tested")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device (--device): found {str(name)!r}, but torch sees {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ValueError(f"device (--device): found {str(name)!r}, torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     text = str(name).removeprefix("torch.")
     text = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text)
-    if text == "auto":
-        return None
-    if text not in DTYPES:
+    if text not in ("auto", *DTYPES):
         raise ValueError(f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}")
-    return getattr(torch, text)  # type: ignore[no-any-return]
-
-
-# -- bf16 on a CPU -----------------------------------------------------------------------------------------------------
+    return getattr(torch, text, None)
 
 
 class PackedLinear(nn.Module):
@@ -326,10 +271,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
-            if self.weight.dtype != torch.bfloat16 or self.weight.device.type != "cpu":  # moved by .to()
-                return nn.functional.linear(x, self.weight, self.bias)
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
-            del self.weight
+            weight = self.weight
+            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.requires_grad:  # changed since
+                return nn.functional.linear(x, weight, self.bias)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
+            del self.weight, weight
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
@@ -337,18 +283,11 @@ class PackedLinear(nn.Module):
             return self.packed.to_dense()
         return super().__getattr__(name)
 
-    def _unpack(self) -> None:
-        packed, self.packed = self.packed, None
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        packed, self.packed = self.packed, None  # .to(), .float(), .cuda(): packing is for one dtype and device
         if packed is not None:
             self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._unpack()
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -6,8 +6,8 @@ names are Hugging Face's. Two switches turn the block into Qwen2's (bias on q, k
 
     B rows   T new positions   S cached + new   D hidden   H query heads   K key-value heads   d head size   V tokens
 
-Sources: Qwen3 technical report (arXiv 2505.09388); RMSNorm (1910.07467); grouped-query attention (2305.13245);
-RoPE (2104.09864). Does not know: tokenizers, sampling, alignment, agents, files.
+Sources: arXiv 2505.09388 (Qwen3), 1910.07467 (RMSNorm), 2305.13245 (grouped queries), 2002.05202 (SwiGLU), 2104.09864
+(RoPE). Does not know: tokenizers, sampling, alignment, agents, files.
 """
 
 import hashlib
@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -66,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)), Shazeer's SwiGLU (arXiv 2002.05202)."""
+    """down(silu(gate(x)) · up(x)), SwiGLU."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -83,8 +82,7 @@ class Block(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -94,10 +92,10 @@ class Block(nn.Module):
 
 
 class Places(NamedTuple):
-    """Where the T new positions stand: their rotation, and which of the S slots each of them may see."""
+    """Where the T new positions stand: their rotation, (B, 1, T, d), and which of the S slots each of them may see."""
 
-    cos: Tensor  # (B, 1, T, d)
-    sin: Tensor  # (B, 1, T, d)
+    cos: Tensor
+    sin: Tensor
     mask: Tensor | None  # (B, 1, H/K · T, S), True is visible; None: all of them
 
 
@@ -106,7 +104,8 @@ class Trunk(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        # Not nn.Embedding(V, D): its normal_() on the meta device, where `load` builds, takes a second of imports.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.hidden_size).uniform_(-1, 1))
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -127,11 +126,11 @@ class Qwen3(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        return self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings: (B, T) int64 -> (B, T, D)."""
@@ -146,12 +145,11 @@ class Qwen3(nn.Module):
         B, T, _ = inputs_embeds.shape
         if cache is None:
             cache = self.new_cache(B)
-        at = self._places(cache, B, T)
-        x = inputs_embeds
+        cache.sign(self)
+        x, at = inputs_embeds, self._places(cache, B, T)
         for layer, block in enumerate(self.model.layers):
             x = block(x, at, cache, layer)
         cache.advance(torch.full((B,), T) if lengths is None else lengths)
-        cache.owner = self
         return self.model.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -167,7 +165,7 @@ class Qwen3(nn.Module):
         c = self.config
         positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
         cos, sin = angles(positions, c.head_dim, c.rope_theta, self.dtype)
-        if T == 1 and not cache.ragged:
+        if T == 1 and len(positions) == 1:
             return Places(cos, sin, None)
         slots = torch.arange(int(cache.lengths.max()) + T, device=positions.device)  # (S,)
         mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
@@ -175,10 +173,7 @@ class Qwen3(nn.Module):
         return Places(cos, sin, mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1))
 
     def fingerprint(self) -> str:
-        """16 hex digits of the shape and a sample of every weight, so that a memory is not fed to other weights.
-
-        Rounded to bf16, so that the dtype in which a checkpoint was loaded does not matter.
-        """
+        """16 hex digits that tell checkpoints apart: of a sample of every weight, rounded to bf16 whatever its dtype."""
         c = self.config
         digest = hashlib.sha256(f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}".encode())
         for module_name, module in self.named_modules():

@@ -23,6 +23,12 @@ class Usage:
     seconds: float = 0.0
     memory_bytes: int = 0
 
+    @classmethod
+    def total(cls, usages: Sequence["Usage"]) -> "Usage":
+        """Several bills added up; memory is the largest of them."""
+        total = cls(*(sum(getattr(usage, field.name) for usage in usages) for field in dataclasses.fields(Usage)))
+        return dataclasses.replace(total, memory_bytes=max(usage.memory_bytes for usage in usages))
+
 
 @dataclass
 class AgentTrace(Usage):
@@ -45,11 +51,8 @@ class Result:
 
     @property
     def usage(self) -> Usage:
-        """The agents' bills added up; memory is the largest of them."""
-        names = [field.name for field in dataclasses.fields(Usage)]
-        total = Usage(**{name: sum(getattr(agent, name) for agent in self.agents) for name in names})
-        total.memory_bytes = max(agent.memory_bytes for agent in self.agents)
-        return total
+        """The agents' bills added up."""
+        return Usage.total(self.agents)
 
 
 class Watcher:

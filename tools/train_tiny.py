@@ -30,7 +30,6 @@ from tiny_task import (
     LATENT_STEPS,
     LONGEST,
     NO_QUESTION,
-    SPLIT_LONGEST,
     Piece,
     Teller,
     Transcript,
@@ -97,8 +96,9 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 # Kinds of transcript by weight, from this part of the training on, and the most operations in a question.
 CURRICULUM: tuple[tuple[float, int, dict[str, float]], ...] = (
     (0.00, 3, {"single": 0.70, "chain": 0.20, "direct": 0.10}),
-    (0.15, LONGEST, {"single": 0.30, "chain": 0.25, "direct": 0.08, "experts": 0.12, "split": 0.25}),
-    (0.40, LONGEST, {"single": 0.13, "chain": 0.35, "direct": 0.08, "experts": 0.16, "split": 0.28}),
+    (0.15, 2, {"single": 0.35, "chain": 0.20, "direct": 0.05, "experts": 0.10, "split": 0.30}),
+    (0.25, LONGEST, {"single": 0.25, "chain": 0.25, "direct": 0.08, "experts": 0.12, "split": 0.30}),
+    (0.45, LONGEST, {"single": 0.13, "chain": 0.37, "direct": 0.08, "experts": 0.16, "split": 0.26}),
 )
 
 
@@ -379,11 +379,11 @@ def arms(lm: LM) -> list[Arm]:
 def accuracy(lm: LM, arm: Arm, count: int) -> float:
     """Per cent of `count` fresh questions answered right, greedily."""
     rng = random.Random("fresh")
-    size, right = 1 if arm.split else 100, 0
+    size, right = 1 if arm.split else 250, 0
     for start in range(0, count, size):
         options = dict(arm.options)
         if arm.split:
-            stories, asked = split_stories(rng, SPLIT_LONGEST, fresh=True)
+            stories, asked = split_stories(rng, fresh=True)
             options["team"] = Team.from_dict(split_team([told.text for told in stories]), "split")
             told, questions = [asked], [asked.ask]
         else:

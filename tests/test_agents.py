@@ -1,0 +1,738 @@
+"""What agents hand to each other, compared with the same built by hand from the model, `think` and memories.
+
+The traps are those of the authors' repository, by issue number: memory thrown away at zero steps (#13), thoughts seeded
+from padding (#25, #26), experts that see each other (#32), turns left open.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minimas import (
+    LM,
+    Agent,
+    KVCache,
+    Qwen3,
+    Result,
+    Sampling,
+    Team,
+    hierarchical,
+    latent_mas,
+    sequential,
+    single,
+    text_mas,
+    think,
+)
+from minimas.agents import TRANSFERS, Watcher
+
+from .models import TINY, config_dict, distance, tiny_model
+from .text import CONTROL, SHORT, harmless_texts, load_text_lm, plain_tokenizer, text_folder, text_model, tiny_tokenizer
+
+QUESTIONS = [
+    "How many cards does Eva have?",
+    "2 + 2?",
+    "Tom has 3 apples. He eats 1. He buys 4 more. How many apples does Tom have, and how many did he eat in all?",
+    "a",
+    "Why is the sky blue 🙂?",
+    "Write a function that adds two numbers.\nThen test it.",
+]
+CHAIN = Team(
+    (
+        Agent("first", "Plan it. {question}"),
+        Agent("second", "Check it.", system="Be brief."),
+        Agent("last", "Answer: {question}", prefix="<think>\n"),
+    )
+)
+EXPERTS = dataclasses.replace(CHAIN, parallel=True)
+METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    """A random model with weights/tiny's tokenizer and no teams of its own."""
+    return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
+
+
+@contextmanager
+def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tensor]]]:
+    """What is given to a model meanwhile: token ids, memories and, before the LM head, hidden states."""
+    ids: list[Any] = []
+    caches: list[KVCache] = []
+    states: list[Tensor] = []
+    embed, logits = Qwen3.embed, Qwen3.logits
+
+    def saw(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        caches.append(kwargs.get("cache", args[1] if len(args) > 1 else None))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen3, "embed", lambda self, given: ids.extend(given[0].tolist()) or embed(self, given))
+        patch.setattr(Qwen3, "logits", lambda self, hidden: states.append(hidden) or logits(self, hidden))
+        handle = model.register_forward_hook(saw, with_kwargs=True)
+        yield ids, caches, states
+        handle.remove()
+
+
+def chatml(agent: Agent, question: str) -> str:
+    system = "" if agent.system is None else f"<|im_start|>system\n{agent.system}<|im_end|>\n"
+    user = agent.prompt.replace("{question}", question)
+    return f"{system}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{agent.prefix}"
+
+
+def encoded(text: str) -> Tensor:
+    """Token ids (1, T) of a text as any Hugging Face tokenizer gives them."""
+    return torch.tensor([plain_tokenizer(TINY).encode(text, add_special_tokens=False).ids])
+
+
+def greedy(lm: LM, hidden: Tensor, memory: KVCache, limit: int) -> list[int]:
+    """The ids written from hidden (1, 1, D); all of them are in memory afterwards."""
+    ids: list[int] = []
+    while len(ids) < limit and (token := int(lm.model.logits(hidden).argmax())) not in lm.end_ids:
+        ids.append(token)
+        hidden = lm.model(lm.model.embed(torch.tensor([[token]])), memory)
+    return ids
+
+
+def by_hand(
+    lm: LM, team: Team, question: str, remembered: str, steps: Sequence[int], transfer: str, align: Any, limit: int
+) -> tuple[KVCache, str]:
+    """What the last agent gets as memory, and its greedy text, built agent by agent for one question.
+
+    `remembered` is the question that the agents before it were asked.
+    """
+    parts = [lm.model.new_cache(1)]
+    for agent, count in zip(team.agents[:-1], steps, strict=False):
+        memory = lm.model.new_cache(1) if team.parallel else KVCache.concat(parts)
+        held = int(memory.lengths)
+        hidden = lm.model(lm.model.embed(encoded(chatml(agent, remembered))), memory)[:, -1:]
+        _, hidden = think(lm.model, align, hidden, memory, count)
+        thoughts = memory.keep_last(count)
+        if agent.writes:
+            greedy(lm, hidden, memory, limit)
+        lm.model(lm.model.embed(encoded("<|im_end|>\n")), memory)
+        own = memory.keep_last(int(memory.lengths) - held)
+        parts = [] if transfer == "last" else parts
+        parts.append({"latents": thoughts, "none": memory.truncate(0)}.get(transfer, own))
+    handed = KVCache.concat(parts)
+    memory, last = handed.fork(), team.agents[-1]
+    hidden = lm.model(lm.model.embed(encoded(chatml(last, question))), memory)[:, -1:]
+    _, hidden = think(lm.model, align, hidden, memory, last.latent_steps or 0)
+    return handed, tiny_tokenizer().decode(greedy(lm, hidden, memory, limit))
+
+
+# -- the method -------------------------------------------------------------------------------------------------------
+
+AGENTS = st.builds(
+    Agent,
+    st.just("agent"),
+    st.sampled_from(["Plan: {question}", "{question}", "No question at all.", "{question} Again: {question}"]),
+    system=st.sampled_from([None, "", "Be brief."]),
+    latent_steps=st.integers(0, 3),
+    writes=st.booleans(),
+    prefix=st.sampled_from(["", "<think>\n"]),
+)
+TEAMS = st.builds(Team, st.lists(AGENTS, min_size=1, max_size=4).map(tuple), parallel=st.booleans())
+ASKED = st.lists(harmless_texts(12).filter(str.strip), min_size=1, max_size=3)
+
+
+@given(TEAMS, ASKED, st.sampled_from(TRANSFERS), st.sampled_from(["ridge", "none", "prenorm"]), st.integers(1, 4))
+@settings(max_examples=60)
+def test_any_team_and_transfer_equals_the_same_by_hand(
+    lm: LM, team: Team, questions: list[str], transfer: str, align: str, limit: int
+) -> None:
+    """Agents in any number, with unequal steps, side by side or in a row, writing or not: slots, counts and text."""
+    if transfer == "shuffled":
+        questions = [*questions, "one more"]
+    with watched(lm.model) as (_, caches, _):
+        results = latent_mas(
+            lm, questions, team, align=align, transfer=transfer, sampling=Sampling(max_new_tokens=limit)
+        )
+    steps = [agent.latent_steps or 0 for agent in team.agents]
+    for i, result in enumerate(results):
+        remembered = questions[(i + 1) % len(questions)] if transfer == "shuffled" else questions[i]
+        aligner = lm.aligner(align)
+        handed, text = by_hand(lm, team, questions[i], remembered, steps, transfer, aligner, limit)
+        assert result.text == text
+        assert distance(caches[-1].select([i]).truncate(int(handed.lengths)), handed) < 1e-9
+        assert [trace.latent_steps for trace in result.agents] == steps
+        assert [trace.prompt for trace in result.agents] == [
+            *(chatml(agent, remembered) for agent in team.agents[:-1]),
+            chatml(team.agents[-1], questions[i]),
+        ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+@pytest.mark.parametrize(
+    ("method", "transfer"), [("single", ""), ("text_mas", ""), *(("latent_mas", t) for t in TRANSFERS)]
+)
+def test_six_ragged_questions_answer_as_they_do_alone(
+    lm: LM, method: str, team: str, transfer: str, temperature: float
+) -> None:
+    """Accuracy fell from 0.621 to 0.219 with the batch size (#25): no neighbour and no order may matter."""
+    options: dict[str, Any] = {"sampling": Sampling(temperature, max_new_tokens=5)}
+    options |= {} if method == "single" else {"team": team}
+    options |= {"transfer": transfer, "latent_steps": 2} if transfer else {}
+    if method == "single" and team == "hierarchical":
+        options["kind"] = "free"
+
+    def texts(questions: list[str]) -> list[str]:
+        return [result.text for result in METHODS[method](lm, questions, **options)]
+
+    expected = texts(QUESTIONS)
+    assert len(set(expected)) > 1, "the model must tell the questions apart"
+    if transfer == "shuffled":  # a question and the one it gets its memory from
+        turned = [*QUESTIONS[1:], QUESTIONS[0]]
+        assert [texts([q, other])[0] for q, other in zip(QUESTIONS, turned, strict=True)] == expected
+        assert texts(turned) == [*expected[1:], expected[0]]
+    else:
+        assert [texts([question])[0] for question in QUESTIONS] == expected
+        assert texts(QUESTIONS[::-1]) == expected[::-1]
+
+
+def test_only_the_last_agent_decodes(lm: LM) -> None:
+    """The claim of the method: three of four agents never touch the LM head."""
+    with watched(lm.model) as (_, _, states):
+        [result] = latent_mas(lm, QUESTIONS[:1], latent_steps=3, sampling=SHORT)
+    assert len(states) == result.usage.output_tokens + (result.finish_reason == "stop")
+    assert [trace.output_tokens for trace in result.agents[:-1]] == [0, 0, 0]
+    assert [trace.text for trace in result.agents[:-1]] == ["", "", ""]
+
+
+def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
+    """What the last agent starts to write from."""
+    with watched(lm.model) as (_, _, states):
+        latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT, **options)
+    return states[0]
+
+
+def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
+    """The authors' default of 0 steps throws the memory away, so their quick start hands nothing over (#13)."""
+    full, none = (first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none"))
+    assert float((full - none).abs().max()) > 0.05
+    alone = Team(CHAIN.agents[-1:])
+    assert float((first_state(lm, alone) - none).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("transfer", ["full", "latents", "last"])
+def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
+    """With another map the thoughts are others, and the answer must notice."""
+    states = [first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align) for align in ("ridge", "random")]
+    assert float((states[0] - states[1]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("align", [lambda h: torch.zeros_like(h), lambda h: -h])
+def test_any_callable_aligns(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
+    handed, text = by_hand(lm, CHAIN, QUESTIONS[0], QUESTIONS[0], [2, 2], "full", align, 6)
+    [result] = latent_mas(lm, QUESTIONS[:1], CHAIN, latent_steps=2, align=align, sampling=SHORT)
+    assert result.text == text and int(handed.lengths) > 0
+
+
+def second_agents_memory(lm: LM, team: Team) -> KVCache:
+    with watched(lm.model) as (_, caches, _):
+        [result] = latent_mas(lm, QUESTIONS[:1], team, latent_steps=2, sampling=SHORT)
+    first, second = (trace.prompt_tokens + 2 + encoded("<|im_end|>\n").shape[1] for trace in result.agents[:2])
+    return caches[-1].truncate(first + second).keep_last(second)
+
+
+def test_experts_do_not_see_each_other(lm: LM) -> None:
+    """The authors' hierarchical changes the prompts only: its experts run on one chained cache (#32)."""
+    other = (dataclasses.replace(CHAIN.agents[0], prompt="Sing."), *CHAIN.agents[1:])
+    parallel = [second_agents_memory(lm, Team(agents, parallel=True)) for agents in (CHAIN.agents, other)]
+    chained = [second_agents_memory(lm, Team(agents)) for agents in (CHAIN.agents, other)]
+    assert distance(*parallel) < 1e-9
+    assert distance(*chained) > 0.05
+
+
+def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
+    parallel, chained = hierarchical(), hierarchical(chained=True)
+    assert (parallel.parallel, chained.parallel, chained.agents == parallel.agents) == (True, False, True)
+    by_name, *values = (
+        first_state(lm, team, latent_steps=1) for team in ("hierarchical", parallel, dataclasses.replace(chained))
+    )
+    assert torch.equal(by_name, values[0])
+    assert float((by_name - values[1]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -> None:
+    """Whatever their flags say: in a parallel team only the last agent reads what others wrote."""
+    agents = (
+        Agent("one", "{question}{context}", writes=True),
+        Agent("two", "{question}{context}"),
+        Agent("three", "{question}{context}", latent_steps=2),
+        Agent("last", "{question}{context}"),
+    )
+    [result] = text_mas(lm, QUESTIONS[:1], Team(agents, parallel), sampling=SHORT)
+    seen = [[name for name in ("one", "two", "three") if f"[{name}]" in trace.prompt] for trace in result.agents]
+    assert seen == [[], [] if parallel else ["one"], [] if parallel else ["one", "two"], ["one", "two", "three"]]
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["named", "value", "file"])
+@pytest.mark.parametrize(
+    ("argument", "own", "folder"), [(a, o, f) for a in (None, 1) for o in (None, 2) for f in (None, 3)]
+)
+def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
+    tmp_path: Path, argument: int | None, own: int | None, folder: int | None, form: str
+) -> None:
+    """The folder's default holds for any team; what an agent says itself is stronger, what is asked for strongest."""
+    agents = [{"name": "a", "prompt": "{question}", "latent_steps": own}, {"name": "b", "prompt": "{question}"}]
+    raw = {"agents": agents}
+    (tmp_path / "team.json").write_text(json.dumps(raw))
+    teams = {"sequential": raw} | ({} if folder is None else {"latent_steps": folder})
+    lm = load_text_lm(text_folder(tmp_path / "model", teams))
+    value = Team.from_json(tmp_path / "team.json")
+    team = {"named": "sequential", "value": Team(value.agents), "file": value}[form]
+    [result] = latent_mas(lm, ["a"], team, argument, sampling=SHORT)
+    expected = next(steps for steps in (argument, own, folder, 40) if steps is not None)
+    assert [trace.latent_steps for trace in result.agents] == [expected, 0]
+
+
+def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
+    """`latent_steps` is for those who hand over; an answer would start from a thought, not from its header."""
+    thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
+    for team, last in ((CHAIN, 0), (thinker, 2)):
+        [result] = latent_mas(lm, QUESTIONS[:1], team, latent_steps=1, sampling=SHORT)
+        assert [trace.latent_steps for trace in result.agents] == [1, 1, last]
+
+
+# -- teams ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folders_own_teams_come_first(tmp_path: Path) -> None:
+    """By name the folder's, `single` too; `sequential()` and `hierarchical()` are always the generic ones."""
+    own = {"agents": [{"name": "mine", "prompt": "Mine: {question}"}]}
+    lm = load_text_lm(text_folder(tmp_path, {"single": own, "sequential": own, "trio": own}))
+    named = [
+        single(lm, ["a"], sampling=SHORT),
+        *(latent_mas(lm, ["a"], team, sampling=SHORT) for team in ("sequential", "trio")),
+    ]
+    assert [[trace.name for trace in result.agents] for [result] in named] == [["mine"]] * 3
+    assert named[0][0].agents[0].prompt == "<|im_start|>user\nMine: a<|im_end|>\n<|im_start|>assistant\n"
+    for team, count in (("hierarchical", 4), (sequential(), 4)):
+        [result] = latent_mas(lm, ["a"], team, 0, sampling=SHORT)
+        assert len(result.agents) == count
+
+
+def test_weights_tiny_has_teams_of_its_own() -> None:
+    lm, steps = load_text_lm(TINY), json.loads((TINY / "teams.json").read_text())["latent_steps"]
+    for team in ("sequential", "hierarchical"):
+        [result] = latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT)
+        assert [trace.latent_steps for trace in result.agents] == [steps, steps, steps, 0]
+
+
+AGENT = {"name": "a", "prompt": "{question}"}
+
+
+def test_a_team_is_read_from_json(tmp_path: Path) -> None:
+    fields = {"name": "b", "prompt": "p", "system": "s", "latent_steps": 0, "writes": True, "prefix": "<think>"}
+    (tmp_path / "team.json").write_text(json.dumps({"parallel": True, "agents": [AGENT, fields]}))
+    assert Team.from_json(tmp_path / "team.json") == Team((Agent("a", "{question}"), Agent(**fields)), parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        ([], ""),
+        ("team", ""),
+        ({}, "agents"),
+        ({"agents": []}, "agents"),
+        ({"agents": {}}, "agents"),
+        ({"agents": ["a"]}, r"agents\[0\]"),
+        ({"agents": [AGENT, {"name": "b"}]}, r"agents\[1\].*prompt"),
+        ({"agents": [{"prompt": "b"}]}, r"agents\[0\].*name"),
+        ({"agents": [AGENT | {"name": 5}]}, r"agents\[0\]: name"),
+        ({"agents": [AGENT | {"prompt": None}]}, r"agents\[0\]: prompt"),
+        ({"agents": [AGENT | {"system": 5}]}, r"agents\[0\]: system"),
+        ({"agents": [AGENT | {"prefix": 5}]}, r"agents\[0\]: prefix"),
+        ({"agents": [AGENT | {"writes": 1}]}, r"agents\[0\]: writes"),
+        ({"agents": [AGENT | {"writes": "yes"}]}, r"agents\[0\]: writes"),
+        ({"agents": [AGENT | {"latent_steps": -1}]}, r"agents\[0\]: latent_steps: found -1, expected .*0 or more"),
+        ({"agents": [AGENT | {"latent_steps": 1.5}]}, r"agents\[0\]: latent_steps"),
+        ({"agents": [AGENT | {"latent_steps": True}]}, r"agents\[0\]: latent_steps"),
+        ({"agents": [AGENT | {"latent_step": 5}]}, r"agents\[0\].*latent_step"),
+        ({"agents": [AGENT], "parallel": "yes"}, "parallel"),
+        ({"agents": [AGENT], "paralel": True}, "paralel"),
+    ],
+    ids=str,
+)
+def test_a_wrong_team_is_refused_by_file_and_field(tmp_path: Path, raw: Any, field: str) -> None:
+    """What was found and what was expected: a typo in an optional field would otherwise do nothing at all."""
+    path = tmp_path / "team.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=rf"^{path}: .*{field}") as caught:
+        Team.from_json(path)
+    assert "found" in str(caught.value) and "expected" in str(caught.value)
+    lm = load_text_lm(text_folder(tmp_path / "model", {"sequential": raw}))
+    with pytest.raises(ValueError, match=rf"model/teams\.json: sequential.*{field}"):
+        latent_mas(lm, ["a"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_team_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "team.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/team\.json: not valid JSON"):
+        Team.from_json(tmp_path / "team.json")
+
+
+def test_a_missing_team_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}/team\.json: no such file"):
+        Team.from_json(tmp_path / "team.json")
+
+
+def test_a_team_without_agents_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--team.*found no agents, expected at least one"):
+        Team(())
+
+
+@pytest.mark.parametrize(
+    "raw", [[], {"latent_steps": -1}, {"latent_steps": True}, {"latent_steps": "6"}, {"sequential": 5}]
+)
+def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None:
+    lm = load_text_lm(text_folder(tmp_path, raw))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/teams\.json: .*found.*expected"):
+        latent_mas(lm, ["a"])
+
+
+# -- prompts and text -------------------------------------------------------------------------------------------------
+
+
+def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
+    """Once, under its author's name, and to nobody before."""
+    team = Team(
+        (Agent("one", "A {context} {question}"), Agent("two", "B {question}{context}"), Agent("last", "C{context}"))
+    )
+    [result] = text_mas(lm, QUESTIONS[:1], team, sampling=SHORT)
+    one, two, last = result.agents
+    assert one.prompt == chatml(Agent("", f"A  {QUESTIONS[0]}"), "")
+    assert f"[one]\n{one.text.strip()}" in two.prompt and "[two]" not in two.prompt
+    assert last.prompt.index(f"[one]\n{one.text.strip()}") < last.prompt.index(f"[two]\n{two.text.strip()}")
+    assert result.text == last.text
+
+
+def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
+    """A prompt with no place for it follows the earlier turns, each of them closed."""
+    [result] = text_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT)
+    talk = ""
+    for agent, trace in zip(CHAIN.agents, result.agents, strict=True):
+        talk += chatml(agent, QUESTIONS[0])
+        assert trace.prompt == talk
+        talk += trace.text + "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL])
+def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
+    """Filled in one after the other, a question that holds `{context}` would be given the work so far."""
+    question = f"What is {word} in {word}?"
+    for method in METHODS.values():
+        [result] = method(lm, [question], sampling=SHORT)
+        for trace in result.agents:
+            assert trace.prompt.count(question) >= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stranger_can_replay_the_prompts(lm: LM, method: str) -> None:
+    """The prompt is the exact text that was read: any Hugging Face tokenizer gives exactly the ids that were fed."""
+    for question in QUESTIONS:
+        with watched(lm.model) as (ids, _, _):
+            [result] = METHODS[method](lm, [question], sampling=Sampling(max_new_tokens=1))
+        fed = iter(ids)
+        for trace in result.agents:
+            expected = encoded(trace.prompt)[0].tolist()
+            if len(result.agents) == 1 or method == "latent_mas":
+                assert list(itertools.islice(fed, len(expected))) == expected
+                if trace is not result.agents[-1]:
+                    assert list(itertools.islice(fed, 2)) == encoded("<|im_end|>\n")[0].tolist()
+            assert trace.prompt_tokens == len(expected)
+            assert trace.prompt.startswith("<|im_start|>") and trace.prompt.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("kind", ["math", "choice", "code", "free"])
+def test_the_kind_of_question_picks_prompt_and_answer(lm: LM, kind: str) -> None:
+    options = [{"A": "blue", "B": "red"}, {"A": "purple", "B": "mauve"}]
+    prompts = []
+    for method in METHODS.values():
+        results = method(lm, QUESTIONS[:2], kind=kind, choices=options, sampling=SHORT)
+        for result, choices in zip(results, options, strict=True):
+            last = result.agents[-1].prompt
+            assert all((text in last) == (kind == "choice") for text in choices.values())
+        prompts.append(results[0].agents[-1].prompt)
+    others = {
+        k: single(lm, QUESTIONS[:1], kind=k, choices=options[0], sampling=SHORT)[0] for k in ("math", "code", "free")
+    }
+    assert len({result.agents[-1].prompt for result in others.values()}) == 3
+    assert prompts[1] != prompts[0]
+
+
+def test_one_dict_of_choices_serves_all_questions(lm: LM) -> None:
+    options = {"A": "blue", "B": "red"}
+    one, many = (single(lm, QUESTIONS, "choice", c, SHORT) for c in (options, [options] * len(QUESTIONS)))
+    assert [r.text for r in one] == [r.text for r in many]
+    assert all("(A) blue" in r.agents[0].prompt for r in one)
+
+
+# -- the bill ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("team", [CHAIN, EXPERTS])
+def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -> None:
+    """The authors count generated text only, so prompts and thoughts look free."""
+    results = latent_mas(lm, QUESTIONS, team, latent_steps=3, sampling=SHORT)
+    slot = lm.model.new_cache(1).slot_nbytes
+    for result, question in zip(results, QUESTIONS, strict=True):
+        reads = [encoded(chatml(agent, question)).shape[1] for agent in team.agents]
+        assert [trace.prompt_tokens for trace in result.agents] == reads
+        held = [count + 3 + 2 for count in reads[:-1]]
+        before = [sum(held[:i]) * (not team.parallel) for i in range(2)]
+        assert [t.memory_bytes for t in result.agents[:-1]] == [
+            slot * (a + b) for a, b in zip(before, held, strict=True)
+        ]
+        last = result.agents[-1]
+        fed = last.output_tokens - (result.finish_reason == "length")
+        assert last.memory_bytes == slot * (sum(held) + reads[-1] + fed)
+        assert last.output_tokens <= SHORT.max_new_tokens
+    for result in results:
+        for field in ("prompt_tokens", "latent_steps", "output_tokens", "seconds"):
+            assert getattr(result.usage, field) == pytest.approx(sum(getattr(t, field) for t in result.agents))
+        assert result.usage.memory_bytes == max(trace.memory_bytes for trace in result.agents)
+        assert result.usage.seconds > 0
+
+
+class Notes(Watcher):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def begin(self, agent: str, reads: int, thinks: int) -> None:
+        self.events.append(("begin", agent, reads, thinks))
+
+    def thought(self) -> None:
+        self.events.append("thought")
+
+    def text(self, question: int, piece: str) -> None:
+        self.events.append((question, piece))
+
+    def end(self, traces: Any) -> None:
+        self.events.append([trace.name for trace in traces])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_watcher_sees_the_answer_as_it_is_written(lm: LM, method: str) -> None:
+    """Only the last agent's text is the answer: what others write must not reach a terminal as if it were."""
+    notes, extra = Notes(), {"latent_steps": 2} if method == "latent_mas" else {}
+    results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, watcher=notes, **extra)
+    for i, result in enumerate(results):
+        pieces = [event[1] for event in notes.events if isinstance(event, tuple) and event[0] == i]
+        assert "".join(pieces) == result.text
+    names = [trace.name for trace in results[0].agents]
+    assert [event[0] for event in notes.events if isinstance(event, list)] == names
+    assert [event[1] for event in notes.events if event[0] == "begin"] == names
+    assert notes.events.count("thought") == (6 if method == "latent_mas" else 0)
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: LM) -> None:
+    """A penalty of generation_config.json in a greedy run made a difference that nobody had asked for."""
+    folder = text_folder(tmp_path)
+    own = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 9.0, "max_new_tokens": 2}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    other = load_text_lm(folder)
+    for method in METHODS.values():
+        plain, mine = (method(model, QUESTIONS[:2], sampling=SHORT) for model in (lm, other))
+        assert [r.text for r in plain] == [r.text for r in mine]
+        assert {r.usage.output_tokens for r in method(other, QUESTIONS[:1])} <= {1, 2, 3, 4, 5, 6, 7, 8}
+        assert method(other, QUESTIONS[:1])[0].agents[-1].output_tokens <= 2
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer_config.json"])
+def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
+    """Instruct checkpoints name two end tokens in two files; reading one of them lets an answer run to the limit."""
+    one = Sampling(max_new_tokens=1)
+    with watched(lm.model) as (_, _, states):
+        single(lm, QUESTIONS[:1], sampling=one)
+
+    def wants_to_end(**overrides: Any) -> Qwen3:
+        """A model that writes token 0, `<|endoftext|>`, first."""
+        model = tiny_model(vocab_size=lm.model.config.vocab_size, **overrides)
+        model.lm_head.weight.data[0] = 100 * states[0][0, 0]
+        return model
+
+    folder, model = text_folder(tmp_path), wants_to_end()
+    [free] = single(LM(model, folder), QUESTIONS[:1], sampling=one)
+    assert (free.finish_reason, free.usage.output_tokens) == ("length", 1)
+    if where == "generation_config.json":
+        (folder / where).write_text(json.dumps({"eos_token_id": [2, 0]}))
+    elif where == "config.json":
+        model = wants_to_end(eos_token_ids=(0,))
+    else:
+        text_folder(tmp_path, eos_token="<|endoftext|>")
+    [ended] = single(LM(model, folder), QUESTIONS[:1], sampling=one)
+    assert (ended.text, ended.finish_reason, ended.usage.output_tokens) == ("", "stop", 0)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"questions": "one"}, "questions: found .*expected a list"),
+        ({"questions": []}, "questions: found .*expected"),
+        ({"questions": ["a", ""]}, "question 2: found ''"),
+        ({"questions": ["a", " \n\t"]}, "question 2: found"),
+        ({"questions": ["a", None]}, "question"),
+        ({"questions": ["a", 5]}, "question"),
+        ({"kind": "maths"}, r"--kind\): found 'maths', expected one of math, choice, code, free"),
+        ({"kind": "choice"}, "choices: found"),
+        ({"kind": "choice", "choices": [{"A": "x"}, None, {"A": "y"}]}, "choices: found"),
+        ({"choices": [{"A": "x"}]}, "choices: found"),
+        ({"team": "sequentail"}, r"--team\): found 'sequentail', expected .*sequential"),
+        ({"team": "single"}, r"--team\): found 'single'"),
+        ({"latent_steps": -1}, r"--latent-steps\): found -1, expected"),
+        ({"latent_steps": 1.5}, r"--latent-steps\): found 1.5, expected"),
+        ({"latent_steps": "3"}, r"--latent-steps\): found '3', expected"),
+        ({"align": "rigde"}, r"--align\): found 'rigde', expected one of ridge"),
+        ({"transfer": "some"}, r"--transfer\): found 'some', expected one of full"),
+        ({"questions": ["a"], "transfer": "shuffled"}, r"--transfer\): found 'shuffled' with one question, expected"),
+        ({"team": Team((Agent("a", "p", latent_steps=-1), Agent("b", "p")))}, "latent_steps.*found -1, expected"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_any_work(lm: LM, options: dict[str, Any], message: str) -> None:
+    """By flag, found and expected; and before the first forward pass, which may take minutes."""
+    with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=message):
+        latent_mas(lm, **({"questions": ["a", "b", "c"]} | options))
+    assert caches == []
+    if not options.keys() & {"team", "latent_steps", "align", "transfer"}:
+        for method in (single, text_mas):
+            with pytest.raises(ValueError, match=message):
+                method(lm, **({"questions": ["a", "b", "c"]} | options))
+
+
+def test_a_typo_in_a_keyword_is_a_type_error(lm: LM) -> None:
+    with pytest.raises(TypeError):
+        latent_mas(lm, ["a"], latent_step=4)  # type: ignore[call-arg]
+
+
+def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+    lm = LM(text_model(), tmp_path)
+    assert lm.tokenizer is None
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match=rf"^{tmp_path}: tokenizer\.json is missing"):
+            method(lm, ["a"])
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) -> None:
+    """An id behind the last row would crash a GPU for good, or read foreign memory."""
+    lm = LM(tiny_model(vocab_size=tiny_tokenizer().size - 1), text_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: found .*expected .*vocab_size"):
+        single(lm, ["a"])
+
+
+@pytest.mark.parametrize("team", [CHAIN, EXPERTS])
+@pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
+def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, transfer: str) -> None:
+    """At the exact size it fits; one slot less is refused at the door, with the flags that would help."""
+    sampling, closing, steps = Sampling(max_new_tokens=5), encoded("<|im_end|>\n").shape[1], 3
+    reads = [encoded(chatml(agent, QUESTIONS[0])).shape[1] for agent in team.agents]
+    turns = [read + steps + closing for read in reads[:-1]]
+    held = {"full": sum(turns), "latents": 2 * steps, "last": turns[-1], "none": 0}[transfer]
+    before = 0 if team.parallel else {"latents": steps, "none": 0}.get(transfer, turns[0])
+    needed = max(held + reads[-1] + 5, turns[0], before + turns[1])
+    for context in (needed, needed - 1):
+        small = LM(tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context), lm.folder)
+        with watched(small.model) as (_, caches, _):
+            if context == needed:
+                [result] = latent_mas(small, QUESTIONS[:1], team, steps, sampling=sampling, transfer=transfer)
+                assert max(int(cache.lengths.max()) for cache in caches) <= context and len(result.agents) == 3
+                continue
+            with pytest.raises(ValueError, match=rf"--latent-steps.*--max-new-tokens.* {needed}, expected .*{context}"):
+                latent_mas(small, QUESTIONS[:1], team, steps, sampling=sampling, transfer=transfer)
+            assert caches == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, method: str) -> None:
+    """One long question among short ones too: the short ones' answers would be lost half-way."""
+    with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=r"--max-new-tokens.*expected .*4096"):
+        METHODS[method](lm, ["a", "word " * 5000])
+    assert caches == []
+
+
+# -- against transformers ---------------------------------------------------------------------------------------------
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # by Theirs alone
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
+def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
+    """The same weights in minimas and in transformers, in float64."""
+    transformers = pytest.importorskip("transformers")
+    mine = load_text_lm(lm.folder, request.param)
+    raw = config_dict(mine.model.config) | {"pad_token_id": None, "bos_token_id": None}
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw)).double().eval()
+    theirs.load_state_dict(mine.model.state_dict())
+    return mine, theirs
+
+
+class Theirs:
+    """A memory of transformers' own, and a greedy loop over it."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import DynamicCache
+
+        self.model, self.cache = model, DynamicCache()
+
+    @torch.no_grad()
+    def feed(self, embeddings: Tensor) -> Tensor:
+        out = self.model.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True)
+        return out.last_hidden_state[:, -1:]  # type: ignore[no-any-return]
+
+    def read(self, text: str) -> Tensor:
+        return self.feed(self.model.get_input_embeddings()(encoded(text)))
+
+    def write(self, hidden: Tensor, limit: int) -> str:
+        ids: list[int] = []
+        while len(ids) < limit and (token := int(self.model.lm_head(hidden).argmax())) not in tiny_tokenizer().end_ids:
+            ids.append(token)
+            hidden = self.feed(self.model.get_input_embeddings()(torch.tensor([[token]])))
+        return tiny_tokenizer().decode(ids)
+
+
+def test_single_writes_what_transformers_writes(pair: tuple[LM, Any]) -> None:
+    lm, model = pair
+    for result in single(lm, QUESTIONS, sampling=Sampling(max_new_tokens=12)):
+        theirs = Theirs(model)
+        assert theirs.write(theirs.read(result.agents[0].prompt), 12) == result.text
+
+
+def test_latent_mas_writes_what_a_loop_over_transformers_writes(pair: tuple[LM, Any]) -> None:
+    """Eight prenorm thoughts an agent: W_a by least squares, the memory transformers' own cache, turns closed."""
+    lm, model = pair
+    w_in, w_out = model.get_input_embeddings().weight.data, model.lm_head.weight.data
+    padded = torch.cat([w_out, 1e-5**0.5 * torch.eye(w_out.shape[1], dtype=torch.float64)])  # λ as extra rows
+    matrix = torch.linalg.lstsq(padded, torch.cat([w_in, torch.zeros_like(padded[len(w_out) :])])).solution
+    for result in latent_mas(lm, QUESTIONS[:3], latent_steps=8, align="prenorm", sampling=Sampling(max_new_tokens=12)):
+        theirs = Theirs(model)
+        for trace in result.agents[:-1]:
+            hidden = theirs.read(trace.prompt)
+            for _ in range(8):
+                thought = (hidden / model.model.norm.weight.data) @ matrix
+                hidden = theirs.feed(thought * w_in.norm(dim=-1).mean() / thought.norm())
+            theirs.read("<|im_end|>\n")
+        assert theirs.write(theirs.read(result.agents[-1].prompt), 12) == result.text

@@ -1,0 +1,500 @@
+"""`load` ends with a whole model, or with one line that names file, field, what was found and what was expected."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minimas import Aligner, Qwen3, load, think
+from minimas.config import FAMILIES
+from minimas.info import describe
+from minimas.load import CAN_PACK, PackedLinear, pack, resolve
+
+from .models import TINY, apart, random_ids, remember, tiny_config, tiny_model, write_folder, write_tensors
+
+packing = pytest.mark.skipif(not CAN_PACK, reason="this torch has no packed linear layers")
+
+
+def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variables: str) -> str:
+    """The output of a program in a process of its own, warnings being errors."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
+    root = Path(__file__).resolve().parents[1]
+    environment = {"PYTHONPATH": str(cwd or root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **variables}
+    done = subprocess.run(command, cwd=cwd or root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- what loads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_becomes_the_model_it_was_made_of(family: str, tied: bool, shards: int, tmp_path: Path) -> None:
+    """One file or shards, tied or not: every tensor, bit for bit, and the states that come of it."""
+    model = tiny_model(family, tie_word_embeddings=tied)
+    lm = load(write_folder(tmp_path, model, shards))
+    assert lm.tokenizer is None
+    assert not lm.model.training
+    assert lm.model.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in lm.model.state_dict().items())
+    ids = random_ids(model, 2, 5)
+    assert torch.equal(remember(lm.model, ids, [5, 2])[0], remember(model, ids, [5, 2])[0])
+    assert lm.model.fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", ["auto", "float32", "bf16", "fp16", torch.float64])
+def test_tensors_come_in_the_dtype_asked_for(stored: torch.dtype, asked: str | torch.dtype, tmp_path: Path) -> None:
+    """ "auto" is the checkpoint's own: a bf16 model opened in float32 takes twice its memory."""
+    named = {"auto": stored, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    expected = named.get(str(asked), torch.float64)
+    model = tiny_model(dtype=stored)
+    loaded = load(write_folder(tmp_path, model), dtype=asked).model
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(expected))
+    assert loaded.dtype == loaded.new_cache(1).dtype == expected
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: Path) -> None:
+    """Qwen3-0.6B carries a second copy of its tied embedding, old Llama checkpoints their rotary frequencies."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    spare = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
+    spare["lm_head.weight"] = model.state_dict()["model.embed_tokens.weight"].clone()
+    write_folder(tmp_path, model)
+    (tmp_path / "model.safetensors").unlink()
+    write_tensors(tmp_path, model.state_dict() | spare, shards)
+    ids = random_ids(model, 1, 4)
+    assert torch.equal(remember(load(tmp_path).model, ids)[0], remember(model, ids)[0])
+
+
+def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
+    """A mapped file that is overwritten by the next download changes, or kills, a running model."""
+    model = tiny_model()
+    folder = write_folder(tmp_path / "model", model)
+    loaded, ids = load(folder).model, random_ids(model, 1, 4)
+    size = (folder / "model.safetensors").stat().st_size
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * size)
+    shutil.rmtree(folder)
+    assert torch.equal(remember(loaded, ids)[0], remember(model, ids)[0])
+
+
+# -- what does not ----------------------------------------------------------------------------------------------------
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FOREIGN = f"{FILE}: found a truncated or foreign file, expected safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """Damage: model.safetensors with its tensors changed."""
+
+    def damage(folder: Path) -> None:
+        with safe_open(folder / FILE, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        change(found)
+        save_file(found, folder / FILE)
+
+    return damage
+
+
+def content(change: Callable[[bytes], bytes], name: str = FILE) -> Callable[[Path], Any]:
+    """Damage: one file with its bytes changed."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def config(**fields: Any) -> Callable[[Path], Any]:
+    """Damage: config.json with fields changed."""
+
+    def damage(folder: Path) -> None:
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | fields))
+
+    return damage
+
+
+def sharded(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Damage: two shards whose index is changed."""
+
+    def damage(folder: Path) -> None:
+        (folder / FILE).unlink()
+        write_tensors(folder, tiny_model().state_dict(), 2)
+        raw = json.loads((folder / INDEX).read_text())
+        change(raw["weight_map"])
+        (folder / INDEX).write_text(json.dumps(raw))
+
+    return damage
+
+
+def index(text: str) -> Callable[[Path], None]:
+    """Damage: an index of these words in the weights' place."""
+
+    def damage(folder: Path) -> None:
+        (folder / FILE).unlink()
+        (folder / INDEX).write_text(text)
+
+    return damage
+
+
+def renamed(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / FILE).rename(folder / name)
+
+
+def pickled(folder: Path) -> None:
+    (folder / FILE).unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
+
+
+BAD = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "half a config": (content(lambda b: b[:40], "config.json"), "config.json: not valid JSON"),
+    "a config of a list": (content(lambda b: b"[]", "config.json"), "config.json: found list, expected a JSON object"),
+    "another family": (config(model_type="gpt2"), "config.json: model_type: found 'gpt2', expected one of qwen3"),
+    "no weights": (lambda folder: (folder / FILE).unlink(), "found no weights, expected model.safetensors or"),
+    "renamed": (renamed("weights.safetensors"), "found weights.safetensors, expected model.safetensors or"),
+    "pickled": (pickled, "found pytorch_model.bin, expected model.safetensors .*nothing is ever unpickled"),
+    "pickled under a right name": (lambda folder: torch.save({}, folder / FILE), FOREIGN),
+    "empty": (content(lambda b: b""), FOREIGN),
+    "truncated": (content(lambda b: b[:-8]), FOREIGN),
+    "truncated in its header": (content(lambda b: b[:100]), FOREIGN),
+    "oversized": (content(lambda b: b + bytes(8)), FOREIGN),
+    "a page of HTML": (content(lambda b: b"<!DOCTYPE html><html>" * 99), FOREIGN),
+    "a pointer of git lfs": (content(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), FOREIGN),
+    "a header of 2^60 bytes": (content(lambda b: (2**60).to_bytes(8, "little") + b[8:]), FOREIGN),
+    "a folder for a file": (
+        lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
+        "expected model.safetensors",
+    ),
+    "missing": (tensors(lambda t: t.pop(UP)), rf"tensor {UP}: found nothing, expected shape \(24, 16\)"),
+    "no embedding": (
+        tensors(lambda t: t.pop("model.embed_tokens.weight")),
+        "tensor model.embed_tokens.weight: found nothing",
+    ),
+    "no head": (tensors(lambda t: t.pop("lm_head.weight")), "tensor lm_head.weight: found nothing"),
+    "unknown": (tensors(lambda t: t.update(extra=torch.ones(2))), "tensor extra belongs to nothing"),
+    "a bias": (
+        tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)})),
+        "tensor model.layers.0.self_attn.q_proj.bias belongs to nothing",
+    ),
+    "misshapen": (
+        tensors(lambda t: t.update({UP: torch.ones(23, 16)})),
+        rf"tensor {UP}: found shape \(23, 16\), expected shape \(24, 16\)",
+    ),
+    "transposed": (
+        tensors(lambda t: t.update({UP: torch.ones(16, 24)})),
+        r"found shape \(16, 24\), expected shape \(24, 16\)",
+    ),
+    "integer": (
+        tensors(lambda t: t.update({UP: torch.ones(24, 16).long()})),
+        f"{FILE}: tensor {UP}: found I64, expected",
+    ),
+    "eight bits": (
+        tensors(lambda t: t.update({UP: torch.ones(24, 16).char()})),
+        f"{FILE}: tensor {UP}: found I8, expected",
+    ),
+    "fewer layers than said": (config(num_hidden_layers=3), "tensor model.layers.2.input_layernorm.weight is missing"),
+    "more layers than said": (config(num_hidden_layers=1), "tensor model.layers.1.*belongs to nothing"),
+    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
+    "a wide claim": (config(hidden_size=10**7), r"tensor model\..*: found shape .*, expected .*10000000"),
+    "a claim beyond 64 bits": (config(vocab_size=10**14, hidden_size=10**14), "vocab_size|hidden_size|tensor model"),
+    "a size beyond 64 bits": (config(vocab_size=10**30), "vocab_size|tensor model"),
+    "a second, different head": (
+        config(tie_word_embeddings=True),
+        "config.json: tie_word_embeddings: found true, expected false: lm_head.weight",
+    ),
+    "broken index": (index("{"), f"{INDEX}: not valid JSON"),
+    "index of a list": (index("[]"), f"{INDEX}: weight_map: found None, expected tensor names"),
+    "empty index": (index('{"weight_map": {}}'), f"{INDEX}: weight_map: found {{}}, expected tensor names"),
+    "index of numbers": (
+        index('{"weight_map": {"a": 3}}'),
+        f"{INDEX}: weight_map: found '?3'?, expected a .safetensors file",
+    ),
+    "index of lists": (index('{"weight_map": {"a": ["b"]}}'), f"{INDEX}: weight_map: found"),
+    "index to nowhere": (index('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: no such file"),
+    "index to a pickle": (index('{"weight_map": {"a": "b.bin"}}'), "found 'b.bin', expected a .safetensors file"),
+    "a tensor in no shard": (
+        sharded(lambda m: m.update(ghost="model-00001-of-00002.safetensors")),
+        f"{INDEX}: tensor ghost: found in no file, expected in model-00001-of-00002",
+    ),
+    "a tensor in another shard": (
+        sharded(lambda m: m.update(dict.fromkeys([UP], "model-00001-of-00002.safetensors"))),
+        f"{INDEX}: tensor {UP}: found in model-00002-of-00002.safetensors, expected in model-00001",
+    ),
+    "a tensor not in the index": (
+        sharded(lambda m: m.pop(UP)),
+        f"{INDEX}: tensor {UP}: found in model-00002-of-00002.safetensors, expected in None",
+    ),
+}
+BAD |= {
+    f"index to {path}": (index(json.dumps({"weight_map": {"a": path}})), "expected a .safetensors file of this folder")
+    for path in ("../model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "..", "")
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), BAD.values(), ids=BAD)
+def test_a_folder_that_is_not_whole_is_refused(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+    """Within seconds, in one line, before anything large is built: half a download is a common model."""
+    folder = write_folder(tmp_path / "model", tiny_model())
+    shutil.copy(folder / FILE, tmp_path / FILE)  # what a path out of the folder would reach
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        ({"name": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all: no such folder, and not a hub id"),
+        ({"name": "weights/nothing here"}, FileNotFoundError, "no such folder, and not a hub id"),
+        ({"name": TINY / "config.json"}, ValueError, "found a file, expected a folder"),
+        ({"device": "cuda:99"}, ValueError, "--device.*found 'cuda:99', torch sees"),
+        ({"device": "mps"}, ValueError, "--device.*found 'mps', expected cpu or cuda"),
+        ({"device": "toaster"}, ValueError, "--device.*found 'toaster', expected auto, cpu"),
+        ({"dtype": "int8"}, ValueError, "--dtype.*found 'int8', expected auto or one of bfloat16"),
+        ({"dtype": torch.int64}, ValueError, "--dtype.*expected auto or one of"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_its_flag(arguments: Any, kind: type[Exception], said: str) -> None:
+    """A typo is neither a download nor a traceback."""
+    with pytest.raises(kind, match=said):
+        load(**({"name": TINY} | arguments))
+
+
+def test_a_model_that_is_nowhere_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: which file is missing, where it was looked for, and the command that gets it."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(_: str, local_files_only: bool = False, **__: Any) -> str:
+        raise LocalEntryNotFoundError("not here") if local_files_only else OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError) as caught:
+        load("Some/Model")
+    for part in ("Some/Model", "config.json", "model.safetensors", str(tmp_path), "hf download Some/Model"):
+        assert part in str(caught.value)
+
+
+def test_the_default_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's first line of Python is typed anywhere."""
+    monkeypatch.chdir(tmp_path)
+    assert resolve("weights/tiny").samefile(TINY)
+    assert load().model.name == "weights/tiny"
+
+
+@pytest.mark.parametrize("name", ["up_proj.weight", "model.norm.weight", "embed_tokens.weight"])
+def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Path) -> None:
+    """They load, as a scan of 16 GB would take as long as loading; the first state not finite names the model."""
+    model = tiny_model()
+    folder = write_folder(tmp_path, model)
+    tensors(lambda t: [w.fill_(torch.nan) for key, w in t.items() if key.endswith(name)])(folder)
+    broken = load(folder).model
+    hidden, cache = remember(broken, random_ids(broken, 1, 3))
+    with pytest.raises(ValueError, match=f"{folder}: found a state that is not finite"):
+        think(broken, Aligner(), hidden[:, -1:], cache, 1)
+
+
+# -- bf16 on a CPU ----------------------------------------------------------------------------------------------------
+
+
+@packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
+def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
+    """Packing is a reordering: whatever it changed would be a change of the model."""
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 80, bias).to(torch.bfloat16).requires_grad_(False)
+    packed = PackedLinear(plain)
+    for shape in ((rows, 48), (2, rows, 48)):
+        x = torch.randn(shape).to(torch.bfloat16)
+        assert torch.equal(packed(x), plain(x))
+    assert packed.packed is not None
+
+
+@packing
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: Path) -> None:
+    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be silent nonsense."""
+    plain = tiny_model(family, dtype=torch.bfloat16)
+    model = load(write_folder(tmp_path, plain)).model
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 7 * 2 + 1
+
+    def the_same(other: Qwen3) -> None:
+        x = other.embed(random_ids(other, 2, 5))
+        assert torch.equal(model.logits(model(x)), other.logits(other(x)))
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+        assert model.state_dict().keys() == other.state_dict().keys()
+        assert model.fingerprint() == other.fingerprint()
+        align, theirs = Aligner.from_model(model), Aligner.from_model(other)
+        assert torch.equal(align(x), theirs(x))
+
+    assert model.fingerprint() == plain.fingerprint()
+    the_same(plain)
+    for layer in layers:  # never two copies
+        assert layer.packed is not None
+        assert "weight" not in layer._parameters
+    the_same(copy.deepcopy(plain))
+    model.to(torch.float32)
+    the_same(copy.deepcopy(plain).to(torch.float32))
+    model.to(torch.bfloat16)
+    the_same(plain)
+
+
+@packing
+def test_other_weights_may_follow_packed_ones() -> None:
+    """A packed layer has no parameter named weight: load_state_dict must find it all the same."""
+    model, other = (tiny_model("qwen2", seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    pack(model)
+    ids = random_ids(model, 2, 5)
+    remember(model, ids)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(remember(model, ids)[0], remember(other, ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
+    """The operators are for bf16."""
+    model = tiny_model(dtype=dtype)
+    pack(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+# -- what it costs, and what it needs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
+    """A state dict beside the model is twice the weights: an 8B model then needs 32 GB to become 16."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    cfg = tiny_config(**shape, head_dim=128, num_hidden_layers=6, vocab_size=4000, dtype="bfloat16")
+    with torch.device("meta"):
+        wanted = Qwen3(cfg).state_dict()
+    folder = write_folder(tmp_path, tiny_model(dtype=torch.bfloat16))
+    config(**{key: value for key, value in vars(cfg).items() if key not in ("eos_token_ids",)})(folder)
+    save_file({name: torch.full(w.shape, 0.01, dtype=torch.bfloat16) for name, w in wanted.items()}, folder / FILE)
+    size = (folder / FILE).stat().st_size
+    assert size > 150e6
+    code = """
+        import sys, torch
+        from minimas import load
+        model = load(sys.argv[1]).model
+        hidden = model(model.embed(torch.ones(1, 16, dtype=torch.int64)))
+        assert bool(torch.isfinite(model.logits(hidden)).all())
+        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+    """
+    assert int(python(code, folder)) * 1024 <= 1.2 * size + 300e6
+
+
+def test_five_files_load_a_model_under_another_name(tmp_path: Path) -> None:
+    """Copied into another project without tokenizers, jinja2 or transformers: nothing of theirs may be imported."""
+    (tmp_path / "theirs").mkdir()
+    for name in ("config", "rotary", "cache", "model", "load"):
+        shutil.copy(Path(__file__).resolve().parents[1] / "minimas" / f"{name}.py", tmp_path / "theirs")
+    model = tiny_model()
+    folder = write_folder(tmp_path / "model", model)
+    code = """
+        import sys
+        for name in ("minimas", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2"):
+            sys.modules[name] = None  # importing it is an ImportError
+        import torch
+        from theirs.load import load
+        lm = load(sys.argv[1])
+        hidden = lm.model(lm.model.embed(torch.arange(4)[None]))
+        print(lm.tokenizer, lm.model.fingerprint(), float(hidden.sum()))
+    """
+    found = python(code, folder, cwd=tmp_path).split()
+    assert found[:2] == ["None", model.fingerprint()]
+    assert float(found[2]) == pytest.approx(float(remember(model, torch.arange(4)[None])[0].sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("first", ["", "import transformers.utils"])
+def test_importing_needs_only_the_core(first: str) -> None:
+    """The authors' method cannot be imported without vllm. The second case proves that this check can fail."""
+    if first:
+        pytest.importorskip("transformers")
+    code = f"""
+        import sys
+        {first}
+        import minimas, minimas.__main__
+        heavy = "transformers bitsandbytes matplotlib gguf vllm accelerate datasets huggingface_hub".split()
+        print(*[name for name in heavy if name in sys.modules])
+    """
+    found = python(code).split()
+    assert "transformers" in found if first else found == []
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_info_counts_what_is_there_and_reads_no_weight(family: str, tied: bool, tmp_path: Path) -> None:
+    """What a model will need is asked before its 16 GB are downloaded."""
+    model = tiny_model(family, tie_word_embeddings=tied, dtype=torch.float32)
+    folder = write_folder(tmp_path, model)
+    (folder / FILE).unlink()
+    lines = describe(folder)
+    assert lines["parameters"].startswith(f"{sum(w.numel() for w in model.parameters()):,} ")
+    cache = model.new_cache(1)
+    model(model.embed(random_ids(model, 1, 8)), cache)
+    assert lines["memory"].startswith(f"{cache.nbytes / 8 / 1024:,.1f} KiB a token")
+    assert lines["alignment"].startswith("tied: W_a is the identity" if tied else "untied: W_a is a 16 × 16 map")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [BAD["no config"], BAD["another family"]], ids=["no config", "another family"]
+)
+def test_info_refuses_as_load_does(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+    """With the same line."""
+    folder = write_folder(tmp_path, tiny_model())
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        describe(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
+def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> None:
+    """Not simulated: the process may write no more than 4 KiB to any file."""
+    folder = write_folder(tmp_path / "model", tiny_model())
+    code = """
+        import resource, sys, torch
+        from pathlib import Path
+        from minimas import KVCache, load
+        model, path = load(sys.argv[1]).model, Path(sys.argv[2])
+        cache = model.new_cache(1)
+        model(model.embed(torch.ones(1, 3, dtype=torch.int64)), cache)
+        cache.save(path)
+        model(model.embed(torch.ones(1, 90, dtype=torch.int64)), cache)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            cache.save(path)
+        except OSError as error:
+            named, kept = f"{path}: cannot write" in str(error), KVCache.load(path, model).lengths.tolist()
+            print(named, kept, len(list(path.parent.iterdir())))
+    """
+    (tmp_path / "memories").mkdir()
+    assert python(code, folder, tmp_path / "memories" / "m") == "True [3] 1\n"
+
+
+def test_apart_can_tell() -> None:
+    """The measure that all parity tests use: relative, and far from zero for other tensors."""
+    assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
