@@ -18,6 +18,9 @@ from fractions import Fraction
 
 KINDS = ("math", "choice", "code", "free")
 LIMIT = 500  # digits of a number; one beyond is compared as text
+_BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not count
+_ASCII = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width forms; \d and int() know the digits of all scripts
+_ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄"), "----**//", strict=True))
 
 
 def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
@@ -71,10 +74,6 @@ def _box(text: str) -> str | None:
     return None
 
 
-_BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not count
-_ASCII = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width forms; \d and int() know the digits of all scripts
-_ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄"), "----**//", strict=True))
-
 # -- math -------------------------------------------------------------------------------------------------------------
 _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # stands behind a number, a bracket or a variable, not behind a word
 _FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
@@ -83,8 +82,7 @@ _REWRITES = [  # LaTeX and Markdown to plain text, in this order; afterwards a n
     (r"\{,\}|(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),  # 1{,}234 and 1\,234
     (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r" \1 "),
     (r"(?:\\[\\,;: ]|\\q?quad(?![a-z])|~|[^\S\n])+", " "),
-    (r"(?<=\d)\*\*(?=-?\d)", "^"),
-    (r"\^\{(-?\d+)\}", r"^\1"),
+    (r"\*\*|\^\{(-?\d+)\}", r"^\1"),  # 10**3 and 10^{3}
     (r" ?(?:\\?%|\bpercent\b)", "%"),
     (r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)", "*"),
     (r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])", r"\1"),  # 2 * 3
@@ -104,9 +102,8 @@ _NUMBER = re.compile(  # sign, the 3 of 3&1/2, product, percent, glued unit: 5km
     rf"([-+]?)(?:(\d+)&(?=\d+/\d+\b))?({_FACTOR}(?:[*/]{_FACTOR})*)(%?)"
     r"(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|/[A-Za-z]{3,})?"
 )
-_UNIT = re.compile(r"[A-Za-z]{2,}(?:/[A-Za-z]+)?(?:\^[23])?|a")
+_UNIT = re.compile(r"(?!(?:or|and|plus|minus|times|over)\b)[A-Za-z]{2,}(?:/[A-Za-z]+)?(?:\^[23])?|[amghsL]")
 _SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "pi", "sqrt"}
-_NO_UNITS = _SCALES | {"or", "and", "plus", "minus", "times", "over"}
 
 
 def _simple(text: str) -> str:
@@ -142,13 +139,13 @@ def _math(text: str) -> str | None:
 
 def _value(text: str) -> str | None:
     """What a box, a gold or a `####` line says: a number with its unit, else an expression without its spaces."""
-    text = _simple(text)
-    left, _, right = text.rpartition(" = ")
+    left, _, right = (text := _simple(text)).rpartition(" = ")
     if not re.search(r",(?!\d{3})|;|\b(?:and|or)\b", left):  # x = 1, y = 2
         text = right
     text = re.sub("^- ", "-", text.strip(" \n,;:").rstrip("."))
     number, *units = text.split() or [""]
-    if all(_UNIT.fullmatch(unit) and unit.lower() not in _NO_UNITS for unit in units) and (value := _number(number)):
+    value = _number(number.strip("()"))
+    if value and all(_UNIT.fullmatch(unit) and unit.lower() not in _SCALES for unit in units):
         return value
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None  # 1 2 is not 12
 
@@ -198,8 +195,7 @@ def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) ->
     option's, so that "A cat sat" and "I think" name none; `alone`: not even that.
     """
     options = {key.strip().lower(): _bare(words) for key, words in (choices or dict.fromkeys("abcdefghij", "")).items()}
-    text = _bare(text)
-    if (lead := _LETTER.match(text)) and (key := lead[2]) in options:
+    if (lead := _LETTER.match(text := _bare(text))) and (key := lead[2]) in options:
         rest = text[lead.end() :]
         words = _bare(rest)
         if not words or words == options[key]:
@@ -219,25 +215,20 @@ def _bare(text: str) -> str:
 
 # -- code -------------------------------------------------------------------------------------------------------------
 _PYTHON = ("", "python", "python3", "py")
-# An opening fence with its language, the program, and the closing fence or the end of the text.
-_FENCE = re.compile(r"(?ms)^[^\n`]*```([^\n`]*)\n(.*?)(```|\Z)")
+_FENCE = re.compile(r"(?ms)^[^\n`]*```([^\n`]*)\n(.*?)(```|\Z)")  # language, program, closing fence or nothing
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that defines something: not the usage example after it, nor its output.
-
-    Without one: a block that the token limit cut off, the last block, the text itself if it is a program.
+    """The last closed Python block that defines something: not the usage example after it, nor its output. Without
+    one: a block that the token limit cut off, the last block, the text if it is a program, which "yes" is not.
     """
     found = _FENCE.findall(text.replace("\r\n", "\n"))
     blocks = [(textwrap.dedent(code).strip("\n"), end) for tag, code, end in found if tag.strip().lower() in _PYTHON]
     defining = [block for block in blocks if re.search(r"(?m)^(?:async +)?(?:def|class) ", block[0])]
     if wanted := [block for block in defining if block[1]] or defining or blocks:
         return wanted[-1][0] or None
-    if "```" in text or len(text) > 100_000:  # the parser takes a kilobyte of memory per byte of text
-        return None
-    try:
-        nodes = ast.parse(text).body
+    try:  # the parser takes a kilobyte of memory per byte of text
+        nodes = ast.parse(text).body if len(text) < 100_000 and "```" not in text else []
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    prose = all(isinstance(node, ast.Expr | ast.AnnAssign | ast.Pass) for node in nodes)  # "yes", "Answer: 42"
-    return None if prose else text.strip("\n")
+    return None if all(isinstance(node, ast.Expr | ast.AnnAssign | ast.Pass) for node in nodes) else text.strip("\n")

@@ -76,8 +76,10 @@ class KVCache:
                 store[rows, :, slots] = chunk.transpose(1, 2)  # indexed as (B, T, K, d)
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
-    def advance(self, lengths: Tensor) -> None:
-        """Count `lengths` (B,) more slots as filled, after every layer has appended at least as many."""
+    def advance(self, lengths: Tensor, most: int) -> None:
+        """Count `lengths` (B,) more slots as filled, of the `most` that every layer has appended; else ValueError."""
+        if lengths.shape != self.lengths.shape or int(lengths.min()) < 0 or int(lengths.max()) > most:
+            raise ValueError(f"lengths: found {lengths.tolist()}, expected {len(self.lengths)} numbers, 0 … {most}")
         self.lengths = self.lengths + lengths.to("cpu", torch.int64)
 
     def sign(self, model: Any) -> None:
@@ -92,8 +94,9 @@ class KVCache:
 
     def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
         """A copy of `rows`, an index tensor or a list, with repeats; raises IndexError for one that does not exist."""
-        index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64).cpu()
-        if index.ndim != 1 or len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= len(self.lengths):
+        index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows)).cpu()
+        there = index.ndim == 1 and index.dtype != torch.bool and set(index.tolist()) <= set(range(len(self.lengths)))
+        if not there or len(index) == 0:
             raise IndexError(f"rows: found {index.tolist()}, expected a list of indices below {len(self.lengths)}")
         filled, where = int(self.lengths[index].max()), index.to(self.device)
         return self._with(self.lengths[index], lambda store: store[:, :, :filled].index_select(0, where))
@@ -123,7 +126,7 @@ class KVCache:
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 moved = move(keys[:, :, :width], joined.lengths.to(keys.device), joined.config.rope_theta)
                 joined.append(layer, moved, values[:, :, :width])
-            joined.advance(cache.lengths)
+            joined.advance(cache.lengths, most=width)
             joined.sign(cache.owner or joined.owner)
         return joined
 

@@ -14,7 +14,6 @@ from typing import Any
 
 # One block, three layouts: Qwen3 normalizes queries and keys per head, Qwen2 adds a bias to q, k and v, Llama neither.
 FAMILIES = ("qwen3", "qwen2", "llama")
-LARGEST = 1e300  # a JSON integer may have any number of digits
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Fields that change the mathematics -> the values that mean "not in use"; null and absence always do.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -62,7 +61,8 @@ class Config:
         def number(field: str, kind: type, default: float | None = None) -> Any:
             value: Any = default if raw.get(field) is None else raw[field]
             good = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            require(good and 0 < value < LARGEST, field, f"a positive {'integer' if kind is int else 'number'}")
+            most, expected = (1e7, "a positive integer below 10⁷") if kind is int else (1e300, "a positive number")
+            require(good and 0 < value <= most, field, expected)
             return kind(value)
 
         family = raw.get("model_type")
@@ -79,7 +79,7 @@ class Config:
         require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         # Qwen3's is free of hidden_size, so a guess would be wrong; the other two may leave it out.
         head_dim = number("head_dim", int, sizes["hidden_size"] // heads if family != "qwen3" else None)
-        require(head_dim % 2 == 0, "head_dim", "an even number, as rotary embeddings turn pairs")
+        require(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number, as RoPE turns pairs")
         require(isinstance(raw.get("tie_word_embeddings", False), bool), "tie_word_embeddings", "true or false")
         stored = "dtype" if raw.get("dtype") else "torch_dtype"  # transformers 5 and 4
         require(raw.get(stored) in (None, *DTYPES), stored, f"one of {', '.join(DTYPES)}")
@@ -135,6 +135,6 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
         theta = block.get("rope_theta", theta)
     if theta is None and raw.get("model_type") == "llama":
         theta = 10000.0  # the first Llama checkpoints do not say
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < LARGEST:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta <= 1e300:
         raise ValueError(f"{source}: rope_theta: found {theta!r}, expected a positive number")
     return float(theta)

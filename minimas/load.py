@@ -43,10 +43,10 @@ class LM:
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """Raises ValueError for a broken file, or one with ids that the model has no embedding for."""
-        from .tokenizer import Tokenizer
-
         if not (self.folder / "tokenizer.json").is_file():
             return None
+        from .tokenizer import Tokenizer
+
         tokenizer, limit = Tokenizer(self.folder), self.model.config.vocab_size
         if tokenizer.size > limit:
             raise ValueError(
@@ -130,7 +130,7 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
             tensor: Tensor = file.get_tensor(key)
             return tensor.to(device=where, dtype=kind or getattr(torch, config.dtype), copy=True)
 
-    for key in found.keys() & wanted.keys():
+    for key in [key for key in found if key in wanted]:
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(read(key), requires_grad=False))
     if twin in found and not torch.equal(read("lm_head.weight"), model.model.embed_tokens.weight):
@@ -146,7 +146,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     `only_config` fetches no weights from the hub.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     if path.is_file():
         raise ValueError(f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, or a hub id")
@@ -288,6 +288,10 @@ class PackedLinear(nn.Module):
         if packed is not None:
             self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._apply(lambda weight: weight)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -143,13 +143,12 @@ class Qwen3(nn.Module):
         a right-padded chunk; None means all T. Behind them nothing is remembered, and states mean nothing.
         """
         B, T, _ = inputs_embeds.shape
-        if cache is None:
-            cache = self.new_cache(B)
+        cache = self.new_cache(B) if cache is None else cache
         cache.sign(self)
         x, at = inputs_embeds, self._places(cache, B, T)
         for layer, block in enumerate(self.model.layers):
             x = block(x, at, cache, layer)
-        cache.advance(torch.full((B,), T) if lengths is None else lengths)
+        cache.advance(torch.full((B,), T) if lengths is None else lengths, most=T)
         return self.model.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -173,11 +172,11 @@ class Qwen3(nn.Module):
         return Places(cos, sin, mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1))
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell checkpoints apart: of a sample of every weight, rounded to bf16 whatever its dtype."""
+        """16 hex digits that tell checkpoints apart: of a sample of every weight, as bf16 whatever its dtype is."""
         c = self.config
         digest = hashlib.sha256(f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}".encode())
         for module_name, module in self.named_modules():
-            for name, weight in module.state_dict().items() if not any(module.children()) else ():
+            for name, weight in sorted(module.state_dict().items()) if not any(module.children()) else ():
                 sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
                 digest.update(f"{module_name}.{name}{tuple(weight.shape)}".encode())
                 digest.update(bytes(sample.view(torch.uint8).tolist()))

@@ -142,11 +142,12 @@ def test_an_unknown_field_is_said_unless_it_is_off(value: Any, said: bool, caplo
     assert ("hyper_connection" in caplog.text) is said
 
 
-@pytest.mark.parametrize("raw", [None, [], "config", 3])
-def test_json_that_is_no_object_is_refused(raw: Any) -> None:
+@pytest.mark.parametrize("content", ["null", "[]", '"config"', "3"])
+def test_json_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
     """`[]` is valid JSON."""
-    with pytest.raises(ValueError, match="expected a JSON object"):
-        Config.from_dict(raw)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: found .*, expected a JSON object"):
+        read_json(tmp_path / "config.json")
 
 
 def test_a_config_is_a_value() -> None:

@@ -142,9 +142,9 @@ def test_a_gain_of_zero_is_not_divided_by() -> None:
         (lambda m: Aligner.from_model(m, rows=42), "rows: found 42"),
         (lambda m: alignment_matrix(torch.ones(3, 2), torch.ones(4, 2)), "expected two equal"),
         (lambda m: alignment_matrix(torch.ones(3), torch.ones(3)), "expected two equal"),
-        (lambda m: alignment_matrix(torch.full((3, 2), torch.nan), torch.ones(3, 2)), "w_out: found NaN"),
-        (lambda m: alignment_matrix(torch.full((3, 2), torch.inf), torch.ones(3, 2)), "w_out: found NaN"),
-        (lambda m: alignment_matrix(torch.ones(3, 2), torch.full((3, 2), torch.nan)), "w_in: found NaN"),
+        (lambda m: alignment_matrix(torch.full((3, 2), torch.nan), torch.ones(3, 2)), "w_out.*: found NaN"),
+        (lambda m: alignment_matrix(torch.full((3, 2), torch.inf), torch.ones(3, 2)), "w_out.*: found NaN"),
+        (lambda m: alignment_matrix(torch.ones(3, 2), torch.full((3, 2), torch.nan)), "w_in.*: found NaN"),
         (lambda m: think(m, Aligner(), torch.zeros(1, 1, 16).double(), m.new_cache(1), -1), "--latent-steps.*found -1"),
     ],
 )
