@@ -26,6 +26,7 @@ from .latent import ALIGNMENTS
 from .load import TINY, load, resolve
 from .results import AgentTrace, Result, Usage, Watcher
 from .teams import Team
+from .tokenizer import is_text, read_text
 
 METHODS: dict[str, Callable[..., list[Result]]] = {"latent_mas": latent_mas, "text_mas": text_mas, "single": single}
 LATENT = ("latent_mas",)
@@ -44,9 +45,9 @@ def whole(low: int) -> Callable[[str], int]:
     """A parser of a flag's value, a whole number not below `low`."""
 
     def number(text: str) -> int:
-        if (value := int(text)) < low:
-            raise argparse.ArgumentTypeError(f"found {value}, expected {low} or more")
-        return value
+        if not text.strip().removeprefix("-").isdecimal() or len(text) > 18 or int(text) < low:
+            raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected a whole number, {low} or more")
+        return int(text)
 
     return number
 
@@ -117,7 +118,10 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.transfer == "shuffled" and len(rows) == 1:
         parser().error("--transfer: found shuffled with one question, expected a --file of two or more")
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    Sampling(**given)  # refused before a model is loaded
+    try:
+        Sampling(**given)
+    except ValueError as error:  # a flag's value, refused before a model is loaded
+        parser().error(str(error))
     options = {flag: getattr(args, flag) for flag in ONLY if getattr(args, flag) is not None}
     if str(args.team).endswith(".json"):
         options["team"] = Team.from_json(args.team)
@@ -153,25 +157,31 @@ def read_rows(args: argparse.Namespace) -> Iterator[Row]:
     if (args.question is None) == (args.file is None):
         parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
     if args.file is None:
-        question = sys.stdin.read() if args.question == "-" else args.question
-        if not question.strip():
-            parser().error("QUESTION: found an empty text, expected a question")
+        try:
+            question = sys.stdin.read() if args.question == "-" else args.question
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input: not UTF-8 text ({error})") from error
+        if not question.strip() or not is_text(question):
+            found = "an empty text" if not question.strip() else ascii(question)[:80]
+            parser().error(f"QUESTION: found {found}, expected a text")
         yield {"question": question}
         return
-    lines = args.file.read_text(encoding="utf-8").split("\n")
-    for count, line in enumerate(lines, start=1):
-        if not line.strip():
+    count = 0
+    for line, text in enumerate(read_text(args.file).split("\n"), start=1):
+        if not text.strip():
             continue
+        where, count = f"{args.file}: line {line}", count + 1
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{args.file}: line {count}: not valid JSON ({error})") from error
-        for field, kind, needed in (("question", str, True), ("choices", dict, False)):
-            found = row.get(field) if isinstance(row, dict) else row
-            if (not isinstance(found, kind) and (needed or found is not None)) or found in ("", {}):
-                raise ValueError(f"{args.file}: line {count}: {field}: found {found!r:.80}, expected {kind.__name__}")
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from error
+        question, choices = (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
+        if not isinstance(question, str) or not question.strip() or not is_text(question):
+            raise ValueError(f"{where}: question: found {question!r:.80}, expected a text that is not empty")
+        if choices is not None and not (isinstance(choices, dict) and choices):
+            raise ValueError(f"{where}: choices: found {choices!r:.80}, expected an object, letter: text")
         yield row
-    if not any(line.strip() for line in lines):
+    if not count:
         raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
 
 

@@ -26,7 +26,7 @@ from .latent import think
 from .load import LM
 from .results import AgentTrace, Result, Watcher
 from .teams import TEAMS, Agent, Team
-from .tokenizer import Turn
+from .tokenizer import Turn, is_text
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
 KINDS = tuple(prompts.FORMS)
@@ -93,14 +93,15 @@ class _Run:
         if isinstance(self.questions, str) or not self.questions:
             raise ValueError(f"questions: found {self.questions!r}, expected a list of at least one text")
         for i, question in enumerate(self.questions, start=1):
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f"question {i}: found {question!r}, expected a text that is not empty")
+            if not isinstance(question, str) or not question.strip() or not is_text(question):
+                raise ValueError(f"question {i}: found {question!r:.80}, expected a text that is not empty")
         if self.kind not in KINDS:
             raise ValueError(f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
         if len(self.choices) != len(self.questions) or (self.kind == "choice" and not all(self.choices)):
             raise ValueError(f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question")
+        self.end_ids, self.closing = self.lm.end_ids, self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
 
     def rolled(self) -> "_Run":
@@ -130,10 +131,10 @@ class _Run:
         text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], agent.prompt)
         return self.tokenizer.turn(text, agent.system, agent.prefix)
 
-    def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool) -> int:
+    def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool, closes: bool) -> int:
         """The slots held after an agent's turn at most; raises ValueError if the model's context is shorter."""
         limit, wrote = self.lm.model.config.max_position_embeddings, self.sampling.max_new_tokens if writes else 0
-        if (needed := held + reads + thinks + wrote) > limit:
+        if (needed := held + reads + thinks + wrote + (len(self.closing) if closes else 0)) > limit:
             raise ValueError(
                 f"{agent.name}: {held} slots of memory, a prompt of {reads} tokens, {thinks} thoughts (--latent-steps)"
                 f" and {wrote} tokens to write (--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
@@ -148,7 +149,7 @@ class _Run:
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
         ids = [self.tokenizer.encode_turn(turn) for turn in turns]
         for row, row_ids in enumerate(ids):
-            self.require_room(agents[row // B], int(held[row]), len(row_ids), steps, writes)
+            self.require_room(agents[row // B], int(held[row]), len(row_ids), steps, writes, closes)
         self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
         hidden = read(model, ids, memory)
         read_until = memory.lengths
@@ -157,8 +158,8 @@ class _Run:
         written = [Written("", [], "stop")] * len(ids)
         if writes:
             sources = self.generators * len(agents)
-            end = self.lm.end_ids
-            pieces = stream(model, self.tokenizer, hidden, memory, self.sampling, end, sources, ids, remember=closes)
+            how = (self.sampling, self.end_ids, sources)
+            pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=closes)
             for row, piece, done in pieces:
                 if final and piece:
                     self.watcher.text(row, piece)
@@ -166,7 +167,7 @@ class _Run:
                     written[row] = done
         if closes:
             # Left open, the next agent's system message would stand inside this one's answer.
-            read(model, [self.tokenizer.encode(self.tokenizer.turn_end)] * len(ids), memory)
+            read(model, [self.closing] * len(ids), memory)
         seconds, sizes = (self._clock() - start) / len(ids), (memory.lengths * memory.slot_nbytes).tolist()
         traces = [
             AgentTrace(len(i), steps, len(out.ids), seconds, size, agents[row // B].name, turn.text, out.text)
@@ -294,6 +295,7 @@ def _require_context(run: _Run, thinking: _Run, team: Team, steps: Callable[...,
             asked = run if final else thinking
             for agent in agents:
                 reads, before = len(run.tokenizer.encode_turn(asked.turn(agent, q))), 0 if alone else held
-                after = run.require_room(agent, before, reads, steps(agent, final), final or agent.writes)
-                added = {"latents": steps(agent, final), "none": 0}.get(transfer, after - before)
+                writes, thinks = final or agent.writes, steps(agent, final)
+                after = run.require_room(agent, before, reads, thinks, writes, closes=not final)
+                added = {"latents": thinks, "none": 0}.get(transfer, after - before)
                 held = added if transfer == "last" else held + added

@@ -38,8 +38,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)  # on the CPU: reading it never waits for a GPU
         self.dtype, self.device = dtype, torch.device(device)
         empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.keys = [empty] * config.num_hidden_layers
-        self.values = [empty] * config.num_hidden_layers
+        self.keys, self.values = [empty] * config.num_hidden_layers, [empty] * config.num_hidden_layers
 
     @property
     def slot_nbytes(self) -> int:
@@ -118,8 +117,8 @@ class KVCache:
         """
         kinds = {(c.config, len(c.lengths), c.dtype, c.device) for c in caches}
         if len(kinds) != 1:
-            found = "; ".join(f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds) or "none"
-            raise ValueError(f"caches: found {found}, expected one or more of equal model, rows, dtype and device")
+            found = [f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds]
+            raise ValueError(f"caches: found {found}, expected memories of one model, number of rows, dtype and device")
         joined = cls(*kinds.pop())
         for cache in caches:
             width = int(cache.lengths.max())
@@ -135,8 +134,7 @@ class KVCache:
         if int(lengths.min()) < 0:
             raise ValueError(f"length: found {int(lengths.min())}, expected 0 or more")
         starts = self.lengths - lengths if from_end else torch.zeros_like(lengths)
-        # Clamped: a shorter row repeats a slot as padding.
-        slots = (starts[:, None] + torch.arange(int(lengths.max()))).clamp(max=int(self.lengths.max()) - 1)
+        slots = (starts[:, None] + torch.arange(int(lengths.max()))).clamp(max=int(self.lengths.max()) - 1)  # (B, S)
         index = slots.to(self.device)[:, None, :, None]  # (B, 1, S, 1)
         new = self._with(lengths, lambda s: s.gather(2, index.expand(-1, s.shape[1], -1, s.shape[3])))  # (B, K, S, d)
         if bool(starts.any()):
@@ -208,8 +206,7 @@ def _with_room(store: Tensor, slots: int, heads: int) -> Tensor:
     B, _, room, d = store.shape
     if slots <= room:
         return store
-    # By half, so that a long rollout copies a bounded number of times. Zeros, not empty: a masked slot still enters
-    # attention as 0 × value, and 0 × NaN is NaN.
+    # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
     grown = store.new_zeros(B, heads, max(slots, room + room // 2 + 64), d)
     if room:
         grown[:, :, :room] = store

@@ -67,10 +67,9 @@ class Config:
 
         family = raw.get("model_type")
         require(family in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}")
-        for field, off in UNSUPPORTED.items():
+        bias = {"attention_bias": (False, True) if family == "qwen2" else (False,)}  # Qwen2 has one on q, k, v always
+        for field, off in (UNSUPPORTED | bias).items():
             require(raw.get(field) is None or raw[field] in off, field, repr(off[0]) if off else "null, not supported")
-        if family != "qwen2":  # whose bias on q, k and v is always there
-            require(not raw.get("attention_bias"), "attention_bias", f"false for model_type {family!r}")
         plain = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         sizes = {field: number(field, int) for field in plain.split()}
         heads, full = sizes["num_attention_heads"], ["full_attention"] * min(sizes["num_hidden_layers"], 9999)
@@ -117,14 +116,14 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
     """A token id, a list of them or None, as a tuple; raises ValueError naming `where`."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+    if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError(f"{where}: found {value!r}, expected a token id or a list of them")
     return tuple(ids)
 
 
 def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
     """The rotary base: at the top level, or in `rope_parameters` as transformers 5 writes it."""
-    theta = raw.get("rope_theta")
+    theta = raw.get("rope_theta", 1e4 if raw.get("model_type") == "llama" else None)  # the first Llamas do not say
     for field in ("rope_scaling", "rope_parameters"):
         block = {} if raw.get(field) is None else raw[field]
         if not isinstance(block, Mapping):
@@ -133,8 +132,6 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
         if kind != "default" or block.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"{source}: {field}: found {block!r:.80}, expected rope_type 'default' of whole heads")
         theta = block.get("rope_theta", theta)
-    if theta is None and raw.get("model_type") == "llama":
-        theta = 10000.0  # the first Llama checkpoints do not say
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta <= 1e300:
         raise ValueError(f"{source}: rope_theta: found {theta!r}, expected a positive number")
     return float(theta)

@@ -8,7 +8,6 @@ order or shard. Does not know: prompts, agents, alignment.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,16 +41,18 @@ class Sampling:
         for name, expected in wanted.items():
             value = getattr(self, name)
             good = isinstance(value, int if "whole" in expected else int | float) and not isinstance(value, bool)
-            good = good and math.isfinite(value) and (value > 0 or (value == 0 and "0 or more" in expected))
+            good = good and value < 1e300 and (value > 0 or (value == 0 and "0 or more" in expected))
             if not good or (name == "top_p" and value > 1):
-                raise ValueError(f"{name} (--{name.replace('_', '-')}): found {value!r}, expected {expected}")
+                raise ValueError(f"{name} (--{name.replace('_', '-')}): found {value!r:.40}, expected {expected}")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "generation_config.json") -> "Sampling":
         """The defaults of a generation_config.json; greedy unless it says do_sample."""
         names = [field.name for field in dataclasses.fields(cls)]
         given = {name: raw[name] for name in names if raw.get(name) is not None}
-        if not raw.get("do_sample", False):
+        if raw.get("do_sample"):
+            given.setdefault("temperature", 1.0)  # as Hugging Face does
+        else:
             given = {k: v for k, v in given.items() if k in ("repetition_penalty", "max_new_tokens")}
         try:
             return cls(**given)
@@ -110,8 +111,9 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     if sampling.temperature == 0:
         return logits.argmax(-1)
     kept = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    scores, order = (logits.double() / sampling.temperature).topk(kept)  # (B, k)
-    probabilities = scores.softmax(-1)  # descending
+    scores, order = logits.double().topk(kept)  # (B, k), descending
+    # From the largest: at a temperature near 0 the scores overflow, their differences do not.
+    probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
     # A token stays if the mass before it is short of top_p; the most likely one always does.
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.where(before < sampling.top_p, 0.0)

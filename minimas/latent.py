@@ -86,9 +86,9 @@ class Aligner:
             return cls(norm=norm)
         matrix = alignment_matrix(w_out, w_in)
         if kind == "random":  # W_a's singular values between random orthogonal bases, the same at every call
-            generator = torch.Generator().manual_seed(0)
-            bases = torch.randn(2, *matrix.shape, generator=generator, dtype=torch.float64)  # (2, D, D)
-            left, right = torch.linalg.qr(bases.to(matrix.device)).Q
+            seed = torch.Generator().manual_seed(0)
+            bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64).to(matrix.device)  # (2, D, D)
+            left, right = torch.linalg.qr(bases).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
         gain = model.model.norm.weight.to(wide)
         scale = (

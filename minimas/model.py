@@ -51,8 +51,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, at: "Places", cache: KVCache, layer: int) -> Tensor:
         B, T, _ = x.shape
-        # The number of heads is read off the weights.
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d), H of the weights
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
@@ -140,7 +139,7 @@ class Qwen3(nn.Module):
         """Hidden states after the final norm, (B, T, D) -> (B, T, D), of new positions that see the memory `cache`.
 
         Appends them to `cache` (None: to one that is thrown away). `lengths` (B,) counts each row's valid positions in
-        a right-padded chunk; None means all T. Behind them nothing is remembered, and states mean nothing.
+        a right-padded chunk (None: all T); behind them nothing is remembered, and states mean nothing.
         """
         B, T, _ = inputs_embeds.shape
         cache = self.new_cache(B) if cache is None else cache

@@ -28,6 +28,10 @@ class Agent:
     writes: bool = False
     prefix: str = ""
 
+    def __post_init__(self) -> None:
+        if self.latent_steps is not None and self.latent_steps < 0:
+            raise ValueError(f"latent_steps: found {self.latent_steps}, expected 0 or more for agent {self.name!r}")
+
 
 @dataclass(frozen=True)
 class Team:
@@ -52,25 +56,28 @@ class Team:
     @classmethod
     def from_dict(cls, raw: Any, source: str) -> "Team":
         """Read a team from a parsed JSON object; `source` is named in errors."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("agents"), list) or not raw["agents"]:
-            raise ValueError(f"{source}: agents: expected an object with a list of at least one agent")
-        if unknown := raw.keys() - {"agents", "parallel"}:
-            raise ValueError(f"{source}: found {sorted(unknown)}, expected agents and parallel alone")
+        if not isinstance(raw, dict) or not {"agents"} <= raw.keys() <= {"agents", "parallel"}:
+            raise ValueError(f"{source}: found {raw!r:.80}, expected an object with agents, and parallel or not")
+        if not isinstance(raw["agents"], list) or not raw["agents"]:
+            raise ValueError(f"{source}: agents: found {raw['agents']!r:.80}, expected a list of at least one agent")
         if not isinstance(raw.get("parallel", False), bool):
-            raise ValueError(f"{source}: parallel: found {raw['parallel']!r}, expected true or false")
+            raise ValueError(f"{source}: parallel: found {raw['parallel']!r:.80}, expected true or false")
         types = {"name": str, "prompt": str, "system": str, "latent_steps": int, "writes": bool, "prefix": str}
+        agents = []
         for i, fields in enumerate(raw["agents"]):
             where = f"{source}: agents[{i}]"
             if not isinstance(fields, dict) or not {"name", "prompt"} <= fields.keys():
-                raise ValueError(f"{where}: expected an object with name and prompt")
+                raise ValueError(f"{where}: found {fields!r:.80}, expected an object with name and prompt")
             for field, value in fields.items():
-                if field not in types:
-                    raise ValueError(f"{where}: {field}: unknown field, expected one of {', '.join(types)}")
-                good = isinstance(value, types[field]) and (types[field] is bool or not isinstance(value, bool))
-                optional = field in ("system", "latent_steps") and value is None
-                if (not good and not optional) or (field == "latent_steps" and value is not None and value < 0):
-                    raise ValueError(f"{where}: {field}: found {value!r}, expected {types[field].__name__}")
-        return cls(tuple(Agent(**fields) for fields in raw["agents"]), raw.get("parallel", False))
+                wanted = types.get(field)
+                if type(value) is not wanted and not (value is None and field in ("system", "latent_steps")):
+                    expected = f"type {wanted.__name__}" if wanted else f"one of the fields {', '.join(types)}"
+                    raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")
+            try:
+                agents.append(Agent(**fields))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return cls(tuple(agents), raw.get("parallel", False))
 
 
 def sequential() -> Team:

@@ -1,13 +1,13 @@
 """Text ↔ token ids, and the chat template that makes an agent's turn out of a message.
 
 A user's text can never become a control token: `encode_turn` cuts every control token that touches user text in two
-before encoding, so that the ids spell the same characters in ordinary tokens. Everything else is encoded in one piece,
-so any Hugging Face tokenizer gives the same ids. The template is the model's own, run in a sandbox; ChatML where it
+before encoding it, so that the ids spell the same characters in ordinary tokens. All else is encoded in one piece, so
+any Hugging Face tokenizer gives the same ids. The template is the model's own, run in a sandbox; ChatML where it
 has none. Does not know: torch, models, roles.
 """
 
+import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,10 +50,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
         self.path = Path(folder) / "tokenizer.json"
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
+        text = read_text(self.path)
         try:
-            self.backend = Backend.from_str(self.path.read_text(encoding="utf-8"))
+            self.backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
         # Padding or truncation set for training would add or drop tokens without a word.
@@ -61,27 +60,33 @@ class Tokenizer:
         self.backend.no_truncation()
         self._read_template(Path(folder))
         self.control = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-        # A lookahead matches at every character, so overlapping tokens are all found, the longest first.
-        names = "|".join(re.escape(name) for name in sorted(self.control, key=len, reverse=True))
-        self._find_control = re.compile(f"(?=({names}))") if names else None
+        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.size:
+            raise ValueError(f"{self.path}: found an empty vocabulary, expected tokens")
         self.turn_end = self._turn_end()
-        ends = {self.control.get(name) for name in (self._eos, "<|im_end|>")}
-        self.end_ids = frozenset(i for i in ends if i is not None)
+        self.end_ids = frozenset(self.control[name] for name in {self._eos, "<|im_end|>"} & self.control.keys())
 
     def encode(self, text: str) -> list[int]:
         """Ids of trusted text: control tokens in it are control tokens; nothing is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, turn: Turn) -> list[int]:
-        """Ids of a turn in which no control token comes from an untrusted span."""
-        cuts = [0]
-        for match in self._find_control.finditer(turn.text) if self._find_control and turn.untrusted else ():
-            start, end = match.span(1)
-            if any(start < b and a < end for a, b in turn.untrusted):
-                cuts.append(start + 1)
-        pieces = [turn.text[a:b] for a, b in zip(cuts, [*cuts[1:], len(turn.text)], strict=True)]
-        return [i for piece in pieces if piece for i in self.encode(piece)]
+        """Ids of a turn in which no control token comes from an untrusted span; ValueError if that cannot be."""
+        cuts, control = {0, len(turn.text)}, set(self.control.values())
+        while True:
+            ids: list[int] = []
+            wrong: set[int] = set()
+            for start, end in itertools.pairwise(sorted(cuts)):
+                piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
+                ids += piece.ids
+                for i, (a, b) in zip(piece.ids, piece.offsets, strict=True):
+                    if i in control and any(start + a < y and x < start + b for x, y in turn.untrusted):
+                        wrong.add(start + a + 1)
+            if not wrong:
+                return ids
+            if wrong <= cuts:  # one character, not to be cut
+                raise ValueError(f"question: found a character that is a control token of {self.path}, expected text")
+            cuts |= wrong
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -96,17 +101,16 @@ class Tokenizer:
         roles, holes = ["system", "user"][-len(contents) :], [HOLE.format(i) for i in range(len(contents))]
         text = self._render(roles, contents)
         # What surrounds the messages, seen with stand-ins for them, tells where they are in the text.
-        rest, spans, at = self._render(roles, holes), [], 0
-        for content, hole in zip(contents, holes, strict=True):
-            before, _, rest = rest.partition(hole)
-            start = at + len(before)
-            body = content if text.startswith(content, start) else content.strip()  # some templates strip
-            if text[at:start] != before or not text.startswith(body, start):
-                raise ValueError(f"{self.template_path}: the chat template changes or drops a message")
-            spans.append((start, at := start + len(body)))
-        if text[at:] != rest:
-            raise ValueError(f"{self.template_path}: the chat template depends on the content of a message")
-        return Turn(text, tuple(spans)) + Turn(prefix)
+        frame = self._render(roles, holes)
+        for stripped in itertools.product((False, True), repeat=len(contents)):  # as some templates do
+            turn, rest = Turn(""), frame
+            for content, hole, strip in zip(contents, holes, stripped, strict=True):
+                before, _, rest = rest.partition(hole)
+                body = content.strip() if strip else content
+                turn += Turn(before) + Turn(body, ((0, len(body)),))
+            if turn.text + rest == text:
+                return turn + Turn(rest + prefix)
+        raise ValueError(f"{self.template_path}: the chat template changes a message, or depends on what it says")
 
     def written(self, text: str) -> Turn:
         """What an agent wrote and the end of its turn, to be put behind the turn it answered."""
@@ -133,7 +137,7 @@ class Tokenizer:
         settings = read_json(settings_path, needed=False)
         source, self.template_path = settings.get("chat_template"), settings_path
         if template_path.is_file():
-            source, self.template_path = template_path.read_text(encoding="utf-8"), template_path
+            source, self.template_path = read_text(template_path), template_path
         if isinstance(source, list):  # several templates by name
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
         if source is not None and not isinstance(source, str):
@@ -150,7 +154,7 @@ class Tokenizer:
         sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
             self._template = sandbox.from_string(CHATML if source is None else source)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError, RecursionError) as error:
             raise ValueError(f"{self.template_path}: not a readable chat template ({error})") from error
 
 
@@ -177,6 +181,21 @@ class TextStream:
     def text(self) -> str:
         """All text so far."""
         return self._tokenizer.decode(self.ids)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises FileNotFoundError or ValueError naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` can be encoded: half of a surrogate pair, as from a broken command line, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _raise_exception(message: str) -> Any:

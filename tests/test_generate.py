@@ -198,9 +198,6 @@ def test_the_repetition_penalty_is_hugging_faces(rows: list[list[int]], penalty:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sampling)])
 def test_a_setting_that_is_no_number_is_refused_by_its_flag(name: str, value: Any) -> None:
     """One line names the flag: found what, expected what."""
-    if value == 10**400 and name in ("top_k", "max_new_tokens"):
-        Sampling(**{name: value})  # more than enough is no mistake
-        return
     with pytest.raises(ValueError, match=rf"^{name} \(--{name.replace('_', '-')}\): found .*, expected "):
         Sampling(**{name: value})
 

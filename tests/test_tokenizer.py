@@ -107,15 +107,22 @@ def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> Non
     [
         (normalizers.Lowercase(), "<|im_end|>", "<|IM_END|>"),
         (normalizers.NFKC(), "<|im_end|>", "\uff1c|im_end|\uff1e"),
-        (None, "§", "a§b"),
     ],
-    ids=["lower case", "full width", "one character"],
+    ids=["lower case", "full width"],
 )
 def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, text: str) -> None:
     """Added tokens may be looked for behind the normalizer, where `<|IM_END|>` has become `<|im_end|>`."""
     tokenizer = byte_level((special,), normalizer)
     assert control_ids(tokenizer, tokenizer.encode(text)), "trusted, it is one"
     assert control_ids(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == []
+
+
+def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
+    """It cannot be cut in two, so the only honest answers are to refuse it or to obey it."""
+    tokenizer = byte_level(("§",))
+    assert control_ids(tokenizer, tokenizer.encode("a§b")), "trusted, it is one"
+    with pytest.raises(ValueError, match="question: found a character that is a control token"):
+        tokenizer.encode_turn(Turn("a§b", ((0, 3),)))
 
 
 @functools.cache
@@ -334,7 +341,7 @@ def test_a_template_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"\x80\x04pickle", b'{"model": null}'])
 def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: not a readable tokenizer"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: not (a readable tokenizer|UTF-8 text)"):
         Tokenizer(tmp_path)
 
 

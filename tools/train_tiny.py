@@ -344,6 +344,7 @@ def arms(lm: LM) -> list[Arm]:
     team = lm.teams["sequential"]
     assert isinstance(team, Team)
     judger = team.agents[-1]
+    pair = Team((team.agents[0], judger))
     blind = Team((*team.agents[:-1], replace(judger, prompt=judger.prompt.format(question=NO_QUESTION))))
     chain, experts = {"team": "sequential"}, {"team": "hierarchical"}
     return [
@@ -353,6 +354,7 @@ def arms(lm: LM) -> list[Arm]:
         Arm("latent_mas, sequential", latent_mas, chain, at_least=92),
         Arm("thoughts only", latent_mas, {**chain, "transfer": "latents"}, at_least=90),
         Arm("judger without the question", latent_mas, {"team": blind}, at_least=92),
+        Arm("planner and judger alone", latent_mas, {"team": pair}),
         Arm("latent_mas, hierarchical", latent_mas, experts, at_least=92),
         Arm("hierarchical, thoughts only", latent_mas, {**experts, "transfer": "latents"}),
         Arm("no memory", latent_mas, {**chain, "transfer": "none"}, at_most=40),
@@ -395,18 +397,19 @@ def accuracy(lm: LM, arm: Arm, count: int) -> float:
 
 
 def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
-    """Every row of the card, name -> per cent; those that must be high in float32 too."""
-    figures: dict[str, float] = {}
+    """Every row of the card, name -> per cent; those that must be high in float32 too.
+
+    Rows are kept in the folder as they are measured, so that a run that was cut off goes on.
+    """
+    kept = folder / f"figures-{count}.json"
+    figures: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     as_shipped, wide = load(folder, device="cpu"), load(folder, device="cpu", dtype="float32")
     for arm in arms(as_shipped):
-        figures[arm.name] = accuracy(as_shipped, arm, count)
-        if arm.at_least:
-            figures[f"{arm.name}, float32"] = accuracy(wide, arm, count)
-        print(
-            f"seed {seed}: {arm.name}: {figures[arm.name]:.1f} % {arm.bar and f'({arm.bar})'}",
-            file=sys.stderr,
-            flush=True,
-        )
+        for lm, name in [(as_shipped, arm.name), (wide, f"{arm.name}, float32")][: 1 + bool(arm.at_least)]:
+            if name not in figures:
+                figures[name] = accuracy(lm, arm, count)
+                kept.write_text(json.dumps(figures, indent=1))
+                print(f"seed {seed}: {name}: {figures[name]:.1f} %  {arm.bar}", file=sys.stderr, flush=True)
     return figures
 
 
@@ -425,24 +428,32 @@ def misses(figures: dict[str, float], rows: list[Arm]) -> list[str]:
 # -- the card: prose kept by hand in weights/tiny/README.md, figures filled in between its marks -----------------------
 
 
-def card(prose: str, runs: dict[int, dict[str, Any]], best: int, rows: list[Arm], count: int) -> str:
+class Run(NamedTuple):
+    """One seed's model, what its training took, and its figures."""
+
+    folder: Path
+    took: dict[str, float]
+    figures: dict[str, float]
+
+
+def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: int) -> str:
     """`prose` with the figures of all runs in place of what stands between its `<!-- name -->` and `<!-- end -->`."""
-    figures = runs[best]["figures"]
+    figures = runs[best].figures
     swept = [arm for arm in rows if re.fullmatch(r"[1-9]\d* steps", arm.name)]
     sweep = {int(arm.name.split()[0]): figures[arm.name] for arm in swept}
     sweep |= {0: figures["0 steps"], LATENT_STEPS: figures["latent_mas, sequential"]}
     table = [["", "bar", *(f"seed {seed}" for seed in runs)], ["---"] * (2 + len(runs))]
     for arm in rows:
         if arm not in swept:
-            table.append([arm.name, arm.bar, *(f"{run['figures'][arm.name]:.1f}" for run in runs.values())])
+            table.append([arm.name, arm.bar, *(f"{run.figures[arm.name]:.1f}" for run in runs.values())])
     blocks = {
         "asked": f"{count:,} questions a row. Shipped: seed {best}.",
         "table": "\n".join("| " + " | ".join(line) + " |" for line in table),
         "float32": ", ".join(f"{arm.name} {figures[f'{arm.name}, float32']:.1f}" for arm in rows if arm.at_least),
         "steps": ", ".join(f"{steps}: {value:.0f}" for steps, value in sorted(sweep.items())),
         "runs": "\n".join(
-            f"- seed {s}: {run['steps']:,} steps, {run['tokens'] / 1e6:.1f} M tokens, {run['seconds'] / 60:.0f} minutes"
-            for s, run in runs.items()
+            f"- seed {seed}: {took['steps']:,} steps, {took['tokens'] / 1e6:.1f} M tokens"
+            for seed, (_, took, _) in runs.items()
         ),
     }
     for name, text in blocks.items():
@@ -463,23 +474,20 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=1000, help="fresh questions for each row of the card")
     args = parser.parse_args()
     torch.set_num_threads(1)  # matrices are small: a second thread costs more than it brings
-    runs: dict[int, dict[str, Any]] = {}
+    runs: dict[int, Run] = {}
     for seed in args.seed:
         folder = args.scratch / f"seed-{seed}-{args.rounds}"
         folder.mkdir(parents=True, exist_ok=True)
-        report = folder / "report.json"
-        if not report.exists():
-            tokenizer = make_tokenizer()
-            model, took = train(tokenizer, seed, args.rounds, folder / "state.safetensors")
-            export(model, tokenizer, folder)
-            report.write_text(json.dumps({**took, "figures": measure(folder, seed, args.questions)}, indent=1))
-        runs[seed] = json.loads(report.read_text())
+        tokenizer = make_tokenizer()
+        model, took = train(tokenizer, seed, args.rounds, folder / "state.safetensors")
+        export(model, tokenizer, folder)
+        runs[seed] = Run(folder, took, measure(folder, seed, args.questions))
     rows = arms(load(folder, device="cpu"))
-    missed = {seed: misses(run["figures"], rows) for seed, run in runs.items()}
-    best = min(runs, key=lambda seed: (len(missed[seed]), -runs[seed]["figures"]["latent_mas, sequential"]))
+    missed = {seed: misses(run.figures, rows) for seed, run in runs.items()}
+    best = min(runs, key=lambda seed: (len(missed[seed]), -runs[seed].figures["latent_mas, sequential"]))
     args.out.mkdir(parents=True, exist_ok=True)
     for file in FILES:
-        shutil.copyfile(args.scratch / f"seed-{best}-{args.rounds}" / file, args.out / file)
+        shutil.copyfile(runs[best].folder / file, args.out / file)
     prose = CARD.read_text(encoding="utf-8")
     (args.out / "README.md").write_text(card(prose, runs, best, rows, args.questions), encoding="utf-8")
     for line in missed[best]:
