@@ -23,7 +23,7 @@ from .agents import KINDS, TRANSFERS, latent_mas, single, text_mas
 from .generate import Sampling
 from .info import describe
 from .latent import ALIGNMENTS
-from .load import TINY, load, resolve
+from .load import TINY, load
 from .results import AgentTrace, Result, Usage, Watcher
 from .teams import Team
 from .tokenizer import is_text, read_text
@@ -33,7 +33,6 @@ LATENT = ("latent_mas",)
 # Flags that only some methods read; with another one they would do nothing, so they are refused.
 ONLY = {"team": ("latent_mas", "text_mas"), "latent_steps": LATENT, "align": LATENT, "transfer": LATENT}
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
-Row = dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +44,7 @@ def whole(low: int) -> Callable[[str], int]:
     """A parser of a flag's value, a whole number not below `low`."""
 
     def number(text: str) -> int:
-        if not text.strip().removeprefix("-").isdecimal() or len(text) > 18 or int(text) < low:
+        if not re.fullmatch(r"-?\d{1,18}", text) or int(text) < low:
             raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected a whole number, {low} or more")
         return int(text)
 
@@ -87,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C; raises SystemExit(2) for usage."""
     args = parser().parse_args(argv)
     try:
-        (run_ask if args.command == "ask" else run_info)(args)
+        if args.command == "ask":
+            run_ask(args)
+        else:
+            print("\n".join(f"{label + ':':<14} {text}" for label, text in describe(args.model).items()))
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -98,16 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
-        text = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            text = f"out of memory ({text}): try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps"
-        print(f"minimas: error: {text}", file=sys.stderr)
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        advice = "out of memory: try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps; " if full else ""
+        print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
-
-
-def run_info(args: argparse.Namespace) -> None:
-    for label, text in describe(args.model).items():
-        print(f"{label + ':':<14} {text}")
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -129,18 +125,17 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)
-    known = [re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows]
-    if args.model == TINY and lm.folder == resolve(TINY) and not all(known) and not args.quiet:
-        hint = f"only knows questions such as {prompts.TINY_EXAMPLE!r}; for others: --model Qwen/Qwen3-0.6B"
-        print(f"minimas: {TINY} {hint}", file=sys.stderr)
+    known = all(re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
+    if args.model == TINY and not known and not args.quiet:
+        print(f"minimas: {prompts.TINY_HINT}", file=sys.stderr)
     bill: list[Usage] = []
     for kind, batch in batches(rows, args):
         screen = Screen(args, batch)
+        choices = [row.get("choices") for row in batch]
+        asked = {"kind": kind, "choices": choices, "sampling": sampling, "seed": args.seed}
         try:
-            questions, choices = [row["question"] for row in batch], [row.get("choices") for row in batch]
-            results = METHODS[args.method](
-                lm, questions, kind=kind, choices=choices, sampling=sampling, seed=args.seed, watcher=screen, **options
-            )
+            questions = [row["question"] for row in batch]
+            results = METHODS[args.method](lm, questions, watcher=screen, **asked, **options)
         except KeyboardInterrupt:
             screen.keep()
             raise
@@ -152,7 +147,7 @@ def run_ask(args: argparse.Namespace) -> None:
         print_bill("total", bill)
 
 
-def read_rows(args: argparse.Namespace) -> Iterator[Row]:
+def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The questions: one from the argument or standard input, or all of a file, checked line by line."""
     if (args.question is None) == (args.file is None):
         parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
@@ -185,10 +180,10 @@ def read_rows(args: argparse.Namespace) -> Iterator[Row]:
         raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
 
 
-def batches(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[str, list[Row]]]:
+def batches(rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Runs of rows of one kind, --batch-size at a time; shuffled memories need all of them at once."""
 
-    def kind(row: Row) -> str:
+    def kind(row: dict[str, Any]) -> str:
         if args.kind or row.get("choices"):
             return args.kind or "choice"
         if "tests" in row or "entry_point" in row:
@@ -212,7 +207,7 @@ def print_bill(name: str, usages: Sequence[Usage]) -> None:
 class Screen(Watcher):
     """Shows one batch: the answer as it is written on stdout, the agents' progress and bills on stderr."""
 
-    def __init__(self, args: argparse.Namespace, batch: list[Row]) -> None:
+    def __init__(self, args: argparse.Namespace, batch: list[dict[str, Any]]) -> None:
         self.args, self.batch, self.pieces = args, batch, [""] * len(batch)
         self.bar: Any = None
 
@@ -261,7 +256,7 @@ class Screen(Watcher):
             elif len(self.batch) > 1 and text:
                 print(text, flush=True)
 
-    def print_json(self, row: Row, result: dict[str, Any]) -> None:
+    def print_json(self, row: dict[str, Any], result: dict[str, Any]) -> None:
         settings = {flag: getattr(self.args, flag) for flag in ("model", "method", *ONLY, "seed")}
         print(json.dumps({"id": row.get("id")} | settings | result, ensure_ascii=False), flush=True)
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,11 +116,9 @@ class _Run:
         """A team given by name: the folder's own first, then the generic one."""
         if isinstance(team, Team):
             return team
-        found = self.lm.teams.get(team) or (TEAMS[team]() if team in TEAMS else None)
-        if not isinstance(found, Team):
-            expected = f"a Team, a .json file or one of {', '.join(TEAMS)}"
-            raise ValueError(f"team (--team): found {team!r}, expected {expected}")
-        return found
+        if team not in self.lm.teams.keys() | TEAMS.keys():
+            raise ValueError(f"team (--team): found {team!r}, expected a Team, a .json file, {' or '.join(TEAMS)}")
+        return self.lm.teams.get(team) or TEAMS[team]()
 
     def turn(self, agent: Agent, q: int, context: str = "") -> Turn:
         """Agent's turn on question q, up to the open assistant turn."""
@@ -169,10 +167,10 @@ class _Run:
             # Left open, the next agent's system message would stand inside this one's answer.
             read(model, [self.closing] * len(ids), memory)
         seconds, sizes = (self._clock() - start) / len(ids), (memory.lengths * memory.slot_nbytes).tolist()
-        traces = [
-            AgentTrace(len(i), steps, len(out.ids), seconds, size, agents[row // B].name, turn.text, out.text)
-            for row, (i, out, size, turn) in enumerate(zip(ids, written, sizes, turns, strict=True))
-        ]
+        traces = []
+        for row, (turn, read_ids, out, size) in enumerate(zip(turns, ids, written, sizes, strict=True)):
+            bill = (len(read_ids), steps, len(out.ids), seconds, size)
+            traces.append(AgentTrace(*bill, name=agents[row // B].name, prompt=turn.text, text=out.text))
         for first in range(0, len(traces), B):
             self.watcher.end(traces[first : first + B])
         return _Acted(memory, held, read_until, steps, traces, written)
@@ -192,8 +190,7 @@ class _Run:
         return results
 
 
-@dataclass
-class _Acted:
+class _Acted(NamedTuple):
     """One turn of one or more agents: the memory after it, and which of its slots are whose."""
 
     memory: KVCache
@@ -221,12 +218,10 @@ def _stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Ag
     Those of a parallel team do, as far as they are `alike`.
     """
     *before, last = team.agents
-    for _, group in itertools.groupby(before, key=alike):
-        agents = list(group)
-        if team.parallel:
-            yield agents, True, False
-        else:
-            yield from (([agent], False, False) for agent in agents)
+    if team.parallel:
+        yield from ((list(group), True, False) for _, group in itertools.groupby(before, key=alike))
+    else:
+        yield from (([agent], False, False) for agent in before)
     yield [last], False, True
 
 

@@ -20,9 +20,7 @@ def describe(name: str | Path) -> dict[str, str]:
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
-    embedding = c.vocab_size * c.hidden_size
-    count = sum(weight.numel() for weight in model.state_dict().values())
-    sizes = {"float32": 4, "bfloat16": 2}
+    embedding, count = c.vocab_size * c.hidden_size, sum(weight.numel() for weight in model.state_dict().values())
     team = 4 * (200 + 40)  # agents × (prompt + thoughts), a typical question
     tied = "tied: W_a is the identity up to λ, only the rescaling is left"
     untied = f"untied: W_a is a {c.hidden_size} × {c.hidden_size} map, {c.hidden_size**2 * 4 / 1e6:,.0f} MB in float32"
@@ -33,7 +31,7 @@ def describe(name: str | Path) -> dict[str, str]:
         "vocabulary": f"{c.vocab_size:,}",
         "context": f"{c.max_position_embeddings:,} tokens",
         "parameters": f"{count:,} ({embedding / count:.0%} in the token embedding)",
-        "weights": ", ".join(f"{kind} {count * size / 1e6:,.1f} MB" for kind, size in sizes.items()),
+        "weights": f"bfloat16 {count * 2 / 1e6:,.1f} MB, float32 {count * 4 / 1e6:,.1f} MB",
         "memory": f"{slot / 1024:,.1f} KiB a token; {team * slot / 1e6:,.1f} MB for 4 agents who read 200, think 40",
         "alignment": tied if c.tie_word_embeddings else untied,
         "checkpoint": f"{c.dtype}{', with teams.json' if (folder / 'teams.json').is_file() else ''}",

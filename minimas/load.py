@@ -47,11 +47,9 @@ class LM:
             return None
         from .tokenizer import Tokenizer
 
-        tokenizer, limit = Tokenizer(self.folder), self.model.config.vocab_size
-        if tokenizer.size > limit:
-            raise ValueError(
-                f"{tokenizer.path}: found {tokenizer.size:,} tokens, expected vocab_size, {limit:,}, or fewer"
-            )
+        tokenizer, most = Tokenizer(self.folder), self.model.config.vocab_size
+        if tokenizer.size > most:
+            raise ValueError(f"{tokenizer.path}: found {tokenizer.size:,} ids, expected at most {most:,}, vocab_size")
         return tokenizer
 
     @cached_property
@@ -59,14 +57,13 @@ class LM:
         """The model's own sampling defaults, from generation_config.json; greedy without one."""
         from .generate import Sampling
 
-        path = self.folder / "generation_config.json"
-        return Sampling.from_dict(read_json(path, needed=False), str(path))
+        return Sampling.from_dict(*self._settings("generation_config.json"))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Every token that ends a turn, as any of the folder's files says."""
-        path = self.folder / "generation_config.json"
-        ids = token_ids(read_json(path, needed=False).get("eos_token_id"), f"{path}: eos_token_id")
+        raw, path = self._settings("generation_config.json")
+        ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
         return frozenset(ids).union(self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ())
 
     @cached_property
@@ -74,17 +71,20 @@ class LM:
         """The folder's own teams by name (teams.json), {} without one."""
         from .teams import Team
 
-        path = self.folder / "teams.json"
-        raw = read_json(path, needed=False)
+        raw, path = self._settings("teams.json")
         return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in raw.keys() - {"latent_steps"}}
 
     @cached_property
     def default_steps(self) -> int:
         """How many thoughts an agent thinks if nobody says: teams.json's number, or 40 (paper: best at 40 to 80)."""
-        steps: int = read_json(self.folder / "teams.json", needed=False).get("latent_steps", 40)
+        raw, path = self._settings("teams.json")
+        steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
-            raise ValueError(f"{self.folder / 'teams.json'}: latent_steps: found {steps!r}, expected 0 or more")
+            raise ValueError(f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more")
         return steps
+
+    def _settings(self, name: str) -> tuple[dict[str, Any], str]:
+        return read_json(self.folder / name, needed=False), str(self.folder / name)
 
     def aligner(self, kind: str) -> "Aligner":
         """The model's alignment of one kind, over the rows that the tokenizer can produce; computed once."""
@@ -141,10 +141,7 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
 
 
 def resolve(name: str | Path, only_config: bool = False) -> Path:
-    """The folder of model `name`: a local path first, then the embedded default, then the hub's cache, then the hub.
-
-    `only_config` fetches no weights from the hub.
-    """
+    """The folder of model `name`: a path, the embedded model, the hub's cache, the hub (`only_config`: no weights)."""
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
         return path
@@ -155,10 +152,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         for home in (here / TINY, here.parent / TINY):
             if home.is_dir():
                 return home
-        raise FileNotFoundError(
-            f"{TINY}: the embedded model is not here ({here / TINY}); pass a folder or a hub id, such as "
-            "--model Qwen/Qwen3-0.6B"
-        )
+        raise FileNotFoundError(f"{TINY}: not found at {here / TINY}; pass a model, such as --model Qwen/Qwen3-0.6B")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
     return _from_hub(str(name), only_config)
@@ -166,7 +160,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
 
 def _from_hub(repo: str, only_config: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     weights = [] if only_config else ["*.safetensors", INDEX]
     wanted = [*weights, "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "teams.json"]
@@ -178,15 +172,10 @@ def _from_hub(repo: str, only_config: bool) -> Path:
         pass
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise FileNotFoundError(f"{repo}: gated: accept its terms on the hub, then run hf auth login") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{repo}: no such folder here, and no such repository on the hub") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo}: no such folder here, config.json and {WEIGHTS} not in the hub's cache {constants.HF_HUB_CACHE}, "
-            f"and the hub cannot be reached; when online: hf download {repo}"
-        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:  # offline, gated (hf auth login), or misspelt
+        missing = f"{repo}: no such folder here, config.json and {WEIGHTS} not in the cache {constants.HF_HUB_CACHE}"
+        why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"{missing}, nor to be had from the hub; when online: hf download {repo} ({why})") from error
 
 
 def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -49,4 +49,7 @@ TINY_QUESTION = (
     r"((He|She) (((gets|finds|buys) \d more|(loses|sells|eats) \d|doubles the \w+|gives away half)\.) )*)?"
     r"How many \w+ does \w+ have\?"
 )
-TINY_EXAMPLE = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
+TINY_HINT = (
+    "weights/tiny knows only questions such as 'Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
+    "How many cards does Eva have?'; for others, pass --model Qwen/Qwen3-0.6B"
+)

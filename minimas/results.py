@@ -62,7 +62,7 @@ class Watcher:
         """An agent starts: how many tokens it will read, and how many thoughts it will think."""
 
     def thought(self) -> None:
-        """One latent step is done."""
+        """One latent step begins."""
 
     def text(self, question: int, piece: str) -> None:
         """The last agent wrote a piece of text."""

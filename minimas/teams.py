@@ -3,7 +3,7 @@
 Does not know: models, memories, how a team works.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,28 +56,11 @@ class Team:
     @classmethod
     def from_dict(cls, raw: Any, source: str) -> "Team":
         """Read a team from a parsed JSON object; `source` is named in errors."""
-        if not isinstance(raw, dict) or not {"agents"} <= raw.keys() <= {"agents", "parallel"}:
-            raise ValueError(f"{source}: found {raw!r:.80}, expected an object with agents, and parallel or not")
-        if not isinstance(raw["agents"], list) or not raw["agents"]:
-            raise ValueError(f"{source}: agents: found {raw['agents']!r:.80}, expected a list of at least one agent")
-        if not isinstance(raw.get("parallel", False), bool):
-            raise ValueError(f"{source}: parallel: found {raw['parallel']!r:.80}, expected true or false")
+        _check(raw, {"parallel": bool, "agents": list}, {"agents"}, source)
         types = {"name": str, "prompt": str, "system": str, "latent_steps": int, "writes": bool, "prefix": str}
-        agents = []
         for i, fields in enumerate(raw["agents"]):
-            where = f"{source}: agents[{i}]"
-            if not isinstance(fields, dict) or not {"name", "prompt"} <= fields.keys():
-                raise ValueError(f"{where}: found {fields!r:.80}, expected an object with name and prompt")
-            for field, value in fields.items():
-                wanted = types.get(field)
-                if type(value) is not wanted and not (value is None and field in ("system", "latent_steps")):
-                    expected = f"type {wanted.__name__}" if wanted else f"one of the fields {', '.join(types)}"
-                    raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")
-            try:
-                agents.append(Agent(**fields))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-        return cls(tuple(agents), raw.get("parallel", False))
+            _check(fields, types, {"name", "prompt"}, f"{source}: agents[{i}]")
+        return cls(tuple(Agent(**fields) for fields in raw["agents"]), raw.get("parallel", False))
 
 
 def sequential() -> Team:
@@ -94,4 +77,17 @@ def hierarchical(chained: bool = False) -> Team:
     return Team(tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items()), parallel=not chained)
 
 
+KINDS = {int: "a whole number, 0 or more", list: "a list, not empty", str: "text", bool: "true or false"}
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
+
+
+def _check(raw: Any, types: Mapping[str, type], needed: set[str], where: str) -> None:
+    """Raise ValueError unless `raw` is an object with all `needed` fields, and no field but those of `types`."""
+    if not isinstance(raw, dict) or not needed <= raw.keys():
+        raise ValueError(f"{where}: found {raw!r:.80}, expected an object with {' and '.join(sorted(needed))}")
+    for field, value in raw.items():
+        wanted = types.get(field)
+        wrong = type(value) is not wanted and not (value is None and field in ("system", "latent_steps"))
+        if wrong or value == [] or (field == "latent_steps" and value is not None and value < 0):
+            expected = KINDS[wanted] if wanted else f"one of the fields {', '.join(types)}"
+            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")

@@ -20,12 +20,12 @@ import pytest
 
 from minimas import Sampling, latent_mas, load
 from minimas.__main__ import main
-from minimas.prompts import TINY_EXAMPLE
 
 from .models import TINY, tiny_model, write_folder
 from .text import text_model, tiny_tokenizer
 
 ROOT = TINY.parents[1]
+TINY_EXAMPLE = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
 
 
 class Outcome(NamedTuple):
