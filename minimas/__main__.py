@@ -1,7 +1,5 @@
-"""The command line: `python -m minimas ask QUESTION` and `python -m minimas info MODEL`.
-
-The answer goes to stdout as it is written, everything else to stderr, and an error is one line. Only parses and prints:
-what computes something belongs elsewhere.
+"""The command line: `python -m minimas ask QUESTION` and `python -m minimas info MODEL`. Only parses and prints: the
+answer to stdout as it is written, everything else to stderr, an error in one line.
 """
 
 import argparse
@@ -19,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 
 from . import prompts
-from .agents import KINDS, TRANSFERS, latent_mas, single, text_mas
+from .agents import TRANSFERS, latent_mas, single, text_mas
+from .answers import KINDS
 from .generate import Sampling
 from .info import describe
 from .latent import ALIGNMENTS
@@ -29,9 +28,8 @@ from .teams import Team
 from .tokenizer import is_text, read_text
 
 METHODS: dict[str, Callable[..., list[Result]]] = {"latent_mas": latent_mas, "text_mas": text_mas, "single": single}
-LATENT = ("latent_mas",)
 # Flags that only some methods read; with another one they would do nothing, so they are refused.
-ONLY = {"team": ("latent_mas", "text_mas"), "latent_steps": LATENT, "align": LATENT, "transfer": LATENT}
+ONLY = {"team": ("latent_mas", "text_mas"), **dict.fromkeys(("latent_steps", "align", "transfer"), ("latent_mas",))}
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
 
 
@@ -114,10 +112,7 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.transfer == "shuffled" and len(rows) == 1:
         parser().error("--transfer: found shuffled with one question, expected a --file of two or more")
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    try:
-        Sampling(**given)
-    except ValueError as error:  # a flag's value, refused before a model is loaded
-        parser().error(str(error))
+    Sampling(**given)  # refused before a model is loaded
     options = {flag: getattr(args, flag) for flag in ONLY if getattr(args, flag) is not None}
     if str(args.team).endswith(".json"):
         options["team"] = Team.from_json(args.team)
@@ -137,7 +132,7 @@ def run_ask(args: argparse.Namespace) -> None:
             questions = [row["question"] for row in batch]
             results = METHODS[args.method](lm, questions, watcher=screen, **asked, **options)
         except KeyboardInterrupt:
-            screen.keep()
+            screen.show([None] * len(batch))
             raise
         finally:
             screen.close()
@@ -153,30 +148,25 @@ def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
     if args.file is None:
         try:
-            question = sys.stdin.read() if args.question == "-" else args.question
+            lines = {"QUESTION": json.dumps({"question": sys.stdin.read() if args.question == "-" else args.question})}
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input: not UTF-8 text ({error})") from error
-        if not question.strip() or not is_text(question):
-            found = "an empty text" if not question.strip() else ascii(question)[:80]
-            parser().error(f"QUESTION: found {found}, expected a text")
-        yield {"question": question}
-        return
-    count = 0
-    for line, text in enumerate(read_text(args.file).split("\n"), start=1):
-        if not text.strip():
-            continue
-        where, count = f"{args.file}: line {line}", count + 1
+    else:
+        numbered = enumerate(read_text(args.file).split("\n"), start=1)
+        lines = {f"{args.file}: line {number}": line for number, line in numbered if line.strip()}
+    for where, line in lines.items():
         try:
-            row = json.loads(text)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from error
         question, choices = (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
         if not isinstance(question, str) or not question.strip() or not is_text(question):
-            raise ValueError(f"{where}: question: found {question!r:.80}, expected a text that is not empty")
+            problem = f"found {question!a:.80}, expected a text that is not empty"
+            raise ValueError(f"{where}: question: {problem}") if args.file else parser().error(f"{where}: {problem}")
         if choices is not None and not (isinstance(choices, dict) and choices):
             raise ValueError(f"{where}: choices: found {choices!r:.80}, expected an object, letter: text")
         yield row
-    if not count:
+    if not lines:
         raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
 
 
@@ -239,26 +229,19 @@ class Screen(Watcher):
             self.bar.close()
             self.bar = None
 
-    def show(self, results: Sequence[Result]) -> None:
-        for row, result in zip(self.batch, results, strict=True):
-            if self.args.json:
-                self.print_json(row, dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)})
-            elif len(self.batch) > 1:
-                print(result.text, flush=True)
-            if result.finish_reason == "length" and not self.args.quiet:
-                print(f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}", file=sys.stderr)
-
-    def keep(self) -> None:
-        """Print what was written before an interruption and is not on stdout yet."""
-        for row, text in zip(self.batch, self.pieces, strict=True):
-            if self.args.json and text:
-                self.print_json(row, {"question": row["question"], "text": text, "finish_reason": "interrupted"})
-            elif len(self.batch) > 1 and text:
+    def show(self, results: Sequence[Result | None]) -> None:
+        """Print what is not on stdout yet: of a question that was interrupted (None), the text so far."""
+        for row, text, result in zip(self.batch, self.pieces, results, strict=True):
+            if self.args.json and (text or result):
+                done: dict[str, Any] = {"question": row["question"], "text": text, "finish_reason": "interrupted"}
+                if result:
+                    done = dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)}
+                settings = {flag: getattr(self.args, flag) for flag in ("model", "method", *ONLY, "seed")}
+                print(json.dumps({"id": row.get("id")} | settings | done, ensure_ascii=False), flush=True)
+            elif len(self.batch) > 1 and (text or result):
                 print(text, flush=True)
-
-    def print_json(self, row: dict[str, Any], result: dict[str, Any]) -> None:
-        settings = {flag: getattr(self.args, flag) for flag in ("model", "method", *ONLY, "seed")}
-        print(json.dumps({"id": row.get("id")} | settings | result, ensure_ascii=False), flush=True)
+            if result and result.finish_reason == "length" and not self.args.quiet:
+                print(f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import prompts
-from .answers import extract
+from .answers import KINDS, extract
 from .cache import KVCache
 from .generate import Sampling, Written, generator, read, stream
 from .latent import think
@@ -29,7 +29,6 @@ from .teams import TEAMS, Agent, Team
 from .tokenizer import Turn, is_text
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
-KINDS = tuple(prompts.FORMS)
 
 
 def single(
@@ -45,10 +44,8 @@ def text_mas(
     lm: LM, questions: Sequence[str], team: str | Team = "sequential", kind: str = "math", choices: Any = None,
     sampling: Sampling | None = None, seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
-    """The same agents pass text: each writes, and the next one reads it. Parameters and errors as in `latent_mas`.
-
-    What was written goes where the next prompt has `{context}`. A prompt without it is put behind the earlier agents'
-    turns, as the next one of a conversation.
+    """The same agents pass text: each writes, and the next one reads it, where its prompt has `{context}`. A prompt
+    without one is put behind the earlier turns, as in a conversation. Parameters and errors as in `latent_mas`.
     """
     run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
     return _pass_text(run, run.team(team))
@@ -61,17 +58,48 @@ def latent_mas(
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
-    `team` is a Team or the name of one; `latent_steps` None: each agent's own, else the folder's, else 40; `align` a
-    kind of `Aligner` or any callable from hidden states to embeddings; `kind` ("math", "choice", "code", "free") and
-    `choices` (one dict letter -> text, or one for each question) pick the form and extraction of the answer; `sampling`
-    None: the model's defaults; `transfer` what the next agent sees of the memory: "full" (inputs and thoughts, the
-    paper), "latents" (thoughts only), "last" (the previous agent's only), "none" and "shuffled" (question i gets the
-    memory of question i + 1; the last one the first's), the two control arms.
-
+    `latent_steps` None: each agent's own, else the folder's, else 40; `align` a kind of `Aligner` or any callable from
+    hidden states to embeddings; `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one
+    each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is what the next
+    agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous agent's only),
+    and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last the first's).
     Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
     """
     run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
-    return _pass_memory(run, run.team(team), latent_steps, align, transfer)
+    if transfer not in TRANSFERS:
+        raise ValueError(f"transfer (--transfer): found {transfer!r}, expected one of {', '.join(TRANSFERS)}")
+    if transfer == "shuffled" and len(run.questions) == 1:
+        raise ValueError("transfer (--transfer): found 'shuffled' with one question, expected two or more to swap")
+    if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
+        raise ValueError(f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more")
+
+    def steps(agent: Agent, final: bool) -> int:
+        # The last agent answers: it thinks only if it says so itself.
+        given = (agent.latent_steps, 0) if final else (latent_steps, agent.latent_steps, default)
+        return next(number for number in given if number is not None)
+
+    team, default, B = run.team(team), lm.default_steps, len(run.questions)
+    # Another question's memory is the memory of agents who were asked another question.
+    thinking = run.rolled() if transfer == "shuffled" else run
+    _require_context(run, thinking, team, steps, transfer)
+    align = lm.aligner(align) if isinstance(align, str) else align
+    acts: list[_Acted] = []
+    parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
+    for agents, alone, final in _stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
+        asked = run if final else thinking
+        turns = [asked.turn(agent, q) for agent in agents for q in range(B)]
+        empty = alone or not parts
+        memory = lm.model.new_cache(len(turns)) if empty else KVCache.concat(parts) if len(parts) > 1 else parts[0]
+        writes = final or agents[0].writes
+        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, closes=not final)
+        acts.append(acted)
+        if final:
+            break
+        handed = acted.hand_over(transfer)
+        rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
+        parts = [*parts, *map(handed.select, rows)] if alone else [handed]
+        parts = parts[-1:] if transfer == "last" else parts
+    return run.results(acts, team.agents[-1])
 
 
 @dataclass
@@ -152,7 +180,12 @@ class _Run:
         hidden = read(model, ids, memory)
         read_until = memory.lengths
         if align is not None:
-            _, hidden = think(model, self.watcher.watch(align), hidden, memory, steps)
+
+            def watched(hidden: Tensor) -> Tensor:
+                self.watcher.thought()
+                return align(hidden)  # type: ignore[no-any-return]
+
+            _, hidden = think(model, watched, hidden, memory, steps)
         written = [Written("", [], "stop")] * len(ids)
         if writes:
             sources = self.generators * len(agents)
@@ -213,9 +246,8 @@ class _Acted(NamedTuple):
 
 
 def _stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Agent], bool, bool]]:
-    """Which agents act together, whether alone (from empty memory, unseen by each other), whether they are the last.
-
-    Those of a parallel team do, as far as they are `alike`.
+    """Which agents act together, whether alone (from empty memory), and whether as the last: in a parallel team, those
+    before the last as far as they are `alike`.
     """
     *before, last = team.agents
     if team.parallel:
@@ -240,45 +272,6 @@ def _pass_text(run: _Run, team: Team) -> list[Result]:
             agent, q = agents[row // B], row % B
             work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
             talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
-    return run.results(acts, team.agents[-1])
-
-
-def _pass_memory(run: _Run, team: Team, latent_steps: int | None, align: Any, transfer: str) -> list[Result]:
-    """Every agent but the last thinks behind the memory handed to it; the last one writes."""
-    if transfer not in TRANSFERS:
-        raise ValueError(f"transfer (--transfer): found {transfer!r}, expected one of {', '.join(TRANSFERS)}")
-    if transfer == "shuffled" and len(run.questions) == 1:
-        raise ValueError("transfer (--transfer): found 'shuffled' with one question, expected two or more to swap")
-    if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
-        raise ValueError(f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more")
-
-    def steps(agent: Agent, final: bool) -> int:
-        # The last agent answers: it thinks only if it says so itself.
-        given = (agent.latent_steps, 0) if final else (latent_steps, agent.latent_steps, default)
-        return next(number for number in given if number is not None)
-
-    default = run.lm.default_steps
-    B, model = len(run.questions), run.lm.model
-    # Another question's memory is the memory of agents who were asked another question.
-    thinking = run.rolled() if transfer == "shuffled" else run
-    _require_context(run, thinking, team, steps, transfer)
-    align = run.lm.aligner(align) if isinstance(align, str) else align
-    acts: list[_Acted] = []
-    parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
-    for agents, alone, final in _stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
-        asked = run if final else thinking
-        turns = [asked.turn(agent, q) for agent in agents for q in range(B)]
-        empty = alone or not parts
-        memory = model.new_cache(len(turns)) if empty else KVCache.concat(parts) if len(parts) > 1 else parts[0]
-        writes = final or agents[0].writes
-        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, closes=not final)
-        acts.append(acted)
-        if final:
-            break
-        handed = acted.hand_over(transfer)
-        rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
-        parts = [*parts, *map(handed.select, rows)] if alone else [handed]
-        parts = parts[-1:] if transfer == "last" else parts
     return run.results(acts, team.agents[-1])
 
 

@@ -26,8 +26,7 @@ _ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄"), "----**//", strict=True))
 def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
     """Return the answer in `text` in its plain form ("1234", "-1/2", "50%"; "b"; a program), or None if there is none.
 
-    `choices` maps each option's letter to its text, for the kind "choice"; without it the letters are a to j.
-    Never raises on any text; raises ValueError on an unknown kind.
+    `choices` maps each option's letter to its text; without it the letters are a to j. Raises only on an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"--kind: found {kind!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
@@ -74,7 +73,6 @@ def _box(text: str) -> str | None:
     return None
 
 
-# -- math -------------------------------------------------------------------------------------------------------------
 _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # stands behind a number, a bracket or a variable, not behind a word
 _FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
 _REWRITES = [  # LaTeX and Markdown to plain text, in this order; afterwards a number or an expression is one word
@@ -172,7 +170,6 @@ def _number(word: str) -> str | None:
     return sign + f"{digits[:-places]}.{digits[-places:]}".rstrip("0").rstrip(".") + found[4]
 
 
-# -- choice -----------------------------------------------------------------------------------------------------------
 _CHOSEN = r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|\b(?:choose|pick|select)\b"
 _DRESS = r"\\(?:text|math)[a-z]*|\\[()\[\],;! ]|[*_`${}]|\\(?=[%&#])"
 _LETTER = re.compile(  # "the correct option" "(" B ")."
@@ -213,17 +210,16 @@ def _bare(text: str) -> str:
     return " ".join(re.sub(_DRESS, "", text.translate(_ASCII)).casefold().split()).strip(" .,;:!?\"'")
 
 
-# -- code -------------------------------------------------------------------------------------------------------------
-_PYTHON = ("", "python", "python3", "py")
 _FENCE = re.compile(r"(?ms)^[^\n`]*```([^\n`]*)\n(.*?)(```|\Z)")  # language, program, closing fence or nothing
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that defines something: not the usage example after it, nor its output. Without
-    one: a block that the token limit cut off, the last block, the text if it is a program, which "yes" is not.
+    """The last closed Python block that defines something, not the usage example after it; without one: a block that
+    the token limit cut off, the last block, the text if it is a program, which "yes" is not.
     """
     found = _FENCE.findall(text.replace("\r\n", "\n"))
-    blocks = [(textwrap.dedent(code).strip("\n"), end) for tag, code, end in found if tag.strip().lower() in _PYTHON]
+    python = [(code, end) for tag, code, end in found if tag.strip().lower() in ("", "python", "python3", "py")]
+    blocks = [(textwrap.dedent(code).strip("\n"), end) for code, end in python]
     defining = [block for block in blocks if re.search(r"(?m)^(?:async +)?(?:def|class) ", block[0])]
     if wanted := [block for block in defining if block[1]] or defining or blocks:
         return wanted[-1][0] or None

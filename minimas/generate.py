@@ -6,7 +6,6 @@ order or shard. Does not know: prompts, agents, alignment.
     B rows   T positions   D hidden   V vocabulary
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,14 +47,12 @@ class Sampling:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "generation_config.json") -> "Sampling":
         """The defaults of a generation_config.json; greedy unless it says do_sample."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        given = {name: raw[name] for name in names if raw.get(name) is not None}
+        names = ["repetition_penalty", "max_new_tokens"]
         if raw.get("do_sample"):
-            given.setdefault("temperature", 1.0)  # as Hugging Face does
-        else:
-            given = {k: v for k, v in given.items() if k in ("repetition_penalty", "max_new_tokens")}
+            names += ["temperature", "top_p", "top_k"]
+        given = {"temperature": 1.0} if raw.get("do_sample") else {}  # as in Hugging Face
         try:
-            return cls(**given)
+            return cls(**given | {name: raw[name] for name in names if raw.get(name) is not None})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -76,9 +73,8 @@ def generator(seed: int, question: str) -> torch.Generator:
 
 
 def take_last(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The state of each row's last valid position: (B, T, D), lengths (B,) -> (B, 1, D).
-
-    `hidden[:, -1:]` is right for rows of equal length only: in a ragged batch it is the state of a pad (LatentMAS #26).
+    """The state of each row's last valid position, (B, T, D), lengths (B,) -> (B, 1, D): in a ragged batch the last,
+    `hidden[:, -1:]`, is a pad's (LatentMAS #26). Raises ValueError for lengths out of range.
     """
     if int(lengths.min()) < 1 or int(lengths.max()) > hidden.shape[1]:
         raise ValueError(f"lengths: found {lengths.tolist()}, expected 1 … {hidden.shape[1]} in every row")
@@ -87,9 +83,8 @@ def take_last(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 
 def read(model: Qwen3, ids: Sequence[Sequence[int]], cache: KVCache, chunk: int = CHUNK) -> Tensor:
-    """Read one list of token ids per row into the memory and return each row's last hidden state, (B, 1, D).
-
-    Raises ValueError for a row without ids, or a state that is not finite.
+    """Read one list of ids per row into the memory; returns each row's last hidden state, (B, 1, D), or raises
+    ValueError for a row without ids or a state that is not finite.
     """
     lengths = torch.tensor([len(row) for row in ids])
     if int(lengths.min()) < 1:
@@ -168,15 +163,16 @@ def stream(
     steps = decode(model, hidden, cache, sampling, end_ids, generators, prompts)
     for count, tokens in enumerate(steps, start=1):
         for row, token in enumerate(tokens):
+            text, done, piece = texts[row], None, ""
             if row not in running:
                 continue
-            piece = texts[row].push(token) if token is not None else ""
-            if token is not None and count < sampling.max_new_tokens:
-                yield row, piece, None
-                continue
-            running.discard(row)
-            reason = "stop" if token is None else "length"
-            yield row, piece + texts[row].finish(), Written(texts[row].text, texts[row].ids, reason)
+            if token is not None:
+                piece = text.push(token)
+            if token is None or count == sampling.max_new_tokens:
+                running.discard(row)
+                piece += text.finish()
+                done = Written(text.text, text.ids, "stop" if token is None else "length")
+            yield row, piece, done
         if count == sampling.max_new_tokens:
             if remember:
                 next(steps, None)  # asked for one more, so that the last token is fed

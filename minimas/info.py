@@ -1,7 +1,4 @@
-"""What a model is and what it will need, from its config.json alone: no weight is read.
-
-Does not know: tensors, devices, how a model runs.
-"""
+"""What a model is and what it will need, from its config.json alone. Does not know: its weights, devices."""
 
 from pathlib import Path
 
@@ -25,14 +22,12 @@ def describe(name: str | Path) -> dict[str, str]:
     tied = "tied: W_a is the identity up to λ, only the rescaling is left"
     untied = f"untied: W_a is a {c.hidden_size} × {c.hidden_size} map, {c.hidden_size**2 * 4 / 1e6:,.0f} MB in float32"
     return {
-        "model": f"{name} in {folder}",
+        "model": f"{name} in {folder}, {c.dtype}{', with teams.json' if (folder / 'teams.json').is_file() else ''}",
         "architecture": f"{c.model_type}, {c.num_hidden_layers} layers, hidden size {c.hidden_size:,}, "
         f"{c.num_attention_heads} query and {c.num_key_value_heads} key-value heads of {c.head_dim}",
-        "vocabulary": f"{c.vocab_size:,}",
-        "context": f"{c.max_position_embeddings:,} tokens",
+        "vocabulary": f"{c.vocab_size:,} tokens, context {c.max_position_embeddings:,}",
         "parameters": f"{count:,} ({embedding / count:.0%} in the token embedding)",
         "weights": f"bfloat16 {count * 2 / 1e6:,.1f} MB, float32 {count * 4 / 1e6:,.1f} MB",
         "memory": f"{slot / 1024:,.1f} KiB a token; {team * slot / 1e6:,.1f} MB for 4 agents who read 200, think 40",
         "alignment": tied if c.tie_word_embeddings else untied,
-        "checkpoint": f"{c.dtype}{', with teams.json' if (folder / 'teams.json').is_file() else ''}",
     }

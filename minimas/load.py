@@ -100,9 +100,8 @@ class LM:
 def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> LM:
     """Load the model `name`, a local folder or a hub id, onto `device` ("auto": a CUDA GPU if there is one).
 
-    `dtype` "auto" is the checkpoint's own. Peak memory is the weights plus the largest tensor. On a CPU a bf16 model
-    packs its matrices at the first forward, see `pack`. Raises FileNotFoundError, ValueError or OSError naming the
-    file, the field, what was found and what was expected.
+    `dtype` "auto" is the checkpoint's own. Peak memory is the weights plus the largest tensor. Raises FileNotFoundError
+    or ValueError naming the file, the field, what was found and what was expected.
     """
     where, kind = _device(device), _dtype(dtype)
     folder = resolve(name)
@@ -134,8 +133,7 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(read(key), requires_grad=False))
     if twin in found and not torch.equal(read("lm_head.weight"), model.model.embed_tokens.weight):
-        field = f"{folder / 'config.json'}: tie_word_embeddings"
-        raise ValueError(f"{field}: found true, expected false: lm_head.weight is not model.embed_tokens.weight")
+        raise ValueError(f"{folder / 'config.json'}: tie_word_embeddings: found true, but lm_head.weight is different")
     pack(model)
     return LM(model.eval(), folder)
 
@@ -148,11 +146,11 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     if path.is_file():
         raise ValueError(f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, or a hub id")
     if str(name) == TINY:  # inside the wheel, or beside the package in a checkout
-        here = Path(__file__).parent
-        for home in (here / TINY, here.parent / TINY):
+        here = Path(__file__).parent / TINY
+        for home in (here, here.parents[2] / TINY):
             if home.is_dir():
                 return home
-        raise FileNotFoundError(f"{TINY}: not found at {here / TINY}; pass a model, such as --model Qwen/Qwen3-0.6B")
+        raise FileNotFoundError(f"{TINY}: not found at {here}; pass a model, such as --model Qwen/Qwen3-0.6B")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
     return _from_hub(str(name), only_config)
@@ -175,7 +173,7 @@ def _from_hub(repo: str, only_config: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:  # offline, gated (hf auth login), or misspelt
         missing = f"{repo}: no such folder here, config.json and {WEIGHTS} not in the cache {constants.HF_HUB_CACHE}"
         why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{missing}, nor to be had from the hub; when online: hf download {repo} ({why})") from error
+        raise FileNotFoundError(f"{missing}; when online: hf download {repo} (the hub: {why})") from error
 
 
 def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -223,15 +221,13 @@ def _opened(path: Path) -> Any:
 
 
 def _device(name: str | torch.device) -> torch.device:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
     try:
-        device = torch.device(auto if str(name) == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"device (--device): found {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device (--device): found {str(name)!r}, expected cpu or cuda: no other is tested")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device (--device): found {str(name)!r}, torch sees {torch.cuda.device_count()} CUDA devices")
+        device = torch.device(("cuda" if gpus else "cpu") if str(name) == "auto" else name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < gpus):
+        raise ValueError(f"device (--device): found {str(name)!r}, expected auto, cpu, or cuda ({gpus} devices here)")
     return device
 
 
@@ -244,11 +240,10 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose frozen bf16 weight is packed for the CPU's matrix units at its first use.
+    """A linear layer whose frozen bf16 weight is packed for the CPU's matrix units at its first use, in its place.
 
-    Packing is the reordering that the compiler's freezing does: bit-equal results, and eight rows for the price of
-    one, where `F.linear` reads memory at half speed. The packed weight replaces the plain one, so there are never two;
-    `.weight`, `state_dict()` and `.to()` bring the plain one back.
+    This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
+    `F.linear` reads memory at half speed. `.weight`, `state_dict()` and `.to()` bring the plain weight back.
     """
 
     bias: Tensor | None

@@ -44,11 +44,7 @@ WORK = "\n\n[{name}]\n{text}"
 OPTION = "\n({letter}) {text}"
 
 # The questions that the embedded model was trained on; outside of them it knows nothing.
-TINY_QUESTION = (
-    r"((Tom|Ann|Ben|Eva|Sam|Mia) has \d+ (\w+)\. "
-    r"((He|She) (((gets|finds|buys) \d more|(loses|sells|eats) \d|doubles the \w+|gives away half)\.) )*)?"
-    r"How many \w+ does \w+ have\?"
-)
+TINY_QUESTION = r"([A-Z]\w\w has \d+ \w+\. ((He|She) \w+ [\w ]+\. )*)?How many \w+ do(es)? [\w ]+ have( together)?\?"
 TINY_HINT = (
     "weights/tiny knows only questions such as 'Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
     "How many cards does Eva have?'; for others, pass --model Qwen/Qwen3-0.6B"

@@ -1,13 +1,8 @@
-"""What a team reports: the bill of each agent, the result of each question, and what happens on the way.
-
-Does not know: models, teams, printing.
-"""
+"""What a team reports: each agent's bill, each question's result, what happens on the way. Does not know: printing."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 
 @dataclass
@@ -69,12 +64,3 @@ class Watcher:
 
     def end(self, traces: Sequence[AgentTrace]) -> None:
         """An agent is done, one trace per question."""
-
-    def watch(self, align: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`align` that tells of every thought."""
-
-        def watched(hidden: Tensor) -> Tensor:
-            self.thought()
-            return align(hidden)
-
-        return watched

@@ -1,7 +1,4 @@
-"""Agents and teams as values: the two of the paper, and anybody's own from JSON.
-
-Does not know: models, memories, how a team works.
-"""
+"""Agents and teams as values: the paper's two, and anybody's own from JSON. Does not know: models, how a team works."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,10 +44,7 @@ class Team:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Team":
-        """Read {"parallel": false, "agents": [{"name": …, "prompt": …}, …]}.
-
-        Raises FileNotFoundError, or ValueError naming the file and field, what was found and what was expected.
-        """
+        """Read {"parallel": false, "agents": [{"name": …, "prompt": …}, …]}; errors name the file and the field."""
         return cls.from_dict(read_json(Path(path)), str(path))
 
     @classmethod
@@ -69,10 +63,8 @@ def sequential() -> Team:
 
 
 def hierarchical(chained: bool = False) -> Team:
-    """Three experts, then a summarizer with all three memories (paper, figure 2 right).
-
-    The experts work side by side and do not see each other; `chained` runs them one after the other on one memory, as
-    the authors' repository does (LatentMAS #32).
+    """Three experts who work side by side and do not see each other, then a summarizer with their memories (paper,
+    figure 2 right). `chained` runs them one after the other on one memory, as the authors' code does (LatentMAS #32).
     """
     return Team(tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items()), parallel=not chained)
 

@@ -25,8 +25,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Stand-ins for a message's content, to see what a template puts around it; private-use characters no text holds.
-HOLE = "\ue0f1minimas{}\ue0f2"
+HOLE = "\ue0f1minimas{}\ue0f2"  # stands for a message, to see what a template puts around it; no text holds it
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,8 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def turn(self, user: str, system: str | None = None, prefix: str = "") -> Turn:
-        """One user message, and a system message if given, up to the open assistant turn and `prefix` in it.
-
-        Both messages are untrusted, `prefix` is not. Raises ValueError naming a template that cannot be rendered.
+        """The turn of one user message, behind a system message if given, up to `prefix` in the open assistant turn;
+        ValueError names a template that cannot be rendered. Both messages are untrusted, `prefix` is not.
         """
         contents = [system, user] if system is not None else [user]
         roles, holes = ["system", "user"][-len(contents) :], [HOLE.format(i) for i in range(len(contents))]
@@ -127,8 +125,7 @@ class Tokenizer:
     def _render(self, roles: list[str], contents: list[str], generation_prompt: bool = True) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
-            return str(text)
+            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{self.template_path}: the chat template cannot be rendered ({error})") from error
 
@@ -140,11 +137,9 @@ class Tokenizer:
             source, self.template_path = read_text(template_path), template_path
         if isinstance(source, list):  # several templates by name
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
-        if source is not None and not isinstance(source, str):
-            raise ValueError(f"{self.template_path}: chat_template: found {type(source).__name__}, expected text")
-        named = {field: settings.get(field) for field in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        named = {field: name.get("content") if isinstance(name, dict) else name for field, name in named.items()}
-        self._names = {field: name for field, name in named.items() if isinstance(name, str)}
+        fields = {field: settings.get(field) for field in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = {field: name.get("content") if isinstance(name, dict) else name for field, name in fields.items()}
+        self._names = {field: name for field, name in names.items() if isinstance(name, str)}
         self._eos = self._names.get("eos_token", "<|im_end|>")
         # What transformers gives to a template, and nothing more.
         extensions = ["jinja2.ext.loopcontrols"]
@@ -154,7 +149,7 @@ class Tokenizer:
         sandbox.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
             self._template = sandbox.from_string(CHATML if source is None else source)
-        except (TemplateError, SyntaxError, RecursionError) as error:
+        except (TemplateError, TypeError, SyntaxError, RecursionError) as error:
             raise ValueError(f"{self.template_path}: not a readable chat template ({error})") from error
 
 
@@ -179,7 +174,6 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text so far."""
         return self._tokenizer.decode(self.ids)
 
 
