@@ -90,8 +90,7 @@ class LM:
         """The model's alignment of one kind, over the rows that the tokenizer can produce; computed once."""
         from .latent import Aligner
 
-        if kind not in self._aligners:
-            # A GPU's matrix is padded to a round vocabulary; rows that no token has would move W_a and its norm.
+        if kind not in self._aligners:  # rows that no token has, padding to a round number, would move W_a and its norm
             rows = self.tokenizer.size if self.tokenizer is not None else None
             self._aligners[kind] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[kind]
