@@ -27,10 +27,9 @@ from .results import AgentTrace, Result, Usage, Watcher
 from .teams import Team
 from .tokenizer import is_text, read_text
 
-METHODS: dict[str, Callable[..., list[Result]]] = {"latent_mas": latent_mas, "text_mas": text_mas, "single": single}
-# Flags that only some methods read; with another one they would do nothing, so they are refused.
-ONLY = {"team": ("latent_mas", "text_mas"), **dict.fromkeys(("latent_steps", "align", "transfer"), ("latent_mas",))}
-SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens")
+# Flags that only some methods read, with their defaults; with another method they would do nothing, and are refused.
+ONLY = {"team": "sequential", "latent_steps": None, "align": "ridge", "transfer": "full"}
+METHODS: dict[str, Any] = {"latent_mas": (latent_mas, ONLY), "text_mas": (text_mas, ["team"]), "single": (single, [])}
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,10 +62,10 @@ def parser() -> Parser:
     add("--align", choices=ALIGNMENTS, help="from hidden state to embedding (default: ridge, the paper's)")
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
-    add("--max-new-tokens", "-n", type=int, metavar="N", help="an agent may write (default: the model's, else 256)")
+    add("--max-new-tokens", "-n", type=whole(1), metavar="N", help="an agent may write (default: the model's or 256)")
     add("--temperature", "--temp", type=float, metavar="T", help="0: greedy (default: the model's)")
     add("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this mass (default: the model's)")
-    add("--top-k", type=int, metavar="K", help="keep this many; 0: all (default: the model's)")
+    add("--top-k", type=whole(0), metavar="K", help="keep this many; 0: all (default: the model's)")
     add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
@@ -93,44 +92,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nminimas: stopped", file=sys.stderr)
         return 130
-    except (OSError, ValueError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
         if args.debug:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         advice = "out of memory: try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps; " if full else ""
         print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
 
 
 def run_ask(args: argparse.Namespace) -> None:
-    for flag, methods in ONLY.items():
-        if getattr(args, flag) is not None and args.method not in methods:
-            parser().error(f"--{flag.replace('_', '-')}: goes with --method {' or '.join(methods)}, not {args.method}")
+    method, flags = METHODS[args.method]
+    for flag in ONLY.keys() - set(flags):
+        if getattr(args, flag) is not None:
+            parser().error(f"--{flag.replace('_', '-')}: found with --method {args.method}, which does not read it")
+    options = {flag: ONLY[flag] if getattr(args, flag) is None else getattr(args, flag) for flag in flags}
     rows = list(read_rows(args))
-    if args.transfer == "shuffled" and len(rows) == 1:
-        parser().error("--transfer: found shuffled with one question, expected a --file of two or more")
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    Sampling(**given)  # refused before a model is loaded
-    options = {flag: getattr(args, flag) for flag in ONLY if getattr(args, flag) is not None}
-    if str(args.team).endswith(".json"):
-        options["team"] = Team.from_json(args.team)
+    if args.transfer == "shuffled" and any(len(batch) == 1 for _, batch in batches(rows, args)):
+        parser().error("--transfer: found shuffled with one question, expected a --file with two or more of a kind")
+    given = {k: v for k, v in vars(args).items() if k in Sampling.__dataclass_fields__ and v is not None}
+    try:
+        Sampling(**given)
+    except ValueError as error:  # refused before a model is loaded
+        parser().error(str(error))
+    team = {"team": Team.from_json(args.team)} if str(args.team).endswith(".json") else {}
     lm = load(args.model, device=args.device, dtype=args.dtype)
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)
-    known = all(re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
-    if args.model == TINY and not known and not args.quiet:
+    unknown = [row for row in rows if not re.fullmatch(prompts.TINY_QUESTION, row["question"].strip())]
+    if args.model == TINY and unknown and not args.quiet:
         print(f"minimas: {prompts.TINY_HINT}", file=sys.stderr)
     bill: list[Usage] = []
     for kind, batch in batches(rows, args):
-        screen = Screen(args, batch)
+        screen = Screen(args, batch, {"model": args.model, "method": args.method, **options, "seed": args.seed})
         choices = [row.get("choices") for row in batch]
         asked = {"kind": kind, "choices": choices, "sampling": sampling, "seed": args.seed}
         try:
             questions = [row["question"] for row in batch]
-            results = METHODS[args.method](lm, questions, watcher=screen, **asked, **options)
+            results = method(lm, questions, watcher=screen, **asked, **options | team)
         except KeyboardInterrupt:
             screen.show([None] * len(batch))
             raise
@@ -176,7 +178,7 @@ def batches(rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[tu
     def kind(row: dict[str, Any]) -> str:
         if args.kind or row.get("choices"):
             return args.kind or "choice"
-        if "tests" in row or "entry_point" in row:
+        if row.keys() & {"tests", "test_list", "entry_point"}:
             return "code"
         return "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
 
@@ -190,22 +192,22 @@ def batches(rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[tu
 def print_bill(name: str, usages: Sequence[Usage]) -> None:
     total = Usage.total(usages)
     tokens = f"read {total.prompt_tokens:,}, thought {total.latent_steps:,}, wrote {total.output_tokens:,}"
-    memory = f"memory {total.memory_bytes / 1e6:,.2f} MB"
-    print(f"{name:>14}: {tokens} in {total.seconds:.2f} s, {memory}", file=sys.stderr, flush=True)
+    spent = f"in {total.seconds:.2f} s, memory {total.memory_bytes / 1e6:,.2f} MB"
+    print(f"{name:>14}: {tokens} {spent}", file=sys.stderr, flush=True)
 
 
 class Screen(Watcher):
     """Shows one batch: the answer as it is written on stdout, the agents' progress and bills on stderr."""
 
-    def __init__(self, args: argparse.Namespace, batch: list[dict[str, Any]]) -> None:
-        self.args, self.batch, self.pieces = args, batch, [""] * len(batch)
+    def __init__(self, args: argparse.Namespace, batch: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+        self.args, self.batch, self.settings, self.pieces = args, batch, settings, [""] * len(batch)
         self.bar: Any = None
 
     def begin(self, agent: str, reads: int, thinks: int) -> None:
         if sys.stderr.isatty() and not self.args.quiet:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=thinks, desc=f"{agent}: read {reads}, thinking", leave=False, file=sys.stderr)
+            self.bar = tqdm(total=thinks, desc=f"{agent}: reads {reads}", leave=False, file=sys.stderr)
 
     def thought(self) -> None:
         if self.bar is not None:
@@ -236,8 +238,7 @@ class Screen(Watcher):
                 done: dict[str, Any] = {"question": row["question"], "text": text, "finish_reason": "interrupted"}
                 if result:
                     done = dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)}
-                settings = {flag: getattr(self.args, flag) for flag in ("model", "method", *ONLY, "seed")}
-                print(json.dumps({"id": row.get("id")} | settings | done, ensure_ascii=False), flush=True)
+                print(json.dumps({"id": row.get("id")} | self.settings | done, ensure_ascii=False), flush=True)
             elif len(self.batch) > 1 and (text or result):
                 print(text, flush=True)
             if result and result.finish_reason == "length" and not self.args.quiet:

@@ -45,7 +45,8 @@ def text_mas(
     sampling: Sampling | None = None, seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
     """The same agents pass text: each writes, and the next one reads it, where its prompt has `{context}`. A prompt
-    without one is put behind the earlier turns, as in a conversation. Parameters and errors as in `latent_mas`.
+    without one is put behind the earlier turns, as in a conversation. Parameters and errors as in `latent_mas`; that
+    a text is too long for the context is only known once it is written.
     """
     run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
     return _pass_text(run, run.team(team))
@@ -55,6 +56,7 @@ def latent_mas(
     lm: LM, questions: Sequence[str], team: str | Team = "sequential", latent_steps: int | None = None,
     align: str | Callable[[Tensor], Tensor] = "ridge", kind: str = "math", choices: Any = None,
     sampling: Sampling | None = None, transfer: str = "full", seed: int = 0, watcher: Watcher | None = None,
+    close: bool = True,
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
@@ -63,6 +65,7 @@ def latent_mas(
     each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is what the next
     agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous agent's only),
     and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last the first's).
+    `close` False leaves the turns of agents who hand over open, as the authors' code does.
     Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
     """
     run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
@@ -73,17 +76,18 @@ def latent_mas(
     if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
         raise ValueError(f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more")
 
-    def steps(agent: Agent, final: bool) -> int:
-        # The last agent answers: it thinks only if it says so itself.
-        given = (agent.latent_steps, 0) if final else (latent_steps, agent.latent_steps, default)
-        return next(number for number in given if number is not None)
-
     team, default, B = run.team(team), lm.default_steps, len(run.questions)
+
+    def steps(agent: Agent, final: bool) -> int:
+        if final and agent.latent_steps is None:
+            return 0  # the last agent answers: it thinks only if it says so itself
+        return next(number for number in (latent_steps, agent.latent_steps, default) if number is not None)
+
     # Another question's memory is the memory of agents who were asked another question.
     thinking = run.rolled() if transfer == "shuffled" else run
     _require_context(run, thinking, team, steps, transfer)
-    align = lm.aligner(align) if isinstance(align, str) else align
-    acts: list[_Acted] = []
+    align = align if callable(align) else lm.aligner(align)
+    acts = []
     parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
     for agents, alone, final in _stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
         asked = run if final else thinking
@@ -91,15 +95,15 @@ def latent_mas(
         empty = alone or not parts
         memory = lm.model.new_cache(len(turns)) if empty else KVCache.concat(parts) if len(parts) > 1 else parts[0]
         writes = final or agents[0].writes
-        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, closes=not final)
-        acts.append(acted)
+        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, close and not final)
+        acts.append((acted.traces, acted.written))
         if final:
             break
         handed = acted.hand_over(transfer)
         rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
         parts = [*parts, *map(handed.select, rows)] if alone else [handed]
         parts = parts[-1:] if transfer == "last" else parts
-    return run.results(acts, team.agents[-1])
+    return run.results(acts)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class _Run:
             raise ValueError(f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
-        if len(self.choices) != len(self.questions) or (self.kind == "choice" and not all(self.choices)):
+        if len(self.choices) != len(self.questions) or any(c is not None and not c for c in self.choices):
             raise ValueError(f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question")
         self.end_ids, self.closing = self.lm.end_ids, self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
@@ -145,12 +149,12 @@ class _Run:
         if isinstance(team, Team):
             return team
         if team not in self.lm.teams.keys() | TEAMS.keys():
-            raise ValueError(f"team (--team): found {team!r}, expected a Team, a .json file, {' or '.join(TEAMS)}")
+            raise ValueError(f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}")
         return self.lm.teams.get(team) or TEAMS[team]()
 
     def turn(self, agent: Agent, q: int, context: str = "") -> Turn:
         """Agent's turn on question q, up to the open assistant turn."""
-        options = self.choices[q] if self.kind == "choice" else {}
+        options = (self.choices[q] or {}) if self.kind == "choice" else {}
         asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
         fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
         # In one pass, so that a question that holds "{context}" stays a question.
@@ -213,12 +217,13 @@ class _Run:
             torch.cuda.synchronize(self.lm.model.device)  # kernels are queued, not done, when a call returns
         return time.perf_counter()
 
-    def results(self, acts: Sequence["_Acted"], last: Agent) -> list[Result]:
+    def results(self, acts: Sequence[tuple[list[AgentTrace], list[Written]]]) -> list[Result]:
         """One result for each question, from all agents' turns in order."""
         B, results = len(self.questions), []
-        for q, (question, out) in enumerate(zip(self.questions, acts[-1].written, strict=True)):
-            traces = [trace for act in acts for trace in act.traces[q::B]]
-            answer = extract(self.kind, last.prefix + out.text, self.choices[q])  # a prefix may open a thought
+        for q, (question, out) in enumerate(zip(self.questions, acts[-1][1], strict=True)):
+            traces = [trace for trace_list, _ in acts for trace in trace_list[q::B]]
+            opened = "<think>" if traces[-1].prompt.rstrip().endswith("<think>") else ""  # by the prefix or template
+            answer = extract(self.kind, opened + out.text, self.choices[q])
             results.append(Result(question, out.text, answer, out.finish_reason, traces))
         return results
 
@@ -246,8 +251,8 @@ class _Acted(NamedTuple):
 
 
 def _stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Agent], bool, bool]]:
-    """Which agents act together, whether alone (from empty memory), and whether as the last: in a parallel team, those
-    before the last as far as they are `alike`.
+    """Yield (agents of one batch, whether from empty memory, whether the last). The experts of a parallel team share a
+    batch as far as `alike` gives the same for them.
     """
     *before, last = team.agents
     if team.parallel:
@@ -267,12 +272,13 @@ def _pass_text(run: _Run, team: Team) -> list[Result]:
             for q in range(B):
                 turn = run.turn(agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else "")
                 turns.append(turn if alone or "{context}" in agent.prompt else talk[q] + turn)
-        acts.append(run.act(agents, turns, run.lm.model.new_cache(len(turns)), final=final))
-        for row, out in enumerate(acts[-1].written):
+        acted = run.act(agents, turns, run.lm.model.new_cache(len(turns)), final=final)
+        acts.append((acted.traces, acted.written))
+        for row, out in enumerate(acted.written):
             agent, q = agents[row // B], row % B
             work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
             talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
-    return run.results(acts, team.agents[-1])
+    return run.results(acts)
 
 
 def _require_context(run: _Run, thinking: _Run, team: Team, steps: Callable[..., int], transfer: str) -> None:

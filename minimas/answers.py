@@ -191,7 +191,8 @@ def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) ->
     """The options that `text` names. Only a dressed letter, "(B)" or "B.", may be followed by words that are not its
     option's, so that "A cat sat" and "I think" name none; `alone`: not even that.
     """
-    options = {key.strip().lower(): _bare(words) for key, words in (choices or dict.fromkeys("abcdefghij", "")).items()}
+    given = choices or dict.fromkeys("abcdefghij", "")
+    options = {str(key).strip().lower(): _bare(str(words)) for key, words in given.items()}
     if (lead := _LETTER.match(text := _bare(text))) and (key := lead[2]) in options:
         rest = text[lead.end() :]
         words = _bare(rest)

@@ -36,8 +36,8 @@ class KVCache:
         self.config = config
         self.owner: Any = None  # the model that writes here; it has a name and a fingerprint()
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)  # on the CPU: reading it never waits for a GPU
-        self.dtype, self.device = dtype, torch.device(device)
         empty = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        self.dtype, self.device = dtype, empty.device
         self.keys, self.values = [empty] * config.num_hidden_layers, [empty] * config.num_hidden_layers
 
     @property
@@ -51,7 +51,7 @@ class KVCache:
         return int(self.lengths.sum()) * self.slot_nbytes
 
     def next_positions(self, rows: int, new: int) -> Tensor:
-        """Positions of the next slots, (B, T), or (1, T) for rows of one length; ValueError for other rows."""
+        """Positions of the next slots, (B, T), or (1, T) for rows of one length; ValueError if rows is not B."""
         if rows != len(self.lengths):
             raise ValueError(f"inputs: found {rows} rows, expected {len(self.lengths)} as in the memory")
         starts = self.lengths if bool((self.lengths != self.lengths[0]).any()) else self.lengths[:1]
@@ -76,15 +76,17 @@ class KVCache:
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
     def advance(self, lengths: Tensor, most: int) -> None:
-        """Count `lengths` (B,) more slots as filled, of the `most` that every layer has appended; else ValueError."""
+        """Count `lengths` (B,) of the `most` appended slots as filled; raises ValueError for any other number."""
         if lengths.shape != self.lengths.shape or int(lengths.min()) < 0 or int(lengths.max()) > most:
             raise ValueError(f"lengths: found {lengths.tolist()}, expected {len(self.lengths)} numbers, 0 … {most}")
         self.lengths = self.lengths + lengths.to("cpu", torch.int64)
 
     def sign(self, model: Any) -> None:
         """Note which model writes here; raises ValueError if another one has: these keys mean nothing to it."""
-        if self.owner not in (None, model) and self.owner.fingerprint() != model.fingerprint():
-            raise ValueError(f"memory: found one that model {self.owner.name!r} wrote, expected one of {model.name!r}")
+        other = self.owner not in (None, model) and self.owner.fingerprint() != model.fingerprint()
+        if other or (model is not None and model.dtype != self.dtype):
+            found = f"a memory in {self.dtype} of model {getattr(self.owner, 'name', None)!r}"
+            raise ValueError(f"cache: found {found}, expected {model.dtype} and {model.name!r}, with the same weights")
         self.owner = model
 
     def fork(self) -> "KVCache":

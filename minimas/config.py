@@ -27,7 +27,7 @@ IGNORED = frozenset(
     "architectures attention_bias attention_dropout bos_token_id eos_token_id initializer_range is_llama_config "
     "layer_types max_window_layers output_attentions output_hidden_states pad_token_id pretraining_tp return_dict "
     "rope_interleaved rope_parameters rope_scaling sliding_window torch_dtype transformers_version use_cache "
-    "_name_or_path".split()
+    "transformers.js_config _name_or_path".split()
 )
 
 
@@ -61,8 +61,9 @@ class Config:
         def number(field: str, kind: type, default: float | None = None) -> Any:
             value: Any = default if raw.get(field) is None else raw[field]
             good = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            most, expected = (1e7, "a positive integer below 10⁷") if kind is int else (1e300, "a positive number")
-            require(good and 0 < value <= most, field, expected)
+            most = 1e300 if kind is float else 10**3 if field == "num_hidden_layers" else 10**7
+            name = "number" if kind is float else "integer"
+            require(good and 0 < value <= most, field, f"a positive {name}, at most {most:,}")
             return kind(value)
 
         family = raw.get("model_type")
@@ -72,7 +73,7 @@ class Config:
             require(raw.get(field) is None or raw[field] in off, field, repr(off[0]) if off else "null, not supported")
         plain = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         sizes = {field: number(field, int) for field in plain.split()}
-        heads, full = sizes["num_attention_heads"], ["full_attention"] * min(sizes["num_hidden_layers"], 9999)
+        heads, full = sizes["num_attention_heads"], ["full_attention"] * sizes["num_hidden_layers"]
         require(raw.get("layer_types") in (None, full), "layer_types", "'full_attention' for every layer")
         kv_heads = number("num_key_value_heads", int, heads if family == "llama" else None)
         require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
@@ -99,13 +100,11 @@ class Config:
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
-    """The object in a JSON file, {} for a missing one that is not `needed`; FileNotFoundError or ValueError name it."""
+    """The object in a JSON file, {} for a missing one that is not `needed`; FileNotFoundError, ValueError name it."""
     if not needed and not path.exists():
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:  # malformed, or not UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
@@ -129,7 +128,7 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
         if not isinstance(block, Mapping):
             raise ValueError(f"{source}: {field}: found {block!r}, expected an object or null")
         kind = block.get("rope_type", block.get("type", "default"))
-        if kind != "default" or block.get("partial_rotary_factor", 1) != 1:
+        if kind != "default" or "factor" in block or block.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"{source}: {field}: found {block!r:.80}, expected rope_type 'default' of whole heads")
         theta = block.get("rope_theta", theta)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta <= 1e300:

@@ -23,10 +23,7 @@ CHUNK = 512  # positions read at once: bounds the (T, S) mask and the activation
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when to stop; temperature 0 is greedy.
-
-    Raises ValueError naming the flag of a value out of range.
-    """
+    """How the next token is chosen and when to stop; temperature 0 is greedy. Values out of range are a ValueError."""
 
     temperature: float = 0.0
     top_p: float = 1.0  # keep the fewest tokens whose probabilities reach this
@@ -73,8 +70,8 @@ def generator(seed: int, question: str) -> torch.Generator:
 
 
 def take_last(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The state of each row's last valid position, (B, T, D), lengths (B,) -> (B, 1, D): in a ragged batch the last,
-    `hidden[:, -1:]`, is a pad's (LatentMAS #26). Raises ValueError for lengths out of range.
+    """The state of each row's last valid position, (B, T, D), lengths (B,) -> (B, 1, D); `hidden[:, -1:]` would
+    be a pad's state in a ragged batch (LatentMAS #26). Raises ValueError for lengths out of range.
     """
     if int(lengths.min()) < 1 or int(lengths.max()) > hidden.shape[1]:
         raise ValueError(f"lengths: found {lengths.tolist()}, expected 1 … {hidden.shape[1]} in every row")
@@ -180,6 +177,6 @@ def stream(
 
 
 def generate(*args: Any, **kwargs: Any) -> list[Written]:
-    """What each row writes, in order; takes what `stream` takes."""
+    """What each row writes, as one Written a row; takes what `stream` takes: model, tokenizer, hidden, cache …"""
     done = {row: written for row, _, written in stream(*args, **kwargs) if written is not None}
     return [done[row] for row in sorted(done)]

@@ -36,7 +36,8 @@ def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: 
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
         raise ValueError(f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, expected two equal (V, D)")
-    wide = torch.promote_types(w_out.dtype, torch.float32)
+    # With fewer rows than columns only λ makes it invertible, and float32 loses λ.
+    wide = torch.promote_types(w_out.dtype, torch.float32) if len(w_out) > w_out.shape[1] else torch.float64
     gram = torch.zeros(w_out.shape[1], w_out.shape[1], dtype=wide, device=w_out.device)  # W_outᵀ W_out
     cross = torch.zeros_like(gram)  # W_outᵀ W_in
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
@@ -55,7 +56,7 @@ def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: 
 class Aligner:
     """The map from a hidden state to an input embedding, any (…, D) -> (…, D): rescale((h · scale) W).
 
-    `matrix` W (D, D) and `scale` (D,): None for the identity; `norm`, the length of every result: None to leave it.
+    `matrix` W (D, D), `scale` (D,) and `norm`, the length of every result: None leaves out what it stands for.
     """
 
     def __init__(self, matrix: Tensor | None = None, norm: float | None = None, scale: Tensor | None = None) -> None:
@@ -91,9 +92,7 @@ class Aligner:
             left, right = torch.linalg.qr(bases).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
         gain = model.model.norm.weight.to(wide)
-        scale = (
-            torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
-        )  # a gain of 0 leaves nothing to divide
+        scale = torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None  # a gain of 0: nothing to divide
         return cls(matrix.to(wide), norm, scale)
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -106,9 +106,6 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
     folder = resolve(name)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     found = _checkpoint(folder)
-    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
-    if last not in found:  # before a model of a billion layers is built to find out
-        raise ValueError(f"{folder}: tensor {last} is missing (num_hidden_layers is {config.num_hidden_layers})")
     with torch.device("meta"):
         model = Qwen3(config, name=str(name))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -122,16 +119,16 @@ def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: st
         if key not in wanted and key != twin and not key.endswith(".rotary_emb.inv_freq"):
             raise ValueError(f"{path}: tensor {key} belongs to nothing in a model of this config.json")
 
-    def read(key: str) -> Tensor:
+    def read(key: str, copy: bool = True) -> Tensor:
         # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
         with _opened(found[key][0]) as file:
             tensor: Tensor = file.get_tensor(key)
-            return tensor.to(device=where, dtype=kind or getattr(torch, config.dtype), copy=True)
+            return tensor.to(device=where, dtype=kind or getattr(torch, config.dtype), copy=copy)
 
     for key in [key for key in found if key in wanted]:
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(read(key), requires_grad=False))
-    if twin in found and not torch.equal(read("lm_head.weight"), model.model.embed_tokens.weight):
+    if twin in found and not torch.equal(read("lm_head.weight", copy=False), model.model.embed_tokens.weight):
         raise ValueError(f"{folder / 'config.json'}: tie_word_embeddings: found true, but lm_head.weight is different")
     pack(model)
     return LM(model.eval(), folder)
@@ -157,7 +154,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
 
 def _from_hub(repo: str, only_config: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     weights = [] if only_config else ["*.safetensors", INDEX]
     wanted = [*weights, "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "teams.json"]
@@ -169,7 +166,7 @@ def _from_hub(repo: str, only_config: bool) -> Path:
         pass
     try:
         return Path(snapshot_download(repo, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:  # offline, gated (hf auth login), or misspelt
+    except Exception as error:  # offline, gated (hf auth login), misspelt: what a hub raises has no common base
         missing = f"{repo}: no such folder here, config.json and {WEIGHTS} not in the cache {constants.HF_HUB_CACHE}"
         why = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(f"{missing}; when online: hf download {repo} (the hub: {why})") from error
@@ -181,8 +178,7 @@ def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         return _contents(folder / WEIGHTS)
     index = folder / INDEX
     if not index.is_file():
-        kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in kinds)[:4]) or "no weights"
+        others = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder"
         raise FileNotFoundError(f"{folder}: found {others}, expected {WEIGHTS} or {INDEX} (nothing is ever unpickled)")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -231,8 +227,7 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
-    text = str(name).removeprefix("torch.")
-    text = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text)
+    text = str(name).removeprefix("torch.").replace("bf16", "bfloat16").replace("fp", "float")
     if text not in ("auto", *DTYPES):
         raise ValueError(f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}")
     return getattr(torch, text, None)
@@ -242,7 +237,7 @@ class PackedLinear(nn.Module):
     """A linear layer whose frozen bf16 weight is packed for the CPU's matrix units at its first use, in its place.
 
     This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
-    `F.linear` reads memory at half speed. `.weight`, `state_dict()` and `.to()` bring the plain weight back.
+    `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
     """
 
     bias: Tensor | None
@@ -253,6 +248,8 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:  # the packed operator has no gradient
+            return nn.functional.linear(x, self.weight, self.bias)
         if self.packed is None:
             weight = self.weight
             if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.requires_grad:  # changed since

@@ -170,7 +170,7 @@ class Qwen3(nn.Module):
         return Places(cos, sin, mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1))
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell checkpoints apart: of a sample of every weight, as bf16 whatever its dtype is."""
+        """16 hex digits that tell checkpoints apart, of a sample of every weight as bf16 (float16 rounds otherwise)."""
         c = self.config
         digest = hashlib.sha256(f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}".encode())
         for module_name, module in self.named_modules():

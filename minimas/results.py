@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Usage:
-    """The bill: tokens read, thought and written, seconds, and the largest memory in bytes.
-
-    `seconds` is this question's share of the time its batch took, so that sums over questions are wall time.
+    """The bill: tokens read, thought and written, seconds (this question's share of its batch's, so that sums over
+    questions are wall time), and the largest memory in bytes.
     """
 
     prompt_tokens: int = 0

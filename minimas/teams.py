@@ -69,7 +69,7 @@ def hierarchical(chained: bool = False) -> Team:
     return Team(tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items()), parallel=not chained)
 
 
-KINDS = {int: "a whole number, 0 or more", list: "a list, not empty", str: "text", bool: "true or false"}
+EXPECTED = {int: "a whole number, 0 or more", list: "a list, not empty", str: "text", bool: "true or false"}
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
 
 
@@ -81,5 +81,5 @@ def _check(raw: Any, types: Mapping[str, type], needed: set[str], where: str) ->
         wanted = types.get(field)
         wrong = type(value) is not wanted and not (value is None and field in ("system", "latent_steps"))
         if wrong or value == [] or (field == "latent_steps" and value is not None and value < 0):
-            expected = KINDS[wanted] if wanted else f"one of the fields {', '.join(types)}"
+            expected = EXPECTED[wanted] if wanted else f"one of the fields {', '.join(types)}"
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")

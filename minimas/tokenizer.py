@@ -52,6 +52,7 @@ class Tokenizer:
         text = read_text(self.path)
         try:
             self.backend = Backend.from_str(text)
+            self.backend.encode("\ue000 a")  # fails where unknown characters have no token
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
         # Padding or truncation set for training would add or drop tokens without a word.
@@ -181,8 +182,6 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file; raises FileNotFoundError or ValueError naming it."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 

@@ -82,7 +82,7 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
 
 def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
     """A recipe that nobody runs rots: one round, a second call that finds it done, a folder that loads."""
-    command = [sys.executable, "tools/train_tiny.py", "--seed", "0", "--rounds", "1", "--questions", "1"]
+    command = [sys.executable, "tools/train_tiny.py", "--seed", "0", "--rounds", "1", "--questions", "2"]
     command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")]
     first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300) for _ in range(2))
     assert "round 1 of 1" in first.stderr, first.stderr

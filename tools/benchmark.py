@@ -34,7 +34,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -65,7 +65,9 @@ class Minimas:
 
     name = "minimas"
     # Of the weights in each task: all but the embedding; the LM head for a token only, W_a for a thought only.
-    reads: dict[str, tuple[str, ...]] = {"latent": ("trunk", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk",)}
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {
+        "latent": ("trunk", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk",),
+    }  # fmt: skip
 
     def __init__(self, model: Qwen3, align: Aligner) -> None:
         self.model, self.align = model, align
@@ -103,7 +105,9 @@ class Authors:
     """
 
     name = "transformers, the authors' way"
-    reads = {"latent": ("trunk", "head", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk", "head")}
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {
+        "latent": ("trunk", "head", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk", "head"),
+    }  # fmt: skip
 
     def __init__(self, model: Any, align: Aligner) -> None:
         self.model, self.align = model, align
@@ -159,7 +163,8 @@ class TrunkOnly(Authors):
     """The same without what the authors could leave out: no logits, no hidden states of other layers."""
 
     name = "transformers, trunk only"
-    reads = {"latent": ("trunk", "W_a"), "prefill": ("trunk",)}  # to decode, the logits are needed
+    # to decode, the logits are needed
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {"latent": ("trunk", "W_a"), "prefill": ("trunk",)}
 
     def forward(self, cache: Any, **inputs: Tensor) -> Tensor:
         [given] = inputs.values()
