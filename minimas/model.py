@@ -34,6 +34,14 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+class Places(NamedTuple):
+    """Where the T new positions stand: their rotation, (B or 1, 1, T, d), and which of the S slots each may see."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None  # (B or 1, 1, H/K · T, S), True is visible; None: all of them
+
+
 class Attention(nn.Module):
     """Grouped-query attention of T new positions on S slots of a memory, to which it first appends its own."""
 
@@ -48,7 +56,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, at: "Places", cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, at: Places, cache: KVCache, layer: int) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d), H of the weights
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, d)
@@ -58,7 +66,7 @@ class Attention(nn.Module):
         # The query heads of one key-value head become its rows, so no key or value is ever copied.
         q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K · T, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask)  # (B, K, H/K · T, d)
-        out = out.view(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
+        out = out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
         return self.o_proj(out)  # type: ignore[no-any-return]
 
 
@@ -84,17 +92,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, at: "Places", cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, at: Places, cache: KVCache, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), at, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
-
-
-class Places(NamedTuple):
-    """Where the T new positions stand: their rotation, (B, 1, T, d), and which of the S slots each of them may see."""
-
-    cos: Tensor
-    sin: Tensor
-    mask: Tensor | None  # (B, 1, H/K · T, S), True is visible; None: all of them
 
 
 class Trunk(nn.Module):

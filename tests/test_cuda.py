@@ -13,7 +13,7 @@ from .models import TINY, tiny_model
 pytestmark = pytest.mark.cuda
 QUESTIONS = [
     "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?",
-    "Tom has 2 coins. He finds 7 more. He doubles the coins. He eats 7. How many coins does Tom have?",
+    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. How many coins does Tom have?",
 ]
 
 
@@ -57,4 +57,4 @@ def test_a_memory_file_travels_between_devices(tmp_path: Path) -> None:
 def test_bf16_answers_on_a_gpu() -> None:
     """The default dtype of every checkpoint, on the kernels that take a mask."""
     lm = load(TINY, device="cuda")
-    assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == ["6", "11"]
+    assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == ["6", "9"]
