@@ -193,8 +193,8 @@ class _Run:
         written = [Written("", [], "stop")] * len(ids)
         if writes:
             sources = self.generators * len(agents)
-            how = (self.sampling, self.end_ids, sources)
-            pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=closes)
+            how, hands_over = (self.sampling, self.end_ids, sources), align is not None and not final
+            pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=hands_over)
             for row, piece, done in pieces:
                 if final and piece:
                     self.watcher.text(row, piece)
