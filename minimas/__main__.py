@@ -80,7 +80,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C; raises SystemExit(2) for usage."""
+    """Run the command line; returns 0 done, 1 failed, 2 usage (or SystemExit(2)), 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         if args.command == "ask":
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         advice = "out of memory: try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps; " if full else ""
         print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
+        return 2 if "(--" in str(error) else 1  # a flag's value, found wrong by what it is for
 
 
 def run_ask(args: argparse.Namespace) -> None:

@@ -80,8 +80,8 @@ class Tokenizer:
                 piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
                 ids += piece.ids
                 for i, (a, b) in zip(piece.ids, piece.offsets, strict=True):
-                    if i in control and any(start + a < y and x < start + b for x, y in turn.untrusted):
-                        wrong.add(start + a + 1)
+                    if i in control:  # cut at the border if it only reaches over, as one that eats spaces does
+                        wrong |= {max(start + a + 1, x) for x, y in turn.untrusted if start + a < y and x < start + b}
             if not wrong:
                 return ids
             if wrong <= cuts:  # one character, not to be cut

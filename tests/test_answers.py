@@ -444,3 +444,10 @@ def test_shuffled_letters_score_at_chance() -> None:
         for row in data * 20
     )
     assert 0.21 < right / (20 * len(data)) < 0.29
+
+
+def test_options_may_be_numbers() -> None:
+    """A row with `"choices": {"A": 6, "B": 7}` was answered, and then ended in a traceback."""
+    choices = {"A": 6, "B": 7}
+    assert extract("choice", "The answer is (B).", choices) == "b"  # type: ignore[arg-type]
+    assert grade("choice", "\\boxed{7}", "B", choices)  # type: ignore[arg-type]

@@ -499,3 +499,16 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
 def test_apart_can_tell() -> None:
     """The measure that all parity tests use: relative, and far from zero for other tensors."""
     assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+
+
+def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
+    """The packed operator has none: an optimized thought moved by the residuals and norms alone, without a word."""
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load(write_folder(tmp_path / str(dtype), tiny_model(dtype=torch.bfloat16)), dtype=dtype).model
+        model(model.embed(torch.tensor([[1, 2, 3]])))  # packs the bf16 one
+        inputs = model.embed(torch.tensor([[1, 2, 3]])).float().requires_grad_(True)
+        model(inputs.to(dtype)).float().square().sum().backward()
+        assert inputs.grad is not None
+        gradients.append(inputs.grad)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1

@@ -117,6 +117,17 @@ def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, te
     assert control_ids(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == []
 
 
+def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_one(tmp_path: Path) -> None:
+    """With `rstrip` it reaches into the question; cut in two, the turn would have lost its own first token."""
+    backend = byte_level(("§§",)).backend
+    backend.add_special_tokens([AddedToken("<s>", rstrip=True, normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode_turn(Turn("<s>  hi <s>", ((3, 11),)))
+    assert control_ids(tokenizer, ids) == [tokenizer.control["<s>"]], "the template's, and not the user's"
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == "<s>  hi <s>"
+
+
 def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
     """It cannot be cut in two, so the only honest answers are to refuse it or to obey it."""
     tokenizer = byte_level(("§",))
