@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         advice = "out of memory: try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps; " if full else ""
         print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2 if "(--" in str(error) else 1  # a flag's value, found wrong by what it is for
+        return 2 if re.match(r"\w+ \(--", str(error)) else 1  # a flag's value, found wrong by what it is for
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -163,7 +163,8 @@ def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{where}: not valid JSON ({error})") from error
         question, choices = (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
         if not isinstance(question, str) or not question.strip() or not is_text(question):
-            problem = f"found {question!a:.80}, expected a text that is not empty"
+            blank = args.file is None and not str(question).strip()
+            problem = f"found {'an empty text' if blank else ascii(question)[:80]}, expected a text that is not empty"
             raise ValueError(f"{where}: question: {problem}") if args.file else parser().error(f"{where}: {problem}")
         if choices is not None and not (isinstance(choices, dict) and choices):
             raise ValueError(f"{where}: choices: found {choices!r:.80}, expected an object, letter: text")

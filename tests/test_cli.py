@@ -1,0 +1,469 @@
+"""The command line: the answer on stdout and nothing else, one line for an error, an exit status that tells.
+
+Most tests call `main` in this process, with a random model in a folder; what needs a process of its own (signals,
+pipes, devices) starts one, and there are few of those.
+"""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from minimas import Sampling, latent_mas, load
+from minimas.__main__ import main
+
+from .models import TINY, tiny_model, write_folder
+from .text import text_model, tiny_tokenizer
+
+ROOT = TINY.parents[1]
+TINY_EXAMPLE = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`main` with these arguments: (exit status, stdout, stderr)."""
+
+    def call(*argv: Any) -> Outcome:
+        capsys.readouterr()
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        return Outcome(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that reads a hundred thousand tokens and never ends its turn."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=100_000)
+    model.lm_head.weight.data[:5] = 0
+    return write_folder(tmp_path_factory.mktemp("cli") / "model", model, tokenizer=TINY)
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def assert_one_line(outcome: Outcome, status: int | tuple[int, ...], pattern: str) -> None:
+    assert outcome.status in (status if isinstance(status, tuple) else (status,)), outcome
+    assert outcome.out == ""
+    assert re.fullmatch(rf"minimas: error: .*{pattern}.*\n", outcome.err), outcome.err
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> None:
+    """`minimas ask … > answer.txt` must hold the answer: bars, bills and warnings belong to stderr."""
+    status, out, err = run("ask", "-m", folder, "How many?", "-n", 9, "--latent-steps", 2)
+    [result] = latent_mas(load(folder), ["How many?"], latent_steps=2, kind="free", sampling=Sampling(max_new_tokens=9))
+    assert (status, out) == (0, result.text + "\n")
+    for trace in [*result.agents, result.usage]:
+        name = getattr(trace, "name", "total")
+        counts = rf"read {trace.prompt_tokens:,}, thought {trace.latent_steps}, wrote {trace.output_tokens} .*in \d"
+        assert re.search(rf"^ *{name}: .*{counts}", err, re.M), err
+    assert "--max-new-tokens" in err, "an answer that was cut off says so"
+
+
+@pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
+def test_quiet_means_quiet(run: Run, folder: Path, method: str) -> None:
+    loud, quiet = (run("ask", "-m", folder, "hi", "-n", 5, "--method", method, *flags) for flags in ((), ("--quiet",)))
+    assert quiet == (0, loud.out, "") and loud.err
+
+
+def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: Path) -> None:
+    """And enough in it to replay the result: settings, prompts, the bill."""
+    rows = jsonl(tmp_path / "q.jsonl", {"id": 7, "question": "one?"}, {"question": "two? 🙂"}, {"question": "three?"})
+    status, out, _ = run(
+        "ask", "-m", folder, "--file", rows, "-n", 4, "--json", "--latent-steps", 1, "--seed", 3, "--temp", 2
+    )
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [record["question"] for record in records] == ["one?", "two? 🙂", "three?"]
+    expected = latent_mas(
+        load(folder),
+        ["one?", "two? 🙂", "three?"],
+        latent_steps=1,
+        kind="free",
+        seed=3,
+        sampling=Sampling(2.0, max_new_tokens=4),
+    )
+    for record, result in zip(records, expected, strict=True):
+        assert (record["text"], record["finish_reason"]) == (result.text, result.finish_reason)
+        assert [agent["prompt"] for agent in record["agents"]] == [trace.prompt for trace in result.agents]
+        assert record["usage"]["prompt_tokens"] == result.usage.prompt_tokens
+        assert (record["method"], record["seed"], record["latent_steps"]) == ("latent_mas", 3, 1)
+    assert records[0]["id"] == 7
+
+
+def test_a_question_may_hold_its_own_options(run: Run, folder: Path) -> None:
+    """`--kind choice` was refused without a `choices` object, though options are often part of the question's text."""
+    outcome = run("ask", "Which is even? (A) 3 (B) 4", "--kind", "choice", "--json", "-m", folder, "-n", 4)
+    assert outcome.status == 0
+    assert json.loads(outcome.out)["finish_reason"] in ("stop", "length")
+
+
+def test_the_fields_of_a_row_tell_its_kind(run: Run, folder: Path, tmp_path: Path) -> None:
+    """`choices` means choice, `tests` or `entry_point` code, a number as answer math, anything else free."""
+    rows = jsonl(
+        tmp_path / "q.jsonl",
+        {"question": "q", "choices": {"A": "blue", "B": "red"}, "answer": "A"},
+        {"question": "q", "tests": "assert f() == 1"},
+        {"question": "q", "entry_point": "f"},
+        {"question": "q", "answer": "1,234.5"},
+        {"question": "q", "answer": 7},
+        {"question": "q", "answer": "the sky"},
+        {"question": "q"},
+    )
+
+    def prompts(*flags: Any) -> list[str]:
+        _, out, _ = run("ask", "-m", folder, "--file", rows, "-n", 1, "--json", "--method", "single", *flags)
+        return [json.loads(line)["agents"][-1]["prompt"] for line in out.splitlines()]
+
+    choice, code, code_too, math, math_too, free, free_too = prompts()
+    assert code == code_too and math == math_too and free == free_too
+    assert len({choice, code, math, free}) == 4
+    assert "(A) blue" in choice and "(B) red" in choice
+    assert set(prompts("--kind", "math")) == {math}
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_a_batch_changes_no_answer_and_no_order(run: Run, folder: Path, tmp_path: Path, size: int) -> None:
+    rows = jsonl(tmp_path / "q.jsonl", *({"question": f"{'very ' * i}long?"} for i in range(5)))
+    argv = ["ask", "-m", folder, "--file", rows, "-n", 4, "--latent-steps", 1, "--temperature", 1]
+    one, many = run(*argv, "--json"), run(*argv, "--json", "--batch-size", size)
+    texts = [[json.loads(line)["text"] for line in outcome.out.splitlines()] for outcome in (one, many)]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    assert run(*argv, "--batch-size", size).out == "".join(text + "\n" for text in texts[0])
+
+
+def test_shuffled_memories_need_a_file(run: Run, folder: Path, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path / "q.jsonl", {"question": "one?"}, {"question": "two?"})
+    status, out, _ = run("ask", "-m", folder, "--file", rows, "-n", 2, "--json", "--transfer", "shuffled")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and "two?" in records[0]["agents"][0]["prompt"] and "one?" in records[1]["agents"][0]["prompt"]
+    assert_one_line(
+        run("ask", "-m", folder, "one?", "--transfer", "shuffled"), 2, "--transfer: found shuffled .*--file"
+    )
+
+
+def test_a_line_separator_in_a_question_does_not_end_its_row(run: Run, folder: Path, tmp_path: Path) -> None:
+    """U+2028 and U+0085 are allowed in JSON, and `str.splitlines` splits at them."""
+    question = "one\u2028two\u2029three\u0085four?"
+    rows = jsonl(tmp_path / "q.jsonl", {"question": question})
+    status, out, err = run("ask", "-m", folder, "--file", rows, "-n", 1, "--json")
+    assert status == 0, err
+    assert json.loads(out)["question"] == question
+
+
+@pytest.mark.parametrize("question", ["-5 + 3?", "--what", "-", "-n"])
+def test_a_question_may_start_with_a_dash_behind_two(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from standard input"))
+    status, out, _ = run("ask", "-m", folder, "-n", 1, "--json", "--", question)
+    assert status == 0
+    assert json.loads(out)["question"] == ("from standard input" if question == "-" else question)
+
+
+def test_a_dash_reads_standard_input(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many\ncards 🙂?\n"))
+    status, out, _ = run("ask", "-m", folder, "-n", 1, "--json", "-")
+    assert status == 0 and json.loads(out)["question"].strip() == "How many\ncards 🙂?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    assert_one_line(run("ask", "-m", folder, "-"), 2, "QUESTION: found .*expected")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), encoding="utf-8"))
+    assert_one_line(run("ask", "-m", folder, "-"), (1, 2), "(QUESTION|standard input)")
+
+
+def test_a_question_of_ten_thousand_words_is_answered(run: Run, folder: Path) -> None:
+    status, out, err = run("ask", "-m", folder, "-n", 2, "--method", "single", "--dtype", "float32", "a b " * 5000)
+    assert status == 0 and out.strip(), err
+
+
+@pytest.mark.parametrize("words", [10_000, 100_000])
+def test_a_question_longer_than_the_context_is_refused_within_seconds(run: Run, folder: Path, words: int) -> None:
+    """Naming what is too long, the limit, and the flags that count towards it."""
+    start = time.monotonic()
+    outcome = run("ask", "-m", folder, "word " * words + "?", "--latent-steps", 90_000)
+    assert_one_line(outcome, 1, r"planner: .*--latent-steps.*--max-new-tokens.*expected .*100000")
+    assert time.monotonic() - start < 20
+
+
+def test_the_embedded_model_says_what_it_knows(run: Run) -> None:
+    """Outside its grammar it answers with garbage, and a newcomer would take that for the method."""
+    known, unknown = run("ask", TINY_EXAMPLE, "-n", 8), run("ask", "Why is the sky blue?", "-n", 8)
+    assert known.status == unknown.status == 0
+    assert "Qwen/Qwen3-0.6B" not in known.err
+    [line] = [line for line in unknown.err.splitlines() if "Qwen/Qwen3-0.6B" in line]
+    assert TINY_EXAMPLE in line and "--model Qwen/Qwen3-0.6B" in line
+    assert run("ask", "Why is the sky blue?", "-n", 8, "--quiet").err == ""
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stderr, drawn in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert run("ask", "-m", folder, "hi", "-n", 2, "--latent-steps", 3).status == 0
+        assert ("\r" in stderr.getvalue()) == drawn
+
+
+# -- what is wrong with the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "pattern"),
+    [
+        ([], "expected|required|ask"),
+        (["aks", "q"], "aks"),
+        (["ask"], "QUESTION"),
+        (["ask", "q", "--file", "q.jsonl"], "--file"),
+        (["ask", ""], "QUESTION: found an empty text, expected"),
+        (["ask", " \n"], "QUESTION: found an empty text, expected"),
+        (["ask", "q", "r"], "r"),
+        (["ask", "q", "--latentsteps", "3"], "--latentsteps"),
+        (["ask", "q", "--latent-steps"], "--latent-steps"),
+        *[
+            (["ask", "q", "--method", "single", flag, value], rf"{flag}: .*--method")
+            for flag, value in (
+                ("--team", "sequential"),
+                ("--latent-steps", "3"),
+                ("--align", "ridge"),
+                ("--transfer", "full"),
+            )
+        ],
+        (["ask", "q", "--method", "text_mas", "--latent-steps", "3"], "--latent-steps: .*--method"),
+        (["info"], "model"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(run: Run, argv: list[str], pattern: str) -> None:
+    """It names the flag, what was found and what was expected; usage and traceback stay away."""
+    assert_one_line(run(*argv), 2, f"({pattern})")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--latent-steps", v) for v in ("-1", "x", "1.5", "nan", "1" * 5000)],
+        *[("--temperature", v) for v in ("-1", "x", "nan", "inf")],
+        *[("--top-p", v) for v in ("0", "-1", "1.1", "x", "nan")],
+        *[("--top-k", v) for v in ("-1", "0.5", "x")],
+        *[("--max-new-tokens", v) for v in ("0", "-1", "x", "1e3")],
+        *[("--seed", v) for v in ("-1", "x", "1.5")],
+        *[("--batch-size", v) for v in ("0", "x")],
+        *[(flag, "x") for flag in ("--method", "--align", "--transfer", "--kind")],
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_wrong_value_of_a_flag_says_what_was_expected(run: Run, flag: str, value: str) -> None:
+    """'invalid number value: 1.5' leaves a reader to guess what is wrong with 1.5."""
+    expected = rf"{flag}.*(found .*expected|invalid (int|float) value: '|invalid choice: 'x' \(choose from)"
+    assert_one_line(run("ask", "q", flag, value), (1, 2), expected)
+
+
+def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
+    """What is wrong -> (arguments of `ask` made in a folder that holds a model, what the error says)."""
+
+    def rows(content: bytes) -> Callable[[Path], list[Any]]:
+        def make(tmp: Path) -> list[Any]:
+            (tmp / "q.jsonl").write_bytes(content)
+            return ["--file", tmp / "q.jsonl"]
+
+        return make
+
+    def file(name: str, content: bytes) -> Callable[[Path], list[Any]]:
+        def make(tmp: Path) -> list[Any]:
+            (tmp / "model" / name).write_bytes(content)
+            return ["q"]
+
+        return make
+
+    def team(content: bytes) -> Callable[[Path], list[Any]]:
+        def make(tmp: Path) -> list[Any]:
+            (tmp / "t.json").write_bytes(content)
+            return ["q", "--team", tmp / "t.json"]
+
+        return make
+
+    good = b'{"question": "fine?"}\n'
+    return {
+        "no such file": (lambda tmp: ["--file", tmp / "none.jsonl"], r"none\.jsonl"),
+        "a folder as file": (lambda tmp: ["--file", tmp], r".*"),
+        "an empty file": (rows(b""), r"q\.jsonl: found .*expected"),
+        "a file of blank lines": (rows(b"\n\n"), r"q\.jsonl: .*"),
+        "no JSON": (rows(good + b"{"), r"q\.jsonl: line 2: .*JSON"),
+        "too deep JSON": (rows(good + b"[" * 100_000), r"q\.jsonl: line 2: .*JSON"),
+        "no UTF-8": (rows(good + b'{"question": "\xff"}'), r"q\.jsonl: "),
+        "no object": (rows(good + b'"q"'), r"q\.jsonl: line 2: question: found .*expected"),
+        "no question": (rows(good + b'{"quesiton": "q"}'), r"q\.jsonl: line 2: question: found .*expected"),
+        "a number as question": (rows(good + b'{"question": 5}'), r"q\.jsonl: line 2: question: found 5, expected"),
+        "an empty question": (rows(good + b'{"question": ""}'), r"q\.jsonl: line 2: question: found '', expected"),
+        "a blank question": (rows(good + b'{"question": " "}'), r"q\.jsonl: line 2: question: found ' ', expected"),
+        "half a character": (rows(good + b'{"question": "\\ud800"}'), r"(q\.jsonl: line 2|question)"),
+        "choices as a list": (
+            rows(good + b'{"question": "q", "choices": ["a"]}'),
+            r"line 2: choices: found .*expected",
+        ),
+        "no choices at all": (rows(good + b'{"question": "q", "choices": {}}'), r"line 2: choices: found .*expected"),
+        "half a character as argument": (lambda tmp: ["\udcff?"], r"(question|QUESTION)"),
+        "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team\): found 'trio', expected"),
+        "no such team file": (lambda tmp: ["q", "--team", tmp / "t.json"], r"No such file or directory: .*t\.json"),
+        "a team of nobody": (team(b'{"agents": []}'), r"t\.json: agents"),
+        "a team with a typo": (team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'), r"t\.json: .*write"),
+        "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
+        "no such dtype": (lambda tmp: ["q", "--dtype", "float8"], r"--dtype\): found 'float8', expected"),
+        "no such device": (lambda tmp: ["q", "--device", "tpu"], r"--device\): found 'tpu', expected"),
+        "no such model": (lambda tmp: ["q", "--model", tmp / "none"], r"none: no such folder"),
+        "a file as model": (lambda tmp: ["q", "--model", tmp / "model/config.json"], r"config\.json: found a file"),
+        "a request beyond the context": (lambda tmp: ["q", "-n", "1" + "0" * 400], r"--max-new-tokens.*expected"),
+        "thoughts beyond the context": (lambda tmp: ["q", "--latent-steps", 10**30], r"--latent-steps.*expected"),
+        "no tokenizer": (lambda tmp: (tmp / "model/tokenizer.json").unlink() or ["q"], r"tokenizer\.json is missing"),
+        "a broken tokenizer": (file("tokenizer.json", b"{}"), r"tokenizer\.json: not a readable tokenizer"),
+        "a broken template": (file("chat_template.jinja", b"{% if %}"), r"chat_template\.jinja: "),
+        "broken settings": (file("generation_config.json", b"{"), r"generation_config\.json: not valid JSON"),
+        "a wrong setting": (
+            file("generation_config.json", b'{"do_sample": true, "top_p": 5}'),
+            r"generation_config\.json: top_p .*found 5, expected",
+        ),
+        "a wrong end token": (
+            file("generation_config.json", b'{"eos_token_id": "x"}'),
+            r"eos_token_id: found 'x', expected",
+        ),
+        "a wrong teams.json": (file("teams.json", b'{"sequential": 5}'), r"teams\.json: sequential"),
+        "a broken config": (file("config.json", b"{"), r"config\.json: not valid JSON"),
+        "truncated weights": (file("model.safetensors", b"\x00" * 7), r"model\.safetensors: "),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs())
+def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
+    """It names the file, line or flag, found and expected; what was asked before it is not half answered."""
+    write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
+    make, pattern = bad_inputs()[case]
+    argv = make(tmp_path)
+    assert_one_line(run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv), (1, 2), pattern)
+
+
+def test_debug_shows_where_it_happened(run: Run, folder: Path) -> None:
+    with pytest.raises(ValueError, match="--team"):
+        run("ask", "-m", folder, "q", "--team", "trio", "--debug")
+
+
+def test_greedy_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
+    """A repetition penalty in generation_config.json is not greedy decoding."""
+    folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
+    plain = run("ask", "-m", folder, "q", "-n", 12, "--temperature", 0, "--quiet")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0, "repetition_penalty": 9.0}')
+    assert run("ask", "-m", folder, "q", "-n", 12, "--temperature", 0, "--quiet") == plain
+    assert run("ask", "-m", folder, "q", "-n", 12, "--quiet").out != plain.out
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_a_model_needs_without_its_weights(run: Run, tmp_path: Path) -> None:
+    """What fits into a GPU is asked before a download, not after it."""
+    folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
+    (folder / "model.safetensors").unlink()
+    status, out, err = run("info", folder)
+    count = sum(weight.numel() for weight in text_model().state_dict().values())
+    assert (status, err) == (0, "")
+    assert "qwen3" in out and f"{count:,}" in out and "untied" in out and "bfloat16" in out
+    assert f"{2 * 2 * 2 * 6 * 8 / 1024:,.1f} KiB a token" in out
+    assert_one_line(run("info", tmp_path / "none"), 1, "none: no such folder")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert_one_line(run("info", folder), 1, r"config\.json: model_type: found 'gpt2', expected")
+
+
+def test_info_of_the_embedded_model(run: Run) -> None:
+    status, out, _ = run("info", "weights/tiny")
+    assert status == 0 and "teams.json" in out
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(*argv: Any, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "minimas", *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, text=True, env=env, **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_first_command_works_from_anywhere(tmp_path: Path) -> None:
+    """What a newcomer types: an answer on stdout, four agents and a bill on stderr, no warning, status 0."""
+    with start("ask", TINY_EXAMPLE, cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.strip() and "\n" not in out.strip(), err
+    assert len(err.splitlines()) == 5 and "total" in err and "arning" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> None:
+    with start("ask", "q", "--model", tmp_path / "none") as process:
+        out, err = process.communicate(timeout=60)
+    assert_one_line(Outcome(process.returncode, out, err), 1, "none: no such folder")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
+    """Status 130, one line, and what was written is not lost: as text, or as an object that says so."""
+    argv = ["ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 1, *(["--json"] if as_json else [])]
+    with start(*argv) as process:
+        assert process.stderr is not None and process.stdout is not None
+        while "refiner" not in (line := process.stderr.readline()):
+            assert line, "it ended before the last agent began"
+        first = "" if as_json else process.stdout.read(5)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.strip() == "minimas: stopped"
+    if as_json:
+        record = json.loads(out)
+        assert record["finish_reason"] == "interrupted" and record["question"] == "hi" and len(record["text"]) > 5
+    else:
+        assert len(first + out) > 5
+
+
+def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
+    """`minimas ask … | head -1` ended in two tracebacks, the second from the flush at exit."""
+    with start("ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 0, "--quiet") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode in (1, 141)
+    assert len(err.splitlines()) <= 1 and "Traceback" not in err and "Exception" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(folder: Path) -> None:
+    argv = ["ask", "-m", folder, "hi", "-n", 3, "--quiet"]
+    with Path("/dev/full").open("w") as full, start(*argv, stdout=full) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r"minimas: error: .*No space left on device.*\n", err), err
