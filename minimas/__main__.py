@@ -23,6 +23,7 @@ from .generate import Sampling
 from .info import describe
 from .latent import ALIGNMENTS
 from .load import TINY, load
+from .quantize import FORMATS
 from .results import AgentTrace, Result, Usage, Watcher
 from .teams import Team
 from .tokenizer import is_text, read_text
@@ -55,7 +56,7 @@ def parser() -> Parser:
     add = ask.add_argument
     add("question", nargs="?", help="the question, or - to read it from standard input")
     add("--file", type=Path, metavar="FILE.jsonl", help="many questions: one JSON object with a question per line")
-    add("--model", "-m", default=TINY, help="folder or hub id (default: %(default)s)")
+    add("--model", "-m", default=TINY, help="folder, FILE.gguf, hub id or hub id:FILE.gguf (default: %(default)s)")
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
     add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
@@ -68,12 +69,14 @@ def parser() -> Parser:
     add("--top-k", type=whole(0), metavar="K", help="keep this many; 0: all (default: the model's)")
     add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
+    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
+    add("--compile", action="store_true", help="faster thoughts and tokens after a warm-up of some seconds")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     info = commands.add_parser("info", help="say what a model is and what it will need", allow_abbrev=False)
-    info.add_argument("model", help="folder or hub id")
+    info.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
     for command in (ask, info):
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return top
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        advice = "out of memory: try a smaller --batch-size, --dtype bfloat16, fewer --latent-steps; " if full else ""
+        advice = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; " if full else ""
         print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2 if re.match(r"\w+ \(--", str(error)) else 1  # a flag's value, found wrong by what it is for
 
@@ -118,7 +121,7 @@ def run_ask(args: argparse.Namespace) -> None:
     except ValueError as error:  # refused before a model is loaded
         parser().error(str(error))
     team = {"team": Team.from_json(args.team)} if str(args.team).endswith(".json") else {}
-    lm = load(args.model, device=args.device, dtype=args.dtype)
+    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)

@@ -120,7 +120,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         if self.lm.tokenizer is None:
-            raise ValueError(f"{self.lm.folder}: tokenizer.json is missing, expected one: questions are text")
+            raise ValueError(f"{self.lm.no_tokenizer}: questions are text")
         self.tokenizer = self.lm.tokenizer
         if isinstance(self.questions, str) or not self.questions:
             raise ValueError(f"questions: found {self.questions!r}, expected a list of at least one text")

@@ -66,7 +66,7 @@ class KVCache:
         new = keys.shape[2]
         start, total = int(self.lengths.min()), int(self.lengths.max()) + new
         for stores, chunk in ((self.keys, keys), (self.values, values)):
-            store = stores[layer] = _with_room(stores[layer], total, heads=chunk.shape[1])
+            store = stores[layer] = with_room(stores[layer], total, heads=chunk.shape[1])
             if start + new == total:
                 store[:, :, start:total] = chunk
             else:  # ragged rows: each has its own first free slot
@@ -203,13 +203,13 @@ class KVCache:
         return cache
 
 
-def _with_room(store: Tensor, slots: int, heads: int) -> Tensor:
+def with_room(store: Tensor, slots: int, heads: int) -> Tensor:
     """`store`, or a copy with room for `slots`; the first append brings the number of heads (of a shard: fewer)."""
     B, _, room, d = store.shape
-    if slots <= room:
+    if slots < room:  # one to spare: filled to the brim it would be contiguous, another shape to a compiler
         return store
     # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
-    grown = store.new_zeros(B, heads, max(slots, room + room // 2 + 64), d)
+    grown = store.new_zeros(B, heads, max(slots + 1, room + room // 2 + 64), d)
     if room:
         grown[:, :, :room] = store
     return grown

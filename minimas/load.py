@@ -1,4 +1,4 @@
-"""A name → a model on its device: a folder or a hub repository in Hugging Face's layout, tensor by tensor.
+"""A name → a model on its device, tensor by tensor: a folder or hub id in Hugging Face's layout, or a GGUF file.
 
 Every file is checked before the first tensor is read, every tensor goes straight to its final dtype and device, every
 tensor is claimed and none is missing: `load` ends with a whole model or an exception. Nothing is ever unpickled, and
@@ -6,6 +6,8 @@ no code from a model folder is run. Tokenizer, sampling defaults and teams are r
 rotary, cache, model and load work alone. Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
+import contextlib
+import logging
 import re
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +20,17 @@ from torch import Tensor, nn
 from .config import DTYPES, Config, read_json, token_ids
 from .model import Qwen3
 
-if TYPE_CHECKING:  # read on first access, see LM
+if TYPE_CHECKING:  # read on first access, see LM; or only for such a file
     from .generate import Sampling
+    from .gguf import GGUF
     from .latent import Aligner
     from .teams import Team
     from .tokenizer import Tokenizer
 
+Files = dict[str, dict[str, Any]]  # a folder's JSON files by name, as a GGUF file holds them in itself
 TINY = "weights/tiny"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = ("BF16", "F16", "F32", "F64")
-CAN_PACK = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
 
 
 class LM:
@@ -36,18 +39,21 @@ class LM:
     `tokenizer` is None for a folder without tokenizer.json: the model can still be fed embeddings and token ids.
     """
 
-    def __init__(self, model: Qwen3, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: Qwen3, folder: Path, files: Files | None = None, no_tokenizer: str | None = None) -> None:
+        """`folder` is a .gguf file if `files` is what it holds of a folder's; `no_tokenizer` says why it has none."""
+        self.model, self.folder, self.files = model, folder, files
+        self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[str, Aligner] = {}
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """Raises ValueError for a broken file, or one with ids that the model has no embedding for."""
-        if not (self.folder / "tokenizer.json").is_file():
+        name = "tokenizer.json"
+        if not ((self.folder / name).is_file() if self.files is None else name in self.files):
             return None
         from .tokenizer import Tokenizer
 
-        tokenizer, most = Tokenizer(self.folder), self.model.config.vocab_size
+        tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(f"{tokenizer.path}: found {tokenizer.size:,} ids, expected at most {most:,}, vocab_size")
         return tokenizer
@@ -84,7 +90,7 @@ class LM:
         return steps
 
     def _settings(self, name: str) -> tuple[dict[str, Any], str]:
-        return read_json(self.folder / name, needed=False), str(self.folder / name)
+        return settings(self.folder, self.files, name)
 
     def aligner(self, kind: str) -> "Aligner":
         """The model's alignment of one kind, over the rows that the tokenizer can produce; computed once."""
@@ -96,80 +102,165 @@ class LM:
         return self._aligners[kind]
 
 
-def load(name: str | Path = TINY, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> LM:
-    """Load the model `name`, a local folder or a hub id, onto `device` ("auto": a CUDA GPU if there is one).
+def load(
+    name: str | Path = TINY, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+    quantize: str | None = None, compile: bool = False,
+) -> LM:
+    """Load the model `name`, a folder, a .gguf file or a hub id, onto `device` ("auto": a CUDA GPU if there is one).
 
-    `dtype` "auto" is the checkpoint's own. Peak memory is the weights plus the largest tensor. Raises FileNotFoundError
-    or ValueError naming the file, the field, what was found and what was expected.
+    `dtype` "auto" is the checkpoint's own. `quantize` is a format of quantize.FORMATS; None leaves a folder in 16 or 32
+    bits, and a GGUF file's Q4_0, Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a
+    warm-up. Peak memory is the weights plus the largest tensor. Raises FileNotFoundError, ImportError or ValueError
+    naming the file or flag, the field, what was found and what was expected.
     """
     where, kind = _device(device), _dtype(dtype)
-    folder = resolve(name)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    found = _checkpoint(folder)
+    if quantize is not None:
+        from .quantize import check
+
+        check(quantize, where, kind)
+    if compile:
+        from .speed import check_compiler
+
+        check_compiler()
+    path = resolve(name)
+    source = open_source(path)
+    raw, told = settings(path, source.files, "config.json", needed=True)
+    config = Config.from_dict(raw, told)
     with torch.device("meta"):
         model = Qwen3(config, name=str(name))
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key, shape in wanted.items():
-        if key not in found or found[key][1] != shape:
-            seen = f"shape {found[key][1]}" if key in found else "nothing"
-            raise ValueError(f"{folder}: tensor {key}: found {seen}, expected shape {shape} by config.json")
+        if source.shapes.get(key) != shape:
+            seen = f"shape {source.shapes[key]}" if key in source.shapes else "nothing"
+            raise ValueError(f"{path}: tensor {key}: found {seen}, expected shape {shape} by config.json")
     # Old Llama checkpoints carry the rotary frequencies, and Qwen3-0.6B a second copy of its tied embedding.
     twin = "lm_head.weight" if config.tie_word_embeddings else None
-    for key, (path, _) in found.items():
+    for key in source.shapes:
         if key not in wanted and key != twin and not key.endswith(".rotary_emb.inv_freq"):
             raise ValueError(f"{path}: tensor {key} belongs to nothing in a model of this config.json")
+    _fill(model, source, where, kind or getattr(torch, config.dtype), quantize)
+    if twin in source.shapes:
+        embedding = model.model.embed_tokens.weight
+        if not torch.equal(source.read(twin, embedding.dtype).to(where), embedding):
+            raise ValueError(f"{told}: tie_word_embeddings: found true, but lm_head.weight is different")
+    with contextlib.suppress(ImportError):  # who copied config, rotary, cache, model and load alone gets a slower one
+        from .packed import pack
 
-    def read(key: str, copy: bool = True) -> Tensor:
-        # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
-        with _opened(found[key][0]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.to(device=where, dtype=kind or getattr(torch, config.dtype), copy=copy)
+        pack(model)
+    if compile:
+        from .speed import compile_steps
 
-    for key in [key for key in found if key in wanted]:
-        owner, _, leaf = key.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(read(key), requires_grad=False))
-    if twin in found and not torch.equal(read("lm_head.weight", copy=False), model.model.embed_tokens.weight):
-        raise ValueError(f"{folder / 'config.json'}: tie_word_embeddings: found true, but lm_head.weight is different")
-    pack(model)
-    return LM(model.eval(), folder)
+        compile_steps(model)
+    return LM(model.eval(), path, source.files, source.no_tokenizer)
+
+
+def _fill(model: Qwen3, source: "Folder | GGUF", where: torch.device, dtype: torch.dtype, quantize: str | None) -> None:
+    """Put every tensor in its place, straight in its final form: there is never a second copy of the model."""
+
+    def read(key: str) -> Tensor:
+        return source.read(key, dtype).to(where)
+
+    q: Any = None
+    if quantize is not None or not isinstance(source, Folder):
+        from . import quantize as q
+    keeps, wide = q is not None and q.keeps(quantize, where, dtype), 0
+    for name, module in list(model.named_modules()):
+        if q is not None and type(module) is nn.Linear and name != "lm_head":  # W_a needs the LM head in 16 bits
+            bias = read(f"{name}.bias") if module.bias is not None else None
+            blocks = source.blocks(f"{name}.weight") if keeps else None
+            new = None
+            if blocks is not None and (quantize is None or blocks[2] is not None):
+                new = q.kept(*(part if part is None else part.to(where) for part in blocks), bias, dtype)
+            elif quantize is not None:
+                new = q.quantized(quantize, read(f"{name}.weight"), bias)
+                wide += new is None
+            if new is not None:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, new)
+                continue
+        for leaf, _ in module.named_parameters(prefix=name, recurse=False):
+            setattr(module, leaf.rpartition(".")[2], nn.Parameter(read(leaf), requires_grad=False))
+    if wide:
+        text = "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s"
+        logging.getLogger(__name__).warning(text, model.name, wide, quantize)
+    if q is not None:
+        q.finish(model)
+
+
+def open_source(path: Path) -> "Folder | GGUF":
+    """The tensors and small files at `path`, a folder or a .gguf file; nothing large is read yet."""
+    if path.is_dir():
+        return Folder(path)
+    from .gguf import GGUF
+
+    return GGUF(path)
+
+
+def settings(path: Path, files: Files | None, name: str, needed: bool = False) -> tuple[dict[str, Any], str]:
+    """One of a model's JSON files and what to call it in an error; {} for one that is missing and not `needed`."""
+    if files is None:
+        return read_json(path / name, needed), str(path / name)
+    return files.get(name, {}), f"{path}: {name}"
 
 
 def resolve(name: str | Path, only_config: bool = False) -> Path:
-    """The folder of model `name`: a path, the embedded model, the hub's cache, the hub (`only_config`: no weights)."""
+    """The folder or .gguf file of model `name`: a path, the embedded model, the hub's cache, the hub (repo:FILE.gguf).
+
+    `only_config` leaves a folder's weights on the hub.
+    """
     path = Path(name).expanduser()
-    if str(name) and path.is_dir():
+    if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.is_file():
-        raise ValueError(f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, or a hub id")
+        raise ValueError(f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, .gguf or hub id")
     if str(name) == TINY:  # inside the wheel, or beside the package in a checkout
         here = Path(__file__).parent / TINY
         for home in (here, here.parents[2] / TINY):
             if home.is_dir():
                 return home
         raise FileNotFoundError(f"{TINY}: not found at {here}; pass a model, such as --model Qwen/Qwen3-0.6B")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
+    if hub_id is None:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
-    return _from_hub(str(name), only_config)
+    from .hub import download
 
-
-def _from_hub(repo: str, only_config: bool) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+    repo, gguf = hub_id[1], hub_id[2]
+    if gguf:  # of a file in shards, all of them
+        wanted = [re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)]
+        path = download(repo, wanted, lambda folder: (folder / gguf).is_file(), gguf) / gguf
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: found no file {gguf} in the repository, expected one")
+        return path
     weights = [] if only_config else ["*.safetensors", INDEX]
     wanted = [*weights, "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "teams.json"]
-    try:
-        cached = Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True))
-        if only_config or (cached / WEIGHTS).is_file() or (cached / INDEX).is_file():
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
-    except Exception as error:  # offline, gated (hf auth login), misspelt: what a hub raises has no common base
-        missing = f"{repo}: no such folder here, config.json and {WEIGHTS} not in the cache {constants.HF_HUB_CACHE}"
-        why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{missing}; when online: hf download {repo} (the hub: {why})") from error
+
+    def complete(folder: Path) -> bool:
+        return only_config or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+    return download(repo, wanted, complete, f"config.json and {WEIGHTS}")
+
+
+class Folder:
+    """The tensors of a model folder in Hugging Face's layout, as `GGUF` has a file's; `shapes` is by their names."""
+
+    files = None  # they lie in the folder, where a GGUF file has them in itself
+    no_tokenizer = None
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError or ValueError for safetensors files that are missing, damaged or contradictory."""
+        self.path = path
+        self._found = _checkpoint(path)
+        self.shapes = {key: shape for key, (_, shape) in self._found.items()}
+
+    def read(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU."""
+        # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
+        with _opened(self._found[key][0]) as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor.to(dtype, copy=True)
+
+    def blocks(self, key: str) -> None:
+        """Safetensors hold no blocks of four or eight bits."""
 
 
 def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -231,59 +322,3 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if text not in ("auto", *DTYPES):
         raise ValueError(f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}")
     return getattr(torch, text, None)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose frozen bf16 weight is packed for the CPU's matrix units at its first use, in its place.
-
-    This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
-    `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.packed: Tensor | None = None
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:  # the packed operator has no gradient
-            return nn.functional.linear(x, self.weight, self.bias)
-        if self.packed is None:
-            weight = self.weight
-            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.requires_grad:  # changed since
-                return nn.functional.linear(x, weight, self.bias)
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
-            del self.weight, weight
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.packed is not None:
-            return self.packed.to_dense()
-        return super().__getattr__(name)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        packed, self.packed = self.packed, None  # .to(), .float(), .cuda(): packing is for one dtype and device
-        if packed is not None:
-            self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._apply(lambda weight: weight)
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            destination[prefix + "weight"] = self.packed.to_dense()
-
-
-def pack(model: Qwen3) -> None:
-    """Let a frozen bf16 model on a CPU pack its matrices at its first forward; any other model stays as it is."""
-    if not CAN_PACK or model.device.type != "cpu" or model.dtype != torch.bfloat16:
-        return
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))

@@ -11,7 +11,7 @@ Sources: arXiv 2505.09388 (Qwen3), 1910.07467 (RMSNorm), 2305.13245 (grouped que
 """
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Places(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of T new positions on S slots of a memory, to which it first appends its own."""
+    """Grouped-query attention of T new positions on S slots: `project`, then the memory appends, then `attend`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -56,17 +56,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, at: Places, cache: KVCache, layer: int) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of new positions; H and K are those of the weights."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d), H of the weights
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, d)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(q, at.cos, at.sin), rotate(k, at.cos, at.sin)
-        k, v = cache.append(layer, k, v)  # (B, K, S, d)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """What the queries find in all keys and values (B, K, S, d): (B, T, D)."""
+        B, H, T, d = q.shape
         # The query heads of one key-value head become its rows, so no key or value is ever copied.
-        q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K · T, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask)  # (B, K, H/K · T, d)
-        out = out.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
+        q = q.reshape(B, k.shape[1], -1, d)  # (B, K, H/K · T, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, H/K · T, d)
+        out = out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
         return self.o_proj(out)  # type: ignore[no-any-return]
 
 
@@ -84,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each behind a norm and around a residual."""
+    """One layer: attention, then MLP, each behind a norm and around a residual. Pure but for the memory in between."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -93,7 +97,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, at: Places, cache: KVCache, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at, cache, layer)
+        q, k, v = self.before(x, at.cos, at.sin)
+        k, v = cache.append(layer, k, v)  # (B, K, S, d)
+        return self.behind(x, q, k, v, at.mask)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def behind(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn.attend(q, k, v, mask)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -117,7 +129,9 @@ class Qwen3(nn.Module):
     def __init__(self, config: Config, name: str = "unnamed model") -> None:
         super().__init__()
         self.config, self.name = config, name
+        self.step: Any = None  # (inputs_embeds, cache) -> hidden of one position, where speed.py has a faster way
         self.model = Trunk(config)
+        self.lm_head: Any = None  # tied: the embedding, unless a quantized copy of it takes the place
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.requires_grad_(False)
@@ -143,31 +157,37 @@ class Qwen3(nn.Module):
         B, T, _ = inputs_embeds.shape
         cache = self.new_cache(B) if cache is None else cache
         cache.sign(self)
-        x, at = inputs_embeds, self._places(cache, B, T)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, at, cache, layer)
+        if T == 1 and self.step is not None and not inputs_embeds.requires_grad:
+            hidden: Tensor = self.step(inputs_embeds, cache)
+        else:
+            positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
+            slots = 0 if positions.numel() == 1 else int(cache.lengths.max()) + T
+            hidden = self.layers(inputs_embeds, self.places(positions, slots), cache)
         cache.advance(torch.full((B,), T) if lengths is None else lengths, most=T)
+        return hidden
+
+    def layers(self, x: Tensor, at: Places, memory: Any) -> Tensor:
+        """All layers and the final norm, (B, T, D) -> (B, T, D); `memory` is whatever has an `append`."""
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, at, memory, layer)
         return self.model.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: (B, T, D) -> (B, T, V)."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+        head = self.lm_head
+        return F.linear(hidden, self.model.embed_tokens.weight) if head is None else head(hidden)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty memory of this model's shape, dtype and device."""
         return KVCache(self.config, batch_size, self.dtype, self.device)
 
-    def _places(self, cache: KVCache, B: int, T: int) -> Places:
-        c = self.config
-        positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
-        cos, sin = angles(positions, c.head_dim, c.rope_theta, self.dtype)
-        if T == 1 and len(positions) == 1:
-            return Places(cos, sin, None)
-        slots = torch.arange(int(cache.lengths.max()) + T, device=positions.device)  # (S,)
-        mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
-        # Not is_causal: that flag aligns the triangle to the top left, which is wrong as soon as S ≠ T.
-        return Places(cos, sin, mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1))
+    def places(self, positions: Tensor, slots: int) -> Places:
+        """Positions (B or 1, T) among `slots` slots, of which each sees those up to its own; 0: all there are."""
+        c, mask = self.config, None
+        if slots:  # not is_causal: that flag aligns the triangle to the top left, which is wrong as soon as S ≠ T
+            mask = torch.arange(slots, device=positions.device) <= positions[:, None, :, None]  # (B or 1, 1, T, S)
+            mask = mask.repeat(1, 1, c.num_attention_heads // c.num_key_value_heads, 1)  # (B or 1, 1, H/K · T, S)
+        return Places(*angles(positions, c.head_dim, c.rope_theta, self.dtype), mask)
 
     def fingerprint(self) -> str:
         """16 hex digits that tell checkpoints apart, of a sample of every weight as bf16 (float16 rounds otherwise)."""

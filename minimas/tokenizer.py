@@ -8,7 +8,7 @@ has none. Does not know: torch, models, roles.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,15 +41,15 @@ class Turn:
 
 
 class Tokenizer:
-    """The tokenizer.json of a model folder, with its chat template.
+    """The tokenizer.json of a model folder, or of the `files` that a GGUF file holds, with its chat template.
 
     `size` is the highest id + 1; `end_ids` are the tokens that end a turn; `turn_end` is the text that closes one.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: Mapping[str, dict[str, Any]] | None = None) -> None:
         """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
         self.path = Path(folder) / "tokenizer.json"
-        text = read_text(self.path)
+        text = read_text(self.path) if files is None else json.dumps(files["tokenizer.json"])
         try:
             self.backend = Backend.from_str(text)
             self.backend.encode("\ue000 a")  # fails where unknown characters have no token
@@ -58,7 +58,7 @@ class Tokenizer:
         # Padding or truncation set for training would add or drop tokens without a word.
         self.backend.no_padding()
         self.backend.no_truncation()
-        self._read_template(Path(folder))
+        self._read_template(Path(folder), files)
         self.control = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.size:
@@ -130,9 +130,9 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{self.template_path}: the chat template cannot be rendered ({error})") from error
 
-    def _read_template(self, folder: Path) -> None:
+    def _read_template(self, folder: Path, files: Mapping[str, dict[str, Any]] | None) -> None:
         settings_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings = read_json(settings_path, needed=False)
+        settings = read_json(settings_path, needed=False) if files is None else files.get("tokenizer_config.json", {})
         source, self.template_path = settings.get("chat_template"), settings_path
         if template_path.is_file():
             source, self.template_path = read_text(template_path), template_path

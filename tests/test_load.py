@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from minimas import Aligner, Qwen3, load, think
 from minimas.config import FAMILIES
 from minimas.info import describe
-from minimas.load import CAN_PACK, PackedLinear, pack, resolve
+from minimas.load import resolve
+from minimas.packed import CAN_PACK, PackedLinear, pack
 
 from .models import TINY, apart, random_ids, remember, tiny_config, tiny_model, write_folder, write_tensors
 

@@ -148,8 +148,13 @@ def test_a_shard_of_a_layer_is_still_a_layer(model: Qwen3) -> None:
     """The number of heads is read off the weights: a layer cut by key-value heads gives partial sums that add up."""
     x = model.embed(random_ids(model, 2, 5))
     layer = model.model.layers[0].self_attn
-    at = model._places(model.new_cache(2), 2, 5)
+    at = model.places(torch.arange(5)[None], 5)
     parts = []
+
+    def attention(layer: Attention) -> torch.Tensor:
+        q, k, v = layer.project(x, at.cos, at.sin)
+        return layer.attend(q, *model.new_cache(2).append(0, k, v), at.mask)
+
     for half in range(2):
         shard = tiny_model().model.layers[0].self_attn
         for name, rows in (("q_proj", 12), ("k_proj", 6), ("v_proj", 6)):
@@ -157,5 +162,5 @@ def test_a_shard_of_a_layer_is_still_a_layer(model: Qwen3) -> None:
             getattr(shard, name).weight = torch.nn.Parameter(part, requires_grad=False)
         part = layer.o_proj.weight[:, half * 12 : (half + 1) * 12]
         shard.o_proj.weight = torch.nn.Parameter(part, requires_grad=False)
-        parts.append(shard(x, at, model.new_cache(2), 0))
-    assert apart(sum(parts), layer(x, at, model.new_cache(2), 0)) <= 1e-12
+        parts.append(attention(shard))
+    assert apart(sum(parts), attention(layer)) <= 1e-12

@@ -1,0 +1,88 @@
+"""Compiled and recorded steps compute what plain ones do, whatever the memory, and are compiled once."""
+
+import shutil
+
+import pytest
+import torch
+
+from minimas import Aligner, Qwen3, load, think
+from minimas.speed import ROOM, Recorded, check_compiler, compile_steps
+
+from .models import TINY, apart, random_ids, remember, tiny_model
+
+# torch's own compiler imports what torch deprecates
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is installed")
+
+
+def steps(model: Qwen3, count: int, lengths: list[int] | None = None) -> torch.Tensor:
+    """Thoughts of `count` steps behind two rows, ragged if `lengths` says so."""
+    hidden, cache = remember(model, random_ids(model, 2, 7), lengths)
+    return think(model, Aligner.from_model(model, "identity"), hidden[:, -1:], cache, count)[0]
+
+
+# -- recorded (what a GPU replays; elsewhere the same function, called) ------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
+    """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was recorded for."""
+    model, recorded = tiny_model(), tiny_model()
+    recorded.step = Recorded(recorded)
+    found, expected = steps(recorded, ROOM + 90, lengths), steps(model, ROOM + 90, lengths)
+    assert apart(found, expected) <= 1e-9
+    assert apart(found[:1], expected[1:]) > 0.1
+
+
+def test_memories_taking_turns_are_recorded_anew() -> None:
+    """A recording holds addresses: replayed for another memory, it would write into the first one's slots."""
+    model, recorded = tiny_model(), tiny_model()
+    recorded.step = Recorded(recorded)
+    results = []
+    for which in (model, recorded):
+        memories = [remember(which, random_ids(which, 2, 5, seed=seed)) for seed in (1, 2)]
+        states = [hidden[:, -1:] for hidden, _ in memories]
+        for _ in range(3):
+            states = [which(state, cache) for state, (_, cache) in zip(states, memories, strict=True)]
+        results.append(torch.cat(states))
+    assert apart(results[1], results[0]) <= 1e-9
+    assert apart(results[0][:2], results[0][2:]) > 0.1
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("quantize", [None, "q4", "q8"])
+def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
+    """For all layers, while the memory grows, for any number of rows: a recompilation at every step would cost more."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    plain = load(TINY, device="cpu", quantize=quantize).model
+    fast = load(TINY, device="cpu", quantize=quantize, compile=True).model
+    steps(fast, 2)
+    counters.clear()
+    steps(fast, 90)  # past the room that the memory began with
+    assert counters["stats"]["unique_graphs"] == 0
+    for lengths in (None, [3, 7]):  # two thoughts: bf16 rounds at other places, and later ones amplify it
+        assert apart(steps(fast, 2, lengths).double(), steps(plain, 2, lengths).double()) <= 0.05
+
+
+@needs_compiler
+def test_compiled_steps_are_exact_in_float64() -> None:
+    torch._dynamo.reset()
+    plain, fast = tiny_model(), tiny_model()
+    compile_steps(fast)
+    assert apart(steps(fast, 5), steps(plain, 5)) <= 1e-12
+
+
+def test_without_a_compiler_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"compile \(--compile\): found no C\+\+ compiler, expected g\+\+ or clang"):
+        load("/nowhere/at/all", device="cpu", compile=True)
+    with pytest.raises(ValueError, match="no C"):
+        check_compiler()
