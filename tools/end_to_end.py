@@ -1,0 +1,90 @@
+"""`latent_mas` against `text_mas` and `single` on a real model, question by question; run by tools/benchmark.py.
+
+One engine, the same questions, the same limit of tokens, greedy. The methods take turns on every batch of questions, in
+an order that turns, so that a machine that slows down slows all. Does not know: formats, kernels, others' code.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from quality import rows
+
+from minimas import Result, Sampling, latent_mas, load, single, text_mas
+from minimas.answers import grade
+
+METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+
+
+def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """The tables of --end-to-end, one for each batch size, and every sample."""
+    lm = load(args.end_to_end, device="cpu", quantize=args.quantize, compile=args.compile)
+    asked = rows(args.questions)[: args.limit]
+    sampling = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens)
+    steps = lm.default_steps if args.latent_steps is None else args.latent_steps
+    thinking = {"latent_steps": steps, "align": args.align}
+
+    def answer(method: str, part: list[dict[str, Any]]) -> dict[str, Any]:
+        questions, started = [row["question"] for row in part], time.perf_counter()
+        results = METHODS[method](lm, questions, sampling=sampling, **(thinking if method == "latent_mas" else {}))
+        seconds = (time.perf_counter() - started) / len(part)
+        usages = [result.usage for result in results]
+        scored = [(r.text, str(row["answer"])) for r, row in zip(results, part, strict=True) if "answer" in row]
+        return {
+            "seconds": [seconds] * len(part), "read": [u.prompt_tokens for u in usages],
+            "right": [grade("math", text, gold) for text, gold in scored],
+            "thought": [u.latent_steps for u in usages], "written": [u.output_tokens for u in usages],
+            "cut": [r.finish_reason == "length" for r in results],
+        }  # fmt: skip
+
+    lines = [
+        f"Weights: {args.quantize or 'as stored'}{', compiled' if args.compile else ''}; {len(asked)} questions, "
+        f"greedy, at most {args.max_new_tokens} tokens an agent, {steps} thoughts ({args.align})."
+    ]
+    samples: dict[str, Any] = {}
+    for batch in args.batch_sizes:
+        parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
+        started = time.perf_counter()
+        for method in METHODS:  # packing and compiling
+            answer(method, parts[0])
+        say(f"batch {batch}: a first time, not counted, took {time.perf_counter() - started:.1f} s")
+        found: dict[str, dict[str, list[Any]]] = {method: {} for method in METHODS}
+        for turn, part in enumerate(parts):
+            for place in range(len(METHODS)):
+                method = list(METHODS)[(turn + place) % len(METHODS)]
+                for key, values in answer(method, part).items():
+                    found[method].setdefault(key, []).extend(values)
+            say(f"batch {batch}: {min((turn + 1) * batch, len(asked))} of {len(asked)} questions")
+        samples[f"batch {batch}"] = found
+        lines += table(batch, found)
+    return lines, samples
+
+
+def table(batch: int, found: dict[str, dict[str, list[Any]]]) -> list[str]:
+    """One line a method; the last columns compare `latent_mas` with it."""
+    lines = [
+        "",
+        "| batch | | s a question | median | read | thought | written | right | cut off | latent_mas: faster, of the "
+        "totals (medians) | fewer written |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    latent = found["latent_mas"]
+    for method, of in found.items():
+        count = len(of["seconds"])
+        each = [f"{sum(of[key]) / count:.0f}" for key in ("read", "thought", "written")]
+        right = f"{sum(of['right'])} of {len(of['right'])}" if of["right"] else ""
+        against = " | "
+        if of is not latent:
+            total = sum(of["seconds"]) / sum(latent["seconds"])
+            fewer = 1 - sum(latent["written"]) / max(1, sum(of["written"]))
+            against = f"{total:.2f} × ({median(of['seconds']) / median(latent['seconds']):.2f} ×) | {fewer:.0%}"
+        cells = [f"{sum(of['seconds']) / count:.2f}", f"{median(of['seconds']):.2f}", *each, right, sum(of["cut"])]
+        lines.append(f"| {batch} | {method} | {' | '.join(map(str, cells))} | {against} |")
+    return lines
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
