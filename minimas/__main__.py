@@ -19,9 +19,9 @@ import torch
 from . import prompts
 from .agents import TRANSFERS, latent_mas, single, text_mas
 from .answers import KINDS
+from .feeders import FORMS, parse
 from .generate import Sampling
 from .info import describe
-from .latent import ALIGNMENTS
 from .load import TINY, load
 from .quantize import FORMATS
 from .results import AgentTrace, Result, Usage, Watcher
@@ -49,6 +49,15 @@ def whole(low: int) -> Callable[[str], int]:
     return number
 
 
+def align(text: str) -> str:
+    """A flag's value, a kind of map."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
+    return text
+
+
 def parser() -> Parser:
     top = Parser(prog="minimas", description="Agents that think in latent space and hand over memory (LatentMAS).")
     commands = top.add_subparsers(dest="command", required=True, metavar="ask | info")
@@ -60,7 +69,7 @@ def parser() -> Parser:
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
     add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
-    add("--align", choices=ALIGNMENTS, help="from hidden state to embedding (default: ridge, the paper's)")
+    add("--align", type=align, metavar="KIND", help=f"{', '.join(FORMS)} (default: ridge, the paper's)")
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
     add("--max-new-tokens", "-n", type=whole(1), metavar="N", help="an agent may write (default: the model's or 256)")

@@ -7,26 +7,20 @@ section 3). Does not know: attention, cache layout, how a thought is made, print
     B questions   D hidden
 """
 
-import copy
-import itertools
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import prompts
-from .answers import KINDS, extract
 from .cache import KVCache
-from .generate import Sampling, Written, generator, read, stream
+from .generate import Sampling, Written
 from .latent import think
 from .load import LM
 from .results import AgentTrace, Result, Watcher
-from .teams import TEAMS, Agent, Team
-from .tokenizer import Turn, is_text
+from .teams import Agent, Team
+from .tokenizer import Turn
+from .turns import Run, Shared, require_context, stages
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
 
@@ -36,8 +30,7 @@ def single(
     seed: int = 0, watcher: Watcher | None = None,
 ) -> list[Result]:
     """One agent answers each question alone: the baseline. Parameters and errors as in `latent_mas`."""
-    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
-    return _pass_text(run, lm.teams.get("single") or Team((Agent("single", prompts.SINGLE),)))
+    return brief_text(lm, questions, None, kind, choices, sampling, seed, watcher).answer()
 
 
 def text_mas(
@@ -48,8 +41,7 @@ def text_mas(
     without one is put behind the earlier turns, as in a conversation. Parameters and errors as in `latent_mas`; that
     a text is too long for the context is only known once it is written.
     """
-    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
-    return _pass_text(run, run.team(team))
+    return brief_text(lm, questions, team, kind, choices, sampling, seed, watcher).answer()
 
 
 def latent_mas(
@@ -60,15 +52,32 @@ def latent_mas(
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
-    `latent_steps` None: each agent's own, else the folder's, else 40; `align` a kind of `Aligner` or any callable from
-    hidden states to embeddings; `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one
-    each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is what the next
-    agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous agent's only),
-    and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last the first's).
-    `close` False leaves the turns of agents who hand over open, as the authors' code does.
+    `latent_steps` None: each agent's own, else the folder's, else 40; `align` a kind of map (see `latent`, `feeders`)
+    or any callable from hidden states to embeddings; `kind` ("math", "choice", "code", "free") and `choices` (a dict
+    letter -> text, or one each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is
+    what the next agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous
+    agent's only), and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last
+    the first's). `close` False leaves the turns of agents who hand over open, as the authors' code does.
     Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
     """
-    run = _Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher())
+    return brief(
+        lm, questions, team, latent_steps, align, kind, choices, sampling, transfer, seed, watcher, close
+    ).answer()
+
+
+def brief(
+    lm: LM, questions: Sequence[str], team: str | Team = "sequential", latent_steps: int | None = None,
+    align: str | Callable[[Tensor], Tensor] = "ridge", kind: str = "math", choices: Any = None,
+    sampling: Sampling | None = None, transfer: str = "full", seed: int = 0, watcher: Watcher | None = None,
+    close: bool = True, handed: "Briefing | None" = None, shared: Shared | None = None,
+) -> "Briefing":
+    """`latent_mas` up to the last agent's turn: all others have worked. Parameters and errors as there.
+
+    With `handed`, another call's outcome, nobody works: the last agent gets that memory, a row a question. `shared`
+    keeps what agents read into empty memory, so that calls with the same questions and another map or number of
+    thoughts need not read it again; nobody can tell the difference but by the clock.
+    """
+    run = Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher(), shared)
     if transfer not in TRANSFERS:
         raise ValueError(f"transfer (--transfer): found {transfer!r}, expected one of {', '.join(TRANSFERS)}")
     if transfer == "shuffled" and len(run.questions) == 1:
@@ -85,211 +94,87 @@ def latent_mas(
 
     # Another question's memory is the memory of agents who were asked another question.
     thinking = run.rolled() if transfer == "shuffled" else run
-    _require_context(run, thinking, team, steps, transfer)
+    if handed is None:
+        require_context(run, thinking, team, steps, transfer)
     align = align if callable(align) else lm.aligner(align)
+    last = team.agents[-1]
+    if handed is not None:
+        return Briefing(run, last, run.turns(last), handed.memory, steps(last, True), align, handed.acts)
     acts = []
     parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
-    for agents, alone, final in _stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
-        asked = run if final else thinking
-        turns = [asked.turn(agent, q) for agent in agents for q in range(B)]
-        empty = alone or not parts
-        memory = lm.model.new_cache(len(turns)) if empty else KVCache.concat(parts) if len(parts) > 1 else parts[0]
-        writes = final or agents[0].writes
-        acted = asked.act(agents, turns, memory, steps(agents[0], final), align, writes, final, close and not final)
-        acts.append((acted.traces, acted.written))
+    for agents, alone, final in stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
         if final:
             break
-        handed = acted.hand_over(transfer)
+        turns = [turn for agent in agents for turn in thinking.turns(agent)]
+        memory = lm.model.new_cache(len(turns)) if alone else joined(parts, lm, B)
+        acted = thinking.act(agents, turns, memory, steps(agents[0], False), align, agents[0].writes, closes=close)
+        acts.append((acted.traces, acted.written))
+        handed_on = acted.hand_over(transfer)
         rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
-        parts = [*parts, *map(handed.select, rows)] if alone else [handed]
+        parts = [*parts, *map(handed_on.select, rows)] if alone else [handed_on]
         parts = parts[-1:] if transfer == "last" else parts
-    return run.results(acts)
+    return Briefing(run, last, run.turns(last), joined(parts, lm, B), steps(last, True), align, acts)
 
 
-@dataclass
-class _Run:
-    """One call of a method: what is the same for all of its agents, checked at the door."""
-
-    lm: LM
-    questions: Sequence[str]
-    kind: str
-    choices: Any
-    sampling: Sampling
-    seed: int
-    watcher: Watcher
-
-    def __post_init__(self) -> None:
-        if self.lm.tokenizer is None:
-            raise ValueError(f"{self.lm.no_tokenizer}: questions are text")
-        self.tokenizer = self.lm.tokenizer
-        if isinstance(self.questions, str) or not self.questions:
-            raise ValueError(f"questions: found {self.questions!r}, expected a list of at least one text")
-        for i, question in enumerate(self.questions, start=1):
-            if not isinstance(question, str) or not question.strip() or not is_text(question):
-                raise ValueError(f"question {i}: found {question!r:.80}, expected a text that is not empty")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.choices is None or isinstance(self.choices, Mapping):
-            self.choices = [self.choices] * len(self.questions)
-        if len(self.choices) != len(self.questions) or any(c is not None and not c for c in self.choices):
-            raise ValueError(f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question")
-        self.end_ids, self.closing = self.lm.end_ids, self.tokenizer.encode(self.tokenizer.turn_end)
-        self.generators = [generator(self.seed, question) for question in self.questions]
-
-    def rolled(self) -> "_Run":
-        """The same run with question i + 1 in the place of question i."""
-        other = copy.copy(self)
-        for field in ("questions", "choices", "generators"):
-            first, *rest = getattr(self, field)
-            setattr(other, field, [*rest, first])
-        return other
-
-    def team(self, team: str | Team) -> Team:
-        """A team given by name: the folder's own first, then the generic one."""
-        if isinstance(team, Team):
-            return team
-        if team not in self.lm.teams.keys() | TEAMS.keys():
-            raise ValueError(f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}")
-        return self.lm.teams.get(team) or TEAMS[team]()
-
-    def turn(self, agent: Agent, q: int, context: str = "") -> Turn:
-        """Agent's turn on question q, up to the open assistant turn."""
-        options = (self.choices[q] or {}) if self.kind == "choice" else {}
-        asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
-        fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
-        # In one pass, so that a question that holds "{context}" stays a question.
-        text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], agent.prompt)
-        return self.tokenizer.turn(text, agent.system, agent.prefix)
-
-    def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool, closes: bool) -> int:
-        """The slots held after an agent's turn at most; raises ValueError if the model's context is shorter."""
-        limit, wrote = self.lm.model.config.max_position_embeddings, self.sampling.max_new_tokens if writes else 0
-        if (needed := held + reads + thinks + wrote + (len(self.closing) if closes else 0)) > limit:
-            raise ValueError(
-                f"{agent.name}: {held} slots of memory, a prompt of {reads} tokens, {thinks} thoughts (--latent-steps)"
-                f" and {wrote} tokens to write (--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
-            )
-        return needed
-
-    def act(
-        self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int = 0, align: Any = None,
-        writes: bool = True, final: bool = False, closes: bool = False,
-    ) -> "_Acted":
-        """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
-        model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
-        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
-        for row, row_ids in enumerate(ids):
-            self.require_room(agents[row // B], int(held[row]), len(row_ids), steps, writes, closes)
-        self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
-        hidden = read(model, ids, memory)
-        read_until = memory.lengths
-        if align is not None:
-
-            def watched(hidden: Tensor) -> Tensor:
-                self.watcher.thought()
-                return align(hidden)  # type: ignore[no-any-return]
-
-            _, hidden = think(model, watched, hidden, memory, steps)
-        written = [Written("", [], "stop")] * len(ids)
-        if writes:
-            sources = self.generators * len(agents)
-            how, hands_over = (self.sampling, self.end_ids, sources), align is not None and not final
-            pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=hands_over)
-            for row, piece, done in pieces:
-                if final and piece:
-                    self.watcher.text(row, piece)
-                if done is not None:
-                    written[row] = done
-        if closes:
-            # Left open, the next agent's system message would stand inside this one's answer.
-            read(model, [self.closing] * len(ids), memory)
-        seconds, sizes = (self._clock() - start) / len(ids), (memory.lengths * memory.slot_nbytes).tolist()
-        traces = []
-        for row, (turn, read_ids, out, size) in enumerate(zip(turns, ids, written, sizes, strict=True)):
-            bill = (len(read_ids), steps, len(out.ids), seconds, size)
-            traces.append(AgentTrace(*bill, name=agents[row // B].name, prompt=turn.text, text=out.text))
-        for first in range(0, len(traces), B):
-            self.watcher.end(traces[first : first + B])
-        return _Acted(memory, held, read_until, steps, traces, written)
-
-    def _clock(self) -> float:
-        if self.lm.model.device.type == "cuda":
-            torch.cuda.synchronize(self.lm.model.device)  # kernels are queued, not done, when a call returns
-        return time.perf_counter()
-
-    def results(self, acts: Sequence[tuple[list[AgentTrace], list[Written]]]) -> list[Result]:
-        """One result for each question, from all agents' turns in order."""
-        B, results = len(self.questions), []
-        for q, (question, out) in enumerate(zip(self.questions, acts[-1][1], strict=True)):
-            traces = [trace for trace_list, _ in acts for trace in trace_list[q::B]]
-            opened = "<think>" if traces[-1].prompt.rstrip().endswith("<think>") else ""  # by the prefix or template
-            answer = extract(self.kind, opened + out.text, self.choices[q])
-            results.append(Result(question, out.text, answer, out.finish_reason, traces))
-        return results
+def joined(parts: Sequence[KVCache], lm: LM, rows: int) -> KVCache:
+    if not parts:
+        return lm.model.new_cache(rows)
+    return KVCache.concat(parts) if len(parts) > 1 else parts[0]
 
 
-class _Acted(NamedTuple):
-    """One turn of one or more agents: the memory after it, and which of its slots are whose."""
-
-    memory: KVCache
-    held: Tensor  # (rows,) slots before the turn
-    read_until: Tensor  # (rows,) slots after the prompt; the thoughts follow
-    steps: int
-    traces: list[AgentTrace]
-    written: list[Written]
-
-    def hand_over(self, transfer: str) -> KVCache:
-        """The memory as the next agent sees it."""
-        if transfer == "none":
-            return self.memory.truncate(0)
-        if transfer == "last":
-            return self.memory.keep_last(self.memory.lengths - self.held)
-        if transfer == "latents":
-            thoughts = self.memory.truncate(self.read_until + self.steps).keep_last(self.steps)
-            return KVCache.concat([self.memory.truncate(self.held), thoughts])
-        return self.memory
-
-
-def _stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Agent], bool, bool]]:
-    """Yield (agents of one batch, whether from empty memory, whether the last). The experts of a parallel team share a
-    batch as far as `alike` gives the same for them.
+def brief_text(
+    lm: LM, questions: Sequence[str], team: str | Team | None = "sequential", kind: str = "math", choices: Any = None,
+    sampling: Sampling | None = None, seed: int = 0, watcher: Watcher | None = None, shared: Shared | None = None,
+) -> "Briefing":
+    """`text_mas` (`team` None: `single`) up to the last agent's turn: every agent writes, from empty memory, and the
+    next one reads it.
     """
-    *before, last = team.agents
-    if team.parallel:
-        yield from ((list(group), True, False) for _, group in itertools.groupby(before, key=alike))
-    else:
-        yield from (([agent], False, False) for agent in before)
-    yield [last], False, True
-
-
-def _pass_text(run: _Run, team: Team) -> list[Result]:
-    """Every agent writes, from empty memory; the next one reads it."""
+    run = Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher(), shared)
+    alone_team = lm.teams.get("single") or Team((Agent("single", prompts.SINGLE),))
     B, acts = len(run.questions), []
     work, talk = [""] * B, [Turn("")] * B  # for prompts with {context}, and for those without
-    for agents, alone, final in _stages(team, alike=lambda agent: None):
+    for agents, alone, final in stages(run.team(team) if team else alone_team, alike=lambda agent: None):
         turns = []
         for agent in agents:
             for q in range(B):
                 turn = run.turn(agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else "")
                 turns.append(turn if alone or "{context}" in agent.prompt else talk[q] + turn)
-        acted = run.act(agents, turns, run.lm.model.new_cache(len(turns)), final=final)
+        if final:
+            break
+        acted = run.act(agents, turns, lm.model.new_cache(len(turns)))
         acts.append((acted.traces, acted.written))
         for row, out in enumerate(acted.written):
             agent, q = agents[row // B], row % B
             work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
             talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
-    return run.results(acts)
+    return Briefing(run, agents[0], turns, lm.model.new_cache(B), 0, None, acts)
 
 
-def _require_context(run: _Run, thinking: _Run, team: Team, steps: Callable[..., int], transfer: str) -> None:
-    """Raise ValueError before the first turn if the last one, or any between, does not fit into the context."""
-    for q in range(len(run.questions)):
-        held = 0
-        for agents, alone, final in _stages(team, alike=lambda agent: None):
-            asked = run if final else thinking
-            for agent in agents:
-                reads, before = len(run.tokenizer.encode_turn(asked.turn(agent, q))), 0 if alone else held
-                writes, thinks = final or agent.writes, steps(agent, final)
-                after = run.require_room(agent, before, reads, thinks, writes, closes=not final)
-                added = {"latents": thinks, "none": 0}.get(transfer, after - before)
-                held = added if transfer == "last" else held + added
+class Briefing(NamedTuple):
+    """The moment before the last agent's turn: the memory it gets, a row a question, and how that came about.
+
+    The memory is the last agent's own from then on: use `answer` or `read` once, or `fork` the memory before.
+    """
+
+    run: Run
+    agent: Agent
+    turns: list[Turn]  # the last agent's on each question, up to the open assistant turn
+    memory: KVCache
+    steps: int
+    align: Callable[[Tensor], Tensor] | None
+    acts: list[tuple[list[AgentTrace], list[Written]]]  # of each turn before
+
+    def answer(self) -> list[Result]:
+        """Let the last agent read its turn, think if it says so itself, and write."""
+        acted = self.run.act([self.agent], self.turns, self.memory, self.steps, self.align, final=True)
+        return self.run.results([*self.acts, (acted.traces, acted.written)])
+
+    def read(self) -> tuple[Tensor, KVCache]:
+        """The same but for the writing: each row's last state (B, 1, D) and the memory behind it."""
+        ids = [self.run.tokenizer.encode_turn(turn) for turn in self.turns]
+        for row, row_ids in enumerate(ids):
+            self.run.require_room(self.agent, int(self.memory.lengths[row]), len(row_ids), self.steps, False, False)
+        hidden, memory = self.run.read(ids, self.memory)
+        if self.align is not None:
+            _, hidden = think(self.run.lm.model, self.run.drawing(self.align, 1), hidden, memory, self.steps)
+        return hidden, memory

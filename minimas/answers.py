@@ -2,12 +2,14 @@ r"""What a text answers, and whether that is right: `extract` and `grade`, by ex
 
 * math: the last `\boxed{}`, else `#### 42`, else "the answer is 42", else in the last sentence with a number what
   follows its last "=", else its last number. Numbers are compared as fractions, anything else as a string.
-* choice: the last `\boxed{}`, else "the answer is (B)", else the lines that are an option.
-* code: the last closed Python block that defines something. free: the text.
+* choice: the last `\boxed{}`, else `#### B` at the end, "the answer is (B)" or "so B is correct", else the lines that
+  are an option. A letter in any dress, or the option's own words.
+* code: the last closed Python block that defines something. free: the text; its last line may be the answer alone.
 
 Thoughts are cut off first. An unfinished one, a box cut off by the token limit and two answers at once ("5 or 6") are
 no answer. In doubt there is none: that costs a right answer now and then, so that no wrong one passes.
-Does not know: models, prompts, data sets, algebra (\sqrt{8} is not 2\sqrt{2} here), and how to run a program.
+Does not know: models, prompts, data sets, how to run a program, and algebra: \sqrt{8} is 2\sqrt{2} only for
+`grade(…, verify=True)`, which asks math-verify about what is not a plain number.
 """
 
 import ast
@@ -15,12 +17,15 @@ import re
 import textwrap
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
+from unicodedata import normalize
 
 KINDS = ("math", "choice", "code", "free")
 LIMIT = 500  # digits of a number; one beyond is compared as text
 _BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not count
 _ASCII = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width forms; \d and int() know the digits of all scripts
-_ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄"), "----**//", strict=True))
+_ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄。"), [*"----**//", ". "], strict=True))
+_ASCII |= {ord(half): " " + normalize("NFKC", half).replace("⁄", "/") for half in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # 3½ is 3 1/2
 
 
 def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
@@ -41,10 +46,12 @@ def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> s
     return _math(said) if kind == "math" else _program(said)
 
 
-def grade(kind: str, text: str, gold: str, choices: Mapping[str, str] | None = None) -> bool:
+def grade(kind: str, text: str, gold: str, choices: Mapping[str, str] | None = None, verify: bool = False) -> bool:
     """Return whether the answer in `text` is `gold`. A gold may carry commas, units, a box, or be an option's text.
 
-    A percentage equals its number and its share: 50% is 50 and 0.5. Raises ValueError on "code" and unknown kinds.
+    A percentage equals its number and its share: 50% is 50 and 0.5. `verify`: expressions that differ as strings are
+    compared by math-verify; two plain numbers never are, for it takes 0.333333 for 1/3. Raises ValueError on "code"
+    and unknown kinds, ImportError where `verify` is asked for and math-verify is not installed.
     """
     if kind == "code":
         raise ValueError("--kind: code is graded by running its tests, which minimas does not do")
@@ -52,35 +59,68 @@ def grade(kind: str, text: str, gold: str, choices: Mapping[str, str] | None = N
     if answer is None:
         return False
     if kind == "free":
-        return answer.casefold().split() == gold.casefold().split()
+        last = _ANSWER_LINE.sub("", answer.rpartition("\n")[2])
+        return _bare(gold) in {_bare(answer), _bare(last), _bare(_box(answer) or "") or None}
     if kind == "choice":
         return {answer} == _named(gold, choices)
     right = _math(gold) if "####" in gold or _box(gold) else _value(gold)
     if right is None or not _number(answer) or not _number(right):
-        return answer.casefold() == (right or "").casefold()
+        same = answer.casefold() == (right or "").casefold()
+        return same or (verify and right is not None and _verified(answer, right))
     share = Fraction(100) ** (answer.endswith("%") - right.endswith("%"))
     return Fraction(answer.rstrip("%")) in (value := Fraction(right.rstrip("%")), value * share)
 
 
+def _verified(answer: str, gold: str) -> bool:
+    """Whether math-verify takes two expressions for the same. It hangs on towers of powers."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("verify: found no math-verify, expected it from: pip install math-verify") from error
+    if len(answer) > LIMIT or re.search(r"\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!", answer):
+        return False
+    return bool(verify(parse(f"${gold}$"), parse(f"${answer}$")))
+
+
 def _box(text: str) -> str | None:
-    r"""What the last box holds: None without one, "" if it was cut off. An empty \boxed{} quotes the instruction."""
+    r"""What the last box holds: None without one, "" if it was cut off or \boxed{3} or \boxed{5} are offered.
+
+    An empty \boxed{} quotes the instruction.
+    """
+    last: tuple[int, str] | None = None  # where it starts
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox) ?\{", text))):
         depth, end = 1, box.end()
         while depth and (brace := _BRACE.search(text, end)):
             depth, end = depth + {"{": 1, "}": -1}.get(brace[0], 0), brace.end()
-        if depth or text[box.end() : end - 1].strip():
-            return "" if depth else text[box.end() : end - 1]
-    return None
+        held = text[box.end() : end - 1]
+        if last is not None:
+            joined = not depth and re.fullmatch(r"[\s$.]*(?:or|and)[\s$]*", text[end : max(end, last[0])][:20])
+            return "" if joined and held != last[1] else last[1]
+        if depth:
+            return ""
+        if held.strip():
+            last = box.start(), held
+    return last[1] if last else None
 
 
 _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # stands behind a number, a bracket or a variable, not behind a word
 _FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
-_REWRITES = [  # LaTeX and Markdown to plain text, in this order; afterwards a number or an expression is one word
-    (r"\\!|\\left(?![a-z])|\\right(?![a-z])|\\[()\[\]]|\^ ?\{?\\circ\}?|\\?[$€£¥]|(?<!\d)\*\*|\*\*(?!-?\d)|`", ""),
+_SCALES = ("hundred", "thousand", "million", "billion", "trillion")
+_REWRITES: list[
+    tuple[str, Any]
+] = [  # LaTeX and Markdown to plain text, in this order; afterwards a number or an expression is one word
+    (r"[\u2e80-\u9fff]+", " "),  # Chinese and Japanese stand beside a number without a space
+    (r"(?<=\d)[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + normalize("NFKC", power[0]).replace("−", "-")),  # 10³; but m² is a unit
+    (r"\b[A-Z]{2}\\?\$(?=\d)", ""),  # US$18
+    (r"(?:\^ ?\{?\\circ\}?|°) ?(?:\\(?:text|mathrm) ?\{ ?[CFK] ?\}|[CFK]\b)?", ""),
+    (r"\\!|\\left(?![a-z])|\\right(?![a-z])|\\[()\[\]]|\\?[$€£¥]|(?<!\d)\*\*|\*\*(?!-?\d)|`", ""),
     (r"\{,\}|(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),  # 1{,}234 and 1\,234
     (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r" \1 "),
     (r"(?:\\[\\,;: ]|\\q?quad(?![a-z])|~|[^\S\n])+", " "),
+    *((rf"(?<=\d) ?{word}\b", f"*10^{zeros}") for word, zeros in zip(_SCALES, (2, 3, 6, 9, 12), strict=True)),
     (r"\*\*|\^\{(-?\d+)\}", r"^\1"),  # 10**3 and 10^{3}
+    (r"√ ?(\w+)|\\sqrt ?(\w)", r"\\sqrt{\1\2}"),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r" ?(?:\\?%|\bpercent\b)", "%"),
     (r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)", "*"),
     (r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])", r"\1"),  # 2 * 3
@@ -100,8 +140,8 @@ _NUMBER = re.compile(  # sign, the 3 of 3&1/2, product, percent, glued unit: 5km
     rf"([-+]?)(?:(\d+)&(?=\d+/\d+\b))?({_FACTOR}(?:[*/]{_FACTOR})*)(%?)"
     r"(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|/[A-Za-z]{3,})?"
 )
-_UNIT = re.compile(r"(?!(?:or|and|plus|minus|times|over)\b)[A-Za-z]{2,}(?:/[A-Za-z]+)?(?:\^[23])?|[amghsL]")
-_SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "pi", "sqrt"}
+_UNIT = re.compile(r"(?!(?:or|and|plus|minus|times|over)\b)[A-Za-z]{2,}(?:/[A-Za-z]+)?(?:\^[23]|[²³])?|[amghsL][²³]?")
+_FACTORS = {*_SCALES, "dozen", "half", "pi", "sqrt"}  # no unit, but a part of the number
 
 
 def _simple(text: str) -> str:
@@ -130,7 +170,7 @@ def _math(text: str) -> str | None:
     if not numbers or two or _TWO.search(sentence):
         return None
     word, after = words[numbers[place]], "".join(words[numbers[place] + 1 :][:1])
-    if len(words) == 1 or after.strip(",.").lower() in _SCALES:  # 2 million
+    if len(words) == 1 or after.strip(",.").lower() in _FACTORS:  # 2 dozen
         return _value(sentence) if len(words) == 1 else None
     return _number(word.lstrip("(\"'").rstrip(",.;:!?)\"'"))
 
@@ -143,7 +183,7 @@ def _value(text: str) -> str | None:
     text = re.sub("^- ", "-", text.strip(" \n,;:").rstrip("."))
     number, *units = text.split() or [""]
     value = _number(number.strip("()"))
-    if value and all(_UNIT.fullmatch(unit) and unit.lower() not in _SCALES for unit in units):
+    if value and all(_UNIT.fullmatch(unit) and unit.lower() not in _FACTORS for unit in units):
         return value
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None  # 1 2 is not 12
 
@@ -170,18 +210,31 @@ def _number(word: str) -> str | None:
     return sign + f"{digits[:-places]}.{digits[-places:]}".rstrip("0").rstrip(".") + found[4]
 
 
-_CHOSEN = r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|\b(?:choose|pick|select)\b"
-_DRESS = r"\\(?:text|math)[a-z]*|\\[()\[\],;! ]|[*_`${}]|\\(?=[%&#])"
+_CHOSEN = (
+    r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|\b(?:choose|pick|select|must be)\b"
+    r"|\b(?:so|thus|hence|therefore)\b,?|#### *(?=[^\n]*\Z)"
+)
+_ANSWER_LINE = re.compile(
+    r"(?i)^[^a-z]*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?answer(?: is\b|:|\** *:)"
+)
+_DRESS = r"\\(?:text|math)[a-z]*|\\[()\[\],;! ]|[*_`${}]|\\(?=[%&#])|<\|\w+\|>"
 _LETTER = re.compile(  # "the correct option" "(" B ")."
-    r"(?:(?:most|likely|probably|the|correct|answer|option|choice)\b:? ?){0,5}([(\[]?)([a-z0-9])([)\].:,;!]*)(?=\s|$)"
+    r"(?:(?:most|likely|probably|the|correct|best|final|answer|option|choice|letter|is)\b:? ?){0,6}"
+    r"([(\[]?)([a-z0-9])([)\].:,;!]*)(?=\s|$)"
 )
 _SECOND = re.compile(r"\W*(?:(?:or|and)\W+(?:option )?([a-z0-9])\b|([a-z0-9])(?!\w| \w| \())")  # (A) or B; A, B
+_REFUSED = re.compile(
+    r" ?(?:is|are|was|were|would be|must be|seems)? ?(?:not|never|wrong|incorrect|false|invalid|unlikely|ruled out)\b"
+    r"| ?(?:isn't|can't|cannot|doesn't|does not)"
+)
+_GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \()"  # behind an option's words
+_IN_BRACKETS = re.compile(r"\(((?:[^()]|\([^()]*\))*)\)")
 
 
 def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
     if (box := _box(text)) is not None:
         return _named(box, choices)
-    for marker in reversed(list(re.finditer(_CHOSEN, text))):
+    for marker in reversed(list(re.finditer(_CHOSEN, text))[-1000:]):
         if letters := _named(text[marker.end() : marker.end() + LIMIT].partition("\n")[0], choices):
             return letters
     return {letter for line in set(text.split("\n")) for letter in _named(line, choices, alone=True)}
@@ -193,18 +246,28 @@ def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) ->
     """
     given = choices or dict.fromkeys("abcdefghij", "")
     options = {str(key).strip().lower(): _bare(str(words)) for key, words in given.items()}
-    if (lead := _LETTER.match(text := _bare(text))) and (key := lead[2]) in options:
+    text = _bare(text)
+    if bracketed := _IN_BRACKETS.fullmatch(text):
+        text = _bare(bracketed[1])
+    if (lead := _LETTER.match(text)) and (key := lead[2]) in options:
         rest = text[lead.end() :]
         words = _bare(rest)
+        if bracketed := _IN_BRACKETS.fullmatch(words):
+            words = _bare(bracketed[1])
         if not words or words == options[key]:
             return {key}
-        if words in options.values():  # the letter of one and the text of another
+        if words in options.values() or _REFUSED.match(rest):  # the letter of one and the text of another
             return set()
         if second := _SECOND.match(rest):
             return {key, second[1] or second[2]} & options.keys()
-        if re.match(" (?:because|since|is correct)", rest) or ((lead[1] or lead[3]) and not alone):
+        dressed = lead[3] and (not lead[1] or lead[3][0] in ")]")  # "(A mouse" is not
+        if re.match(" (?:because|since|is (?:the )?(?:correct|right|best))", rest) or (dressed and not alone):
             return {key}
-    return {key for key, words in options.items() if words and words == text}
+    dressed_words = (text, _bare(re.sub(r"^(?:option|choice|answer)\b", "", text)))
+    if said := {key for key, words in options.items() if words and words in dressed_words}:
+        return said
+    begun = [key for key, words in options.items() if words and re.match(re.escape(words) + _GOES_ON, text)]
+    return set() if alone else set(sorted(begun, key=lambda key: len(options[key]))[-1:])
 
 
 def _bare(text: str) -> str:

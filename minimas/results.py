@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .cache import KVCache
+
 
 @dataclass
 class Usage:
@@ -60,6 +62,9 @@ class Watcher:
 
     def text(self, question: int, piece: str) -> None:
         """The last agent wrote a piece of text."""
+
+    def memory(self, memory: KVCache) -> None:
+        """An agent's turn is over, and this is its memory, a row for each trace of `end`: to look at, not to keep."""
 
     def end(self, traces: Sequence[AgentTrace]) -> None:
         """An agent is done, one trace per question."""

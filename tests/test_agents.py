@@ -33,7 +33,7 @@ from minimas import (
     text_mas,
     think,
 )
-from minimas.agents import TRANSFERS, Watcher
+from minimas.agents import TRANSFERS, Watcher, brief
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import CONTROL, SHORT, harmless_texts, load_text_lm, plain_tokenizer, text_folder, text_model, tiny_tokenizer
@@ -764,3 +764,42 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(pair: tuple[LM, 
                 hidden = theirs.feed(thought * w_in.norm(dim=-1).mean() / thought.norm())
             theirs.read("<|im_end|>\n")
         assert theirs.write(theirs.read(result.agents[-1].prompt), 12) == result.text
+
+
+# -- the moment before the last turn ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
+def test_a_briefing_can_be_answered_more_than_once(lm: LM, transfer: str) -> None:
+    """By forking its memory; each time as the method answers, whatever was done with the other fork."""
+    told = brief(lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT)
+    expected = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT)
+    hidden, memory = told._replace(memory=told.memory.fork()).read()
+    assert hidden.shape == (2, 1, 16)
+    assert memory.lengths.tolist() != told.memory.lengths.tolist()
+    for _ in range(2):
+        results = told._replace(memory=told.memory.fork()).answer()
+        assert [r.text for r in results] == [r.text for r in expected]
+        assert [len(r.agents) for r in results] == [len(CHAIN.agents)] * 2
+
+
+def test_a_briefing_can_be_handed_to_other_questions(lm: LM) -> None:
+    """What shuffled does within a call, over calls: the traces are those of who thought."""
+    sampling = {"latent_steps": 2, "sampling": SHORT}
+    other = brief(lm, QUESTIONS[1:2], CHAIN, **sampling)  # type: ignore[arg-type]
+    [found] = brief(lm, QUESTIONS[:1], CHAIN, handed=other, **sampling).answer()  # type: ignore[arg-type]
+    expected, _ = latent_mas(lm, QUESTIONS[:2], CHAIN, transfer="shuffled", **sampling)  # type: ignore[arg-type]
+    assert found.text == expected.text
+    assert [agent.prompt for agent in found.agents] == [agent.prompt for agent in expected.agents]
+
+
+def test_a_watcher_sees_each_agents_memory(lm: LM) -> None:
+    """A row for each trace, after its turn: to be marked, measured or saved."""
+    seen: list[list[int]] = []
+
+    class Eye(Watcher):
+        def memory(self, memory: KVCache) -> None:
+            seen.append(memory.lengths.tolist())
+
+    results = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, sampling=SHORT, watcher=Eye())
+    assert [row[0] * lm.model.new_cache(1).slot_nbytes for row in seen] == [a.memory_bytes for a in results[0].agents]

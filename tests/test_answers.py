@@ -6,6 +6,7 @@ matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, a
 
 import json
 import random
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 REPEATED = (
     "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{|{|`|"
-    "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |**|_|\\|(|not |,"
+    "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
+    "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,"
 ).split("|")
 
 
@@ -128,6 +130,11 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
     assert grade("free", "<think>hm</think> the eiffel\ntower ", "The  Eiffel Tower")
     assert not grade("free", "The Eiffel Towers", "The Eiffel Tower")
     assert not grade("free", "", "")
+    for text in ("The Eiffel Tower.", "**The Eiffel Tower**", "It is in Paris.\n\nThe answer is the Eiffel Tower.",
+                 "Final answer: The Eiffel Tower", r"So \boxed{The Eiffel Tower}."):  # fmt: skip
+        assert grade("free", text, "The Eiffel Tower"), text
+    assert not grade("free", "The Eiffel Tower\nIt is in Paris.", "The Eiffel Tower")
+    assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
 
 
 # -- math -------------------------------------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ MATH = r"""
     an area of 18 m². ¦ \boxed{18^\circ} ¦ \boxed{\$18/\text{hour}} ¦ \boxed{\textbf{18}}
 None <- \boxed{5} and, in the end, \boxed{18 ¦ The answer is not 5. ¦ The answer is 5 or 6. ¦ 5 or 6 ¦
     I do not know. ¦ x = 2 or x = -2 ¦ The answer is x = 1, y = 2. ¦ It has 18 + 2 legs ¦ Drink 18 l of H2O ¦
-    It took 2 million years ¦ The answer is 2 and a half.
+    The answer is 2 and a half. ¦ 2 dozen eggs ¦ \boxed{3} or \boxed{5} ¦ \boxed{3} and $\boxed{5}$
 \frac{1}{2/3} <- \boxed{\frac{1}{\frac{2}{3}}} ‖ 5 <- \boxed{5}, \boxed{5} ¦ +5 ¦ - 5 eggs ‖ 14 <-  14
 x=1,y=2 <- \boxed{x = 1, y = 2} ‖ x\ge18 <- \boxed{x \ge 18} ‖ 20 <- 3*6=18, 18+2=20 in 2 days.
 1234 <- \boxed{1,234} ¦ １，２３４ ‖ 1234567.5 <- \boxed{1,234,567.50}
@@ -159,7 +166,11 @@ x=1,y=2 <- \boxed{x = 1, y = 2} ‖ x\ge18 <- \boxed{x \ge 18} ‖ 20 <- 3*6=18,
 0.002 <- \boxed{2 \cdot 10^{-3}} ‖ 73 <- 073 ¦ 73** ‖ \sqrt{2} <- \boxed{\sqrt{2}}
 2\sqrt{3} <- The answer is $2\sqrt{3}$. ‖ 2\pi <- \boxed{2\pi} ‖ 2x <- \boxed{2x} ‖ x+5 <- \boxed{x + 5}
 0.\overline{3} <- \boxed{0.\overline{3}} ‖ 5! <- \boxed{5!} ‖ 1:2 <- \boxed{1:2} ‖ 18+2 <- 18 + 2
-no solution <- \boxed{\text{no solution}}
+no solution <- \boxed{\text{no solution}} ‖ 12345678 <- 12 345 678 ‖ 18 <- It costs US$18. ¦ US\$18 ¦ 18 °C ¦
+    \boxed{18\,^\circ\text{C}} ¦ \boxed{18 m²} ¦ 18℃ is not it, 18°F is ‖ -42 <- 答案是-42。 ¦ 答案是−42个。
+2000000 <- \boxed{2\text{ million dollars}} ¦ It took 2 million years ‖ 1500 <- 1.5 thousand ‖ 300 <- 3 hundred
+-7/2 <- -3½ ‖ 1/2 <- ½ ‖ 0.001 <- 10⁻³ ‖ \sqrt{2} <- √2 ¦ \boxed{\sqrt2} ¦ \boxed{\sqrt 2}
+\frac{\sqrt{3}}{2} <- \boxed{\dfrac{\sqrt3}{2}} ‖ 5 <- \boxed{3} is wrong; \boxed{5} ¦ \boxed{3} = 3, \boxed{5}
 """
 
 
@@ -191,7 +202,8 @@ WRONG = r"""
 1 <- \boxed{1,234} ¦ \boxed{\frac{1}{2}} ¦ 1e3 ‖ 234 <- \boxed{1,234} ‖ 12 <- \boxed{1,2} ¦ \boxed{12 ‖ 18 <- 18.5
 1/3 <- 0.3333333333333333 ‖ 9007199254740992 <- 9007199254740993
 3 <- \boxed{3\frac{1}{2}} ¦ It is $2\sqrt{3}$ ¦ 10^3 ¦ 5 plus or minus 2 or 3 ‖ (2,1) <- \boxed{(1,2)}
-5 <- -5 ¦ −5 ¦ 50% ¦ \boxed{5 or six} ¦ 3-5 ‖ 50 <- 0.5 ‖ 500% <- 5% ‖ 0.0005 <- 5% ‖ 10 <- 10^3 ‖ 103 <- 10³
+5 <- \boxed{5} or \boxed{6} ¦ \boxed{6} and \boxed{5} ¦
+    5 million ¦ -5 ¦ −5 ¦ 50% ¦ \boxed{5 or six} ¦ 3-5 ‖ 50 <- 0.5 ‖ 500% <- 5% ‖ 0.0005 <- 5% ‖ 10 <- 10^3 ‖ 103 <- 10³
 14 <- <think> 14 ‖ 1e999999998 <- 1e999999999 ‖ 9 <- 9^9^9
 """
 
@@ -278,11 +290,17 @@ b <- B ¦  b↵ ¦ b. ¦ B) ¦ (B) ¦ [B] ¦ **B** ¦ $B$ ¦ （Ｂ） ¦ B. Ora
     The answer is B.↵↵Option A is less likely. ¦ \boxed{B} ¦ \boxed{b} ¦ \boxed{\text{B}} ¦
     \boxed{\textbf{(B) }\text{Oral ulcers}} ¦ \boxed{(B) Oral ulcers} ¦ \boxed{Oral ulcers} ¦
     \boxed{\text{oral ulcers.}} ¦ The answer is A, or rather \boxed{B} ¦ The answer is oral ulcers. ¦ Oral ulcers ¦
-    A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue↵↵B ¦ <think>A</think>B
+    A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue↵↵B ¦ <think>A</think>B ¦ #### B ¦ It is clear.↵#### (B) ¦
+    B<|im_end|> ¦ A is wrong. So B is correct. ¦ Therefore, it must be (B). ¦ Thus (B). ¦ Hence, option B. ¦
+    The answer is Oral ulcers (common in this disease). ¦ The answer is oral ulcers because A is too rare. ¦
+    (Oral ulcers) ¦ The answer is (Oral ulcers). ¦ ((B) Oral ulcers) ¦ B (Oral ulcers) ¦ Option: Oral ulcers ¦
+    The answer is (B), so (A) is wrong. ¦ The best answer is B.
 None <- A or B ¦ A and C ¦ A/B ¦ A↵B ¦ A, B ¦ Both A and C. ¦ The answer is (A) or (B). ¦ The answer is A, B, and C. ¦
     \boxed{A, C} ¦ \boxed{B. Hemolytic uremic syndrome} ¦ A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue ¦ E ¦
     \boxed{E} ¦ \boxed{42} ¦ \boxed{B ¦ The answer is not A. ¦ A cat sat ¦ A cat sat on a mat. I saw it. ¦
-    I think so. ¦ The answer is a matter of taste. ¦ He lacks vitamin C. ¦ This is hepatitis B ¦ <think>B
+    \boxed{A} or \boxed{B} ¦ So (B) is wrong. ¦ So (A) is not right. ¦ So B increases. ¦ #### B↵is one option. ¦
+    The answer is (B vitamins).
+None <- I think so. ¦ The answer is a matter of taste. ¦ He lacks vitamin C. ¦ This is hepatitis B ¦ <think>B
 c <- Continue methimazole ‖ d <- The answer is: Discontinue methimazole, start propylthiouracil
 """
 
@@ -328,6 +346,9 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
     assert extract("choice", r"\boxed{Discontinue methimazole}", OPTIONS) is None
     assert extract("choice", "The answer is kilometer.", {"a": "meter", "b": "kilometer"}) == "b"
     assert extract("choice", "The answer is 10 meters.", {"a": "10", "b": "20"}) is None
+    assert extract("choice", "The answer is 10.5 meters.", {"a": "10", "b": "20"}) is None
+    assert extract("choice", "The answer is iron deficiency. It", {"a": "iron", "b": "iron deficiency"}) == "b"
+    assert extract("choice", "The answer is (A tiger hunts).", {"a": "A cat sits", "b": "A tiger hunts"}) == "b"
 
 
 # -- code -------------------------------------------------------------------------------------------------------------
@@ -428,6 +449,85 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
         options = "\n".join(f"{letter.upper()}. {words}" for letter, words in row["choices"].items())
         found += extract("choice", f"{row['question']}\n{options}", row["choices"]) is not None
     assert found == 0
+
+
+MATH_DRESSES = r"""
+{}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|\[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
+The answer is {}.|**Answer: {}**|Answer: ${}$|x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
+<think>1 or 2</think>The answer is {}
+"""
+CHOICE_DRESSES = r"""
+{}|{}.|({})|**{}**|#### {}|\boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
+Answer: {}|The correct answer is **{}**.|The correct option is ({}).|Final Answer: ({})|I choose {}.|Option {}|So, {}|
+So the answer is option {}|The best answer is {} because it is right.|<think>a or b</think>{}
+"""
+
+
+def dresses(text: str) -> list[str]:
+    return text.strip().replace("|\n", "|").split("|")
+
+
+@pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
+def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name: str) -> None:
+    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide who is better."""
+    for row in rows(name):
+        gold, value = row["answer"], int(row["answer"])
+        for dress in dresses(MATH_DRESSES):
+            for form in (gold, f"{value:,}", f"{value:,}.00", f"${value}"):
+                assert grade("math", dress.format(form), gold), (row["id"], dress, form)
+            for form in (str(value + 1), str(value - 1), f"-{value}" if value else "1", f"{value}1", f"{value}.5"):
+                assert not grade("math", dress.format(form), gold), (row["id"], dress, form)
+
+
+@pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
+def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: str) -> None:
+    """ "(A mouse runs)" is no letter, and an option's text in brackets is that option."""
+    for row in rows(name):
+        choices, gold = row["choices"], row["answer"]
+        for letter, words in choices.items():
+            if letter != gold and words.strip(" .").lower() == choices[gold].strip(" .").lower():
+                continue
+            for dress in dresses(CHOICE_DRESSES):
+                for form in (letter, letter.upper(), words, f"{letter.upper()}. {words}", f"({letter}) {words}"):
+                    assert grade("choice", dress.format(form), gold, choices) == (letter == gold), (
+                        row["id"],
+                        dress,
+                        form,
+                    )
+
+
+# -- math-verify ------------------------------------------------------------------------------------------------------
+
+
+def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> None:
+    """It takes 0.333333 for 1/3, and a run must be able to say whether it was used."""
+    pytest.importorskip("math_verify")
+    assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
+    assert grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
+    assert grade("math", r"\boxed{(x+1)^2}", "x^2+2x+1", verify=True)
+    assert not grade("math", r"\boxed{\sqrt{8}}", r"3\sqrt{2}", verify=True)
+    assert not grade("math", "0.333333333", "1/3", verify=True)
+    assert not grade("math", r"\boxed{3} or \boxed{\sqrt{2}}", r"\sqrt{2}", verify=True)
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^9}}x", "9^9^9^9x", "x^{99999}", "99999!x", "x" * 600, "\\frac{", "}{", "x=="]
+)
+def test_math_verify_gets_nothing_that_hangs_it(answer: str) -> None:
+    """Towers of powers hang it where no alarm can be set (torchtitan 4442)."""
+    pytest.importorskip("math_verify")
+    start = time.process_time()
+    assert not grade("math", rf"\boxed{{{answer}}}", r"2\sqrt{2}", verify=True)
+    assert time.process_time() - start < 5
+
+
+def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever does not ask for it needs none."""
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
+    assert grade("math", "18", "18", verify=True)
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
 
 
 def test_shuffled_letters_score_at_chance() -> None:

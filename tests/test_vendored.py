@@ -25,12 +25,14 @@ CORE = ("config", "rotary", "cache", "model", "latent")
 
 # Rooms by floor: a room imports from lower floors only, or, named here, from beside it.
 FLOORS = (
-    {"config", "rotary", "tokenizer", "prompts", "answers", "results", "bnb", "gguf_file", "hub"},
+    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub"},
     {"cache", "teams", "quantize", "gguf", "packed"},
-    {"model"},
+    {"model", "results"},
     {"generate", "latent", "speed"},
+    {"feeders"},
     {"load"},
-    {"info", "agents"},
+    {"info", "turns"},
+    {"agents"},
     {"__main__"},
 )
 # Rooms that must work when copied without the others: what each of them may import when it is imported.
@@ -171,7 +173,7 @@ def test_the_core_is_read_in_one_sitting() -> None:
 
 
 def test_the_library_is_small() -> None:
-    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 3600
+    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 3900
 
 
 @pytest.mark.parametrize("room", ROOMS)
