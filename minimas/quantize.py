@@ -105,7 +105,7 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     error is minimized over scale and zero, larger weights counting more: rounding and weighted least squares in turn,
     from the full range and from narrower ones, the best of all by the error of what is stored.
     """
-    parts = [_fit(part) for part in weight.split(max(1, 2**17 // weight.shape[1]))]  # what stays in the cache is fast
+    parts = [_fit(part) for part in weight.split(max(1, 2**18 // weight.shape[1]))]  # what stays in the cache is fast
     values, scale, zero = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(scale), torch.cat(zero)
 

@@ -172,7 +172,7 @@ def enter(names: list[str], folder: Path, work: Path, dtype: torch.dtype) -> dic
 
 def fitting(names: list[str], config: Config, batch: int, context: int) -> list[str]:
     """Those that fit into the free memory at once; raises ValueError when that takes more than some spare ones."""
-    memory = 1.6 * batch * context * slot_bytes(config)  # room is taken in advance
+    memory = 1.6 * batch * context * slot_bytes(config) + 2**27  # room is taken in advance, and for scratch
     logits = 2 * batch * context * config.vocab_size  # the authors' prefill computes them all
     there, kept = kilobytes("/proc/meminfo", "MemAvailable"), list(names)
     for spare in ("", *cast.SPARE):

@@ -227,9 +227,16 @@ class LlamaCpp:
         self.fill("whole", self.width, 0)
         for name in ("token", "state"):
             self.fill(name, 1, self.width)
+        self.give("whole", ids)
+        self.prefill(ids)
+        self.rewind(self.width - 1)  # the last token once more: states of all would bring the logits of all, gigabytes
+        self.give("token", ids[:, -1:])
+        self.hidden = self.run("token", states=True, step=-1).clone()
+
+    def give(self, name: str, ids: Tensor) -> None:
+        """Put tokens (B, …) into a batch."""
         tokens = ids.to(torch.int32).contiguous()
-        ctypes.memmove(self.batches["whole"].token, tokens.data_ptr(), tokens.nbytes)
-        self.hidden = self.run("whole", states=True).clone()
+        ctypes.memmove(self.batches[name].token, tokens.data_ptr(), tokens.nbytes)
 
     def fill(self, name: str, width: int, first: int) -> None:
         """Say of each entry of a batch which row and position it is, and ask for the result of each row's last one."""
@@ -249,13 +256,13 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp: llama_decode returned {failed}")
         get, size = (self.c.llama_get_embeddings, self.D) if states else (self.c.llama_get_logits, self.V)
         rows = self.c.llama_n_seq_max(self.context)
-        count = batch.n_tokens if states else rows  # states come for every position
-        floats = (ctypes.c_float * (count * size)).from_address(ctypes.addressof(get(self.context).contents))
-        return torch.frombuffer(floats, dtype=torch.float32).view(rows, -1, size)[:, -1]
+        floats = (ctypes.c_float * (rows * size)).from_address(ctypes.addressof(get(self.context).contents))
+        return torch.frombuffer(floats, dtype=torch.float32).view(rows, size)
 
-    def rewind(self) -> None:
+    def rewind(self, length: int | None = None) -> None:
+        """As in `Minimas`; or to another length."""
         for row in range(self.c.llama_n_seq_max(self.context)):
-            self.c.llama_memory_seq_rm(self.memory, row, self.width, -1)
+            self.c.llama_memory_seq_rm(self.memory, row, self.width if length is None else length, -1)
 
     def stop(self) -> None:
         """Give the memory back."""
@@ -275,8 +282,8 @@ class LlamaCpp:
         return hidden.clone()
 
     def decode(self, ids: Tensor) -> Tensor:
-        for step, tokens in enumerate(ids[:, :STEPS].T.to(torch.int32).contiguous()):  # (B,)
-            ctypes.memmove(self.batches["token"].token, tokens.data_ptr(), tokens.nbytes)
+        for step, token in enumerate(ids[:, :STEPS].split(1, dim=1)):  # (B, 1)
+            self.give("token", token)
             logits = self.run("token", states=False, step=step)
             logits.argmax(-1).tolist()
         return logits.clone()
