@@ -160,14 +160,11 @@ class Qwen3(nn.Module):
         if T == 1 and self.step is not None and not inputs_embeds.requires_grad:
             hidden: Tensor = self.step(inputs_embeds, cache)
         else:
-            positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
-            slots = 0 if positions.numel() == 1 else int(cache.lengths.max()) + T
-            hidden = self.layers(inputs_embeds, self.places(positions, slots), cache)
+            hidden = self.layers(inputs_embeds, self.places_of(cache, B, T), cache)
         cache.advance(torch.full((B,), T) if lengths is None else lengths, most=T)
         return hidden
 
-    def layers(self, x: Tensor, at: Places, memory: Any) -> Tensor:
-        """All layers and the final norm, (B, T, D) -> (B, T, D); `memory` is whatever has an `append`."""
+    def layers(self, x: Tensor, at: Places, memory: Any) -> Tensor:  # `memory` is whatever has an `append`
         for layer, block in enumerate(self.model.layers):
             x = block(x, at, memory, layer)
         return self.model.norm(x)  # type: ignore[no-any-return]
@@ -180,6 +177,10 @@ class Qwen3(nn.Module):
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty memory of this model's shape, dtype and device."""
         return KVCache(self.config, batch_size, self.dtype, self.device)
+
+    def places_of(self, cache: KVCache, B: int, T: int) -> Places:
+        positions = cache.next_positions(B, T)  # (B, T), or (1, T) for rows of equal length
+        return self.places(positions, 0 if positions.numel() == 1 else int(cache.lengths.max()) + T)
 
     def places(self, positions: Tensor, slots: int) -> Places:
         """Positions (B or 1, T) among `slots` slots, of which each sees those up to its own; 0: all there are."""

@@ -1,14 +1,14 @@
 """Steps of one position, faster: what `load(compile=True)` does to a model. Does not change what it computes.
 
 A step of one thought or token is hundreds of tiny operations between a few large products. The compiler fuses them, in
-two pure functions a layer, before the memory and behind it (model.Block); all layers share what was compiled, and the
+one pure function a layer, from behind its memory to before the next one's; all layers share what was compiled, and the
 growing memory does not change it. On a GPU the whole step is then recorded once a memory and replayed, so that no
 launch waits for Python. Longer inputs, where the products take all the time, stay as they are.
 
 Does not know: the mathematics of a layer, prompts, agents.
 """
 
-import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache, with_room
-from .model import Block, Qwen3
+from .model import Block, Places, Qwen3
 
 ROOM = 256  # slots that a recorded step has before it must be recorded anew
 
@@ -46,16 +46,39 @@ def compile_steps(model: Qwen3) -> None:
         if hasattr(layer, "opaque"):
             layer.opaque, layer.handle = _product, torch.tensor(id(layer))
             _layers[id(layer)] = layer
-    before, behind = (torch.compile(half, dynamic=True) for half in (Block.before, Block.behind))
-    for block in model.model.layers:
-        block.before = functools.partial(_one_position, block, before, Block.before)  # type: ignore[assignment]
-        block.behind = functools.partial(_one_position, block, behind, Block.behind)  # type: ignore[assignment]
-    if model.device.type == "cuda":
-        model.step = Recorded(model)
+    compiled = Compiled(model)
+    model.step = Recorded(model, compiled.layers) if model.device.type == "cuda" else compiled
 
 
-def _one_position(block: Any, compiled: Any, plain: Any, x: Tensor, *inputs: Tensor | None) -> Any:
-    return (compiled if x.shape[1] == 1 and not x.requires_grad else plain)(block, x, *inputs)
+class Compiled:
+    """A model's step of one position, in compiled pieces: what lies between one append to the memory and the next."""
+
+    def __init__(self, model: Qwen3) -> None:
+        self.model = model
+        self.before, self.between, self.behind = (
+            torch.compile(piece, dynamic=True) for piece in (Block.before, _between, Block.behind)
+        )
+
+    def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
+        return self.layers(inputs_embeds, self.model.places_of(cache, *inputs_embeds.shape[:2]), cache)
+
+    def layers(self, x: Tensor, at: Places, memory: Any) -> Tensor:
+        """As `Qwen3.layers`."""
+        blocks: Any = list(self.model.model.layers)
+        q, k, v = self.before(blocks[0], x, at.cos, at.sin)
+        for layer, (block, following) in enumerate(itertools.pairwise(blocks)):
+            k, v = memory.append(layer, k, v)
+            x, q, k, v = self.between(block, following, x, q, k, v, at.mask, at.cos, at.sin)
+        k, v = memory.append(len(blocks) - 1, k, v)
+        return self.model.model.norm(self.behind(blocks[-1], x, q, k, v, at.mask))  # type: ignore[no-any-return]
+
+
+def _between(
+    block: Block, following: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x = block.behind(x, q, k, v, mask)
+    return x, *following.before(x, cos, sin)
 
 
 class Recorded:
@@ -65,8 +88,8 @@ class Recorded:
     queries look at the whole room behind a mask. Another memory, or one that has grown, is recorded anew.
     """
 
-    def __init__(self, model: Qwen3) -> None:
-        self.model = model
+    def __init__(self, model: Qwen3, layers: Callable[..., Tensor]) -> None:
+        self.model, self.layers = model, layers
         self.recorded_for: tuple[int, ...] = ()
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
@@ -88,7 +111,7 @@ class Recorded:
         slots = Slots(cache, self.positions)
 
         def step() -> Tensor:
-            return self.model.layers(self.embeds, self.model.places(self.positions, cache.keys[0].shape[2]), slots)
+            return self.layers(self.embeds, self.model.places(self.positions, cache.keys[0].shape[2]), slots)
 
         self.replay = record(step, self.model.device)
 

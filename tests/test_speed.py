@@ -28,7 +28,7 @@ def steps(model: Qwen3, count: int, lengths: list[int] | None = None) -> torch.T
 def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
     """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was recorded for."""
     model, recorded = tiny_model(), tiny_model()
-    recorded.step = Recorded(recorded)
+    recorded.step = Recorded(recorded, recorded.layers)
     found, expected = steps(recorded, ROOM + 90, lengths), steps(model, ROOM + 90, lengths)
     assert apart(found, expected) <= 1e-9
     assert apart(found[:1], expected[1:]) > 0.1
@@ -37,7 +37,7 @@ def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
 def test_memories_taking_turns_are_recorded_anew() -> None:
     """A recording holds addresses: replayed for another memory, it would write into the first one's slots."""
     model, recorded = tiny_model(), tiny_model()
-    recorded.step = Recorded(recorded)
+    recorded.step = Recorded(recorded, recorded.layers)
     results = []
     for which in (model, recorded):
         memories = [remember(which, random_ids(which, 2, 5, seed=seed)) for seed in (1, 2)]
