@@ -8,8 +8,6 @@ comes from it. Does not know: models, files, the order in which tensors arrive.
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 """
 
-import warnings
-from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,26 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bnb
+from .order import GROUP, TILE, pack4, pack8, scratch, tiles_are_known
 
-GROUP = 32
-TILE = 64  # the CPU kernel's rows come in tiles of this many
 LEVELS = 63  # of an activation on each side of 0: with 127, processors without VNNI would overflow 16 bits
 FEW = {"q4": 32, "q8": 24}  # rows up to which the CPU's kernels beat unpacking, measured on two cores with AVX-512
 
 
 class Format(NamedTuple):
-    """What a format stores, its bits for each weight, and the package it needs besides torch."""
+    """Bits for each weight, what is stored, where it runs, and the package it needs besides torch."""
 
     bits: float
     stores: str
+    runs: str
     package: str = ""
 
 
 FORMATS = {
-    "q4": Format(5, "4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted to the weights"),
-    "q8": Format(8, "8-bit values, a bf16 scale for every row"),
-    "nf4": Format(4.127, "4-bit normal-float values, an 8-bit scale for every 64 weights", "bitsandbytes"),
-    "int8": Format(8, "8-bit values, a float32 scale for every row", "bitsandbytes"),
+    "q4": Format(5, "4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted", "CPU, CUDA from 8.0"),
+    "q8": Format(8, "8-bit values, a bf16 scale for every row", "CPU, CUDA from 8.0"),
+    "nf4": Format(4.127, "4-bit normal floats, an 8-bit scale for every 64", "CPU, CUDA", "bitsandbytes"),
+    "int8": Format(8, "8-bit values, a float32 scale for every row", "CPU, CUDA", "bitsandbytes"),
 }
 
 
@@ -51,7 +49,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         bnb.require(found, device)
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         seen = torch.cuda.get_device_capability(device)
-        raise ValueError(f"{found} on a GPU of compute capability {seen}, expected (8, 0) or newer; nf4 and int8 run")
+        raise ValueError(f"{found} on a GPU of compute capability {seen}, expected {FORMATS[name].runs}; nf4 runs")
     elif not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         raise ValueError(f"{found} with torch {torch.__version__}, expected torch 2.6 or newer")
 
@@ -181,12 +179,12 @@ class QuantizedLinear(nn.Module):
     def multiply(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, N), through the kernel
         raise NotImplementedError
 
-    def unpack(self) -> Tensor:  # W (N, K), in bf16
+    def unpack(self) -> Tensor:  # W (N, K), in bf16, until the next call
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        return self.unpack().to(self.dtype)
+        return self.unpack().clone().to(self.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -212,10 +210,10 @@ class Q4Linear(QuantizedLinear):
         super().__init__(values.shape, bias, dtype)
         N, K = values.shape
         pad = (0, 0, 0, -N % TILE)  # rows of zeros up to a whole tile
-        self.packed = torch.cat([_pack4(F.pad(part, pad)) for part in values.split(2**22 // K // TILE * TILE or TILE)])
+        self.packed = torch.cat([pack4(F.pad(part, pad)) for part in values.split(2**22 // K // TILE * TILE or TILE)])
         self.scales = torch.stack([F.pad(t.bfloat16(), pad).T for t in (scale, zero)], dim=-1).contiguous()  # (G, N, 2)
         on_cpu = values.device.type == "cpu"
-        self.few = FEW["q4"] if on_cpu and _tiles_are_known() else torch.inf
+        self.few = FEW["q4"] if on_cpu and tiles_are_known() else torch.inf
         self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -227,11 +225,14 @@ class Q4Linear(QuantizedLinear):
         if self.few == torch.inf:  # an order of the values that only the kernel knows: W times the unit vectors
             units = torch.eye(K, dtype=torch.bfloat16, device=self.packed.device)
             return torch.cat([self.multiply(part) for part in units.split(512)]).T
-        tiles = _unpack_tiles(self.packed, K).view(-1, G, GROUP, TILE)  # (N / 64, G, 32, 64)
-        scale, zero = self.scales.view(G, -1, 1, TILE, 2).transpose(0, 1).unbind(-1)  # (N / 64, G, 1, 64)
-        columns = torch.empty(K, N, dtype=torch.bfloat16)
-        by_tile = columns.view(G, GROUP, -1, TILE).permute(2, 0, 1, 3)  # (N / 64, G, 32, 64)
-        torch.addcmul(zero, tiles.to(torch.bfloat16).sub_(8), scale, out=by_tile)
+        # Into the same memory each time: fresh pages for every matrix would cost three times the arithmetic.
+        columns, half, byte = scratch.take(G, N)
+        into = columns.view(G, GROUP, -1, 2, TILE // 2)  # (G, 32, N / 64, 2, 32)
+        scale, zero = self.scales.view(G, 1, -1, 2, TILE // 2, 2).unbind(-1)  # (G, 1, N / 64, 2, 32)
+        for part, operator in enumerate((torch.bitwise_and, torch.bitwise_right_shift)):
+            operator(self.packed.view(-1, K, TILE // 2), (15, 4)[part], out=byte)
+            half.copy_(byte.view(-1, G, GROUP, TILE // 2).permute(1, 2, 0, 3)).sub_(8)  # (G, 32, N / 64, 32)
+            torch.addcmul(zero[..., part, :], half, scale[..., part, :], out=into[..., part, :])
         return columns.T[: self.out_features]
 
 
@@ -252,7 +253,7 @@ class Q8GroupLinear(QuantizedLinear):
         return self.planes[0].multiply(rows) + self.planes[1].multiply(rows)
 
     def unpack(self) -> Tensor:
-        return self.planes[0].unpack() + self.planes[1].unpack()
+        return self.planes[0].unpack().clone() + self.planes[1].unpack()
 
 
 class Q8Linear(QuantizedLinear):
@@ -272,7 +273,7 @@ class Q8Linear(QuantizedLinear):
         self.values = None if self.integer else values
         # The operator takes its range from its input. Two more inputs, with weights of 0, fix it: the step is 1.
         pieces = zip(values.split(2**14), scale.split(2**14), strict=True) if self.integer else ()
-        self.parts = [_pack8(F.pad(part, (0, 2)), by) for part, by in pieces]
+        self.parts = [pack8(F.pad(part, (0, 2)), by) for part, by in pieces]
         key = values.device.type.upper()
         if not self.integer and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", key):
             self.few = 0
@@ -303,38 +304,3 @@ class Q8Linear(QuantizedLinear):
             parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self.parts]
             values = torch.cat(parts)[:, :-2]
         return values.bfloat16() * self.scale[:, None]
-
-
-# -- what the devices' kernels want ------------------------------------------------------------------------------------
-
-
-def _pack4(values: Tensor) -> Tensor:
-    """Values uint8 (N, K), N a multiple of 64, in the order of the device's kernel."""
-    if values.device.type == "cpu":
-        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
-        return packed
-    pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # the even input in the high bits
-    tiles = next(t for t in (8, 4, 2) if values.shape[1] % (16 * t) == 0)
-    packed = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
-    return packed
-
-
-def _unpack_tiles(packed: Tensor, K: int) -> Tensor:
-    """What `_pack4` makes on a CPU with AVX-512, as uint8 (N / 64, K, 64): rows d and d + 32 of a tile share a byte."""
-    pairs = packed.view(-1, K, TILE // 2)
-    return torch.cat([pairs & 15, pairs >> 4], dim=-1)
-
-
-@cache
-def _tiles_are_known() -> bool:
-    values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)  # (128, 32)
-    return torch.equal(_unpack_tiles(_pack4(values), GROUP).transpose(1, 2).reshape(-1, GROUP), values)
-
-
-def _pack8(values: Tensor, scale: Tensor) -> Any:
-    """Values int8 (N, K) and scale (N,) in the order of the CPU's integer product."""
-    zero = torch.zeros(len(values), dtype=torch.int64)
-    with warnings.catch_warnings():  # torch means to replace its quantized tensors, but the operator still takes one
-        warnings.simplefilter("ignore", UserWarning)
-        tensor = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
-        return torch.ops.quantized.linear_prepack(tensor, None)

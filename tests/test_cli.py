@@ -244,6 +244,8 @@ def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: 
         (["ask", ""], "QUESTION: found an empty text, expected"),
         (["ask", " \n"], "QUESTION: found an empty text, expected"),
         (["ask", "q", "r"], "r"),
+        (["ask", "q", "--quantize", "q5"], "--quantize: .*q5.*q4.*nf4"),
+        (["ask", "q", "--quantize", "q4", "--dtype", "float64"], "--quantize.: found 'q4' with float64"),
         (["ask", "q", "--latentsteps", "3"], "--latentsteps"),
         (["ask", "q", "--latent-steps"], "--latent-steps"),
         *[
@@ -392,10 +394,18 @@ def test_info_says_what_a_model_needs_without_its_weights(run: Run, tmp_path: Pa
     count = sum(weight.numel() for weight in text_model().state_dict().values())
     assert (status, err) == (0, "")
     assert "qwen3" in out and f"{count:,}" in out and "untied" in out and "bfloat16" in out
+    assert "q4 " in out and "nf4 " in out and "8 GB: bfloat16, float32, q4, q8, nf4, int8" in out
     assert f"{2 * 2 * 2 * 6 * 8 / 1024:,.1f} KiB a token" in out
     assert_one_line(run("info", tmp_path / "none"), 1, "none: no such folder")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     assert_one_line(run("info", folder), 1, r"config\.json: model_type: found 'gpt2', expected")
+
+
+@pytest.mark.parametrize("name", ["q4", "q8"])
+def test_a_quantized_model_answers(run: Run, name: str) -> None:
+    question = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
+    status, out, _ = run("ask", question, "--quantize", name, "--quiet", "--device", "cpu")
+    assert (status, out.strip()) == (0, "12")
 
 
 def test_info_of_the_embedded_model(run: Run) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from minimas import Aligner, KVCache, Sampling, latent_mas, load, single, text_mas, think
 from minimas.generate import read
+from minimas.quantize import QuantizedLinear
 
-from .models import TINY, tiny_model
+from .models import TINY, apart, random_ids, remember, tiny_model
 
 pytestmark = pytest.mark.cuda
 QUESTIONS = [
@@ -58,3 +59,24 @@ def test_bf16_answers_on_a_gpu() -> None:
     """The default dtype of every checkpoint, on the kernels that take a mask."""
     lm = load(TINY, device="cuda")
     assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == ["6", "9"]
+
+
+@pytest.mark.parametrize("name", ["q4", "q8", "nf4", "int8"])
+def test_quantized_layers_compute_what_they_store_on_a_gpu(name: str) -> None:
+    """Packed for the wrong device, values are silently wrong numbers."""
+    lm = load(TINY, device="cuda", quantize=name)
+    for layer in lm.model.modules():
+        if isinstance(layer, QuantizedLinear):
+            x = torch.randn(3, layer.in_features, device="cuda", dtype=torch.bfloat16)
+            assert apart(layer(x).double().cpu(), (x.double() @ layer.weight.double().T).cpu()) < 0.3
+    assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == ["6", "9"]
+
+
+def test_a_recorded_step_is_a_plain_one_on_a_gpu() -> None:
+    """A replay that reads stale positions or another memory's slots would differ from the second step on."""
+    states = []
+    for compile in (False, True):
+        model = load(TINY, device="cuda", dtype="float32", compile=compile).model
+        hidden, cache = remember(model, random_ids(model, 2, 7).cuda())
+        states.append(think(model, Aligner.from_model(model), hidden[:, -1:], cache, 300)[0][:, :2].cpu())
+    assert apart(states[1], states[0]) <= 1e-3

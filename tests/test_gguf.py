@@ -17,12 +17,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from minimas import Qwen3, Tokenizer
+from minimas import Qwen3, Sampling, Tokenizer, latent_mas, load, single
 from minimas.config import FAMILIES
 from minimas.gguf import CUTS, GGUF, LAYER, TOP, WORDS
 from minimas.gguf_file import Stored
+from minimas.quantize import QuantizedLinear
 
-from .models import apart, random_ids, random_model, remember, tiny_config, tiny_model
+from .models import apart, random_ids, random_model, remember, tiny_config, tiny_model, write_folder
 
 numpy = pytest.importorskip("numpy")
 gguf = pytest.importorskip("gguf", reason="files are written with it")
@@ -664,3 +665,55 @@ def test_damage_is_an_error_or_another_model_never_a_crash(data: st.DataObject, 
     except ValueError as error:
         assert str(error).startswith(str(tmp_path / "a.gguf")) and "\n" not in str(error)
     assert time.perf_counter() - began < 10  # on a busy machine; a vast count believed would take minutes
+
+
+# -- loaded -----------------------------------------------------------------------------------------------------------
+
+
+def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
+    """Config, tokenizer, template, end tokens and weights all come from one file, with nothing beside it."""
+    model = random_model(tiny_config(vocab_size=500, tie_word_embeddings=True), dtype=torch.float32)
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+    words = words_of(trained("qwen2"), "qwen2") | {"tokenizer.chat_template": template}
+    path = write(tmp_path / "a.gguf", model, extra=words)
+    folder = write_folder(tmp_path / "folder", model)
+    for name, content in GGUF(path).files.items():
+        if name != "config.json":
+            (folder / name).write_text(json.dumps(content))
+    results = []
+    for where in (path, folder):
+        lm = load(where, device="cpu")
+        how = {"sampling": Sampling(max_new_tokens=12), "kind": "free"}
+        results.append([lm.end_ids, lm.model.fingerprint(), *(
+            [(r.text, r.agents[0].prompt) for r in method(lm, ["What is two and two?"], **how)]
+            for method in (single, latent_mas)
+        )])  # fmt: skip
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_stay_as_they_are_when_loaded(kind: str, family: str, tmp_path: Path) -> None:
+    """In the kernels' order, llama's queries and keys included; as 32-bit weights, or in other bits, where asked."""
+    config = tiny_config(family, hidden_size=64, intermediate_size=128, head_dim=16)
+    path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
+    exact = load(path, device="cpu", dtype="float32").model
+    assert not any(isinstance(module, QuantizedLinear) for module in exact.modules())
+    model = load(path, device="cpu").model
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {type(layer).__name__ for layer in layers} == {"Q8GroupLinear" if kind == "Q8_0" else "Q4Linear"}
+    for name, weight in exact.state_dict().items():
+        assert apart(model.state_dict()[name].double(), weight.double()) <= 0.02, name  # scales in bf16
+    ids = random_ids(model, 1, 6)
+    assert apart(remember(model, ids)[0].double(), remember(exact, ids)[0].double()) <= 0.2  # not nonsense
+    asked = load(path, device="cpu", quantize="q8").model.model.layers[0].self_attn.q_proj
+    assert type(asked).__name__ == ("Q8Linear" if kind == "Q8_0" else "Q4Linear")
+
+
+def test_a_file_without_a_known_tokenizer_says_why_when_it_is_needed(tmp_path: Path) -> None:
+    """The model can still be fed ids; a question cannot be read."""
+    words = words_of(trained("qwen2"), "qwen2", model="llama")
+    lm = load(write(tmp_path / "a.gguf", tiny_model(dtype=torch.float32, vocab_size=500), extra=words))
+    assert lm.tokenizer is None
+    with pytest.raises(ValueError, match=r"a\.gguf: tokenizer\.ggml\.model: found 'llama', expected"):
+        single(lm, ["hello"])

@@ -25,7 +25,7 @@ CORE = ("config", "rotary", "cache", "model", "latent")
 
 # Rooms by floor: a room imports from lower floors only, or, named here, from beside it.
 FLOORS = (
-    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub"},
+    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub", "order"},
     {"cache", "teams", "quantize", "gguf", "packed"},
     {"model", "results"},
     {"generate", "latent", "speed"},
@@ -173,7 +173,7 @@ def test_the_core_is_read_in_one_sitting() -> None:
 
 
 def test_the_library_is_small() -> None:
-    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 3900
+    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 4000
 
 
 @pytest.mark.parametrize("room", ROOMS)
