@@ -96,8 +96,7 @@ def brief(
     thinking = run.rolled() if transfer == "shuffled" else run
     if handed is None:
         require_context(run, thinking, team, steps, transfer)
-    align = align if callable(align) else lm.aligner(align)
-    last = team.agents[-1]
+    align, last = align if callable(align) else lm.aligner(align), team.agents[-1]
     if handed is not None:
         return Briefing(run, last, run.turns(last), handed.memory, steps(last, True), align, handed.acts)
     acts = []
@@ -171,9 +170,7 @@ class Briefing(NamedTuple):
 
     def read(self) -> tuple[Tensor, KVCache]:
         """The same but for the writing: each row's last state (B, 1, D) and the memory behind it."""
-        ids = [self.run.tokenizer.encode_turn(turn) for turn in self.turns]
-        for row, row_ids in enumerate(ids):
-            self.run.require_room(self.agent, int(self.memory.lengths[row]), len(row_ids), self.steps, False, False)
+        ids = self.run.encoded([self.agent], self.turns, self.memory, self.steps, writes=False, closes=False)
         hidden, memory = self.run.read(ids, self.memory)
         if self.align is not None:
             _, hidden = think(self.run.lm.model, self.run.drawing(self.align, 1), hidden, memory, self.steps)

@@ -26,16 +26,31 @@ def pack4(values: Tensor) -> Tensor:
     return packed
 
 
-def unpack_tiles(packed: Tensor, K: int) -> Tensor:
-    """What `pack4` makes on a CPU with AVX-512, as uint8 (N / 64, K, 64): rows d and d + 32 of a tile share a byte."""
-    pairs = packed.view(-1, K, TILE // 2)
-    return torch.cat([pairs & 15, pairs >> 4], dim=-1)
+def unpack4(packed: Tensor, scales: Tensor) -> Tensor:
+    """W (N, K) in bf16 from what `pack4` makes on a CPU with AVX-512, and scales and zeros (G, N, 2).
+
+    Rows d and d + 32 of a tile share a byte. The result is gone at the next call: it lies in the same memory each time,
+    for fresh pages for every matrix would cost three times the arithmetic.
+    """
+    G, N, _ = scales.shape
+    columns, half, byte = scratch.take(G, N)  # bf16 (K, N), bf16 (G, 32, N / 64, 32), uint8 (N / 64, K, 32)
+    into = columns.view(G, GROUP, -1, 2, TILE // 2)  # (G, 32, N / 64, 2, 32)
+    # Side by side as they are stored, they would be read at half the speed, for every group's 32 inputs anew.
+    scale, zero = (t.contiguous() for t in scales.view(G, 1, -1, 2, TILE // 2, 2).unbind(-1))  # (G, 1, N / 64, 2, 32)
+    pairs = packed.view(byte.shape)
+    for part in range(2):
+        torch.bitwise_right_shift(pairs, 4, out=byte) if part else torch.bitwise_and(pairs, 15, out=byte)
+        half.copy_(byte.view(-1, G, GROUP, TILE // 2).permute(1, 2, 0, 3)).sub_(8)  # (G, 32, N / 64, 32)
+        torch.addcmul(zero[..., part, :], half, scale[..., part, :], out=into[..., part, :])
+    return columns.T
 
 
 @cache
-def tiles_are_known() -> bool:
+def order_is_known() -> bool:
+    """Whether this CPU's kernel takes its values in the order that `unpack4` undoes."""
     values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)  # (128, 32)
-    return torch.equal(unpack_tiles(pack4(values), GROUP).transpose(1, 2).reshape(-1, GROUP), values)
+    plain = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
+    return torch.equal(unpack4(pack4(values), plain).to(torch.uint8), values)
 
 
 def pack8(values: Tensor, scale: Tensor) -> Any:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bnb
-from .order import GROUP, TILE, pack4, pack8, scratch, tiles_are_known
+from .order import GROUP, TILE, order_is_known, pack4, pack8, unpack4
 
 LEVELS = 63  # of an activation on each side of 0: with 127, processors without VNNI would overflow 16 bits
-FEW = {"q4": 32, "q8": 24}  # rows up to which the CPU's kernels beat unpacking, measured on two cores with AVX-512
+FEW = {"q4": 144, "q8": 384}  # rows up to which the CPU's kernels beat unpacking, measured on two cores with AVX-512
 
 
 class Format(NamedTuple):
@@ -158,6 +158,11 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 # -- the layers --------------------------------------------------------------------------------------------------------
 
 
+def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
+    """A quantized model's `_apply`, which `.to()`, `.cuda()`, `.float()` … call before anything is moved."""
+    raise ValueError("to(): found a quantized model, packed for its device; expected load() with device=, dtype=")
+
+
 class QuantizedLinear(nn.Module):
     """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` give W unpacked, in the model's dtype."""
 
@@ -194,13 +199,7 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> NoReturn:
         raise ValueError(f"{prefix}weight: found a quantized layer, expected one in 16 or 32 bits: load it anew")
 
-    def _apply(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse_to_move()
-
-
-def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
-    """A quantized model's `_apply`, which `.to()`, `.cuda()`, `.float()` … call before anything is moved."""
-    raise ValueError("to(): found a quantized model, packed for its device; expected load() with device=, dtype=")
+    _apply = refuse_to_move
 
 
 class Q4Linear(QuantizedLinear):
@@ -213,7 +212,7 @@ class Q4Linear(QuantizedLinear):
         self.packed = torch.cat([pack4(F.pad(part, pad)) for part in values.split(2**22 // K // TILE * TILE or TILE)])
         self.scales = torch.stack([F.pad(t.bfloat16(), pad).T for t in (scale, zero)], dim=-1).contiguous()  # (G, N, 2)
         on_cpu = values.device.type == "cpu"
-        self.few = FEW["q4"] if on_cpu and tiles_are_known() else torch.inf
+        self.few = FEW["q4"] if on_cpu and order_is_known() else torch.inf
         self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -221,19 +220,10 @@ class Q4Linear(QuantizedLinear):
         return product[:, : self.out_features]
 
     def unpack(self) -> Tensor:
-        G, N, K = len(self.scales), self.scales.shape[1], self.in_features
         if self.few == torch.inf:  # an order of the values that only the kernel knows: W times the unit vectors
-            units = torch.eye(K, dtype=torch.bfloat16, device=self.packed.device)
+            units = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
             return torch.cat([self.multiply(part) for part in units.split(512)]).T
-        # Into the same memory each time: fresh pages for every matrix would cost three times the arithmetic.
-        columns, half, byte = scratch.take(G, N)
-        into = columns.view(G, GROUP, -1, 2, TILE // 2)  # (G, 32, N / 64, 2, 32)
-        scale, zero = self.scales.view(G, 1, -1, 2, TILE // 2, 2).unbind(-1)  # (G, 1, N / 64, 2, 32)
-        for part, operator in enumerate((torch.bitwise_and, torch.bitwise_right_shift)):
-            operator(self.packed.view(-1, K, TILE // 2), (15, 4)[part], out=byte)
-            half.copy_(byte.view(-1, G, GROUP, TILE // 2).permute(1, 2, 0, 3)).sub_(8)  # (G, 32, N / 64, 32)
-            torch.addcmul(zero[..., part, :], half, scale[..., part, :], out=into[..., part, :])
-        return columns.T[: self.out_features]
+        return unpack4(self.packed, self.scales)[: self.out_features]
 
 
 class Q8GroupLinear(QuantizedLinear):

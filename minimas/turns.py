@@ -101,15 +101,22 @@ class Run:
             )
         return needed
 
+    def encoded(
+        self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int, writes: bool, closes: bool
+    ) -> list[list[int]]:
+        """The ids of turns that take place side by side, all questions of the first agent, of the second …"""
+        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
+        for row, (held, row_ids) in enumerate(zip(memory.lengths.tolist(), ids, strict=True)):
+            self.require_room(agents[row // len(self.questions)], held, len(row_ids), steps, writes, closes)
+        return ids
+
     def act(
         self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int = 0, align: Any = None,
         writes: bool = True, final: bool = False, closes: bool = False,
     ) -> "Acted":
         """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
-        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
-        for row, row_ids in enumerate(ids):
-            self.require_room(agents[row // B], int(held[row]), len(row_ids), steps, writes, closes)
+        ids = self.encoded(agents, turns, memory, steps, writes, closes)
         self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
         hidden, memory = self.read(ids, memory)
         read_until = memory.lengths
@@ -168,10 +175,14 @@ class Run:
         B, results = len(self.questions), []
         for q, (question, out) in enumerate(zip(self.questions, acts[-1][1], strict=True)):
             traces = [trace for trace_list, _ in acts for trace in trace_list[q::B]]
-            opened = "<think>" if traces[-1].prompt.rstrip().endswith("<think>") else ""  # by the prefix or template
-            answer = extract(self.kind, opened + out.text, self.choices[q])
+            answer = extract(self.kind, behind(traces[-1].prompt, out.text), self.choices[q])
             results.append(Result(question, out.text, answer, out.finish_reason, traces))
         return results
+
+
+def behind(prompt: str, text: str) -> str:
+    """A text with the `<think>` that its prompt, by a prefix or the template, has opened for it."""
+    return ("<think>" if prompt.rstrip().endswith("<think>") else "") + text
 
 
 class Acted(NamedTuple):

@@ -531,7 +531,8 @@ def test_the_harness_takes_little_beside_the_method(data: Path, tmp_path: Path) 
         shares.append(sum(r["seconds"] for r in records) / (time.perf_counter() - start))
     book.close()
     assert max(shares) > 0.9
-    assert tool_arms.same_mark(records[0]["agents"][0]["mark"], records[0]["agents"][0]["mark"])
+    again = bench.compute(0, arm, 0)
+    assert tool_arms.same_mark(records[0]["agents"][0]["mark"], again[0]["agents"][0]["mark"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
@@ -544,3 +545,13 @@ def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
     record = {"id": "c", "arm": "a", "seed": 0, "metric": "accuracy", "correct": None, "memory_bytes": 0}
     [line] = evaluate.summarize([record | {"read": 0, "thought": 0, "written": 0, "seconds": 0.0}]).values()
     assert "accuracy" not in line
+
+
+def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
+    """The head of a run names its version; that is a lie unless grades come from it."""
+    row = {"id": "a", "question": "q", "answer": r"\frac{1}{\sqrt{2}}", "kind": "math"}
+    said = r"\boxed{\frac{\sqrt{2}}{2}}"
+    assert evaluate.grader(False)(row, said) is False
+    pytest.importorskip("math_verify")
+    assert evaluate.grader(False, verifies=True)(row, said) is True
+    assert evaluate.grader(False, verifies=True)(row, r"\boxed{\frac{\sqrt{3}}{2}}") is False

@@ -26,7 +26,7 @@ from minimas.feeders import Feeder
 from minimas.load import LM
 from minimas.results import AgentTrace, Result, Watcher
 from minimas.teams import TEAMS
-from minimas.turns import Shared
+from minimas.turns import Shared, behind
 
 METHODS = ("single", "text_mas", "latent_mas")
 METRICS = ("accuracy", "nll")
@@ -89,14 +89,14 @@ def boxed(text: str) -> str:
 
 def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None, bool | None]:
     """The answer in a text, and whether it is right; `prompt` is the turn it was written behind."""
-    said = ("<think>" if prompt.rstrip().endswith("<think>") else "") + text
+    said = behind(prompt, text)
     return extract(kind_of(row), said, row.get("choices")), grader(row, said)
 
 
-def plain_grader(row: Row, text: str) -> bool | None:
-    """Exact rules for everything but code, which is not run."""
+def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
+    """Rules for everything but code, which is not run; `verifies`: expressions by math-verify too."""
     kind = kind_of(row)
-    return None if kind == "code" else grade(kind, text, str(row["answer"]), row.get("choices"))
+    return None if kind == "code" else grade(kind, text, str(row["answer"]), row.get("choices"), verifies)
 
 
 class Bench:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minimas import Aligner, Config, Qwen3, load, think
 from minimas.generate import read
+from minimas.quantize import FORMATS
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
@@ -343,13 +344,10 @@ LEGEND = (
     "has no latent step; its line is a batch of embeddings that asks for states, and it computes logits on the way."
 )
 SPARE = ("minimas-nf4", "minimas-int8", "llama.cpp-bf16")  # left out, in this order, where not all fit into memory
-# Bits a weight, in the trunk's matrices and in the LM head. q4: a scale and a zero in bf16 for 32 weights; nf4: a scale
-# of 8 bits for 64, of which 256 share one in float32; Q8_0 and Q4_0: one in float16 for 32; llama.cpp's Q4_0 has a Q6_K
-# head. The scales of whole rows (q8, int8) are less than 0.1 % and left out.
-BITS = {
-    "bf16": (16, 16), "q8": (8, 8), "q4": (5, 8), "int8": (8, 16), "nf4": (4.127, 16), "Q8_0": (8.5, 8.5),
-    "Q4_0": (4.5, 6.5625),
-}  # fmt: skip
+# Bits a weight, in the trunk's matrices and in the LM head. Q8_0 and Q4_0: a scale in float16 for 32 weights, and Q4_0
+# with a Q6_K head. The scales of whole rows (q8, int8) are less than 0.1 % and left out.
+BITS = {"bf16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 6.5625)}
+BITS |= {name: (stored.bits, 16 if stored.package else 8) for name, stored in FORMATS.items()}
 # Relative difference to bf16 that a format explains after one layer of random weights, which have no redundancy: twice
 # what was measured. Four thoughts make three times as much of it (4 bits: 0.8; garbage gives 1.4).
 TOLERANCE = {"bf16": 0.02, "q8": 0.08, "q4": 0.4, "int8": 0.08, "nf4": 0.4, "Q8_0": 0.08, "Q4_0": 0.4}

@@ -43,6 +43,7 @@ from torch import distributed  # noqa: E402
 import minimas  # noqa: E402
 from minimas.agents import TRANSFERS  # noqa: E402
 from minimas.feeders import parse  # noqa: E402
+from minimas.quantize import FORMATS  # noqa: E402
 from minimas.teams import TEAMS  # noqa: E402
 
 NOT_SETTINGS = {"out", "replay", "regrade", "debug", "quiet", "data_dir", "data"}
@@ -121,7 +122,7 @@ def parser() -> Parser:
     add("--fit-text", type=Path, metavar="FILE", help="plain text for the maps mean and fitted")
     add("--dtype", default="auto")
     add("--device", default="auto")
-    add("--quantize", help="q4, q8, nf4 or int8")
+    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
     add("--run-untrusted-code", action="store_true", help="grade code by running it in tools/sandbox.py")
     add("--audit", action="store_true", help="all control arms, diagnostics and a verdict; see tools/audit.py")
     add("--out", type=Path, required=True, metavar="DIR")
@@ -186,8 +187,7 @@ class Evaluation:
         device = args.device
         if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        quantized = {"quantize": args.quantize} if args.quantize else {}
-        lm = minimas.load(args.model, device=device, dtype=args.dtype, **quantized)
+        lm = minimas.load(args.model, device=device, dtype=args.dtype, quantize=args.quantize)
         if args.fit_text:
             lm.plain_text = args.fit_text.read_text(encoding="utf-8")
         self.lm = lm
@@ -195,7 +195,9 @@ class Evaluation:
             lm.sampling, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
             repetition_penalty=1.0 if args.temperature == 0 else lm.sampling.repetition_penalty,
         )  # fmt: skip
-        self.bench = Bench(lm, self.rows, args.batch_size, sampling, grader(args.run_untrusted_code))
+        self.verifies = importlib.util.find_spec("math_verify") is not None  # else by exact rules alone
+        judged = grader(args.run_untrusted_code, self.verifies)
+        self.bench = Bench(lm, self.rows, args.batch_size, sampling, judged)
         self.arms = self._arms()
         ids = [[self.rows[i]["id"] for i in batch] for batch in self.bench.batches]
         # A batch at a time under all arms: a run that is cut short has compared them on the same questions.
@@ -239,7 +241,7 @@ class Evaluation:
             "minimas": minimas.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "math_verify": version("math-verify") if importlib.util.find_spec("math_verify") else None,
+            "math_verify": version("math-verify") if self.verifies else None,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.processor()}",
             "threads": torch.get_num_threads(),
             "model": {"name": model.name, "fingerprint": self.settings["model"], "steps": self.lm.default_steps},
@@ -352,16 +354,19 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     return read_rows(args.data)[: args.limit]
 
 
-def grader(may_run: bool) -> Grader:
-    """How answers are judged: by rules, and code by running its tests where that is allowed."""
-    if not may_run:
-        return plain_grader
-    import sandbox
+def grader(may_run: bool, verifies: bool = False) -> Grader:
+    """How answers are judged: by rules, expressions by math-verify too if it is there, code by running its tests where
+    that is allowed.
+    """
 
-    def run(row: Row, text: str) -> bool | None:
-        return sandbox.run(code_program(row, text)).passed if kind_of(row) == "code" else plain_grader(row, text)
+    def judged(row: Row, text: str) -> bool | None:
+        if may_run and kind_of(row) == "code":
+            import sandbox
 
-    return run
+            return sandbox.run(code_program(row, text)).passed
+        return plain_grader(row, text, verifies)
+
+    return judged
 
 
 def difference(old: Record, new: Record) -> str | None:
