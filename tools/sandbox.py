@@ -277,7 +277,9 @@ def _landlock(folder: str) -> None:
     ruleset = _call(_C.syscall(SYS_LANDLOCK, attributes, {1: 8, 2: 8, 3: 8}.get(version, 16 if version < 6 else 24), 0))
     execute_and_read, read_file, read_write_file = 1 | 4 | 8, 4, 2 | 4
     libraries = {sys.prefix, sys.base_prefix, *sys.path, "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib"}
-    rights = dict.fromkeys(libraries - {"", "/"}, execute_and_read)
+    # An editable install puts the checkout, golds and all, on the path; a .venv inside of it is still there by itself.
+    checkout = Path(__file__).resolve().parents[1]
+    rights = {path: execute_and_read for path in libraries - {""} if not checkout.is_relative_to(path)}
     rights |= {"/etc/ld.so.cache": read_file, "/etc/localtime": read_file, "/usr/share/zoneinfo": 4 | 8}
     rights |= {"/dev/urandom": read_file, "/dev/null": read_write_file, folder: everything}
     for path, allowed in rights.items():
