@@ -35,6 +35,7 @@ READS = {  # which settings a method reads; the others are left at None, so that
     "text_mas": ("team",),
     "latent_mas": ("team", "latent_steps", "align", "transfer", "close", "prefix"),
 }
+UNSEEN = ("latent_steps", "align", "close", "prefix")  # by the last agent, when nothing is handed over
 VOTE = 0.7  # the temperature of samples that are voted on, where the run itself is greedy
 
 Row = dict[str, Any]
@@ -66,8 +67,11 @@ def grid(**lists: Sequence[Any]) -> list[Arm]:
         kept = {name: value for name, value in given.items() if name in read}
         if kept.get("latent_steps") == 0:
             kept.pop("align", None)  # nothing is thought, so no map is asked
-        # Lists of one say nothing that tells arms apart.
-        told = [f"{name}={value}" for name, value in kept.items() if len(lists[name]) > 1 and name != "method"]
+        # Lists of one say nothing that tells arms apart, nor does how a memory came about that is dropped.
+        dropped = UNSEEN if kept.get("transfer") == "none" else ()
+        kept |= {name: lists[name][0] for name in dropped if name in lists}
+        quiet = {"method", *dropped}
+        told = [f"{name}={value}" for name, value in kept.items() if len(lists[name]) > 1 and name not in quiet]
         arms.setdefault(tuple(kept.items()), Arm(" ".join([given["method"], *told]), **kept))
     return list(arms.values())
 

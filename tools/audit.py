@@ -16,6 +16,7 @@ Does not know: how an arm is computed (arms.py), files of results.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from arms import Arm, gold_text
-from ledger import Record, files, read_head
+from ledger import Record, files, read_head, write_whole
 from nll import losses
 from stats import bootstrap, mcnemar, mean_error, sign_flips
 from torch import Tensor
@@ -41,7 +42,8 @@ HOST = "pause"  # the transplant's host: the same slots, no thought in them
 ALPHA = 0.01  # below it an effect is "found"
 AGAINST = ("full", "prompts only", "none")
 LOOKED_AT = 8  # questions for the diagnostics
-SAME_SECONDS = "single, same seconds"
+DIAGNOSTICS = "diagnostics.json"  # in the run's folder
+SAME_SECONDS = "same seconds"
 
 
 def arms(evaluation: "Evaluation") -> list[Arm]:
@@ -62,10 +64,14 @@ def arms(evaluation: "Evaluation") -> list[Arm]:
         Arm("single", method="single"),
     ]
     found = [replace(arm, name=f"{metric}: {arm.name}", metric=metric) for metric in args.metric for arm in several]
-    if "accuracy" in args.metric:
+    names = [*(arm.name for arm in several), SAME_SECONDS]
+    chosen = names if args.arms is None else args.arms
+    if unknown := [name for name in chosen if name not in names]:
+        raise ValueError(f"arms (--arms): found {unknown[0]!r}, expected some of {', '.join(names)}")
+    if "accuracy" in args.metric and SAME_SECONDS in chosen:
         samples = args.samples or same_seconds(evaluation, found)
         found.append(Arm(f"accuracy: {SAME_SECONDS}", method="single", samples=samples))
-    return found
+    return [arm for arm in found if arm.name.split(": ", 1)[1] in chosen]
 
 
 def same_seconds(evaluation: "Evaluation", several: Sequence[Arm]) -> int:
@@ -278,8 +284,8 @@ def diagnose(evaluation: "Evaluation") -> Record:
     """Attention, transplant and geometry on the first questions, in the arms that have thoughts."""
     bench, rows = evaluation.bench, range(min(LOOKED_AT, len(evaluation.rows)))
     several = {arm.name.split(": ", 1)[1]: arm for arm in evaluation.arms if arm.method == "latent_mas"}
-    full = several["full"]  # metric and name play no part here
-    if not _thinks(evaluation, full):
+    full = several.get("full")  # metric and name play no part here
+    if full is None or not _thinks(evaluation, full):
         return {}
 
     found: Record = {"questions": len(rows), "attention": {}, "geometry": {}}
@@ -326,7 +332,10 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def report(evaluation: "Evaluation", found: Sequence[Record]) -> tuple[Record, str]:
     """The audit's numbers, and as Markdown with the verdict as its last line."""
-    compared, seen, sentence = comparisons(found), diagnose(evaluation), verdict(found)
+    compared, sentence, kept = comparisons(found), verdict(found), evaluation.folder / DIAGNOSTICS
+    if not kept.exists():  # minutes of work on a real model, which a report written again need not repeat
+        write_whole(kept, json.dumps(diagnose(evaluation), indent=1) + "\n")
+    seen = json.loads(kept.read_text(encoding="utf-8"))
     lines = ["Paired differences of each arm to three others, with a bootstrap interval (a lower loss is better):", ""]
     lines += [f"| | {' | '.join(f'− {other}' for other in AGAINST)} |", "| --- " * (len(AGAINST) + 1) + "|"]
     for row in dict.fromkeys(name.split(" − ")[0] for name in compared):

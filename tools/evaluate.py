@@ -125,6 +125,7 @@ def parser() -> Parser:
     add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
     add("--run-untrusted-code", action="store_true", help="grade code by running it in tools/sandbox.py")
     add("--audit", action="store_true", help="all control arms, diagnostics and a verdict; see tools/audit.py")
+    add("--arms", type=several(str), metavar="NAMES", help="list: of an audit these arms only (default: all)")
     add("--out", type=Path, required=True, metavar="DIR")
     add("--replay", metavar="ID", help="repeat one question of a run")
     add("--regrade", action="store_true", help="grade a finished run again")
