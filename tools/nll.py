@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minimas import KVCache
 from minimas.agents import Briefing
+from minimas.model import Qwen3
 from minimas.tokenizer import Turn
 
 
@@ -35,25 +37,33 @@ def losses(briefing: Briefing, texts: Sequence[Sequence[str]]) -> list[list[Loss
     run, model = briefing.run, briefing.run.lm.model
     if len(texts) != len(run.questions) or not all(texts):
         raise ValueError(f"texts: found {len(texts)} lists, expected one for each of {len(run.questions)} questions")
-    rows = [q for q, several in enumerate(texts) for _ in several]
     # As a turn of nothing but untrusted text: a control token in a solution stays text.
-    ids = [run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for several in texts for text in several]
+    ids = [[run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in several] for several in texts]
     hidden, memory = briefing.read()
-    for q, row in zip(rows, ids, strict=True):
-        if not row:
+    for q, several in enumerate(ids):
+        if not all(several):
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
-        if (needed := int(memory.lengths[q]) + len(row)) > (limit := model.config.max_position_embeddings):
+        needed, limit = int(memory.lengths[q]) + max(map(len, several)), model.config.max_position_embeddings
+        if needed > limit:
             raise ValueError(f"question {q + 1}: found {needed} slots with the solution, expected {limit} at most")
-    if rows != list(range(len(run.questions))):
-        memory, hidden = memory.select(rows), hidden[rows]
-    width = max(map(len, ids))
-    states = hidden  # (R, 1, D): what predicts the first token
+    found: list[list[Loss]] = [[] for _ in ids]
+    # The questions' first texts together, then their second ones: a solution beside its short options would pad them.
+    for column in range(max(map(len, ids))):
+        rows = [q for q, several in enumerate(ids) if len(several) > column]
+        fed = [ids[q][column] for q in rows]
+        for q, loss in zip(rows, _together(model, hidden[rows], memory.select(rows), fed), strict=True):
+            found[q].append(loss)
+    return found
+
+
+def _together(model: Qwen3, hidden: Tensor, memory: KVCache, ids: list[list[int]]) -> list[Loss]:
+    """One text for each row of a memory, which is used up; `hidden` (R, 1, D) predicts the first tokens."""
+    width, states = max(map(len, ids)), hidden
     if width > 1:
         fed = torch.tensor([[*row[:-1], *[0] * (width - len(row))] for row in ids], device=model.device)
         counts = torch.tensor([len(row) - 1 for row in ids])
         states = torch.cat([hidden, model(model.embed(fed), memory, counts)], 1)  # (R, T, D)
-    found = iter([_loss(model.logits(states[r : r + 1, : len(row)])[0], row) for r, row in enumerate(ids)])
-    return [[next(found) for _ in several] for several in texts]
+    return [_loss(model.logits(states[r : r + 1, : len(row)])[0], row) for r, row in enumerate(ids)]
 
 
 def _loss(logits: Tensor, row: list[int]) -> Loss:

@@ -1,0 +1,221 @@
+"""What the pictures of tools/plot.py show, as plain data: from runs of tools/evaluate.py, or from a model's thoughts.
+
+Data first, then drawing: the numbers lie beside each picture as JSON, and a picture can be drawn again from them.
+Does not know: colours, axes, matplotlib.
+
+    N questions   n thoughts   D hidden   V vocabulary
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from audit import ALPHA, Tap, comparisons, verdict
+from evaluate import summarize
+from ledger import Record, files, read_head
+from stats import bootstrap, sign_flips, wilson
+from torch import Tensor
+
+from minimas import LM, Aligner, Team
+from minimas.agents import brief
+from minimas.teams import TEAMS
+
+Figure = dict[str, Any]  # what is drawn, as JSON
+Point = dict[str, Any]
+SHOWN_TOKENS = 2_000  # of the embedding, as the background of thoughts
+SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")  # in all runs of one picture
+CONTROLS = {"none": "no memory", "shuffled": "another question's memory", "latents": "thoughts only"}
+
+
+def runs(folders: Sequence[Path]) -> list[Record]:
+    """All records of some runs of one model on the same questions, `latent_steps` filled in with the model's own.
+
+    A last line that is still being written is left out. Raises ValueError naming the file and what differs.
+    """
+    found: list[Record] = []
+    first: tuple[Path, Record] | None = None
+    for folder in folders:
+        if not (paths := files(folder)):
+            raise FileNotFoundError(f"{folder}: found no results*.jsonl, expected a run of tools/evaluate.py")
+        for path in paths:
+            if (head := read_head(path)) is None:
+                continue
+            first = first or (path, head)
+            for name in SAME:
+                if (mine := head["settings"][name]) != (other := first[1]["settings"][name]):
+                    raise ValueError(f"{path}: {name}: found {mine}, expected {other} as in {first[0]}")
+            for line in path.read_bytes().splitlines(keepends=True)[1:]:
+                if line.endswith(b"\n"):
+                    record = json.loads(line)
+                    if record["method"] == "latent_mas" and record["latent_steps"] is None:
+                        record["latent_steps"] = head["model"]["steps"]
+                    found.append(record | {"model": Path(head["model"]["name"]).name})
+    if not found:
+        raise ValueError(f"{', '.join(map(str, folders))}: found no finished batch, expected one at least")
+    return found
+
+
+# -- loss and accuracy by the number of thoughts -----------------------------------------------------------------------
+
+
+def steps(found: Sequence[Record]) -> Figure:
+    """For each metric the maps' points by number of thoughts, and the control arms' at the number they ran with.
+
+    Of the loss, the paired difference to prompts only (0 steps) with its bootstrap interval: questions differ from each
+    other by far more than arms do. Of accuracy, the share with its Wilson interval.
+    """
+    panels: Figure = {}
+    for metric in ("nll", "accuracy"):
+        arms: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
+        for r in found:
+            field = {"nll": "nll", "accuracy": "correct"}[metric]
+            if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
+                arms.setdefault(_line(r), {})[r["id"], r["seed"]] = float(r[field])
+        zero = next((values for (_, count), values in arms.items() if count == 0), None)
+        lines: dict[str, list[Point]] = {}
+        for (name, count), values in sorted(arms.items()):
+            if metric == "nll" and zero is None:
+                continue
+            for line in {kind for kind, n in arms if n and kind not in CONTROLS.values()} if not count else [name]:
+                point = _paired(values, zero) if metric == "nll" and zero else _share(values)
+                lines.setdefault(line, []).append({"steps": count} | point)
+        panels[metric] = lines
+    if not any(panels.values()):
+        raise ValueError("found no run of latent_mas with several numbers of thoughts; a loss needs 0 among them")
+    return {"what": "steps", "panels": panels}
+
+
+def _line(r: Record) -> tuple[str, int]:
+    """The line of the picture that a record belongs to, and its place on it."""
+    if r["transfer"] in CONTROLS:
+        return CONTROLS[r["transfer"]], r["latent_steps"]
+    return ("" if r["latent_steps"] == 0 else r["align"]), r["latent_steps"]
+
+
+def _paired(values: dict[Any, float], others: dict[Any, float]) -> Point:
+    by_id: dict[str, list[float]] = {}
+    for key in values.keys() & others.keys():
+        by_id.setdefault(key[0], []).append(values[key] - others[key])
+    pairs = [sum(several) / len(several) for _, several in sorted(by_id.items())]
+    mean, low, high = bootstrap(pairs)
+    same = not any(pairs)
+    return {"n": len(pairs), "y": mean, "low": low, "high": high, "p": 1.0 if same else sign_flips(pairs)}
+
+
+def _share(values: dict[Any, float]) -> Point:
+    low, high = wilson(int(sum(values.values())), len(values))
+    return {"n": len(values), "y": sum(values.values()) / len(values), "low": low, "high": high}
+
+
+# -- what an answer costs ---------------------------------------------------------------------------------------------
+
+
+def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM8K") -> Figure:
+    """Accuracy beside written tokens and seconds a question, of each arm; beside it the paper's own table, if given."""
+    arms, graded = [], [r | {"arm": label(r)} for r in found if r["metric"] == "accuracy"]
+    methods = {r["arm"]: r["method"] for r in graded}
+    for name, line in summarize(graded).items():
+        if "accuracy" in line:
+            y, low, high = line["accuracy"]
+            kept = {what: line[what] for what in ("n", "read", "thought", "written", "seconds", "truncated")}
+            arms.append({"name": name, "method": methods[name], "y": y, "low": low, "high": high} | kept)
+    if not arms:
+        raise ValueError("found no graded answer, expected a run with --metric accuracy")
+    theirs = []
+    if paper is not None:
+        try:
+            table = paper["sequential"][task]
+        except KeyError as error:
+            raise ValueError(f"paper (--paper): found no {error.args[0]!r}, expected sequential: {task}") from error
+        for size in table["acc"]:
+            numbers = (table[what][size] for what in ("acc", "tokens", "seconds"))
+            columns = zip(("single", "text_mas", "latent_mas"), *numbers, strict=True)
+            for name, accuracy, tokens, seconds in columns:
+                theirs.append({"name": name, "model": size, "y": accuracy / 100, "written": tokens, "seconds": seconds})
+    return {"what": "costs", "model": found[0]["model"], "task": task, "arms": arms, "paper": theirs}
+
+
+def label(r: Record) -> str:
+    """What an arm is, from its settings: runs may call two arms the same, or one arm two names."""
+    if r["method"] != "latent_mas":
+        return f"{r['method']}, vote of {r['samples']}" if r["samples"] > 1 else str(r["method"])
+    thoughts = f"{r['latent_steps']} × {r['align'] or 'ridge'}" if r["latent_steps"] else "prompts only"
+    if r["transfer"] == "none":
+        return "latent_mas, no memory"
+    return ", ".join(["latent_mas", thoughts, *filter(None, [CONTROLS.get(r["transfer"])])])
+
+
+# -- an audit ---------------------------------------------------------------------------------------------------------
+
+
+def forest(found: Sequence[Record]) -> Figure:
+    """An audit's paired differences: of the loss to prompts only, of accuracy to no memory; with its verdict."""
+    compared, against = comparisons(found), {"nll": "prompts only", "accuracy": "none"}
+    panels = {
+        metric: {
+            "against": other,
+            "arms": {
+                name.split(": ")[1].split(" − ")[0]: line
+                for name, line in compared.items()
+                if name.startswith(f"{metric}: ") and name.endswith(f" − {other}")
+            },
+        }
+        for metric, other in against.items()
+    }
+    if not any(panel["arms"] for panel in panels.values()):
+        raise ValueError("found no arm beside prompts only or none, expected a run with --audit")
+    return {"what": "forest", "panels": panels, "alpha": ALPHA, "verdict": verdict(found)}
+
+
+# -- where thoughts lie -----------------------------------------------------------------------------------------------
+
+
+def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int, kind: str = "math") -> Figure:
+    """The first agent's `count` thoughts on some questions under each map, beside the embeddings of tokens.
+
+    All in the plane of the two main directions of token embeddings and thoughts together; by step, means over the
+    questions of the norm before and after rescaling, the cosine to the thought before, and to the nearest token.
+    """
+    planner, *_, last = TEAMS["sequential"]().agents
+    pair = Team((planner, last))
+    w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None].float()  # (V, D)
+    taps = {}
+    for name in kinds:
+        taps[name] = Tap(lm.aligner(name))
+        brief(lm, questions, team=pair, latent_steps=count, align=taps[name], kind=kind)
+    several = {name: torch.cat(tap.thoughts, 1).float() for name, tap in taps.items()}  # (N, n, D)
+    source = torch.Generator().manual_seed(0)
+    shown = w_in[torch.randperm(len(w_in), generator=source)[:SHOWN_TOKENS].to(w_in.device)]
+    place = plane(torch.cat([shown, *(thought.flatten(0, 1) for thought in several.values())]))
+    maps = {name: _walk(tap, several[name], w_in) | {"places": place(several[name])} for name, tap in taps.items()}
+    return {
+        "what": "thoughts", "model": lm.model.name, "questions": len(questions), "steps": count,
+        "tokens": {"places": place(shown), "norm": float(w_in.norm(dim=-1).mean())}, "maps": maps,
+    }  # fmt: skip
+
+
+def plane(points: Tensor) -> Callable[[Tensor], list[Any]]:
+    """The plane of the two main directions of points (n, D); what is returned gives (…, D) points' places in it."""
+    middle = points.mean(0)
+    axes = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2].T  # (D, 2)
+    return lambda points: _rounded(((points - middle) @ axes).cpu().tolist())
+
+
+def _walk(tap: Tap, thoughts: Tensor, w_in: Tensor) -> Figure:
+    states = torch.cat(tap.states, 1).float()  # (N, n, D)
+    raw = Aligner(tap.align.matrix, None, tap.align.scale)(states) if isinstance(tap.align, Aligner) else thoughts
+    unit, tokens = F.normalize(thoughts, dim=-1), F.normalize(w_in, dim=-1)
+    values = {
+        "norm before rescaling": raw.float().norm(dim=-1),
+        "norm": thoughts.norm(dim=-1),
+        "cosine to the thought before": (unit[:, 1:] * unit[:, :-1]).sum(-1),
+        "cosine to the nearest token": (unit @ tokens.T).amax(-1),
+    }
+    return {name: _rounded(value.mean(0).tolist()) for name, value in values.items()}
+
+
+def _rounded(values: Any) -> Any:
+    return [_rounded(x) for x in values] if isinstance(values, list) else float(f"{values:.5g}")
