@@ -313,6 +313,24 @@ def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["audit"]["diagnostics"] == {}
 
 
+def test_an_audit_of_chosen_arms_has_these_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its report, written again, does not compute its diagnostics again, which take minutes on a real model."""
+    data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
+    command = ["--data", str(data), "--out", str(out), "--audit", "--metric", "nll", "--quiet"]
+    assert evaluate.main([*command, "--arms", "full,none,prompts only,all"]) == 1
+    assert "arms (--arms): found 'all', expected some of full, prompts only, none" in capsys.readouterr().err
+    command += ["--arms", "none,prompts only,full"]
+    assert evaluate.main(command) == 0
+    before = json.loads((out / "summary.json").read_text())
+    assert list(before["arms"]) == ["nll: full", "nll: prompts only", "nll: none"]
+    assert before["audit"]["diagnostics"]["transplant"]
+    monkeypatch.setattr(audit, "diagnose", None)
+    assert evaluate.main(command) == 0
+    assert json.loads((out / "summary.json").read_text()) == before
+
+
 def test_arms_differ_from_full_in_one_setting() -> None:
     """Else a difference has two causes."""
     asked = evaluate.parser().parse_args("--data x --out y --audit --metric nll --latent-steps 5".split())

@@ -87,7 +87,8 @@ def test_the_race_prints_a_table_and_writes_every_sample(tmp_path: Path) -> None
 @pytest.mark.parametrize("mode", ["--memory-error", "--perplexity", "--end-to-end"])
 def test_every_other_question_is_answered(mode: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"question": "How many is two and three?", "answer": "5"}) + "\n", encoding="utf-8")
+    row = {"id": 1, "question": "How many is two and three?", "answer": "5"}
+    rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
     given = {
         "--memory-error": ["--formats", "q8"], "--perplexity": ["--text", str(rows), "--formats", "q8"],
         "--end-to-end": ["--questions", str(rows), "--max-new-tokens", "4", "--batch-sizes", "1"],

@@ -483,6 +483,15 @@ def test_a_grid_has_no_arm_twice() -> None:
     assert len({arm.name for arm in found}) == 5
 
 
+def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
+    """`--transfer full,none` with four settings of thinking: four arms, and one control of them all."""
+    lists = {"latent_steps": [0, 5], "align": ["ridge", "pause"], "transfer": ["full", "none"], "close": [True, False]}
+    found = grid(method=["latent_mas"], **lists)
+    [control] = [arm for arm in found if arm.transfer == "none"]
+    assert control.name == "latent_mas transfer=none"
+    assert len(found) == 1 + 2 * 3
+
+
 def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
     """The first among equals; an unreadable text does not vote, and three of them win against nobody."""
     bill = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
@@ -519,20 +528,54 @@ def test_a_seeds_repeats_are_no_further_questions() -> None:
     assert line["accuracy"][1] < 0.3
 
 
-def test_the_harness_takes_little_beside_the_method(data: Path, tmp_path: Path) -> None:
-    """Marks, JSON and syncing, beside what the methods bill; measured on a small model, where they weigh most."""
-    bench = Bench(load(TINY, device="cpu"), evaluate.read_rows(data), 8, Sampling(max_new_tokens=64), plain_grader)
-    book, arm = Ledger(tmp_path / "results.jsonl", {"settings": {}}), Arm("full", align="ridge", transfer="full")
-    shares = []
-    for _ in range(5):
-        start = time.perf_counter()
-        records = bench.compute(0, arm, 0)
-        book.append(records)
-        shares.append(sum(r["seconds"] for r in records) / (time.perf_counter() - start))
-    book.close()
-    assert max(shares) > 0.9
-    again = bench.compute(0, arm, 0)
-    assert tool_arms.same_mark(records[0]["agents"][0]["mark"], again[0]["agents"][0]["mark"])
+def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> None:
+    """`--replay` says by them at which agent a run differs."""
+    some = evaluate.read_rows(data)[:2]
+    bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=2), plain_grader)
+    first, again, other = (
+        [agent["mark"] for record in bench.compute(0, Arm("x", align=align), 0) for agent in record["agents"]]
+        for align in ("ridge", "ridge", "random")
+    )
+    for a, b, c in zip(first, again, other, strict=True):
+        assert tool_arms.same_mark(a, b)
+        assert not tool_arms.same_mark(a, c)
+
+
+def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
+    """Arms of these settings that are run alike would be found not to differ."""
+    some = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
+    bench = Bench(lm, some, 1, Sampling(), plain_grader)
+    plain = Arm("x", latent_steps=2, align="ridge")
+
+    def slots(arm: Arm) -> int:
+        return int(bench.brief([0], arm).memory.lengths[0])
+
+    closing = len(bench.brief([0], plain).run.closing)
+    assert closing > 0
+    assert slots(plain) - slots(tool_arms.replace(plain, close=False)) == 3 * closing
+    prefix = "Eva has"
+    assert slots(tool_arms.replace(plain, prefix=prefix)) - slots(plain) == 3 * len(lm.tokenizer.encode(prefix))
+    last = bench.brief([0], tool_arms.replace(plain, prefix=prefix)).turns[0].text
+    assert last == bench.brief([0], plain).turns[0].text, "the one who answers has its own"
+
+
+def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
+    """And settings of a run: with another text, `fitted` is another map, and the run another run."""
+    text = tmp_path / "plain.txt"
+    text.write_text("Eva has 2 cards and Tom finds 3 coins in his box. " * 40)
+    command = ["--data", str(data), "--limit", "2", "--metric", "nll", "--align", "fitted", "--latent-steps", "2"]
+    command += ["--close", "yes,no", "--prefix", "Eva,Tom", "--quiet", "--out", str(tmp_path / "run")]
+    assert evaluate.main([*command, "--fit-text", str(text)]) == 0
+    found: dict[str, float] = {}
+    for record in lines(tmp_path / "run"):
+        found[record["arm"]] = found.get(record["arm"], 0) + record["nll"]
+    assert list(found) == [
+        f"latent_mas close={close} prefix={name}" for close in (True, False) for name in ("Eva", "Tom")
+    ]
+    assert len(set(found.values())) == 4
+    text.write_text("Ann doubles the 7 cards, and then she loses 4 of them. " * 40)
+    assert evaluate.main([*command, "--fit-text", str(text)]) == 1
+    assert evaluate.main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")

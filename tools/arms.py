@@ -65,11 +65,11 @@ def grid(**lists: Sequence[Any]) -> list[Arm]:
         given = dict(zip(lists, values, strict=True))
         read = {"method", "metric", *READS[given["method"]]}
         kept = {name: value for name, value in given.items() if name in read}
+        dropped = UNSEEN if kept.get("transfer") == "none" else ()
+        kept |= {name: lists[name][0] for name in dropped if name in lists}
         if kept.get("latent_steps") == 0:
             kept.pop("align", None)  # nothing is thought, so no map is asked
         # Lists of one say nothing that tells arms apart, nor does how a memory came about that is dropped.
-        dropped = UNSEEN if kept.get("transfer") == "none" else ()
-        kept |= {name: lists[name][0] for name in dropped if name in lists}
         quiet = {"method", *dropped}
         told = [f"{name}={value}" for name, value in kept.items() if len(lists[name]) > 1 and name not in quiet]
         arms.setdefault(tuple(kept.items()), Arm(" ".join([given["method"], *told]), **kept))

@@ -262,22 +262,30 @@ class Tap:
         return self.thoughts[-1]
 
 
-def geometry(tap: Tap, steps: int, w_in: Tensor) -> Record:
-    """Means over thoughts: norms before and after rescaling, cosine to the nearest token and to the one before."""
+def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
+    """Of each thought (B, n), n those of all agents: norms, the cosine to the nearest of the tokens `w_in` (V, D)
+    and, from the second thought on, to the one before.
+    """
     wide = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
-    states, thoughts = (torch.cat(kept, 1).to(wide) for kept in (tap.states, tap.thoughts))  # (B, agents · steps, D)
+    states, thoughts = (torch.cat(kept, 1).to(wide) for kept in (tap.states, tap.thoughts))  # (B, n, D)
     raw = Aligner(tap.align.matrix, None, tap.align.scale)(states) if isinstance(tap.align, Aligner) else thoughts
-    unit = F.normalize(thoughts, dim=-1)
-    tokens = F.normalize(w_in.to(wide), dim=-1)
-    following = (unit[:, 1:] * unit[:, :-1]).sum(-1)
-    within = [i for i in range(following.shape[1]) if (i + 1) % steps]  # not across agents
+    unit, tokens = F.normalize(thoughts, dim=-1), F.normalize(w_in.to(wide), dim=-1)
     return {
-        "state norm": float(states.norm(dim=-1).mean()),
-        "norm before rescaling": float(raw.norm(dim=-1).mean()),
-        "norm": float(thoughts.norm(dim=-1).mean()),
-        "cosine to the nearest token": float((unit @ tokens.T).amax(-1).mean()),
-        "successive cosine": float(following[:, within].mean()) if within else None,
+        "state norm": states.norm(dim=-1),
+        "norm before rescaling": raw.norm(dim=-1),
+        "norm": thoughts.norm(dim=-1),
+        "cosine to the nearest token": (unit @ tokens.T).amax(-1),
+        "successive cosine": (unit[:, 1:] * unit[:, :-1]).sum(-1),
     }
+
+
+def geometry(tap: Tap, steps: int, w_in: Tensor) -> Record:
+    """The means of a walk over all thoughts of agents with `steps` each; None where there is nothing to take one of."""
+    values = walk(tap, w_in)
+    following = values["successive cosine"]
+    within = [i for i in range(following.shape[1]) if (i + 1) % steps]  # not across agents
+    values["successive cosine"] = following[:, within]
+    return {name: float(value.mean()) if value.numel() else None for name, value in values.items()}
 
 
 def diagnose(evaluation: "Evaluation") -> Record:

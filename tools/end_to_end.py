@@ -1,34 +1,56 @@
 """`latent_mas` against `text_mas` and `single` on a real model, question by question; run by tools/benchmark.py.
 
-One engine, the same questions, the same limit of tokens, greedy. The methods take turns on every batch of questions, in
-an order that turns, so that a machine that slows down slows all. Does not know: formats, kernels, others' code.
+One engine, the same questions and limit of tokens, greedy; and `latent_mas` once more as tools/evaluate.py runs it,
+with marks of every memory, grades, records and a synced file: what that costs. The methods take turns on every batch of
+questions, in an order that turns, so that a machine that slows down slows all. Does not know: formats, kernels, others'
+code.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quality import rows
+from arms import Arm, Bench, plain_grader
+from ledger import Ledger
+from tasks import read_rows
 
 from minimas import Result, Sampling, latent_mas, load, single, text_mas
 from minimas.answers import grade
 
 METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+HARNESS = "evaluate.py"  # latent_mas once more, with all that tools/evaluate.py does around it
 
 
 def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """The tables of --end-to-end, one for each batch size, and every sample."""
     lm = load(args.end_to_end, device="cpu", quantize=args.quantize, compile=args.compile)
-    asked = rows(args.questions)[: args.limit]
+    asked = read_rows(args.questions)[: args.limit]
     sampling = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens)
     steps = lm.default_steps if args.latent_steps is None else args.latent_steps
     thinking = {"latent_steps": steps, "align": args.align}
 
+    def harness(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        bench = Bench(lm, part, len(part), sampling, plain_grader)
+        records = bench.compute(0, Arm(HARNESS, **thinking), 0)
+        with tempfile.TemporaryDirectory() as folder:
+            book = Ledger(Path(folder) / "results.jsonl", {})
+            book.append(records)
+            book.close()
+        return records
+
     def answer(method: str, part: list[dict[str, Any]]) -> dict[str, Any]:
         questions, started = [row["question"] for row in part], time.perf_counter()
+        if method == HARNESS:
+            records = harness(part)
+            seconds = (time.perf_counter() - started) / len(part)
+            kept = {key: [r[key] for r in records] for key in ("read", "thought", "written")}
+            right, cut = [bool(r["correct"]) for r in records], [r["finish_reason"] == "length" for r in records]
+            return kept | {"seconds": [seconds] * len(part), "right": right, "cut": cut}
         results = METHODS[method](lm, questions, sampling=sampling, **(thinking if method == "latent_mas" else {}))
         seconds = (time.perf_counter() - started) / len(part)
         usages = [result.usage for result in results]
@@ -48,13 +70,14 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     for batch in args.batch_sizes:
         parts = [asked[i : i + batch] for i in range(0, len(asked), batch)]
         started = time.perf_counter()
-        for method in METHODS:  # packing and compiling
+        names = [*METHODS, HARNESS]
+        for method in names:  # packing and compiling
             answer(method, parts[0])
         say(f"batch {batch}: a first time, not counted, took {time.perf_counter() - started:.1f} s")
-        found: dict[str, dict[str, list[Any]]] = {method: {} for method in METHODS}
+        found: dict[str, dict[str, list[Any]]] = {method: {} for method in names}
         for turn, part in enumerate(parts):
-            for place in range(len(METHODS)):
-                method = list(METHODS)[(turn + place) % len(METHODS)]
+            for place in range(len(names)):
+                method = names[(turn + place) % len(names)]
                 for key, values in answer(method, part).items():
                     found[method].setdefault(key, []).extend(values)
             say(f"batch {batch}: {min((turn + 1) * batch, len(asked))} of {len(asked)} questions")

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from audit import ALPHA, Tap, comparisons, verdict
+from audit import ALPHA, Tap, comparisons, verdict, walk
 from evaluate import summarize
 from ledger import Record, files, read_head
 from stats import bootstrap, sign_flips, wilson
 from torch import Tensor
 
-from minimas import LM, Aligner, Team
+from minimas import LM, Team
 from minimas.agents import brief
 from minimas.teams import TEAMS
 
@@ -181,19 +180,23 @@ def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int,
     """
     planner, *_, last = TEAMS["sequential"]().agents
     pair = Team((planner, last))
-    w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None].float()  # (V, D)
+    w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None]  # (V, D)
     taps = {}
     for name in kinds:
         taps[name] = Tap(lm.aligner(name))
         brief(lm, questions, team=pair, latent_steps=count, align=taps[name], kind=kind)
     several = {name: torch.cat(tap.thoughts, 1).float() for name, tap in taps.items()}  # (N, n, D)
     source = torch.Generator().manual_seed(0)
-    shown = w_in[torch.randperm(len(w_in), generator=source)[:SHOWN_TOKENS].to(w_in.device)]
+    shown = w_in[torch.randperm(len(w_in), generator=source)[:SHOWN_TOKENS].to(w_in.device)].float()
     place = plane(torch.cat([shown, *(thought.flatten(0, 1) for thought in several.values())]))
-    maps = {name: _walk(tap, several[name], w_in) | {"places": place(several[name])} for name, tap in taps.items()}
+    maps = {
+        name: {what: _rounded(value.mean(0).tolist()) for what, value in walk(tap, w_in).items()}
+        | {"places": place(several[name])}
+        for name, tap in taps.items()
+    }
     return {
         "what": "thoughts", "model": lm.model.name, "questions": len(questions), "steps": count,
-        "tokens": {"places": place(shown), "norm": float(w_in.norm(dim=-1).mean())}, "maps": maps,
+        "tokens": {"places": place(shown), "norm": float(w_in.float().norm(dim=-1).mean())}, "maps": maps,
     }  # fmt: skip
 
 
@@ -202,19 +205,6 @@ def plane(points: Tensor) -> Callable[[Tensor], list[Any]]:
     middle = points.mean(0)
     axes = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2].T  # (D, 2)
     return lambda points: _rounded(((points - middle) @ axes).cpu().tolist())
-
-
-def _walk(tap: Tap, thoughts: Tensor, w_in: Tensor) -> Figure:
-    states = torch.cat(tap.states, 1).float()  # (N, n, D)
-    raw = Aligner(tap.align.matrix, None, tap.align.scale)(states) if isinstance(tap.align, Aligner) else thoughts
-    unit, tokens = F.normalize(thoughts, dim=-1), F.normalize(w_in, dim=-1)
-    values = {
-        "norm before rescaling": raw.float().norm(dim=-1),
-        "norm": thoughts.norm(dim=-1),
-        "cosine to the thought before": (unit[:, 1:] * unit[:, :-1]).sum(-1),
-        "cosine to the nearest token": (unit @ tokens.T).amax(-1),
-    }
-    return {name: _rounded(value.mean(0).tolist()) for name, value in values.items()}
 
 
 def _rounded(values: Any) -> Any:

@@ -239,7 +239,7 @@ def draw_thoughts(figure: Figure, canvas: Any) -> None:
         # Ever thinner: of maps that are the same, both are seen.
         style = {"color": colour_of[name], "linewidth": max(0.8, 4 - 1.2 * place)}
         [shown[name]] = norms.plot(numbers, one["norm before rescaling"], **style)
-        following.plot(numbers[1:], one["cosine to the thought before"], **style)
+        following.plot(numbers[1:], one["successive cosine"], **style)
         nearest.plot(numbers, one["cosine to the nearest token"], **style)
     shown["a token's embedding"] = norms.axhline(tokens["norm"], color="black", linewidth=0.8, linestyle="--")
     norms.set_yscale("log")

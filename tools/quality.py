@@ -7,7 +7,6 @@ Everything is measured against the same folder in bf16, one other model at a tim
 
 import argparse
 import gc
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
@@ -79,7 +79,7 @@ def roll_out(lm: LM, ids: list[int], align: Aligner, forced: Tensor | None = Non
 
 def memory_error(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """The tables of --memory-error: keys and values of every layer, thoughts on their own and on bf16's memory."""
-    question = rows(args.questions)[0]["question"] if args.questions else QUESTION
+    question = read_rows(args.questions)[0]["question"] if args.questions else QUESTION
     text = sequential().agents[0].prompt.replace("{question}", question).replace("{context}", "")
     samples: dict[str, Any] = {"prompt": {}, "thoughts": {}, "steps": {}}
     base: dict[str, Rollout] = {}
@@ -222,20 +222,4 @@ def the_text(path: Path) -> str:
     """A text file, or the questions and solutions of a .jsonl file."""
     if path.suffix != ".jsonl":
         return path.read_text(encoding="utf-8")
-    return "\n\n".join(f"{row['question']}\n{row.get('solution', row.get('answer', ''))}" for row in rows(path))
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; raises ValueError naming a line that is not an object with a "question"."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-                found[-1]["question"]
-            except (ValueError, KeyError, TypeError) as error:
-                expected = 'expected an object with "question"'
-                raise ValueError(f"{path}: line {number}: found {line!r:.60}, {expected}") from error
-    if not found:
-        raise ValueError(f"{path}: found no rows, expected questions")
-    return found
+    return "\n\n".join(f"{row['question']}\n{row.get('solution', row.get('answer', ''))}" for row in read_rows(path))
