@@ -114,7 +114,7 @@ class Bench:
     def compute(self, batch: int, arm: Arm, seed: int) -> list[dict[str, Any]]:
         """The records of one unit, in the data's order."""
         records: dict[int, dict[str, Any]] = {}
-        for rows in self._alike(self.batches[batch], arm):
+        for rows in self.alike(self.batches[batch], arm):
             made = self._losses(batch, rows, arm, seed) if arm.metric == "nll" else self._answers(rows, arm, seed)
             for i, record in zip(rows, made, strict=True):
                 settings = asdict(arm)
@@ -126,7 +126,7 @@ class Bench:
         """The question whose memory question i gets in the shuffled arm."""
         return (i + 1) % len(self.rows)
 
-    def _alike(self, batch: range, arm: Arm) -> Iterator[list[int]]:
+    def alike(self, batch: range, arm: Arm) -> Iterator[list[int]]:
         """A batch in groups that one call can take: of one kind, and alone where a row has a team of its own."""
 
         def group(i: int) -> tuple[Any, ...]:
@@ -165,7 +165,7 @@ class Bench:
             others = [self.partner(i) for i in rows]
             handed = brief(self.lm, team=self._team(others[0], arm), **thinking, **asked(others))
             return brief(self.lm, team=team, handed=handed, **thinking, **asked(rows))
-        if arm.transfer == "none" and arm.metric == "nll":
+        if arm.transfer == "none":
             team = Team(team.agents[-1:])  # what the others would have read and thought is dropped anyway
         return brief(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 

@@ -41,7 +41,7 @@ FEEDERS = ("prenorm", "mean", "fitted", "soft", "gumbel", "token", "pause")
 HOST = "pause"  # the transplant's host: the same slots, no thought in them
 ALPHA = 0.01  # below it an effect is "found"
 AGAINST = ("full", "prompts only", "none")
-LOOKED_AT = 8  # questions for the diagnostics
+LOOKED_AT = 4  # questions for the diagnostics
 DIAGNOSTICS = "diagnostics.json"  # in the run's folder
 SAME_SECONDS = "same seconds"
 
@@ -313,11 +313,19 @@ def diagnose(evaluation: "Evaluation") -> Record:
     w_in = w_in[: evaluation.lm.tokenizer.size] if evaluation.lm.tokenizer else w_in
     for name, arm in several.items():
         if arm.transfer == "full" and arm.latent_steps != 0:
-            tap = Tap(evaluation.lm.aligner(arm.align or "ridge"))
-            counts = {t.latent_steps for i in rows for act, _ in bench.brief([i], arm, align=tap).acts for t in act}
-            if tap.thoughts and len(counts) == 1:
-                found["geometry"][name] = geometry(tap, counts.pop(), w_in)
+            seen = []
+            for some in bench.alike(rows, arm):
+                tap = Tap(evaluation.lm.aligner(arm.align or "ridge"))
+                counts = {t.latent_steps for act, _ in bench.brief(some, arm, align=tap).acts for t in act}
+                seen += [geometry(tap, counts.pop(), w_in)] * len(some) if tap.thoughts and len(counts) == 1 else []
+            if seen:
+                found["geometry"][name] = {what: mean_of_known([one[what] for one in seen]) for what in seen[0]}
     return found
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _thinks(evaluation: "Evaluation", arm: Arm) -> bool:
