@@ -118,7 +118,7 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         "the thoughts raised the loss of the right answer by 2.": {"full": moved(2), "shuffled": moved(2)},
         "no effect of the thoughts on the loss of the right answer is found": {"full": moved(-0.2), "shuffled": none},
         "they help, and another question's memory does not so well": {"full": moved(-0.5), "shuffled": moved(-0.2)},
-        "they help, and another question's memory does as well": {"full": moved(-0.5), "shuffled": moved(-0.5)},
+        "they help, but no less with another question's memory: it may be the slots": {"full": moved(-0.5), "shuffled": moved(-0.5)},
     }
     for said, arms in cases.items():
         sentence = audit.verdict(records("nll", none=none, prompts_only=prompts, **arms))
@@ -126,6 +126,8 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         assert "the prompts' memory lowers it by 0.2" in sentence
         assert sentence.startswith("On these 40 questions ")
         assert sentence.count(". ") == 0
+    unknown = audit.verdict(records("nll", none=none, prompts_only=prompts, full=moved(-0.5)))
+    assert "with this model they help; the prompts' memory" in unknown, "of an arm that was not run nothing is said"
     right = records("accuracy", full=[1.0] * 30 + [0.0] * 10, none=[1.0] * 10 + [0.0] * 30)
     assert "with the memory 75% of the answers are right, without it 25%: it makes a diff" in audit.verdict(right)
     same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)

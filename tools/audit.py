@@ -154,10 +154,12 @@ def _thoughts(found: Sequence[Record], line: Record) -> str:
     moved = f"the loss of the right answer by {_number(line)} ({_p(line)})"
     if line["mean"] > 0:
         return f"the thoughts raised {moved}: with this model they harm"
-    other = compare(found, "nll", "full", "shuffled")
-    own = other is not None and other["p"] < ALPHA and other["mean"] < 0
-    what = "not so well" if own else "as well: it is the slots, not what is in them"
-    return f"the thoughts lowered {moved}: with this model they help, and another question's memory does {what}"
+    said, other = f"the thoughts lowered {moved}: with this model they help", compare(found, "nll", "full", "shuffled")
+    if other is None:
+        return said
+    if other["p"] < ALPHA and other["mean"] < 0:
+        return f"{said}, and another question's memory does not so well"
+    return f"{said}, but no less with another question's memory: it may be the slots, not what is in them"
 
 
 def _prompts(line: Record) -> str:
