@@ -118,7 +118,10 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         "the thoughts raised the loss of the right answer by 2.": {"full": moved(2), "shuffled": moved(2)},
         "no effect of the thoughts on the loss of the right answer is found": {"full": moved(-0.2), "shuffled": none},
         "they help, and another question's memory does not so well": {"full": moved(-0.5), "shuffled": moved(-0.2)},
-        "they help, but no less with another question's memory: it may be the slots": {"full": moved(-0.5), "shuffled": moved(-0.5)},
+        "they help, but no less with another question's memory: it may be the slots": {
+            "full": moved(-0.5),
+            "shuffled": moved(-0.5),
+        },
     }
     for said, arms in cases.items():
         sentence = audit.verdict(records("nll", none=none, prompts_only=prompts, **arms))
