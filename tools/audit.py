@@ -42,6 +42,10 @@ HOST = "pause"  # the transplant's host: the same slots, no thought in them
 ALPHA = 0.01  # below it an effect is "found"
 AGAINST = ("full", "prompts only", "none")
 LOOKED_AT = 4  # questions for the diagnostics
+LIMITS = (
+    "The loss finds small effects but rewards whatever brings the solution's words near, as a copy in memory does; "
+    "accuracy says what an effect is worth, and needs many questions. Neither speaks of other questions or models."
+)
 DIAGNOSTICS = "diagnostics.json"  # in the run's folder
 SAME_SECONDS = "same seconds"
 
@@ -369,7 +373,12 @@ def report(evaluation: "Evaluation", found: Sequence[Record]) -> tuple[Record, s
         lines += ["", f"| thoughts of | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
         for name, values in seen["geometry"].items():
             lines.append(f"| {name} | {' | '.join('' if v is None else f'{v:.3f}' for v in values.values())} |")
-    lines += ["", f"p below {ALPHA:g} counts as found; with many arms, read single ones with care.", "", sentence]
+    lines += [
+        "",
+        f"p below {ALPHA:g} counts as found; with many arms, read single ones with care. {LIMITS}",
+        "",
+        sentence,
+    ]
     return {"comparisons": compared, "diagnostics": seen, "verdict": sentence}, "\n".join(lines)
 
 
