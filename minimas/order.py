@@ -1,6 +1,6 @@
 """The order in which kernels read 4- and 8-bit values, and where matrices are unpacked. Does not know: formats, layers.
 
-    N outputs, rows of W   K inputs   G = K / 32 groups of inputs
+N outputs, rows of W   K inputs   G = K / 32 groups of inputs
 """
 
 import threading
@@ -60,6 +60,15 @@ def pack8(values: Tensor, scale: Tensor) -> Any:
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
         return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+@cache
+def sums_are_wide() -> bool:
+    """Whether this CPU adds products of two 8-bit values in 32 bits, as VNNI does; without it pairs overflow 16."""
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    x = torch.tensor([[-128.0], [127.0]]).expand(2, 64)  # the range as `linear_dynamic` finds it: steps of 1
+    found: Tensor = torch.ops.quantized.linear_dynamic(x, pack8(largest, torch.ones(64)), False)
+    return torch.equal(found, (x.double() @ largest.double()).float())
 
 
 class Scratch(threading.local):

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bnb
-from .order import GROUP, TILE, order_is_known, pack4, pack8, unpack4
+from .order import GROUP, TILE, order_is_known, pack4, pack8, sums_are_wide, unpack4
 
-LEVELS = 63  # of an activation on each side of 0: with 127, processors without VNNI would overflow 16 bits
-FEW = {"q4": 144, "q8": 384}  # rows up to which the CPU's kernels beat unpacking, measured on two cores with AVX-512
+FEW = {"q4": 144, "q8": 384}  # rows up to which kernels beat unpacking, q4's measured on two cores with AVX-512
+BOTH = 64  # rows up to which q8 on x86 always takes a second one of what rounding lost
+COARSE = 0.055  # and of more rows those whose step is larger, as a share of their root mean square
+PIECE = 128  # rows that q8 on x86 takes at a time
 
 
 class Format(NamedTuple):
@@ -250,7 +252,8 @@ class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
     On x86 the activations become integers too: of each row x, scaled to its largest element, a rounded copy and what
-    rounding lost are two rows of one integer product. Rows are cheap there, and the sum is as exact as bf16.
+    rounding lost are two rows of one integer product. A few rows cost next to nothing, and the sum is as exact as bf16.
+    Of many rows, where a row costs its time, only those have a second one that have large outliers.
     """
 
     opaque: Any = None  # set by speed.py: `product` as one operator, for a compiler that cannot look into it
@@ -258,39 +261,58 @@ class Q8Linear(QuantizedLinear):
 
     def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(values.shape, bias, dtype)
-        self.scale, self.few = scale, FEW["q8"]
+        self.scale = scale
         self.integer = values.device.type == "cpu" and "x86" in torch.backends.quantized.supported_engines
         self.values = None if self.integer else values
-        # The operator takes its range from its input. Two more inputs, with weights of 0, fix it: the step is 1.
         pieces = zip(values.split(2**14), scale.split(2**14), strict=True) if self.integer else ()
-        self.parts = [pack8(F.pad(part, (0, 2)), by) for part, by in pieces]
-        key = values.device.type.upper()
-        if not self.integer and not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", key):
-            self.few = 0
+        self.parts = [pack8(part, by) for part, by in pieces]
+        self.levels = 127 if self.integer and sums_are_wide() else 63  # of an activation on each side of 0
+        # The operator takes its range from its input. One more row fixes it, so that the step is 1.
+        self.limits = torch.tensor([-self.levels - 1.0, self.levels, *[0.0] * (values.shape[1] - 2)])[None]  # (1, K)
+        kernel = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", values.device.type.upper())
+        self.few = torch.inf if self.integer else FEW["q8"] if kernel else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.integer and len(rows := x.reshape(-1, self.in_features)) > PIECE:
+            # What is made of a product should still be in the cache.
+            parts = [super(Q8Linear, self).forward(part) for part in rows.split(PIECE)]
+            return torch.cat(parts).view(*x.shape[:-1], -1)
+        return super().forward(x)
 
     def multiply(self, rows: Tensor) -> Tensor:
         if not self.integer:
             product: Tensor = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.values, self.scale)
             return product
-        unit = rows.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / LEVELS  # (R, 1)
+        sparing = len(rows) > BOTH and not torch.compiler.is_compiling()
+        unit = rows.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / self.levels  # (R, 1)
         exact = rows / unit
         rounded = exact.round()
-        fixed = torch.cat([rounded, (exact - rounded) * (2 * LEVELS)])  # (2R, K)
-        fixed = F.pad(F.pad(fixed, (0, 1), value=-LEVELS - 1.0), (0, 1), value=float(LEVELS))  # (2R, K + 2)
+        rest = (exact - rounded) * (2 * self.levels)
+        if sparing:
+            mean = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32) / self.in_features**0.5  # (R,)
+            coarse = (unit[:, 0] > COARSE * mean).nonzero()[:, 0]
+            rest = rest[coarse]
+        fixed = torch.cat([rounded, rest, self.limits])  # (R + the second rows + 1, K)
         if self.opaque is not None and torch.compiler.is_compiling():
-            products: Tensor = self.opaque(fixed, self.handle, self.out_features)  # (2R, N)
+            products: Tensor = self.opaque(fixed, self.handle, self.out_features)
         else:
             products = self.product(fixed)
-        whole, rest = products.chunk(2)  # (R, N) each
-        return (whole + rest / (2 * LEVELS)) * unit
+        whole: Tensor
+        whole, lost, _ = products.split([len(rows), len(rest), 1])
+        fraction = 1 / (2 * self.levels)
+        if sparing:
+            whole.index_add_(0, coarse, lost, alpha=fraction)
+            return whole * unit
+        return torch.add(whole, lost, alpha=fraction) * unit
 
     def product(self, fixed: Tensor) -> Tensor:
-        """(2R, K + 2) -> (2R, N): whole numbers from −64 to 63 on the left, which is what the operator rounds to."""
-        return torch.cat([torch.ops.quantized.linear_dynamic(fixed, part, True) for part in self.parts], -1)
+        """(R, K) -> (R, N): whole numbers in `limits` on the left, which is what the operator rounds to."""
+        narrow = self.levels == 63
+        return torch.cat([torch.ops.quantized.linear_dynamic(fixed, part, narrow) for part in self.parts], -1)
 
     def unpack(self) -> Tensor:
         values = self.values
         if values is None:
             parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self.parts]
-            values = torch.cat(parts)[:, :-2]
-        return values.bfloat16() * self.scale[:, None]
+            values = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return values * self.scale[:, None]
