@@ -195,7 +195,7 @@ def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int,
         for name, tap in taps.items()
     }
     return {
-        "what": "thoughts", "model": lm.model.name, "questions": len(questions), "steps": count,
+        "what": "thoughts", "model": Path(lm.model.name).name, "questions": len(questions), "steps": count,
         "tokens": {"places": place(shown), "norm": float(w_in.float().norm(dim=-1).mean())}, "maps": maps,
     }  # fmt: skip
 

@@ -29,7 +29,7 @@ from tasks import kind_of, read_rows  # noqa: E402
 import minimas  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind tell apart; black is for what all is compared with.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800", "#8C564B")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800", "#8C564B", "#332288")
 MARKS = {"single": "o", "text_mas": "s", "latent_mas": "D"}
 CONTROL_MARKS = dict(zip(figures.CONTROLS.values(), "vXs", strict=True))
 SETTINGS = {
@@ -134,7 +134,7 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
                 axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             else:  # ran with one number of thoughts; several of them stand beside each other
                 errors = [[y[-1] - low[-1]], [high[-1] - y[-1]]]
-                apart *= 1.09
+                apart *= 1.04
                 mark = CONTROL_MARKS.get(name, "o")
                 style = {"fmt": mark, "markersize": 4, "linewidth": 1, "color": colour, "capsize": 2}
                 shown[name] = axes.errorbar([x[-1] * apart], y[-1:], errors, **style)
