@@ -2,8 +2,9 @@
 
 A step of one row reads every weight once and computes little, so a quarter of the bytes is close to a quarter of the
 time. Few rows go through kernels that read the packed values; more rows unpack one matrix at a time and multiply in 16
-bits. Packing belongs to a device, so a quantized layer stays where it was made. The embedding is never quantized: W_a
-comes from it. Does not know: models, files, the order in which tensors arrive.
+bits, but for q8 on x86, whose integer product takes them all. Packing belongs to a device, so a quantized layer stays
+where it was made. The embedding is never quantized: W_a comes from it. Does not know: models, files, the order in which
+tensors arrive.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 """

@@ -118,7 +118,7 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         "the thoughts raised the loss of the right answer by 2.": {"full": moved(2), "shuffled": moved(2)},
         "no effect of the thoughts on the loss of the right answer is found": {"full": moved(-0.2), "shuffled": none},
         "they help, and another question's memory does not so well": {"full": moved(-0.5), "shuffled": moved(-0.2)},
-        "they help, but no less with another question's memory: it may be the slots": {
+        "they help, but no difference to another question's memory is found": {
             "full": moved(-0.5),
             "shuffled": moved(-0.5),
         },
@@ -135,6 +135,10 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
     assert "with the memory 75% of the answers are right, without it 25%: it makes a diff" in audit.verdict(right)
     same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)
     assert "no difference is found (p = 1)" in audit.verdict(same)
+    half = records("accuracy", full=[1.0, 1.0, 0.0], none=[1.0, 0.0, 0.0])
+    for record in half[::3]:
+        record["correct"] = None  # code, without leave to run it
+    assert "with the memory 50% of the answers are right, without it 0%" in audit.verdict(half)
     assert "Nothing can be said" in audit.verdict([])
 
 

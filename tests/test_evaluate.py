@@ -490,6 +490,8 @@ def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
     [control] = [arm for arm in found if arm.transfer == "none"]
     assert control.name == "latent_mas transfer=none"
     assert len(found) == 1 + 2 * 3
+    # Who answers may think too, and then the map is one more cause.
+    assert len([arm for arm in grid(True, method=["latent_mas"], **lists) if arm.transfer == "none"]) == 2 * 3
 
 
 def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:

@@ -1,7 +1,9 @@
 """Pictures show the runs' numbers: the right arms at the right places, nothing of other models or other questions."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,48 @@ def test_a_control_arm_is_no_map() -> None:
     lines = figures.steps(some)["panels"]["nll"]
     assert [point["y"] for point in lines["ridge"]] == [0, 1]
     assert [point["y"] for point in lines["another question's memory"]] == [4]
+
+
+def test_a_control_arm_without_thoughts_is_not_what_all_is_compared_with() -> None:
+    """`--transfer none,full --latent-steps 0,2`: "no memory" has 0 steps too, and came first."""
+    some = [record("q", nll=7.0, latent_steps=0, transfer="none"), record("q", nll=1.0, latent_steps=0)]
+    lines = figures.steps([*some, record("q", nll=2.0)])["panels"]["nll"]
+    assert {name: [point["y"] for point in points] for name, points in lines.items()} == {
+        "no memory": [6], "ridge": [0, 1],
+    }  # fmt: skip
+
+
+def test_arms_that_differ_in_a_rarer_setting_are_two_lines() -> None:
+    some = [record("q", nll=1.0, latent_steps=0, close=True), record("q", nll=2.0, close=True)]
+    lines = figures.steps([*some, record("q", nll=4.0, close=False)])["panels"]["nll"]
+    assert [point["y"] for point in lines["ridge, turns open"]][-1] == 3
+    assert [point["y"] for point in lines["ridge"]][-1] == 1
+    assert len(figures.costs([record("q", right=True, prefix=p) for p in (None, "Plan:")])["arms"]) == 2
+
+
+def test_seeds_are_no_further_questions() -> None:
+    some = [record("q", right=i < 3, seed=i) for i in range(4)] + [record("p", right=False, seed=i) for i in range(4)]
+    [point] = figures.steps(some)["panels"]["accuracy"]["ridge"]
+    assert (point["n"], point["y"]) == (2, 0.375)
+
+
+def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
+    command = "import sys; sys.path.insert(0, 'tools'); import figures, json, pathlib; " + (
+        f"print(json.dumps(figures.steps(figures.runs([pathlib.Path({str(finished)!r})]))))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", command], cwd=TINY.parents[1], env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert len(said) == 1
+
+
+def test_a_forest_is_of_an_audit() -> None:
+    with pytest.raises(ValueError, match="found the arm 'any', expected a run with --audit"):
+        figures.forest([record("q", nll=1.0)])
 
 
 def test_a_loss_without_prompts_only_has_nothing_to_stand_beside() -> None:

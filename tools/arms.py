@@ -58,14 +58,17 @@ class Arm:
     samples: int = 1  # answers to vote on
 
 
-def grid(**lists: Sequence[Any]) -> list[Arm]:
-    """Every combination of the settings' values, by the names of `Arm`'s fields, without those that are the same."""
+def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
+    """Every combination of the settings' values, by the names of `Arm`'s fields, without those that are the same.
+
+    `thinks_last`: the last agent thinks too, so that how it does so tells arms without memory apart.
+    """
     arms: dict[tuple[Any, ...], Arm] = {}
     for values in itertools.product(*lists.values()):
         given = dict(zip(lists, values, strict=True))
         read = {"method", "metric", *READS[given["method"]]}
         kept = {name: value for name, value in given.items() if name in read}
-        dropped = UNSEEN if kept.get("transfer") == "none" else ()
+        dropped = UNSEEN if kept.get("transfer") == "none" and not thinks_last else ()
         kept |= {name: lists[name][0] for name in dropped if name in lists}
         if kept.get("latent_steps") == 0:
             kept.pop("align", None)  # nothing is thought, so no map is asked
@@ -156,20 +159,20 @@ class Bench:
             return questions | {"choices": choices} | how
 
         if arm.method != "latent_mas":
-            team = self._team(rows[0], arm) if arm.method == "text_mas" else None
+            team = self.team(rows[0], arm) if arm.method == "text_mas" else None
             return brief_text(self.lm, team=team, **asked(rows))
         thinking = {"latent_steps": arm.latent_steps, "align": arm.align or "ridge", "close": arm.close is not False}
         thinking |= {"align": align} if align is not None else {}
-        team, transfer = self._team(rows[0], arm), arm.transfer or "full"
+        team, transfer = self.team(rows[0], arm), arm.transfer or "full"
         if arm.transfer == "shuffled":
             others = [self.partner(i) for i in rows]
-            handed = brief(self.lm, team=self._team(others[0], arm), **thinking, **asked(others))
+            handed = brief(self.lm, team=self.team(others[0], arm), **thinking, **asked(others))
             return brief(self.lm, team=team, handed=handed, **thinking, **asked(rows))
         if arm.transfer == "none":
             team = Team(team.agents[-1:])  # what the others would have read and thought is dropped anyway
         return brief(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 
-    def _team(self, i: int, arm: Arm) -> Team:
+    def team(self, i: int, arm: Arm) -> Team:
         row, name = self.rows[i], arm.team or "sequential"
         if "team" in row:
             team = Team.from_dict(row["team"], f"{row['id']}: team")

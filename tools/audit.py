@@ -79,7 +79,9 @@ def arms(evaluation: "Evaluation") -> list[Arm]:
 
 
 def same_seconds(evaluation: "Evaluation", several: Sequence[Arm]) -> int:
-    """How many answers a single agent writes in a team's time: as a run's head says, else timed on the first batch."""
+    """How many answers a single agent writes in a team's time, two at least: as a run's head says, else timed on the
+    first batch.
+    """
     for path in files(evaluation.folder):
         for arm in (read_head(path) or {}).get("arms", []):
             if arm["name"] == f"accuracy: {SAME_SECONDS}":
@@ -105,14 +107,17 @@ def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Re
     for arm in (first, second):
         mine = [r for r in found if r["arm"] == f"{metric}: {arm}" and r.get(field) is not None]
         values.append({(r["id"], r["seed"]): float(r[field]) for r in mine})
-    by_id: dict[str, list[float]] = {}
-    for key in values[0].keys() & values[1].keys():
+    shared, by_id = sorted(values[0].keys() & values[1].keys()), {}
+    for key in shared:
         by_id.setdefault(key[0], []).append(values[0][key] - values[1][key])
-    pairs = [sum(several) / len(several) for _, several in sorted(by_id.items())]
+    pairs = [sum(several) / len(several) for several in by_id.values()]
     if not pairs:
         return None
     mean, low, high = bootstrap(pairs)
     line = {"n": len(pairs), "mean": mean, "low": low, "high": high, "error": mean_error(pairs)[1]}
+    line |= {
+        name: sum(of[key] for key in shared) / len(shared) for name, of in zip(("first", "second"), values, strict=True)
+    }
     if metric == "accuracy" and set(pairs) <= {-1.0, 0.0, 1.0}:
         return line | {"p": mcnemar(pairs.count(1.0), pairs.count(-1.0))}
     return line | {"p": sign_flips(pairs)}
@@ -138,14 +143,9 @@ def verdict(found: Sequence[Record]) -> str:
         parts = [_thoughts(found, thoughts), _prompts(prompts)]
     right = compare(found, "accuracy", "full", "none")
     if right:
-        share = {
-            name: sum(r["correct"] for r in mine) / len(mine)
-            for name in ("full", "none")
-            if (mine := [r for r in found if r["arm"] == f"accuracy: {name}"])
-        }
         known = "it makes a difference" if right["p"] < ALPHA else "no difference is found"
-        parts.append(f"with the memory {share['full']:.0%} of the answers are right, without it {share['none']:.0%}")
-        parts[-1] += f": {known} ({_p(right)})"
+        shares = f"with the memory {right['first']:.0%} of the answers are right, without it {right['second']:.0%}"
+        parts.append(f"{shares}: {known} ({_p(right)})")
     if not parts:
         return "Nothing can be said: the arms full, prompts only and none are not all there."
     n = (thoughts or right or {})["n"]
@@ -163,7 +163,7 @@ def _thoughts(found: Sequence[Record], line: Record) -> str:
         return said
     if other["p"] < ALPHA and other["mean"] < 0:
         return f"{said}, and another question's memory does not so well"
-    return f"{said}, but no less with another question's memory: it may be the slots, not what is in them"
+    return f"{said}, but no difference to another question's memory is found"
 
 
 def _prompts(line: Record) -> str:

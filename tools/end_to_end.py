@@ -17,10 +17,9 @@ from typing import Any
 
 from arms import Arm, Bench, plain_grader
 from ledger import Ledger
-from tasks import read_rows
+from tasks import kind_of, read_rows
 
 from minimas import Result, Sampling, latent_mas, load, single, text_mas
-from minimas.answers import grade
 
 METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
 HARNESS = "evaluate.py"  # latent_mas once more, with all that tools/evaluate.py does around it
@@ -30,6 +29,8 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """The tables of --end-to-end, one for each batch size, and every sample."""
     lm = load(args.end_to_end, device="cpu", quantize=args.quantize, compile=args.compile)
     asked = read_rows(args.questions)[: args.limit]
+    if "code" in (kinds := {kind_of(row) for row in asked}) or len(kinds) > 1:
+        raise ValueError(f"{args.questions}: kind: found {', '.join(sorted(kinds))}, expected one, and no code")
     sampling = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens)
     steps = lm.default_steps if args.latent_steps is None else args.latent_steps
     thinking = {"latent_steps": steps, "align": args.align}
@@ -51,13 +52,13 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
             kept = {key: [r[key] for r in records] for key in ("read", "thought", "written")}
             right, cut = [bool(r["correct"]) for r in records], [r["finish_reason"] == "length" for r in records]
             return kept | {"seconds": [seconds] * len(part), "right": right, "cut": cut}
-        results = METHODS[method](lm, questions, sampling=sampling, **(thinking if method == "latent_mas" else {}))
+        several = {"kind": kind_of(part[0]), "choices": [row.get("choices") for row in part], "sampling": sampling}
+        results = METHODS[method](lm, questions, **several, **(thinking if method == "latent_mas" else {}))
         seconds = (time.perf_counter() - started) / len(part)
         usages = [result.usage for result in results]
-        scored = [(r.text, str(row["answer"])) for r, row in zip(results, part, strict=True) if "answer" in row]
         return {
             "seconds": [seconds] * len(part), "read": [u.prompt_tokens for u in usages],
-            "right": [grade("math", text, gold) for text, gold in scored],
+            "right": [bool(plain_grader(row, r.text)) for r, row in zip(results, part, strict=True)],
             "thought": [u.latent_steps for u in usages], "written": [u.output_tokens for u in usages],
             "cut": [r.finish_reason == "length" for r in results],
         }  # fmt: skip

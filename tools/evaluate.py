@@ -213,9 +213,10 @@ class Evaluation:
             import audit
 
             return audit.arms(self)
+        lasts = [self.bench.team(i, Arm("", team=name)).agents[-1] for name in a.team for i in range(len(self.rows))]
         arms = grid(
-            method=a.method, metric=a.metric, team=a.team, latent_steps=a.latent_steps, align=a.align,
-            transfer=a.transfer, close=a.close, prefix=a.prefix,
+            any(agent.latent_steps for agent in lasts), method=a.method, metric=a.metric, team=a.team,
+            latent_steps=a.latent_steps, align=a.align, transfer=a.transfer, close=a.close, prefix=a.prefix,
         )  # fmt: skip
         return [dataclasses.replace(arm, samples=a.samples or 1) if arm.method == "single" else arm for arm in arms]
 
@@ -434,7 +435,9 @@ def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:
         nll = "{:.3f} [{:.3f}, {:.3f}]".format(*line["nll"]) if "nll" in line else ""
         cut = f"{line['truncated']:.0%}" if "truncated" in line else ""
         counts = [f"{line[what]:,.0f}" for what in ("read", "thought", "written")]
-        lines.append([name, str(line["n"]), right, nll, cut, *counts, f"{line['seconds']:.3g}"])
+        # Of losses, what the first arm on a batch has read the others need not: their seconds do not compare.
+        seconds = "" if line["metric"] == "nll" else f"{line['seconds']:.3g}"
+        lines.append([name, str(line["n"]), right, nll, cut, *counts, seconds])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     chances = [row["chance"] for row in rows if "chance" in row]
     text += f"\n\nA guessed answer is right in {sum(chances) / len(chances):.1%}." if chances else ""

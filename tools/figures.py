@@ -15,7 +15,7 @@ import torch
 from audit import ALPHA, Tap, comparisons, verdict, walk
 from evaluate import summarize
 from ledger import Record, files, read_head
-from stats import bootstrap, sign_flips, wilson
+from stats import bootstrap, sign_flips
 from torch import Tensor
 
 from minimas import LM, Team
@@ -26,6 +26,7 @@ Figure = dict[str, Any]  # what is drawn, as JSON
 Point = dict[str, Any]
 SHOWN_TOKENS = 2_000  # of the embedding, as the background of thoughts
 SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")  # in all runs of one picture
+NO_BILL = {"arm": "", "metric": "accuracy", "read": 0, "thought": 0, "written": 0, "seconds": 0, "memory_bytes": 0}
 CONTROLS = {"none": "no memory", "shuffled": "another question's memory", "latents": "thoughts only"}
 
 
@@ -67,19 +68,20 @@ def steps(found: Sequence[Record]) -> Figure:
     other by far more than arms do. Of accuracy, the share with its Wilson interval.
     """
     panels: Figure = {}
+    varied = _varied(found)
     for metric in ("nll", "accuracy"):
         arms: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
         for r in found:
             field = {"nll": "nll", "accuracy": "correct"}[metric]
             if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
-                arms.setdefault(_line(r), {})[r["id"], r["seed"]] = float(r[field])
-        zero = next((values for (_, count), values in arms.items() if count == 0), None)
-        lines: dict[str, list[Point]] = {}
+                arms.setdefault(_line(r, varied), {})[r["id"], r["seed"]] = float(r[field])
+        zero, lines = arms.get(("", 0)), {}
+        maps = sorted({name for name, count in arms if count and not name.startswith(tuple(CONTROLS.values()))})
         for (name, count), values in sorted(arms.items()):
             if metric == "nll" and zero is None:
                 continue
-            for line in {kind for kind, n in arms if n and kind not in CONTROLS.values()} if not count else [name]:
-                point = _paired(values, zero) if metric == "nll" and zero else _share(values)
+            point = _paired(values, zero) if metric == "nll" and zero else _share(values)
+            for line in [name] if name else maps:  # prompts only are where every map's line begins
                 lines.setdefault(line, []).append({"steps": count} | point)
         panels[metric] = lines
     if not any(panels.values()):
@@ -87,11 +89,23 @@ def steps(found: Sequence[Record]) -> Figure:
     return {"what": "steps", "panels": panels}
 
 
-def _line(r: Record) -> tuple[str, int]:
-    """The line of the picture that a record belongs to, and its place on it."""
-    if r["transfer"] in CONTROLS:
-        return CONTROLS[r["transfer"]], r["latent_steps"]
-    return ("" if r["latent_steps"] == 0 else r["align"]), r["latent_steps"]
+def _line(r: Record, varied: Sequence[str]) -> tuple[str, int]:
+    """The line of the picture that a record belongs to, and its place on it; prompts only are on all: ""."""
+    name = CONTROLS.get(r["transfer"]) or (r["align"] or "ridge" if r["latent_steps"] else "")
+    return ", ".join([*filter(None, [name]), *_unusual(r, varied)]), r["latent_steps"]
+
+
+def _unusual(r: Record, varied: Sequence[str]) -> list[str]:
+    """The settings that most runs leave as they are, where they tell this picture's arms apart."""
+    said = {"team": r.get("team") or "", "transfer": "last memory only" if r.get("transfer") == "last" else ""}
+    said |= {"close": "" if r.get("close") else "turns open", "prefix": f"prefix {r.get('prefix')!r}"}
+    return [said[name] for name in varied if said[name]]
+
+
+def _varied(found: Sequence[Record]) -> list[str]:
+    latent = [r for r in found if r["method"] == "latent_mas"]
+    names = ("team", "transfer", "close", "prefix")
+    return [name for name in names if len({json.dumps(r.get(name)) for r in latent}) > 1]
 
 
 def _paired(values: dict[Any, float], others: dict[Any, float]) -> Point:
@@ -99,14 +113,17 @@ def _paired(values: dict[Any, float], others: dict[Any, float]) -> Point:
     for key in values.keys() & others.keys():
         by_id.setdefault(key[0], []).append(values[key] - others[key])
     pairs = [sum(several) / len(several) for _, several in sorted(by_id.items())]
+    if not pairs:
+        raise ValueError("found arms without a question and seed in common, expected the same ones")
     mean, low, high = bootstrap(pairs)
     same = not any(pairs)
     return {"n": len(pairs), "y": mean, "low": low, "high": high, "p": 1.0 if same else sign_flips(pairs)}
 
 
-def _share(values: dict[Any, float]) -> Point:
-    low, high = wilson(int(sum(values.values())), len(values))
-    return {"n": len(values), "y": sum(values.values()) / len(values), "low": low, "high": high}
+def _share(values: dict[tuple[str, int], float]) -> Point:
+    [line] = summarize([{**NO_BILL, "id": id_, "correct": value} for (id_, _), value in values.items()]).values()
+    y, low, high = line["accuracy"]
+    return {"n": line["n"], "y": y, "low": low, "high": high}
 
 
 # -- what an answer costs ---------------------------------------------------------------------------------------------
@@ -114,7 +131,8 @@ def _share(values: dict[Any, float]) -> Point:
 
 def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM8K") -> Figure:
     """Accuracy beside written tokens and seconds a question, of each arm; beside it the paper's own table, if given."""
-    arms, graded = [], [r | {"arm": label(r)} for r in found if r["metric"] == "accuracy"]
+    varied = _varied(found)
+    arms, graded = [], [r | {"arm": label(r, varied)} for r in found if r["metric"] == "accuracy"]
     methods = {r["arm"]: r["method"] for r in graded}
     for name, line in summarize(graded).items():
         if "accuracy" in line:
@@ -137,14 +155,14 @@ def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM
     return {"what": "costs", "model": found[0]["model"], "task": task, "arms": arms, "paper": theirs}
 
 
-def label(r: Record) -> str:
+def label(r: Record, varied: Sequence[str] = ()) -> str:
     """What an arm is, from its settings: runs may call two arms the same, or one arm two names."""
-    if r["method"] != "latent_mas":
-        return f"{r['method']}, vote of {r['samples']}" if r["samples"] > 1 else str(r["method"])
-    thoughts = f"{r['latent_steps']} × {r['align'] or 'ridge'}" if r["latent_steps"] else "prompts only"
-    if r["transfer"] == "none":
-        return "latent_mas, no memory"
-    return ", ".join(["latent_mas", thoughts, *filter(None, [CONTROLS.get(r["transfer"])])])
+    name = f"{r['method']}, vote of {r['samples']}" if r["samples"] > 1 else str(r["method"])
+    if r["method"] == "latent_mas":
+        thoughts = f"{r['latent_steps']} × {r['align'] or 'ridge'}" if r["latent_steps"] else "prompts only"
+        control = CONTROLS.get(r["transfer"], "")
+        name = ", ".join([name, *([thoughts] if r["transfer"] != "none" else []), *filter(None, [control])])
+    return ", ".join([name, *_unusual(r, varied)])
 
 
 # -- an audit ---------------------------------------------------------------------------------------------------------
@@ -152,6 +170,8 @@ def label(r: Record) -> str:
 
 def forest(found: Sequence[Record]) -> Figure:
     """An audit's paired differences: of the loss to prompts only, of accuracy to no memory; with its verdict."""
+    if not all(r["arm"].startswith(f"{r['metric']}: ") for r in found):
+        raise ValueError(f"found the arm {found[0]['arm']!r}, expected a run with --audit")
     compared, against = comparisons(found), {"nll": "prompts only", "accuracy": "none"}
     panels = {
         metric: {
@@ -178,7 +198,7 @@ def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int,
     All in the plane of the two main directions of token embeddings and thoughts together; by step, means over the
     questions of the norm before and after rescaling, the cosine to the thought before, and to the nearest token.
     """
-    planner, *_, last = TEAMS["sequential"]().agents
+    planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
     pair = Team((planner, last))
     w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None]  # (V, D)
     taps = {}

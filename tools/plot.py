@@ -36,7 +36,8 @@ SETTINGS = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
     "legend.fontsize": 8, "svg.hashsalt": "minimas", "figure.facecolor": "white",
 }  # fmt: skip
-MAPS = "ridge,prenorm,identity,fitted,token,pause,random"
+MAPS = "ridge,prenorm,identity,fitted,token,pause,random"  # whose thoughts are drawn, if nothing else is asked
+ORDER = "ridge prenorm fitted token pause random mean soft gumbel identity".split()  # of colours, in all pictures
 SMALL = 0.1  # a loss below it is drawn on a linear scale, above it on a logarithmic one
 
 
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     what = top.add_subparsers(dest="what", required=True, parser_class=Parser)
-    for name in ("steps", "costs", "audit"):
+    for name, count in (("steps", "+"), ("costs", "+"), ("audit", 1)):
         command = what.add_parser(name)
-        command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of results")
+        command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="folder of results")
     what.choices["costs"].add_argument("--paper", type=Path, metavar="FILE", help="the paper's tables, beside ours")
     what.choices["costs"].add_argument("--task", default="GSM8K", help="(default: %(default)s)")
     command = what.add_parser("thoughts")
@@ -114,7 +115,7 @@ def draw(figure: Figure, out: Path) -> None:
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name; the maps in all pictures the same."""
-    order = dict.fromkeys([*MAPS.split(","), *(name for name in names if name not in CONTROL_MARKS)])
+    order = dict.fromkeys([*ORDER, *(name for name in names if name not in CONTROL_MARKS)])
     colour_of = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(order)}
     return colour_of | dict.fromkeys(CONTROL_MARKS, "#222222")
 
@@ -125,16 +126,17 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
     named = dict.fromkeys(name for lines in panels.values() for name in lines)
     colour_of, shown = colours(named), {}
     for axes, (metric, lines) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        apart = 1.0
+        alone = [name for name in lines if sum(point["steps"] > 0 for point in lines[name]) == 1]
         for name in sorted(lines, key=list(colour_of).index):
             points, colour = lines[name], colour_of[name]
             x, y, low, high = ([point[key] for point in points] for key in ("steps", "y", "low", "high"))
             if len([count for count in x if count]) > 1:
-                shown[name] = axes.plot(x, y, "o-", color=colour, markersize=3.5)[0]
+                mark = CONTROL_MARKS.get(name, "o")
+                shown[name] = axes.plot(x, y, f"{mark}-", color=colour, markersize=3.5)[0]
                 axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             else:  # ran with one number of thoughts; several of them stand beside each other
                 errors = [[y[-1] - low[-1]], [high[-1] - y[-1]]]
-                apart *= 1.04
+                apart = 0.85 * 1.35 ** (alone.index(name) / max(1, len(alone) - 1))  # around where they belong
                 mark = CONTROL_MARKS.get(name, "o")
                 style = {"fmt": mark, "markersize": 4, "linewidth": 1, "color": colour, "capsize": 2}
                 shown[name] = axes.errorbar([x[-1] * apart], y[-1:], errors, **style)
@@ -159,7 +161,8 @@ def scale_of_losses(axes: Any, which: str) -> None:
     """Linear near 0, logarithmic beyond: one picture for harms of 2 and gains of 0.02; a line where nothing differs."""
     getattr(axes, f"set_{which}scale")("symlog", linthresh=SMALL, linscale=1.5)
     low, high = getattr(axes, f"get_{which}lim")()
-    ticks = [sign * size for sign in (-1, 1) for size in (0.05, 0.1, 0.3, 1, 3, 10)]
+    small = (0.05,) if max(-low, high) > SMALL else (0.005, 0.01, 0.02, 0.05)
+    ticks = [sign * size for sign in (-1, 1) for size in (*small, 0.1, 0.3, 1, 3, 10)]
     ticks = sorted(tick for tick in [0, *ticks] if low <= tick <= high)
     getattr(axes, f"set_{which}ticks")(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axes.minorticks_off()
@@ -175,12 +178,14 @@ def draw_costs(figure: Figure, canvas: Any) -> None:
     for axes, what in zip(grid[0], ("written", "seconds"), strict=True):
         for place, arm in enumerate(figure["arms"]):
             errors = [[arm["y"] - arm["low"]], [arm["high"] - arm["y"]]]
-            style = {"fmt": MARKS[arm["method"]], "color": COLOURS[place % len(COLOURS)], "markersize": 5, "capsize": 2}
+            mark = MARKS[arm["method"]] if len(figure["arms"]) <= len(COLOURS) else "oDsv^<>pP*Xdh8"[place % 14]
+            style = {"fmt": mark, "color": COLOURS[place % len(COLOURS)], "markersize": 5, "capsize": 2}
             shown[arm["name"]] = axes.errorbar([arm[what]], [arm["y"]], errors, **style)
         label = {"written": "tokens written a question", "seconds": "seconds a question"}[what]
         axes.set(xlabel=label, ylabel="right, 95 % interval", ylim=(-0.03, 1.03))
         axes.set_xlim(left=0)
-        axes.set_title(f"Measured here, {figure['model']}, n = {figure['arms'][0]['n']}")
+        n = sorted({arm["n"] for arm in figure["arms"]})
+        axes.set_title(f"Measured here, {figure['model']}, n = {n[0]}{f' to {n[-1]}' * (len(n) > 1)}")
     canvas.legend(shown.values(), shown, loc="outside right upper")
     if rows == 1:
         return
