@@ -274,7 +274,7 @@ class Q8Linear(QuantizedLinear):
         self.few = torch.inf if self.integer else FEW["q8"] if kernel else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.integer and len(rows := x.reshape(-1, self.in_features)) > PIECE:
+        if self.integer and len(rows := x.reshape(-1, self.in_features)) > PIECE and not x.requires_grad:
             # What is made of a product should still be in the cache.
             parts = [super(Q8Linear, self).forward(part) for part in rows.split(PIECE)]
             return torch.cat(parts).view(*x.shape[:-1], -1)

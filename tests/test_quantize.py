@@ -179,6 +179,17 @@ def test_of_many_rows_those_with_outliers_keep_their_second_one() -> None:
         assert not torch.equal(found[quiet], few[quiet]), "a second row for all would cost a prefill its speed"
 
 
+def test_a_gradient_through_many_rows_unpacks_a_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for every piece of the rows: unpacking takes longer than the product."""
+    layer, x = quantized("q8", gaussian(64, 64, 0), None), rows(5 * BOTH, 64).requires_grad_()
+    assert isinstance(layer, Q8Linear)
+    calls, unpack = [], layer.unpack
+    monkeypatch.setattr(layer, "unpack", lambda: (calls.append(1), unpack())[1])
+    layer(x).float().sum().backward()
+    assert calls == [1]
+    assert x.grad is not None and bool(x.grad.any())
+
+
 @pytest.mark.parametrize("name", ["q4", "q8"])
 def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
     layer, x = quantized(name, gaussian(64, 64, 0), None), rows(2, 64).requires_grad_()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from arms import Arm, gold_text
 from ledger import Record, files, read_head, write_whole
 from nll import losses
-from stats import bootstrap, mcnemar, mean_error, sign_flips
+from stats import paired
 from torch import Tensor
 
 from minimas import Aligner, KVCache
@@ -107,20 +107,7 @@ def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Re
     for arm in (first, second):
         mine = [r for r in found if r["arm"] == f"{metric}: {arm}" and r.get(field) is not None]
         values.append({(r["id"], r["seed"]): float(r[field]) for r in mine})
-    shared, by_id = sorted(values[0].keys() & values[1].keys()), {}
-    for key in shared:
-        by_id.setdefault(key[0], []).append(values[0][key] - values[1][key])
-    pairs = [sum(several) / len(several) for several in by_id.values()]
-    if not pairs:
-        return None
-    mean, low, high = bootstrap(pairs)
-    line = {"n": len(pairs), "mean": mean, "low": low, "high": high, "error": mean_error(pairs)[1]}
-    line |= {
-        name: sum(of[key] for key in shared) / len(shared) for name, of in zip(("first", "second"), values, strict=True)
-    }
-    if metric == "accuracy" and set(pairs) <= {-1.0, 0.0, 1.0}:
-        return line | {"p": mcnemar(pairs.count(1.0), pairs.count(-1.0))}
-    return line | {"p": sign_flips(pairs)}
+    return paired(*values, exact=metric == "accuracy")
 
 
 def comparisons(found: Sequence[Record]) -> Record:

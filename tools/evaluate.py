@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # minimas from the checkout
 import torch  # noqa: E402
 from arms import METHODS, METRICS, Arm, Bench, Grader, Row, grid, judge, plain_grader, same_mark  # noqa: E402
 from ledger import Key, Ledger, Record, check, files, read_head, records, take_up, write_whole  # noqa: E402
-from stats import bootstrap, wilson  # noqa: E402
+from stats import bootstrap, by_question, share  # noqa: E402
 from tasks import code_program, kind_of, load_task, read_rows  # noqa: E402
 from torch import distributed  # noqa: E402
 
@@ -213,7 +213,8 @@ class Evaluation:
             import audit
 
             return audit.arms(self)
-        lasts = [self.bench.team(i, Arm("", team=name)).agents[-1] for name in a.team for i in range(len(self.rows))]
+        some = [i for i, row in enumerate(self.rows) if i == 0 or "team" in row]  # all others share one
+        lasts = [self.bench.team(i, Arm("", team=name)).agents[-1] for name in a.team for i in some]
         arms = grid(
             any(agent.latent_steps for agent in lasts), method=a.method, metric=a.metric, team=a.team,
             latent_steps=a.latent_steps, align=a.align, transfer=a.transfer, close=a.close, prefix=a.prefix,
@@ -399,13 +400,10 @@ def summarize(found: Sequence[Record]) -> dict[str, Record]:
     for name, several_records in by_arm.items():
         n = len({r["id"] for r in several_records})
         line: Record = {"n": n, "metric": several_records[0]["metric"], "seeds": len(several_records) // n}
-        graded = by_question(several_records, "correct")
+        graded = of_questions(several_records, "correct")
         if graded:
-            # Several seeds of one question are no further questions, so the interval is over questions.
-            whole_numbers = set(graded) <= {0.0, 1.0}
-            interval = wilson(int(sum(graded)), len(graded)) if whole_numbers else bootstrap(graded)[1:]
-            line |= {"accuracy": [sum(graded) / len(graded), *interval]}
-        if losses := by_question(several_records, "nll"):
+            line["accuracy"] = share(graded)
+        if losses := of_questions(several_records, "nll"):
             line["nll"] = list(bootstrap(losses))
         n = len(several_records)
         if "finish_reason" in several_records[0]:
@@ -417,13 +415,9 @@ def summarize(found: Sequence[Record]) -> dict[str, Record]:
     return summary
 
 
-def by_question(found: Sequence[Record], field: str) -> list[float]:
+def of_questions(found: Sequence[Record], field: str) -> list[float]:
     """A field's mean over each question's seeds, in the data's order, of the questions that have it."""
-    values: dict[str, list[float]] = {}
-    for record in found:
-        if record.get(field) is not None:
-            values.setdefault(record["id"], []).append(float(record[field]))
-    return [sum(several) / len(several) for several in values.values()]
+    return by_question({(r["id"], r["seed"]): float(r[field]) for r in found if r.get(field) is not None})
 
 
 def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from audit import ALPHA, Tap, comparisons, verdict, walk
 from evaluate import summarize
-from ledger import Record, files, read_head
-from stats import bootstrap, sign_flips
+from ledger import Record, files, read_head, whole_lines
+from stats import by_question, paired, share
 from torch import Tensor
 
 from minimas import LM, Team
@@ -26,7 +26,6 @@ Figure = dict[str, Any]  # what is drawn, as JSON
 Point = dict[str, Any]
 SHOWN_TOKENS = 2_000  # of the embedding, as the background of thoughts
 SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")  # in all runs of one picture
-NO_BILL = {"arm": "", "metric": "accuracy", "read": 0, "thought": 0, "written": 0, "seconds": 0, "memory_bytes": 0}
 CONTROLS = {"none": "no memory", "shuffled": "another question's memory", "latents": "thoughts only"}
 
 
@@ -47,12 +46,10 @@ def runs(folders: Sequence[Path]) -> list[Record]:
             for name in SAME:
                 if (mine := head["settings"][name]) != (other := first[1]["settings"][name]):
                     raise ValueError(f"{path}: {name}: found {mine}, expected {other} as in {first[0]}")
-            for line in path.read_bytes().splitlines(keepends=True)[1:]:
-                if line.endswith(b"\n"):
-                    record = json.loads(line)
-                    if record["method"] == "latent_mas" and record["latent_steps"] is None:
-                        record["latent_steps"] = head["model"]["steps"]
-                    found.append(record | {"model": Path(head["model"]["name"]).name})
+            for record in whole_lines(path):
+                if record["method"] == "latent_mas" and record["latent_steps"] is None:
+                    record["latent_steps"] = head["model"]["steps"]
+                found.append(record | {"model": Path(head["model"]["name"]).name})
     if not found:
         raise ValueError(f"{', '.join(map(str, folders))}: found no finished batch, expected one at least")
     return found
@@ -108,22 +105,15 @@ def _varied(found: Sequence[Record]) -> list[str]:
     return [name for name in names if len({json.dumps(r.get(name)) for r in latent}) > 1]
 
 
-def _paired(values: dict[Any, float], others: dict[Any, float]) -> Point:
-    by_id: dict[str, list[float]] = {}
-    for key in values.keys() & others.keys():
-        by_id.setdefault(key[0], []).append(values[key] - others[key])
-    pairs = [sum(several) / len(several) for _, several in sorted(by_id.items())]
-    if not pairs:
+def _paired(values: dict[tuple[str, int], float], others: dict[tuple[str, int], float]) -> Point:
+    if (line := paired(values, others)) is None:
         raise ValueError("found arms without a question and seed in common, expected the same ones")
-    mean, low, high = bootstrap(pairs)
-    same = not any(pairs)
-    return {"n": len(pairs), "y": mean, "low": low, "high": high, "p": 1.0 if same else sign_flips(pairs)}
+    return {"n": line["n"], "y": line["mean"], "low": line["low"], "high": line["high"], "p": line["p"]}
 
 
 def _share(values: dict[tuple[str, int], float]) -> Point:
-    [line] = summarize([{**NO_BILL, "id": id_, "correct": value} for (id_, _), value in values.items()]).values()
-    y, low, high = line["accuracy"]
-    return {"n": line["n"], "y": y, "low": low, "high": high}
+    y, low, high = share(graded := by_question(values))
+    return {"n": len(graded), "y": y, "low": low, "high": high}
 
 
 # -- what an answer costs ---------------------------------------------------------------------------------------------
@@ -155,7 +145,7 @@ def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM
     return {"what": "costs", "model": found[0]["model"], "task": task, "arms": arms, "paper": theirs}
 
 
-def label(r: Record, varied: Sequence[str] = ()) -> str:
+def label(r: Record, varied: Sequence[str]) -> str:
     """What an arm is, from its settings: runs may call two arms the same, or one arm two names."""
     name = f"{r['method']}, vote of {r['samples']}" if r["samples"] > 1 else str(r["method"])
     if r["method"] == "latent_mas":

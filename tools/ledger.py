@@ -91,6 +91,13 @@ def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
     return done, end
 
 
+def whole_lines(path: Path) -> Iterator[Record]:
+    """A file's records behind its head, up to a line that is being written; raises ValueError naming a bad line."""
+    for number, _, line in _lines(path):
+        if number > 1 and line.endswith(b"\n"):
+            yield _parse(path, number, line)
+
+
 def key_of(record: Record) -> Key:
     return Key(record.get("batch", -1), record.get("arm", ""), record.get("seed", -1))
 

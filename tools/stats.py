@@ -4,7 +4,8 @@ Does not know: what is compared.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -63,3 +64,40 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, 0.0
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def by_question(values: Mapping[tuple[str, int], float]) -> list[float]:
+    """The mean over each question's seeds, (question, seed) -> value, in the order in which questions first come."""
+    several: dict[str, list[float]] = {}
+    for (question, _), value in values.items():
+        several.setdefault(question, []).append(value)
+    return [sum(of) / len(of) for of in several.values()]
+
+
+def share(graded: Sequence[float]) -> list[float]:
+    """The share of right answers and its interval, from one value a question: Wilson's, or a bootstrap's of fractions.
+
+    Several seeds of one question are no further questions, so the interval is over questions.
+    """
+    whole = set(graded) <= {0.0, 1.0}
+    interval = wilson(int(sum(graded)), len(graded)) if whole else bootstrap(graded)[1:]
+    return [sum(graded) / len(graded), *interval]
+
+
+def paired(
+    first: Mapping[tuple[str, int], float], second: Mapping[tuple[str, int], float], exact: bool = False
+) -> dict[str, Any] | None:
+    """The difference first − second over the (question, seed) that both have; None: there are none.
+
+    `exact`: of right and wrong answers the p is McNemar's, where every question has one seed; else of random signs.
+    """
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return None
+    pairs = by_question({key: first[key] - second[key] for key in shared})
+    mean, low, high = bootstrap(pairs)
+    line = {"n": len(pairs), "mean": mean, "low": low, "high": high, "error": mean_error(pairs)[1]}
+    line |= {name: sum(of[key] for key in shared) / len(shared) for name, of in (("first", first), ("second", second))}
+    if exact and set(pairs) <= {-1.0, 0.0, 1.0}:
+        return line | {"p": mcnemar(pairs.count(1.0), pairs.count(-1.0))}
+    return line | {"p": sign_flips(pairs)}
