@@ -16,6 +16,7 @@ Plain text is measured once per model. Does not know: agents, prompts, how a rol
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,10 +78,10 @@ def feeder(model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: st
 
 def divide_gain(model: Qwen3, power: float, rows: int | None = None) -> Aligner:
     """rescale((h ÷ gᴾ) W_a): ridge for P = 0, prenorm for 1; where P is not whole, gᴾ is |g|ᴾ with the sign of g."""
-    ridge = Aligner.from_model(model, "ridge", rows)
-    gain = model.model.norm.weight.to(torch.promote_types(model.dtype, torch.float32))
-    divisor = gain**power if power.is_integer() else gain.sign() * gain.abs() ** power
-    return Aligner(ridge.matrix, ridge.norm, torch.where(divisor == 0, 0, 1 / divisor))  # 0: nothing to divide
+    prenorm = Aligner.from_model(model, "prenorm", rows)
+    inverse: Any = prenorm.scale  # 1 ÷ g, and 0 where g is 0: nothing to divide
+    scale = inverse**power if power.is_integer() else inverse.sign() * inverse.abs() ** power
+    return Aligner(prenorm.matrix, prenorm.norm, scale)
 
 
 def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Feeder:

@@ -128,12 +128,12 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Config, name: str = "unnamed model") -> None:
         super().__init__()
-        self.config, self.name = config, name
+        self.config, self.name, tied = config, name, config.tie_word_embeddings
         self.step: Any = None  # (inputs_embeds, cache) -> hidden of one position, where speed.py has a faster way
+        self.linear: Any = F.linear  # of the tied LM head, where packed.py has none that is faster
         self.model = Trunk(config)
-        self.lm_head: Any = None  # tied: the embedding, unless a quantized copy of it takes the place
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Tied: the embedding, unless a quantized copy of it takes the place.
+        self.lm_head: Any = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.requires_grad_(False)
 
     @property
@@ -172,7 +172,7 @@ class Qwen3(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: (B, T, D) -> (B, T, V)."""
         head = self.lm_head
-        return F.linear(hidden, self.model.embed_tokens.weight) if head is None else head(hidden)
+        return self.linear(hidden, self.model.embed_tokens.weight) if head is None else head(hidden)  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty memory of this model's shape, dtype and device."""

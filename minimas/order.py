@@ -1,18 +1,32 @@
 """The order in which kernels read 4- and 8-bit values, and where matrices are unpacked. Does not know: formats, layers.
 
-N outputs, rows of W   K inputs   G = K / 32 groups of inputs
+N outputs, rows of W   K inputs   G = K / 32 groups of inputs   L rows whose values are half a byte each of L bytes
 """
 
 import threading
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 GROUP = 32
-TILE = 64  # rows that the CPU's kernel takes together
+TILE = 64  # rows that every CPU's kernel takes together
+
+
+class Order(NamedTuple):
+    """How rows of W share bytes: in tiles of `tile` rows, whose two halves lie one after the other or alternate.
+
+    `few`, measured on two cores, is up to how many rows of x the kernel that reads this order beats unpacking.
+    """
+
+    tile: int
+    alternate: bool
+    few: int
+
+
+ORDERS = (Order(64, False, 144), Order(32, False, 144), Order(32, True, 2))  # with AVX-512, with AVX2, all other CPUs
 
 
 def pack4(values: Tensor) -> Tensor:
@@ -26,31 +40,35 @@ def pack4(values: Tensor) -> Tensor:
     return packed
 
 
-def unpack4(packed: Tensor, scales: Tensor) -> Tensor:
-    """W (N, K) in bf16 from what `pack4` makes on a CPU with AVX-512, and scales and zeros (G, N, 2).
+def unpack4(packed: Tensor, scales: Tensor, order: Order) -> Tensor:
+    """W (N, K) in bf16 from what `pack4` makes on a CPU of that `order`, and scales and zeros (G, N, 2).
 
-    Rows d and d + 32 of a tile share a byte. The result is gone at the next call: it lies in the same memory each time,
-    for fresh pages for every matrix would cost three times the arithmetic.
+    The result is gone at the next call: it lies in the same memory each time, for fresh pages for every matrix would
+    cost three times the arithmetic.
     """
     G, N, _ = scales.shape
-    columns, half, byte = scratch.take(G, N)  # bf16 (K, N), bf16 (G, 32, N / 64, 32), uint8 (N / 64, K, 32)
-    into = columns.view(G, GROUP, -1, 2, TILE // 2)  # (G, 32, N / 64, 2, 32)
+    L = order.tile // 2
+    columns, half, byte = scratch.take(G, N, L)  # bf16 (K, N), bf16 (G, 32, N / 2L, L), uint8 (N / 2L, K, L)
+    shape, part_of = ((L, 2), -1) if order.alternate else ((2, L), -2)
+    into = columns.view(G, GROUP, -1, *shape)  # (G, 32, N / 2L, 2, L), or L, 2
     # Side by side as they are stored, they would be read at half the speed, for every group's 32 inputs anew.
-    scale, zero = (t.contiguous() for t in scales.view(G, 1, -1, 2, TILE // 2, 2).unbind(-1))  # (G, 1, N / 64, 2, 32)
+    scale, zero = (t.contiguous() for t in scales.view(G, 1, -1, *shape, 2).unbind(-1))  # (G, 1, N / 2L, 2, L), or L, 2
     pairs = packed.view(byte.shape)
     for part in range(2):
         torch.bitwise_right_shift(pairs, 4, out=byte) if part else torch.bitwise_and(pairs, 15, out=byte)
-        half.copy_(byte.view(-1, G, GROUP, TILE // 2).permute(1, 2, 0, 3)).sub_(8)  # (G, 32, N / 64, 32)
-        torch.addcmul(zero[..., part, :], half, scale[..., part, :], out=into[..., part, :])
+        half.copy_(byte.view(-1, G, GROUP, L).permute(1, 2, 0, 3)).sub_(8)  # (G, 32, N / 2L, L)
+        of_zero, of_scale, of_into = (t.select(part_of, part) for t in (zero, scale, into))
+        torch.addcmul(of_zero, half, of_scale, out=of_into)
     return columns.T
 
 
 @cache
-def order_is_known() -> bool:
-    """Whether this CPU's kernel takes its values in the order that `unpack4` undoes."""
+def order_of_this_cpu() -> Order | None:
+    """The order in which this CPU's kernel takes its values; None: one that `unpack4` does not undo."""
     values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)  # (128, 32)
-    plain = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
-    return torch.equal(unpack4(pack4(values), plain).to(torch.uint8), values)
+    packed, plain = pack4(values), torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
+    fits = (order for order in ORDERS if torch.equal(unpack4(packed, plain, order).to(torch.uint8), values))
+    return next(fits, None)
 
 
 def pack8(values: Tensor, scale: Tensor) -> Any:
@@ -77,14 +95,14 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, G: int, N: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for W in columns, bf16 (K, N), for half of it, and for its values in bytes (N / 64, K, 32)."""
+    def take(self, G: int, N: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for W in columns, bf16 (K, N), for half of it, and for its values in bytes (N / 2L, K, L)."""
         K = G * GROUP
         if len(self.memory) < 4 * K * N:
             self.memory = torch.empty(4 * K * N, dtype=torch.uint8)
         columns, half, byte, _ = self.memory[: 4 * K * N].split([2 * K * N, K * N, K * N // 2, K * N // 2])
-        half = half.view(torch.bfloat16).view(G, GROUP, -1, TILE // 2)
-        return columns.view(torch.bfloat16).view(K, N), half, byte.view(-1, K, TILE // 2)
+        half = half.view(torch.bfloat16).view(G, GROUP, -1, L)
+        return columns.view(torch.bfloat16).view(K, N), half, byte.view(-1, K, L)
 
 
 scratch = Scratch()

@@ -1,37 +1,73 @@
-"""16-bit matrices in the order that a CPU's matrix units read. Does not know: files, fewer bits."""
+"""16-bit products on a CPU: weights in the order that its matrix units read, or widened to 32 bits where it has none.
+
+Does not know: files, fewer bits.
+"""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-CAN_PACK = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
+FEW = 4  # rows up to which one after another is faster than widening, measured on two cores with AVX2
+PIECE = 2**20  # weights that are widened at a time: 4 MB stay in the cache until they are used
 
 
-class PackedLinear(nn.Module):
+def _has_units(kind: str) -> bool:
+    """Whether this CPU multiplies `kind`, bf16 or fp16; without (x86 before AVX-512) torch takes row after row."""
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
+
+
+def _can_pack() -> bool:
+    """Whether torch has the operators, and they run on this CPU."""
+    x = torch.ones(32, 32, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(x, torch.ops.mkldnn._reorder_linear_weight(x, None), None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+HAS_UNITS = {torch.bfloat16: _has_units("bf16"), torch.float16: _has_units("fp16")}
+CAN_PACK = _can_pack()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, but for more than FEW rows of 16 bits on a CPU without units for them: multiplied and added in 32."""
+    R = x.shape[:-1].numel()
+    if x.device.type != "cpu" or HAS_UNITS.get(x.dtype, True) or R <= FEW:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(R, -1).float()  # (R, K)
+    y = torch.cat([rows @ part.float().T for part in weight.split(max(1, PIECE // weight.shape[1]))], -1)  # (R, N)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class CPULinear(nn.Module):
     """A linear layer whose frozen bf16 weight is packed for the CPU's matrix units at its first use, in its place.
 
     This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
     `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
+    Where a weight cannot be packed, it is what `linear` makes of it.
     """
 
     bias: Tensor | None
     opaque: Any = None  # set by speed.py: `product` as one operator, for a compiler that cannot look into it
     handle: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor | None = None
-        self.out_features = linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.out_features = plain.weight, plain.bias, plain.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:  # the packed operator has no gradient
-            return nn.functional.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         if self.packed is None:
             weight = self.weight
-            if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.requires_grad:  # changed since
-                return nn.functional.linear(x, weight, self.bias)
+            frozen = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
+            if not (frozen and CAN_PACK):
+                return linear(x, weight, self.bias)
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
             del self.weight, weight
         if self.opaque is not None and torch.compiler.is_compiling():
@@ -63,10 +99,13 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: Any) -> None:
-    """Let a frozen bf16 model on a CPU pack its matrices at its first forward; any other model stays as it is."""
-    if not CAN_PACK or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+    """Give a frozen 16-bit model on a CPU the linear layers that are fast there; any other model stays as it is."""
+    wide = not HAS_UNITS.get(model.dtype, True)
+    if model.device.type != "cpu" or not (wide or (CAN_PACK and model.dtype == torch.bfloat16)):
         return
+    if wide:
+        model.linear = linear
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
+                setattr(module, name, CPULinear(child))

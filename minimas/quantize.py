@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bnb
-from .order import GROUP, TILE, order_is_known, pack4, pack8, sums_are_wide, unpack4
+from .order import GROUP, TILE, order_of_this_cpu, pack4, pack8, sums_are_wide, unpack4
+from .packed import linear
 
-FEW = {"q4": 144, "q8": 384}  # rows up to which kernels beat unpacking, q4's measured on two cores with AVX-512
+FEW = 384  # rows up to which q8's kernel beats unpacking where it is not x86's
 BOTH = 64  # rows up to which q8 on x86 always takes a second one of what rounding lost
 COARSE = 0.055  # and of more rows those whose step is larger, as a share of their root mean square
 PIECE = 128  # rows that q8 on x86 takes at a time
@@ -181,7 +182,7 @@ class QuantizedLinear(nn.Module):
             y = self.multiply(rows)  # (R, N)
             y = (y if self.bias is None else y + self.bias).to(x.dtype)
         else:
-            y = F.linear(rows, self.unpack().to(x.dtype), self.bias)
+            y = linear(rows, self.unpack().to(x.dtype), self.bias)
         return y.view(*x.shape[:-1], -1)
 
     def multiply(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, N), through the kernel
@@ -215,7 +216,8 @@ class Q4Linear(QuantizedLinear):
         self.packed = torch.cat([pack4(F.pad(part, pad)) for part in values.split(2**22 // K // TILE * TILE or TILE)])
         self.scales = torch.stack([F.pad(t.bfloat16(), pad).T for t in (scale, zero)], dim=-1).contiguous()  # (G, N, 2)
         on_cpu = values.device.type == "cpu"
-        self.few = FEW["q4"] if on_cpu and order_is_known() else torch.inf
+        self.order = order_of_this_cpu() if on_cpu else None
+        self.few = self.order.few if self.order else torch.inf
         self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -223,10 +225,10 @@ class Q4Linear(QuantizedLinear):
         return product[:, : self.out_features]
 
     def unpack(self) -> Tensor:
-        if self.few == torch.inf:  # an order of the values that only the kernel knows: W times the unit vectors
+        if self.order is None:  # only the kernel knows it: W times the unit vectors
             units = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
             return torch.cat([self.multiply(part) for part in units.split(512)]).T
-        return unpack4(self.packed, self.scales)[: self.out_features]
+        return unpack4(self.packed, self.scales, self.order)[: self.out_features]
 
 
 class Q8GroupLinear(QuantizedLinear):
@@ -271,7 +273,7 @@ class Q8Linear(QuantizedLinear):
         # The operator takes its range from its input. One more row fixes it, so that the step is 1.
         self.limits = torch.tensor([-self.levels - 1.0, self.levels, *[0.0] * (values.shape[1] - 2)])[None]  # (1, K)
         kernel = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", values.device.type.upper())
-        self.few = torch.inf if self.integer else FEW["q8"] if kernel else 0
+        self.few = torch.inf if self.integer else FEW if kernel else 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer and len(rows := x.reshape(-1, self.in_features)) > PIECE and not x.requires_grad:

