@@ -1,5 +1,6 @@
 """nf4 and int8 by bitsandbytes, which brings its own kernels, on CUDA and CPU. Does not know: models, q4, q8."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +32,8 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         made.weight = bnb.Params4bit(weight.bfloat16(), **options, **how).to(weight.device)
     else:
         made = bnb.Linear8bitLt(K, N, bias is not None, has_fp16_weights=False, device="meta")
+        # It says so at every call that its activations become 16 other bits, which is how the format works.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         made.weight = bnb.Int8Params(weight.half(), **options, has_fp16_weights=False).to(weight.device)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)

@@ -96,6 +96,17 @@ def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
+@needs_bnb
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes warns at every product of int8: 84 lines a token between a question and its answer."""
+    layer = quantized(name, gaussian(64, 64, 0), None)
+    assert layer is not None
+    caplog.clear()
+    layer(rows(3, 64))
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 3, 200])
 def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> None:
