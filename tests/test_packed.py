@@ -112,6 +112,17 @@ def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
 # -- without units -----------------------------------------------------------------------------------------------------
 
 
+def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has the operator everywhere; on a laptop without AVX-512 it raised at the first forward of every model."""
+
+    def refuses(*args: Any) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+
+    assert packed._can_pack() == CAN_PACK
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuses)
+    assert not packed._can_pack()
+
+
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.integers(0, 99)),
     st.sampled_from(sorted(HAS_UNITS, key=str)), st.booleans(), st.sampled_from([1, 100, 1000]),
