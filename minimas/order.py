@@ -18,7 +18,7 @@ TILE = 64  # rows that every CPU's kernel takes together
 class Order(NamedTuple):
     """How rows of W share bytes: in tiles of `tile` rows, whose two halves lie one after the other or alternate.
 
-    `few`, measured on two cores, is up to how many rows of x the kernel that reads this order beats unpacking.
+    `few` is up to how many rows of x the kernel that reads this order beats unpacking, on two cores.
     """
 
     tile: int
@@ -26,7 +26,8 @@ class Order(NamedTuple):
     few: int
 
 
-ORDERS = (Order(64, False, 144), Order(32, False, 144), Order(32, True, 2))  # with AVX-512, with AVX2, all other CPUs
+# With AVX-512; with AVX2; other x86; ARM and Windows' builds, whose `few` was not measured.
+ORDERS = (Order(64, False, 144), Order(32, False, 144), Order(32, True, 2), Order(16, True, 2), Order(64, True, 2))
 
 
 def pack4(values: Tensor) -> Tensor:
@@ -65,8 +66,10 @@ def unpack4(packed: Tensor, scales: Tensor, order: Order) -> Tensor:
 @cache
 def order_of_this_cpu() -> Order | None:
     """The order in which this CPU's kernel takes its values; None: one that `unpack4` does not undo."""
-    values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)  # (128, 32)
-    packed, plain = pack4(values), torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
+    with torch.device("cpu"):
+        values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)  # (128, 32)
+        plain = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
+    packed = pack4(values)
     fits = (order for order in ORDERS if torch.equal(unpack4(packed, plain, order).to(torch.uint8), values))
     return next(fits, None)
 

@@ -14,13 +14,13 @@ PIECE = 2**20  # weights that are widened at a time: 4 MB stay in the cache unti
 
 
 def _has_units(kind: str) -> bool:
-    """Whether this CPU multiplies `kind`, bf16 or fp16; without (x86 before AVX-512) torch takes row after row."""
+    """Whether this CPU multiplies `kind`; without (bf16: x86 before AVX-512, fp16: most) torch takes row after row."""
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")())
 
 
 def _can_pack() -> bool:
     """Whether torch has the operators, and they run on this CPU."""
-    x = torch.ones(32, 32, dtype=torch.bfloat16)
+    x = torch.ones(32, 32, dtype=torch.bfloat16, device="cpu")
     try:
         torch.ops.mkldnn._linear_pointwise(x, torch.ops.mkldnn._reorder_linear_weight(x, None), None, "none", [], "")
     except (AttributeError, RuntimeError):
@@ -34,13 +34,15 @@ CAN_PACK = _can_pack()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, but for more than FEW rows of 16 bits on a CPU without units for them: multiplied and added in 32."""
-    R = x.shape[:-1].numel()
-    if x.device.type != "cpu" or HAS_UNITS.get(x.dtype, True) or R <= FEW:
+    R, (N, K) = x.shape[:-1].numel(), weight.shape
+    # A gradient would keep every widened piece until it is asked for.
+    if x.device.type != "cpu" or HAS_UNITS.get(x.dtype, True) or R <= FEW or x.requires_grad:
         return F.linear(x, weight, bias)
-    rows = x.reshape(R, -1).float()  # (R, K)
-    y = torch.cat([rows @ part.float().T for part in weight.split(max(1, PIECE // weight.shape[1]))], -1)  # (R, N)
-    y = y if bias is None else y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    rows, parts, step = x.reshape(R, K).float(), [], max(1, PIECE // K)  # (R, K)
+    for at in range(0, N, step):
+        part = rows @ weight[at : at + step].float().T  # (R, step)
+        parts.append((part if bias is None else part + bias[at : at + step]).to(x.dtype))
+    return torch.cat(parts, -1).view(*x.shape[:-1], N)
 
 
 class CPULinear(nn.Module):
@@ -48,7 +50,7 @@ class CPULinear(nn.Module):
 
     This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
     `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
-    Where a weight cannot be packed, it is what `linear` makes of it.
+    A weight that cannot be packed stays, and is multiplied by `linear`.
     """
 
     bias: Tensor | None
@@ -62,19 +64,19 @@ class CPULinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:  # the packed operator has no gradient
-            return linear(x, self.weight, self.bias)
-        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.packed is None and CAN_PACK:
             weight = self.weight
-            frozen = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad
-            if not (frozen and CAN_PACK):
-                return linear(x, weight, self.bias)
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
-            del self.weight, weight
+            if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad:
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
+                del self.weight, weight
         if self.opaque is not None and torch.compiler.is_compiling():
             return self.opaque(x, self.handle, self.out_features)  # type: ignore[no-any-return]
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:

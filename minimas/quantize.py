@@ -182,7 +182,8 @@ class QuantizedLinear(nn.Module):
             y = self.multiply(rows)  # (R, N)
             y = (y if self.bias is None else y + self.bias).to(x.dtype)
         else:
-            y = linear(rows, self.unpack().to(x.dtype), self.bias)
+            weight = self.unpack()  # a gradient keeps it, and the next layer unpacks to the same place
+            y = linear(rows, (weight.clone() if rows.requires_grad else weight).to(x.dtype), self.bias)
         return y.view(*x.shape[:-1], -1)
 
     def multiply(self, rows: Tensor) -> Tensor:  # (R, K) -> (R, N), through the kernel
