@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimas import KVCache, Sampling, latent_mas, load
-from minimas.order import ORDERS, Order, unpack4
+from minimas.order import ORDERS, Order, sums_are_wide, unpack4
 from minimas.quantize import (
     BOTH,
     COARSE,
@@ -116,23 +116,28 @@ def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> Non
     assert layer is not None
     found, expected = layer(x[None]), F.linear(x.float(), weight.float(), bias.float())
     assert found.shape == (1, count, 96) and found.dtype == torch.bfloat16
-    loss = LOSS[name] if (name, count) != ("q8", 200) else (LOSS[name] ** 2 + COARSE**2 / 12) ** 0.5
+    narrow = name == "q8" and count > BOTH and not sums_are_wide()  # 7 bits, and one row: a step's share more
+    loss = (LOSS[name] ** 2 + COARSE**2 / 12) ** 0.5 if narrow else LOSS[name]
     assert apart(found[0].float() - bias.float(), expected - bias.float()) < loss
     assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input is another output
 
 
 @given(SIZES, st.sampled_from(["q4", "q8"]))
-def test_the_kernel_for_few_rows_computes_what_is_stored(of: tuple[int, int, int], name: str) -> None:
+def test_the_kernel_for_few_rows_computes_what_is_stored(size: tuple[int, int, int], name: str) -> None:
     """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only behind a short one."""
-    layer, x = quantized(name, gaussian(*of), None), rows(3, of[1])
+    layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
     assert isinstance(layer, QuantizedLinear)
     expected = F.linear(x.double(), layer.weight.double())
     assert apart(layer(x), expected) < 0.006
-    # Many rows in 8 bits: those without a second one are off by a step's share of their mean, and terms may cancel.
-    count, off = (BOTH, 0.1) if layer.few == torch.inf else (int(layer.few), 0.006)
+    # Many rows in 8 bits: those without a second one are off by a step's share of their mean, evenly spread.
+    count, off = (BOTH, 0.006 + COARSE / 12**0.5) if layer.few == torch.inf else (int(layer.few), 0.006)
     many = x.repeat(count // 3 + 1, 1)
-    size = F.linear(x.double().square(), layer.weight.double().square()).sqrt() if off > 0.006 else expected
-    assert len(many) > count and float((layer(many)[:3].double() - expected).norm() / size.norm()) < off
+    assert len(many) > count
+    if isinstance(layer, Q8Linear) and layer.levels == 63:  # steps twice as large, and a sum's terms may cancel
+        terms = F.linear(x.double().square(), layer.weight.double().square()).sqrt()
+        assert float((layer(many)[:3].double() - expected).norm() / terms.norm()) < 0.1
+    else:
+        assert apart(layer(many)[:3], expected) < off
 
 
 ORDER = """
@@ -177,7 +182,7 @@ def test_an_order_that_is_not_known_is_left_to_the_kernel(monkeypatch: pytest.Mo
     monkeypatch.setattr("minimas.quantize.order_of_this_cpu", lambda: None)
     unknown = quantized("q4", gaussian(150, 96, 0), None)
     assert isinstance(known, QuantizedLinear) and isinstance(unknown, QuantizedLinear)
-    assert known.few <= unknown.few == torch.inf
+    assert unknown.few == torch.inf
     assert torch.equal(unknown.weight, known.weight)
     assert torch.equal(unknown(rows(700, 96)), unknown.multiply(rows(700, 96)))
 
@@ -262,9 +267,8 @@ def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
     for count in (2, 200):
         x = rows(count, 64).requires_grad_()
         second(first(x)).float().sum().backward()
-        wanted = torch.ones(count, 64) @ second.weight.float() @ first.weight.float() if name[0] == "q" else None
         assert x.grad is not None and float(x.grad.abs().sum()) > 0
-        assert wanted is None or apart(x.grad, wanted) < 0.01
+        assert apart(x.grad, torch.ones(count, 64) @ second.weight.float() @ first.weight.float()) < 0.01
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
