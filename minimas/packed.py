@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import one_row
+
 FEW = 4  # rows up to which one after another is faster than widening, measured on two cores with AVX2
 PIECE = 2**20  # weights that are widened at a time: 4 MB stay in the cache until they are used
 
@@ -50,7 +52,8 @@ class CPULinear(nn.Module):
 
     This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
     `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
-    A weight that cannot be packed stays, and is multiplied by `linear`.
+    A weight that cannot be packed stays, and is multiplied by `linear`. Where steps are compiled, it also stays as long
+    as they are of one row.
     """
 
     bias: Tensor | None
@@ -65,14 +68,22 @@ class CPULinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:  # the packed operator has no gradient
             return F.linear(x, self.weight, self.bias)
-        if self.packed is None and CAN_PACK:
-            weight = self.weight
-            if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad:
-                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
-                del self.weight, weight
-        if self.opaque is not None and torch.compiler.is_compiling():
+        if self.opaque is None:
+            self.pack()
+        elif torch.compiler.is_compiling():
+            if self.packed is None and one_row.fits(x, self.weight):
+                y = one_row.product(x, self.weight)
+                return (y if self.bias is None else y + self.bias).to(x.dtype)
             return self.opaque(x, self.handle, self.out_features)  # type: ignore[no-any-return]
         return self.product(x)
+
+    def pack(self) -> None:
+        if self.packed is not None or not CAN_PACK:
+            return
+        weight = self.weight
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.requires_grad:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
+            del self.weight
 
     def product(self, x: Tensor) -> Tensor:
         if self.packed is None:

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bnb
+from . import bnb, one_row
 from .order import GROUP, TILE, order_of_this_cpu, pack4, pack8, sums_are_wide, unpack4
 from .packed import linear
 
 FEW = 384  # rows up to which q8's kernel beats unpacking where it is not x86's
+LOOSE = 64  # and where it would be, but steps are compiled
 BOTH = 64  # rows up to which q8 on x86 always takes a second one of what rounding lost
 COARSE = 0.055  # and of more rows those whose step is larger, as a share of their root mean square
 PIECE = 128  # rows that q8 on x86 takes at a time
@@ -284,7 +285,9 @@ class Q8Linear(QuantizedLinear):
         return super().forward(x)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        if not self.integer:
+        if self.values is not None:
+            if torch.compiler.is_compiling() and one_row.fits(rows, self.values):
+                return one_row.product(rows, self.values) * self.scale
             product: Tensor = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.values, self.scale)
             return product
         sparing = len(rows) > BOTH and not torch.compiler.is_compiling()
@@ -314,9 +317,16 @@ class Q8Linear(QuantizedLinear):
         narrow = self.levels == 63
         return torch.cat([torch.ops.quantized.linear_dynamic(fixed, part, narrow) for part in self.parts], -1)
 
+    def integers(self) -> Tensor:  # int8 (N, K)
+        if self.values is not None:
+            return self.values
+        parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self.parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def unpack(self) -> Tensor:
-        values = self.values
-        if values is None:
-            parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self.parts]
-            values = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return values * self.scale[:, None]
+        return self.integers() * self.scale[:, None]
+
+    def loosen(self) -> None:
+        """On a CPU that adds in 16 bits: no integer product, for a compiled step of one row is faster without."""
+        if self.integer and self.levels == 63:
+            self.values, self.parts, self.integer, self.few = self.integers(), [], False, LOOSE

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .cache import KVCache, with_room
 from .model import Block, Places, Qwen3
+from .packed import CPULinear
+from .quantize import Q8Linear
 
 ROOM = 256  # slots that a recorded step has before it must be recorded anew
 
@@ -42,7 +44,9 @@ def check_compiler() -> None:
 
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place; the work happens at the first of them, for seconds."""
-    for layer in model.modules():
+    for layer in model.model.layers.modules():
+        if isinstance(layer, Q8Linear):
+            layer.loosen()
         if hasattr(layer, "opaque"):
             layer.opaque, layer.handle = _product, torch.tensor(id(layer))
             _layers[id(layer)] = layer
@@ -55,11 +59,15 @@ class Compiled:
 
     def __init__(self, model: Qwen3) -> None:
         self.model = model
+        self.packing = [layer for layer in model.model.layers.modules() if isinstance(layer, CPULinear)]
         self.before, self.between, self.behind = (
             torch.compile(piece, dynamic=True) for piece in (Block.before, _between, Block.behind)
         )
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
+        if len(inputs_embeds) > 1:  # one row reads plain weights faster, more read packed ones
+            for layer in self.packing:
+                layer.pack()
         return self.layers(inputs_embeds, self.model.places_of(cache, *inputs_embeds.shape[:2]), cache)
 
     def layers(self, x: Tensor, at: Places, memory: Any) -> Tensor:

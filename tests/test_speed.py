@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minimas import Aligner, Qwen3, load, think
+from minimas.quantize import Q8Linear
 from minimas.speed import ROOM, Recorded, check_compiler, compile_steps
 
 from .models import TINY, apart, random_ids, remember, tiny_model
@@ -15,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is installed")
 
 
-def steps(model: Qwen3, count: int, lengths: list[int] | None = None) -> torch.Tensor:
-    """Thoughts of `count` steps behind two rows, ragged if `lengths` says so."""
-    hidden, cache = remember(model, random_ids(model, 2, 7), lengths)
+def steps(model: Qwen3, count: int, lengths: list[int] | None = None, rows: int = 2) -> torch.Tensor:
+    """Thoughts of `count` steps behind two rows or one, ragged if `lengths` says so."""
+    hidden, cache = remember(model, random_ids(model, rows, 7), lengths)
     return think(model, Aligner.from_model(model, "identity"), hidden[:, -1:], cache, count)[0]
 
 
@@ -67,6 +68,26 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | N
     assert counters["stats"]["unique_graphs"] == 0
     for lengths in (None, [3, 7]):  # two thoughts: bf16 rounds at other places, and later ones amplify it
         assert apart(steps(fast, 2, lengths).double(), steps(plain, 2, lengths).double()) <= 0.05
+
+
+@needs_compiler
+@pytest.mark.parametrize(("quantize", "few"), [(None, False), ("q8", False), ("q8", True)])
+def test_a_compiled_step_of_one_row_equals_a_plain_one(
+    quantize: str | None, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It multiplies by code of its own, as long as the weights are plain; after a step of two rows they may not be."""
+    torch._dynamo.reset()
+    if few:  # a CPU that adds products of 8 bits in 16, on any machine
+        monkeypatch.setattr("minimas.quantize.sums_are_wide", lambda: False)
+    plain = load(TINY, device="cpu", quantize=quantize).model
+    fast = load(TINY, device="cpu", quantize=quantize, compile=True).model
+    if few:
+        assert not any(layer.integer for layer in fast.model.layers.modules() if isinstance(layer, Q8Linear))
+    for rows in (1, 2, 1):
+        expected = steps(plain, 2, rows=rows).double()
+        assert apart(steps(fast, 2, rows=rows).double(), expected) <= 0.05
+    assert apart(expected, steps(fast, 2, rows=2)[1:].double()) > 0.2, "the bound tells nothing apart"
+    assert fast.fingerprint() == plain.fingerprint()
 
 
 @needs_compiler

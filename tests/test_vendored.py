@@ -25,9 +25,9 @@ CORE = ("config", "rotary", "cache", "model", "latent")
 
 # Rooms by floor: a room imports from lower floors only, or, named here, from beside it.
 FLOORS = (
-    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub", "order", "packed"},
-    {"cache", "teams", "quantize", "gguf"},
-    {"model", "results"},
+    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub", "one_row", "order"},
+    {"cache", "teams", "gguf", "packed"},
+    {"model", "quantize", "results"},
     {"generate", "latent", "speed"},
     {"feeders"},
     {"load"},
@@ -173,7 +173,7 @@ def test_the_core_is_read_in_one_sitting() -> None:
 
 
 def test_the_library_is_small() -> None:
-    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 4035
+    assert lines(*ROOMS) + len((LIBRARY / "__init__.py").read_text().splitlines()) <= 4100
 
 
 @pytest.mark.parametrize("room", ROOMS)
