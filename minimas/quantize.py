@@ -267,8 +267,8 @@ class Q8Linear(QuantizedLinear):
     def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__(values.shape, bias, dtype)
         self.scale = scale
-        self.integer = values.device.type == "cpu" and "x86" in torch.backends.quantized.supported_engines
-        self.values = None if self.integer else values
+        x86 = values.device.type == "cpu" and "x86" in torch.backends.quantized.supported_engines
+        self.values = None if x86 else values
         pieces = zip(values.split(2**14), scale.split(2**14), strict=True) if self.integer else ()
         self.parts = [pack8(part, by) for part, by in pieces]
         self.levels = 127 if self.integer and sums_are_wide() else 63  # of an activation on each side of 0
@@ -276,6 +276,10 @@ class Q8Linear(QuantizedLinear):
         self.limits = torch.tensor([-self.levels - 1.0, self.levels, *[0.0] * (values.shape[1] - 2)])[None]  # (1, K)
         kernel = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", values.device.type.upper())
         self.few = torch.inf if self.integer else FEW if kernel else 0
+
+    @property
+    def integer(self) -> bool:  # whether products are of whole numbers, by packed parts
+        return self.values is None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer and len(rows := x.reshape(-1, self.in_features)) > PIECE and not x.requires_grad:
@@ -329,4 +333,4 @@ class Q8Linear(QuantizedLinear):
     def loosen(self) -> None:
         """On a CPU that adds in 16 bits: no integer product, for a compiled step of one row is faster without."""
         if self.integer and self.levels == 63:
-            self.values, self.parts, self.integer, self.few = self.integers(), [], False, LOOSE
+            self.values, self.parts, self.few = self.integers(), [], LOOSE

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from minimas import Aligner, Qwen3, load, think
+from minimas import Aligner, Qwen3, load, packed, think
+from minimas.packed import CPULinear, pack
 from minimas.quantize import Q8Linear
 from minimas.speed import ROOM, Recorded, check_compiler, compile_steps
 
@@ -88,6 +89,26 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(
         assert apart(steps(fast, 2, rows=rows).double(), expected) <= 0.05
     assert apart(expected, steps(fast, 2, rows=2)[1:].double()) > 0.2, "the bound tells nothing apart"
     assert fast.fingerprint() == plain.fingerprint()
+
+
+def test_matrices_are_packed_when_a_compiled_step_has_rows_to_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed for a prompt, the steps of one row behind it lose their loop; never packed, several rows pay each."""
+    called: list[CPULinear] = []
+    monkeypatch.setattr(CPULinear, "pack", lambda layer: called.append(layer))
+    monkeypatch.setattr(packed, "HAS_UNITS", dict.fromkeys(packed.HAS_UNITS, False))  # layers of ours on any CPU
+    monkeypatch.setattr("torch.compile", lambda piece, **_: piece)
+    model = tiny_model(dtype=torch.bfloat16)
+    pack(model)
+    remember(model, random_ids(model, 1, 5))
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, CPULinear)]
+    assert called[: len(layers)] == layers, "without compiled steps it is at once"
+    called.clear()
+    compile_steps(model)
+    for rows, expected in ((1, []), (2, layers)):
+        _, cache = remember(model, random_ids(model, rows, 5))
+        assert called == []
+        model(model.embed(random_ids(model, rows, 1)), cache)
+        assert called == expected
 
 
 @needs_compiler
