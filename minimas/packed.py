@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import one_row
 
-FEW = 4  # rows up to which one after another is faster than widening, measured on two cores with AVX2
+FEW = 3  # rows up to which one after another is faster than widening, measured on two cores with AVX2
 PIECE = 2**20  # weights that are widened at a time: 4 MB stay in the cache until they are used
 
 
@@ -40,11 +40,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # A gradient would keep every widened piece until it is asked for.
     if x.device.type != "cpu" or HAS_UNITS.get(x.dtype, True) or R <= FEW or x.requires_grad:
         return F.linear(x, weight, bias)
-    rows, parts, step = x.reshape(R, K).float(), [], max(1, PIECE // K)  # (R, K)
+    rows, y, step = x.reshape(R, K).float(), x.new_empty(R, N), max(1, PIECE // K)  # (R, K), (R, N)
     for at in range(0, N, step):
-        part = rows @ weight[at : at + step].float().T  # (R, step)
-        parts.append((part if bias is None else part + bias[at : at + step]).to(x.dtype))
-    return torch.cat(parts, -1).view(*x.shape[:-1], N)
+        part = (weight[at : at + step].float() @ rows.T).T  # (R, step); in this order up to a third faster
+        y[:, at : at + step] = part if bias is None else part + bias[at : at + step]
+    return y.view(*x.shape[:-1], N)
 
 
 class CPULinear(nn.Module):
