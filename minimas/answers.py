@@ -24,7 +24,7 @@ KINDS = ("math", "choice", "code", "free")
 LIMIT = 500  # digits of a number; one beyond is compared as text
 _BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not count
 _ASCII = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # full-width forms; \d and int() know the digits of all scripts
-_ASCII |= dict(zip(map(ord, "−–‐‑×·÷⁄。"), [*"----**//", ". "], strict=True))
+_ASCII |= dict(zip(map(ord, "−–‐‑﹣×·÷⁄≈“”‘’。"), [*"-----**//=\"\"''", ". "], strict=True))
 _ASCII |= {ord(half): " " + normalize("NFKC", half).replace("⁄", "/") for half in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}  # 3½ is 3 1/2
 
 
@@ -106,10 +106,8 @@ def _box(text: str) -> str | None:
 _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # stands behind a number, a bracket or a variable, not behind a word
 _FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
 _SCALES = ("hundred", "thousand", "million", "billion", "trillion")
-_REWRITES: list[
-    tuple[str, Any]
-] = [  # LaTeX and Markdown to plain text, in this order; afterwards a number or an expression is one word
-    (r"[\u2e80-\u9fff]+", " "),  # Chinese and Japanese stand beside a number without a space
+_REWRITES: list[tuple[str, Any]] = [  # LaTeX and Markdown to plain text, in order; then a number is one word
+    (r"[\u2e80-\u9fff]+|</?answer>", " "),  # Chinese and Japanese stand beside a number without a space
     (r"(?<=\d)[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + normalize("NFKC", power[0]).replace("−", "-")),  # 10³; but m² is a unit
     (r"\b[A-Z]{2}\\?\$(?=\d)", ""),  # US$18
     (r"(?:\^ ?\{?\\circ\}?|°) ?(?:\\(?:text|mathrm) ?\{ ?[CFK] ?\}|[CFK]\b)?", ""),
@@ -128,8 +126,8 @@ _REWRITES: list[
     (_TERM + r" (?=\\[a-z])", ""),  # 2 \sqrt{3}
     (rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w/^*]))", "&"),  # 3\frac{1}{2} and 3 1/2 are 3&1/2
     (_FRAC, r"\1\3/\2\4"),
-    (r"\b[Nn]egative (?=\d)", "-"),
-    (r"\bnot -?\d+(?:[.,]\d+)*", ""),  # it is 18, not 5
+    (r"(?:\b[Nn]egative|(?<![\d)%] )\b[Mm]inus) (?=\d)", "-"),
+    (r"(?:\bnot|\bcannot|n't)(?: be)? -?\d+(?:[.,]\d+)*", ""),  # it is 18, not 5
     (r" ?(?<![<>!])= ?(-(?= ))? ?", r" = \1"),
 ]
 _END = re.compile(r"\n|[.!?](?=\s|$)")  # of a sentence
@@ -140,7 +138,9 @@ _NUMBER = re.compile(  # sign, the 3 of 3&1/2, product, percent, glued unit: 5km
     rf"([-+]?)(?:(\d+)&(?=\d+/\d+\b))?({_FACTOR}(?:[*/]{_FACTOR})*)(%?)"
     r"(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|/[A-Za-z]{3,})?"
 )
-_UNIT = re.compile(r"(?!(?:or|and|plus|minus|times|over)\b)[A-Za-z]{2,}(?:/[A-Za-z]+)?(?:\^[23]|[²³])?|[amghsL][²³]?")
+_UNIT = re.compile(
+    r"(?:(?!(?:or|and|plus|minus|times|over)\b)(?:[A-Za-z]+-)?[A-Za-z]{2,}|[amghsLNJ])(?:/[A-Za-z]+)?(?:\^[23]|[²³])?"
+)
 _FACTORS = {*_SCALES, "dozen", "half", "pi", "sqrt"}  # no unit, but a part of the number
 
 
@@ -159,8 +159,8 @@ def _math(text: str) -> str | None:
         return _value(hashes[-1])
     sentence, place = ["", *(part for part in _END.split(text) if re.search(r"\d", part))][-1], -1  # the last number
     for marker in list(re.finditer(_ANSWER_IS, text))[-1:]:
-        stated = _END.split(text[marker.end() :], maxsplit=1)[0]
-        if re.search(r"[\d\\]", stated):
+        stated, *rest = re.split(f"({_END.pattern})", text[marker.end() :], maxsplit=1)
+        if re.search(r"[\d\\]", stated) and rest[:1] != ["?"] and not re.search(r"\b(?:wrong|incorrect)\b", stated):
             sentence, place = re.sub("^- ", "-", stated), 0  # the first one
     two = _TWO.search(sentence)
     if place and " = " in sentence:
@@ -181,9 +181,10 @@ def _value(text: str) -> str | None:
     if not re.search(r",(?!\d{3})|;|\b(?:and|or)\b", left):  # x = 1, y = 2
         text = right
     text = re.sub("^- ", "-", text.strip(" \n,;:").rstrip("."))
+    text = text.replace(" ", "") if re.fullmatch(r"-?\d{1,3}(?: \d{3})+", text) else text
     number, *units = text.split() or [""]
     value = _number(number.strip("()"))
-    if value and all(_UNIT.fullmatch(unit) and unit.lower() not in _FACTORS for unit in units):
+    if value and all(_UNIT.fullmatch(unit.strip("()")) and unit.lower() not in _FACTORS for unit in units):
         return value
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None  # 1 2 is not 12
 
@@ -214,10 +215,13 @@ _CHOSEN = (
     r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|\b(?:choose|pick|select|must be)\b"
     r"|\b(?:so|thus|hence|therefore)\b,?|#### *(?=[^\n]*\Z)"
 )
+_NEGATED = re.compile(  # "I would not choose", "the answer can't be"; but not "not A so I choose"
+    r"(?i)(?:\bnot|\bnever|\bcannot|n['’]t)\b(?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$"
+)
 _ANSWER_LINE = re.compile(
     r"(?i)^[^a-z]*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?answer(?: is\b|:|\** *:)"
 )
-_DRESS = r"\\(?:text|math)[a-z]*|\\[()\[\],;! ]|[*_`${}]|\\(?=[%&#])|<\|\w+\|>"
+_DRESS = r"</?answer>|\\(?:text|math)[a-z]*|\\[()\[\],;! ]|[*_`${}]|\\(?=[%&#])|<\|\w+\|>"
 _LETTER = re.compile(  # "the correct option" "(" B ")."
     r"(?:(?:most|likely|probably|the|correct|best|final|answer|option|choice|letter|is)\b:? ?){0,6}"
     r"([(\[]?)([a-z0-9])([)\].:,;!]*)(?=\s|$)"
@@ -235,7 +239,8 @@ def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
     if (box := _box(text)) is not None:
         return _named(box, choices)
     for marker in reversed(list(re.finditer(_CHOSEN, text))[-1000:]):
-        if letters := _named(text[marker.end() : marker.end() + LIMIT].partition("\n")[0], choices):
+        said = text[marker.end() : marker.end() + LIMIT].partition("\n")[0]
+        if not _NEGATED.search(text[max(0, marker.start() - 40) : marker.end()]) and (letters := _named(said, choices)):
             return letters
     return {letter for line in set(text.split("\n")) for letter in _named(line, choices, alone=True)}
 

@@ -126,8 +126,7 @@ def decode(
     A token is in memory once the iterator is asked for the next one; an end token never is. There is no limit here:
     the caller stops asking. `prompts` are the ids that a repetition penalty counts as already there.
     """
-    running = [True] * len(generators)
-    seen = [list(row) for row in prompts]
+    running, seen = [True] * len(generators), [list(row) for row in prompts]
     while True:
         logits = finite(model.logits(hidden), model.name)[:, -1]  # (B, V)
         if (penalty := sampling.repetition_penalty) != 1:  # Keskar et al., arXiv 1909.05858, as in Hugging Face
@@ -160,11 +159,10 @@ def stream(
     steps = decode(model, hidden, cache, sampling, end_ids, generators, prompts)
     for count, tokens in enumerate(steps, start=1):
         for row, token in enumerate(tokens):
-            text, done, piece = texts[row], None, ""
             if row not in running:
                 continue
-            if token is not None:
-                piece = text.push(token)
+            text, done = texts[row], None
+            piece = "" if token is None else text.push(token)
             if token is None or count == sampling.max_new_tokens:
                 running.discard(row)
                 piece += text.finish()

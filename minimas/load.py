@@ -64,12 +64,12 @@ class LM:
         """The model's own sampling defaults, from generation_config.json; greedy without one."""
         from .generate import Sampling
 
-        return Sampling.from_dict(*self._settings("generation_config.json"))
+        return Sampling.from_dict(*settings(self.folder, self.files, "generation_config.json"))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Every token that ends a turn, as any of the folder's files says."""
-        raw, path = self._settings("generation_config.json")
+        raw, path = settings(self.folder, self.files, "generation_config.json")
         ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
         return frozenset(ids).union(self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ())
 
@@ -78,20 +78,17 @@ class LM:
         """The folder's own teams by name (teams.json), {} without one."""
         from .teams import Team
 
-        raw, path = self._settings("teams.json")
+        raw, path = settings(self.folder, self.files, "teams.json")
         return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in raw.keys() - {"latent_steps"}}
 
     @cached_property
     def default_steps(self) -> int:
         """How many thoughts an agent thinks if nobody says: teams.json's number, or 40 (paper: best at 40 to 80)."""
-        raw, path = self._settings("teams.json")
+        raw, path = settings(self.folder, self.files, "teams.json")
         steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
             raise ValueError(f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more")
         return steps
-
-    def _settings(self, name: str) -> tuple[dict[str, Any], str]:
-        return settings(self.folder, self.files, name)
 
     def aligner(self, kind: str) -> "Feeder":
         """The model's map of one kind (see `latent` and `feeders`), over the rows that the tokenizer can produce;

@@ -171,6 +171,11 @@ no solution <- \boxed{\text{no solution}} ‖ 12345678 <- 12 345 678 ‖ 18 
 2000000 <- \boxed{2\text{ million dollars}} ¦ It took 2 million years ‖ 1500 <- 1.5 thousand ‖ 300 <- 3 hundred
 -7/2 <- -3½ ‖ 1/2 <- ½ ‖ 0.001 <- 10⁻³ ‖ \sqrt{2} <- √2 ¦ \boxed{\sqrt2} ¦ \boxed{\sqrt 2}
 \frac{\sqrt{3}}{2} <- \boxed{\dfrac{\sqrt3}{2}} ‖ 5 <- \boxed{3} is wrong; \boxed{5} ¦ \boxed{3} = 3, \boxed{5}
+None <- The answer isn't 42. ¦ It can't be 42. ¦ It cannot be 42. ‖
+    43 <- The answer is 42? No, it is 43. ¦ The answer was 42, but that is wrong; it is 43. ¦ It isn't 42, it is 43.
+5 <- \boxed{5 m/s} ¦ \boxed{5\text{ m}^2} ¦ 5\text{ J/kg} ¦ \boxed{5\text{ N}} ¦ \boxed{5\text{ T-shirts}} ¦
+    \boxed{5 \text{ (apples)}} ¦ #### 5 m/s ¦ <answer>5</answer> ‖ 1000 <- \boxed{1 000} ‖ -5 <- ﹣5 ¦ It is minus 5.
+42 <- x≈42 ¦ x ≈ 42
 """
 
 
@@ -294,7 +299,9 @@ b <- B ¦  b↵ ¦ b. ¦ B) ¦ (B) ¦ [B] ¦ **B** ¦ $B$ ¦ （Ｂ） ¦ B. Ora
     B<|im_end|> ¦ A is wrong. So B is correct. ¦ Therefore, it must be (B). ¦ Thus (B). ¦ Hence, option B. ¦
     The answer is Oral ulcers (common in this disease). ¦ The answer is oral ulcers because A is too rare. ¦
     (Oral ulcers) ¦ The answer is (Oral ulcers). ¦ ((B) Oral ulcers) ¦ B (Oral ulcers) ¦ Option: Oral ulcers ¦
-    The answer is (B), so (A) is wrong. ¦ The best answer is B.
+    The answer is (B), so (A) is wrong. ¦ The best answer is B. ¦ The answer is “B”. ¦ <answer>B</answer> ¦
+    It is not A, so I choose B. ¦ I would not choose A; I choose B.
+None <- I would not choose B ¦ the answer can't be B ¦ We can't pick B. ¦ do not select (b)
 None <- A or B ¦ A and C ¦ A/B ¦ A↵B ¦ A, B ¦ Both A and C. ¦ The answer is (A) or (B). ¦ The answer is A, B, and C. ¦
     \boxed{A, C} ¦ \boxed{B. Hemolytic uremic syndrome} ¦ A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue ¦ E ¦
     \boxed{E} ¦ \boxed{42} ¦ \boxed{B ¦ The answer is not A. ¦ A cat sat ¦ A cat sat on a mat. I saw it. ¦

@@ -46,6 +46,14 @@ def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: 
     assert wilson(0, 0) == (0, 1)
 
 
+def test_an_interval_holds_its_share() -> None:
+    """At 0 of 24 and at 10 of 10 it was rounded past it, and a picture of that has an error bar below nothing."""
+    for n in range(1, 200):
+        for right in range(n + 1):
+            low, high = wilson(right, n)
+            assert 0 <= low <= right / n <= high <= 1
+
+
 @pytest.mark.parametrize(
     ("first", "second", "p"),
     [(0, 0, 1.0), (5, 5, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (0, 10, 2 / 1024), (8, 2, 2 * (1 + 10 + 45) / 1024)],
@@ -132,7 +140,11 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
     unknown = audit.verdict(records("nll", none=none, prompts_only=prompts, full=moved(-0.5)))
     assert "with this model they help; the prompts' memory" in unknown, "of an arm that was not run nothing is said"
     right = records("accuracy", full=[1.0] * 30 + [0.0] * 10, none=[1.0] * 10 + [0.0] * 30)
-    assert "with the memory 75% of the answers are right, without it 25%: it makes a diff" in audit.verdict(right)
+    assert "with the memory 75% of the answers are right, without it 25%: it helps (p < 0.001)" in audit.verdict(right)
+    wrong = records("accuracy", full=[0.0] * 40, none=[1.0] * 20 + [0.0] * 20)
+    assert "0% of the answers are right, without it 50%: it harms (p < 0.001)" in audit.verdict(wrong)
+    thoughts = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 20 + [0.0] * 20)
+    assert "with the thoughts 0% of the answers are right, without them 50%: they harm" in audit.verdict(thoughts)
     same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)
     assert "no difference is found (p = 1)" in audit.verdict(same)
     half = records("accuracy", full=[1.0, 1.0, 0.0], none=[1.0, 0.0, 0.0])
@@ -140,6 +152,30 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         record["correct"] = None  # code, without leave to run it
     assert "with the memory 50% of the answers are right, without it 0%" in audit.verdict(half)
     assert "Nothing can be said" in audit.verdict([])
+
+
+def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
+    """weights/tiny, asked for a box that it never writes: more loss by thoughts, and two thirds more right answers."""
+    rng = random.Random(0)
+    losses = records("nll", full=[2.5 + rng.gauss(0, 0.1) for _ in range(40)], prompts_only=[2.0] * 40)
+    better = records("accuracy", full=[1.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
+    assert "they harm" in audit.verdict(losses)
+    assert "harm" not in audit.verdict(losses + better)
+    assert "the answers say the opposite; with the thoughts 100% of" in audit.verdict(losses + better)
+    worse = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
+    assert audit.verdict(losses + worse).count("harm") == 2
+
+
+@pytest.mark.parametrize("flags", ["--latent-steps 0,6", "--team sequential,hierarchical", "--transfer latents",
+                                   "--method single", "--close yes,no", "--prefix a,b"])  # fmt: skip
+def test_an_audit_refuses_what_it_would_not_read(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with nothing."""
+    data = write_data(tmp_path / "rows.jsonl", 2)
+    assert evaluate.main(["--data", str(data), "--out", str(tmp_path / "run"), "--audit", *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert flags.split()[0] in error and "in an audit" in error
 
 
 def test_differences_are_paired_by_question_and_seed() -> None:
@@ -171,7 +207,7 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
     """weights/tiny answers by its thoughts: without them it is right in a third, with another's in 7 %."""
     found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
     assert "with this model they help, and another question's memory does not so well" in found["verdict"]
-    assert "it makes a difference (p < 0.001)" in found["verdict"]
+    assert "it helps (p < 0.001)" in found["verdict"]
     assert found["comparisons"]["nll: none − full"]["p"] < 0.001
     assert found["comparisons"]["nll: none − full"]["low"] > 1
     assert abs(found["comparisons"]["nll: thoughts only − full"]["mean"]) < 0.1
@@ -219,7 +255,7 @@ def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
     before = (tmp_path / "run" / "results.jsonl").read_bytes()
     assert int(json.loads(before.splitlines()[-1])["samples"]) >= 2
     monkeypatch.setattr(audit.time, "perf_counter", None)
-    monkeypatch.setattr(evaluate.Evaluation, "report", lambda self: None)
+    monkeypatch.setattr(evaluate.Evaluation, "report", lambda self: True)
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: 0.0)
     assert evaluate.main(command) == 0
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,6 +352,115 @@ def test_regrade_judges_the_texts_again(finished: Path, tmp_path: Path, capsys: 
     assert "0 grades changed" in capsys.readouterr().err
 
 
+def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path) -> None:
+    """U+2028 in a text is no end of a line, and neither is half a line a record."""
+    odd = "one\u2028two\x85three\ud800"
+
+    def altered(found: bytes) -> bytes:
+        first, *rest = found.split(b"\n")[:-1]
+        texts = [json.loads(line) for line in rest]
+        for record in texts:
+            record |= {"text": odd} if record["metric"] == "accuracy" else {}
+        told = [json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") for record in texts]
+        return b"\n".join([first, *told, b'{"id": "q'])
+
+    folder = copied(finished, tmp_path / "run", altered)
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+    found = [json.loads(line) for line in (folder / "results.jsonl").read_bytes().split(b"\n")[1:-1]]
+    assert [r["correct"] for r in found if r["metric"] == "accuracy"] == [False] * 24
+    assert {r["text"] for r in found if r["metric"] == "accuracy"} == {odd}
+
+
+def test_regrade_does_not_take_the_file_from_a_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run appends to the file that it has opened; another one in its place would lose all that follows."""
+    folder = copied(finished, tmp_path / "run")
+    running = Ledger(folder / "results.jsonl", {})
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 1
+    assert "another process is writing here" in capsys.readouterr().err
+    running.close()
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+
+
+def test_code_may_be_run_when_it_is_graded_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Leave to run programs is a setting of the grading, not of the texts; the head says how it was graded."""
+    data, out = tmp_path / "code.jsonl", tmp_path / "run"
+    data.write_text(json.dumps({"id": "one", "question": "Write f.", "tests": "assert True", "entry_point": "f"}))
+    short = ["--method", "single", "--max-new-tokens", "4", "--dtype", "float32", "--quiet"]
+    assert evaluate.main(["--data", str(data), "--out", str(out), *short]) == 0
+    assert lines(out)[0]["correct"] is None
+    assert evaluate.main(["--out", str(out), "--regrade", "--run-untrusted-code"]) == 0
+    assert lines(out)[0]["correct"] is not None
+    head = json.loads((out / "results.jsonl").read_text().splitlines()[0])
+    assert "sandbox" in head["code"]
+    same = ["--data", str(data), "--out", str(out), *short]
+    assert evaluate.main([*same, "--run-untrusted-code"]) == 0
+    assert evaluate.main(same) == 1
+    assert "run_untrusted_code" in capsys.readouterr().err
+
+
+def test_what_a_file_says_is_a_setting_too(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A team's file edited between two batches gave one file of results by two teams."""
+    team, out = tmp_path / "team.json", tmp_path / "run"
+    agents = [{"name": "a", "prompt": "Plan: {question}"}, {"name": "b", "prompt": "{question}"}]
+    team.write_text(json.dumps({"agents": agents}))
+    command = ["--data", str(data), "--out", str(out), "--team", str(team), "--latent-steps", "1", "--quiet"]
+    command += ["--max-new-tokens", "2", "--limit", "2"]
+    assert evaluate.main(command) == 0
+    assert evaluate.main(command) == 0
+    agents[0]["prompt"] = "Plan nothing: {question}"
+    team.write_text(json.dumps({"agents": agents}))
+    assert evaluate.main(command) == 1
+    assert "teams: found" in capsys.readouterr().err
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    sampled = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "sampled"), *command[4:]]
+    assert evaluate.main(sampled) == 0
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 3}))
+    assert evaluate.main(sampled) == 1
+    assert "sampling: found" in capsys.readouterr().err
+
+
+def test_a_table_of_a_part_is_not_a_success(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks that do not see one folder each printed half of the questions, with status 0."""
+    folder = copied(finished, tmp_path / "run", lambda found: b"\n".join(found.split(b"\n")[:4]) + b"\n")
+    monkeypatch.setattr(evaluate.Evaluation, "run", lambda self: None)
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert "found 1 of 18 units, 17 are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "edit", ['"seed": [0]', '"seed": "0"', '"seconds": "x"', '"correct": "yes"', '"text": 3', '"agents": {}']
+)
+def test_a_record_of_the_wrong_type_is_refused_by_its_line(
+    edit: str, finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def altered(found: bytes) -> bytes:
+        parts = found.decode().splitlines()
+        field, value = json.loads("{" + edit + "}").popitem()
+        parts[3] = json.dumps(json.loads(parts[3]) | {field: value})
+        return "\n".join(parts).encode() + b"\n"
+
+    folder = copied(finished, tmp_path / "run", altered)
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert "results.jsonl: line 4" in capsys.readouterr().err
+
+
+def test_an_error_names_the_questions_of_its_batch(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its place in a batch alone, "question 2", is another question in the file."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[4]["question"] = "Eva has 2 cards. " * 3000
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate.main(["--data", str(long), "--out", str(tmp_path / "run"), *FIXED]) == 1
+    assert "questions q-3, q-4, q-5:" in capsys.readouterr().err
+
+
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +565,15 @@ def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
     for i, record in enumerate(other):
         assert record["agents"][0]["prompt"] == full[(i + 1) % 3]["agents"][0]["prompt"]
         assert record["agents"][-1]["prompt"] == full[i]["agents"][-1]["prompt"]
+
+
+@pytest.mark.parametrize("gold", ["b", "B", "(b)", "two"])
+@pytest.mark.parametrize("keys", ["ab", "AB"])
+def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
+    """The loss was of another text than the options', and the lowest option "wrong", where a letter was a capital."""
+    row = {"id": "a", "question": "Which?", "answer": gold, "choices": dict(zip(keys, ["one", "two"], strict=True))}
+    assert tool_arms.right_letter(row) == keys[1]
+    assert tool_arms.gold_text(row) == tool_arms.option_texts(row)[keys[1]]
 
 
 def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: LM) -> None:

@@ -55,6 +55,10 @@ BAD = {  # rows, what is said
     "an id twice, as a number": ([row(0, id=1), row(0, id="1")], "line 2: id: found '1' again"),
     "a question of the wrong type": ([row(0, question=["a"])], r"line 1: question: found \['a'\], expected text"),
     "an answer that is true": ([row(0, answer=True)], "line 1: answer: found True, expected text"),
+    "an answer that is no option": (
+        [row(0, choices={"a": "x", "b": "y"}, answer="c")],
+        "line 1: answer: found 'c', expected one of a, b",
+    ),
     "choices as a list": ([row(0, choices=["a"])], r"line 1: choices: found \['a'\], expected an object"),
     "no choices": ([row(0, choices={})], "line 1: choices: found {}"),
     "a choice that is a number": (

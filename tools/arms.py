@@ -81,7 +81,13 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
 
 def gold_text(row: Row) -> str:
     """What the last agent should write: the solution, or of a choice its letter in the form it is asked for."""
-    return boxed(str(row["answer"])) if kind_of(row) == "choice" else str(row.get("solution") or row["answer"])
+    return boxed(right_letter(row)) if kind_of(row) == "choice" else str(row.get("solution") or row["answer"])
+
+
+def right_letter(row: Row) -> str:
+    """The key of the right option, of an answer in any dress: "B", "(b)", or the option's text."""
+    said, options = extract("choice", boxed(str(row["answer"])), row.get("choices")), row.get("choices") or {}
+    return next((key for key in options if key.strip().lower() == said), str(row["answer"]))
 
 
 def option_texts(row: Row) -> dict[str, str]:
@@ -118,7 +124,11 @@ class Bench:
         """The records of one unit, in the data's order."""
         records: dict[int, dict[str, Any]] = {}
         for rows in self.alike(self.batches[batch], arm):
-            made = self._losses(batch, rows, arm, seed) if arm.metric == "nll" else self._answers(rows, arm, seed)
+            try:
+                made = self._losses(batch, rows, arm, seed) if arm.metric == "nll" else self._answers(rows, arm, seed)
+            except ValueError as error:
+                ids = ", ".join(str(self.rows[i]["id"]) for i in rows)
+                raise ValueError(f"{arm.name}, of the questions {ids}: {error}") from error
             for i, record in zip(rows, made, strict=True):
                 settings = asdict(arm)
                 head = {"id": self.rows[i]["id"], "batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
@@ -215,7 +225,7 @@ class Bench:
             row, traces = self.rows[i], [trace for act, _ in briefing.acts for trace in act[q :: len(rows)]]
             by_letter = dict(zip(option_texts(row), (loss.total for loss in options), strict=True))
             answer = min(by_letter, key=by_letter.__getitem__) if by_letter else None
-            correct = str(row["answer"]) in (answer, row["choices"][answer]) if answer else None
+            correct = right_letter(row) == answer if answer else None
             said = {"answer": answer, "gold": row["answer"], "correct": correct}
             said |= {"nll": gold.mean, "gold_tokens": gold.tokens, "options": by_letter}
             turn, name = briefing.turns[q], briefing.agent.name

@@ -53,6 +53,11 @@ SAME_SECONDS = "same seconds"
 def arms(evaluation: "Evaluation") -> list[Arm]:
     """The audit's arms, for each metric, in an order in which a cut-short batch has the main ones."""
     args = evaluation.args
+    for name in ("team", "latent_steps", "transfer", "close", "prefix", "method"):
+        values, only = getattr(args, name), {"transfer": ["full"], "method": ["latent_mas"]}.get(name)
+        if len(values) > 1 or (only and values != only):
+            flag = f"{name} (--{name.replace('_', '-')})"
+            raise ValueError(f"{flag}: found {values}, expected {only or 'a single value'} in an audit")
     align, maps = args.align[0], args.align[1:] or FEEDERS
     team, steps, close = args.team[0], args.latent_steps[0], args.close[0]
     full = Arm("full", team=team, latent_steps=steps, align=align, transfer="full", close=close, prefix=args.prefix[0])
@@ -125,24 +130,30 @@ def verdict(found: Sequence[Record]) -> str:
     """What the audit says, in one sentence."""
     thoughts = compare(found, "nll", "full", "prompts only")
     prompts = compare(found, "nll", "prompts only", "none")
-    parts = []
-    if thoughts and prompts:
-        parts = [_thoughts(found, thoughts), _prompts(prompts)]
-    right = compare(found, "accuracy", "full", "none")
-    if right:
-        known = "it makes a difference" if right["p"] < ALPHA else "no difference is found"
-        shares = f"with the memory {right['first']:.0%} of the answers are right, without it {right['second']:.0%}"
-        parts.append(f"{shares}: {known} ({_p(right)})")
+    by_thoughts, by_memory = (compare(found, "accuracy", "full", other) for other in ("prompts only", "none"))
+    parts = [_thoughts(found, thoughts, by_thoughts)] if thoughts else []
+    parts += [_prompts(prompts, "it" if thoughts else "the loss of the right answer")] if prompts else []
+    parts += [_answers("the thoughts", "them", "they", by_thoughts)] if by_thoughts else []
+    parts += [_answers("the memory", "it", "it", by_memory)] if by_memory else []
     if not parts:
-        return "Nothing can be said: the arms full, prompts only and none are not all there."
-    n = (thoughts or right or {})["n"]
+        return "Nothing can be said: of the arms full, prompts only and none no two are there."
+    n = next(line["n"] for line in (thoughts, prompts, by_thoughts, by_memory) if line)
     return f"On these {n} questions {'; '.join(parts)}."
 
 
-def _thoughts(found: Sequence[Record], line: Record) -> str:
+def _answers(what: str, it: str, they: str, line: Record) -> str:
+    shares = f"with {what} {line['first']:.0%} of the answers are right, without {it} {line['second']:.0%}"
+    does = ("help" if line["mean"] > 0 else "harm") + ("" if they == "they" else "s")
+    return f"{shares}: {f'{they} {does}' if line['p'] < ALPHA else 'no difference is found'} ({_p(line)})"
+
+
+def _thoughts(found: Sequence[Record], line: Record, answers: Record | None) -> str:
+    """Of the loss, and what it is worth: a loss that the answers contradict is not called harm or help."""
     if line["p"] >= ALPHA:
         return f"no effect of the thoughts on the loss of the right answer is found ({_number(line)}, {_p(line)})"
     moved = f"the loss of the right answer by {_number(line)} ({_p(line)})"
+    if answers and answers["p"] < ALPHA and (answers["mean"] > 0) == (line["mean"] > 0):
+        return f"the thoughts {'raised' if line['mean'] > 0 else 'lowered'} {moved}, and the answers say the opposite"
     if line["mean"] > 0:
         return f"the thoughts raised {moved}: with this model they harm"
     said, other = f"the thoughts lowered {moved}: with this model they help", compare(found, "nll", "full", "shuffled")
@@ -153,10 +164,10 @@ def _thoughts(found: Sequence[Record], line: Record) -> str:
     return f"{said}, but no difference to another question's memory is found"
 
 
-def _prompts(line: Record) -> str:
+def _prompts(line: Record, it: str) -> str:
     if line["p"] >= ALPHA:
         return f"of the prompts' memory no effect is found ({_number(line)}, {_p(line)})"
-    return f"the prompts' memory {'raises' if line['mean'] > 0 else 'lowers'} it by {_number(line)} ({_p(line)})"
+    return f"the prompts' memory {'raises' if line['mean'] > 0 else 'lowers'} {it} by {_number(line)} ({_p(line)})"
 
 
 def _number(line: Record) -> str:

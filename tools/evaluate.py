@@ -14,6 +14,7 @@ Does not know: how a method works, how a loss is computed (arms.py, nll.py), wha
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # minimas from the checkout
 
 import torch  # noqa: E402
 from arms import METHODS, METRICS, Arm, Bench, Grader, Row, grid, judge, plain_grader, same_mark  # noqa: E402
-from ledger import Key, Ledger, Record, check, files, read_head, records, take_up, write_whole  # noqa: E402
+from ledger import Key, Ledger, Record, check, files, key_of, lock, read_head, records, take_up, write_whole  # noqa: E402
 from stats import bootstrap, by_question, share  # noqa: E402
 from tasks import code_program, kind_of, load_task, read_rows  # noqa: E402
 from torch import distributed  # noqa: E402
@@ -44,7 +45,7 @@ import minimas  # noqa: E402
 from minimas.agents import TRANSFERS  # noqa: E402
 from minimas.feeders import parse  # noqa: E402
 from minimas.quantize import FORMATS  # noqa: E402
-from minimas.teams import TEAMS  # noqa: E402
+from minimas.teams import TEAMS, Team  # noqa: E402
 
 NOT_SETTINGS = {"out", "replay", "regrade", "debug", "quiet", "data_dir", "data"}
 
@@ -148,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation.regrade()
         else:
             evaluation.run()
-        if rank == 0:
-            evaluation.report()
-        return 0
+        return 0 if rank or evaluation.report() or args.regrade else 1
     except KeyboardInterrupt:
         print(f"\nevaluate: stopped; {args.out} keeps what is done, and the same command goes on", file=sys.stderr)
         return 130
@@ -230,6 +229,10 @@ class Evaluation:
         given |= {"model": lm.model.fingerprint(), "data": digest(self.rows)}
         given |= {"arms": [arm.name for arm in self.arms]} if self.args.audit else {}
         given |= {"fit_text": digest(text)} if text else {}
+        given |= {"sampling": dataclasses.asdict(self.bench.sampling), "math_verify": self.verifies}
+        teams = lm.teams | {name: Team.from_json(name) for name in self.args.team if name.endswith(".json")}
+        given |= {"default_steps": lm.default_steps}
+        given |= {"teams": digest({name: dataclasses.asdict(team) for name, team in teams.items()})} if teams else {}
         return json.loads(json.dumps(given, default=str))
 
     def head(self) -> Record:
@@ -302,8 +305,8 @@ class Evaluation:
             check(path, self.settings)
         return records(self.folder, self.units)
 
-    def report(self) -> None:
-        """Summaries beside the results, and the table on stdout."""
+    def report(self) -> bool:
+        """Summaries beside the results, and the table on stdout; whether every unit is in them."""
         found = self.records()
         summary = {"settings": self.settings, "arms": summarize(found)}
         text = table(summary["arms"], self.rows)
@@ -315,6 +318,10 @@ class Evaluation:
         write_whole(self.folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
         write_whole(self.folder / "summary.md", text + "\n")
         print(text)
+        if left := len(self.units) - len(there := {key_of(record) for record in found}):
+            where = f"{self.folder}: found {len(there)} of {len(self.units)} units, {left} are missing"
+            print(f"evaluate: {where}; ranks need a folder that all of them see", file=sys.stderr)
+        return not left
 
     # -- a finished run again ------------------------------------------------------------------------------------------
 
@@ -333,20 +340,29 @@ class Evaluation:
         return status
 
     def regrade(self) -> None:
-        """Judge every text anew, and write the files anew, each whole or as it was."""
-        self.records()  # refuses what is not as it should be
+        """Judge every text anew, and write the files anew, each whole or as it was; not while a run writes there."""
         by_id, changed = {row["id"]: row for row in self.rows}, 0
-        for path in files(self.folder):
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            for n, line in enumerate(lines[1:], start=1):
-                record = json.loads(line)
-                if record["metric"] != "accuracy" or "votes" in record:
-                    continue
-                row, prompt = by_id[record["id"]], record["agents"][-1]["prompt"]
-                answer, correct = judge(row, record["text"], prompt, self.bench.grader)
-                changed += (answer, correct) != (record["answer"], record["correct"])
-                lines[n] = json.dumps(record | {"answer": answer, "correct": correct}, ensure_ascii=False)
-            write_whole(path, "\n".join(lines) + "\n")
+        anew = {name: self.settings[name] for name in ("run_untrusted_code", "math_verify")}  # how it is judged
+        with contextlib.ExitStack() as held:
+            for path in files(self.folder):
+                lock(path, held.enter_context(path.open("rb")))
+                head = read_head(path) or {}
+                check(path, self.settings | {name: head["settings"].get(name) for name in anew})
+            records(self.folder, self.units)  # refuses what is not as it should be
+            for path in files(self.folder):
+                # Not splitlines(), which cuts at characters that a text may hold; a half-written end is left out.
+                first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+                first |= {name: value for name, value in self.head().items() if name in ("code", "math_verify")}
+                first["settings"] |= anew
+                first["arguments"]["run_untrusted_code"] = anew["run_untrusted_code"]
+                for record in lines:
+                    if record["metric"] != "accuracy" or "votes" in record:
+                        continue
+                    row, prompt = by_id[record["id"]], record["agents"][-1]["prompt"]
+                    answer, correct = judge(row, record["text"], prompt, self.bench.grader)
+                    changed += (answer, correct) != (record["answer"], record["correct"])
+                    record |= {"answer": answer, "correct": correct}
+                write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [first, *lines]))
         print(f"evaluate: {changed} grades changed", file=sys.stderr)
 
 

@@ -27,6 +27,9 @@ class Key(NamedTuple):
     seed: int
 
 
+# What is counted and compared of a record, if it is there.
+KINDS: dict[str, Any] = dict.fromkeys(["read", "thought", "written", "seconds", "memory_bytes", "nll"], int | float)
+KINDS |= {"correct": bool | None, "text": str, "agents": list}
 Units = Mapping[Key, Sequence[str]]  # the ids of each unit's questions, in the order of computation
 
 
@@ -77,12 +80,17 @@ def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
             end = start + len(line)
             continue
         key = key_of(record)
+        if not isinstance(key.arm, str) or type(key.batch) is not int or type(key.seed) is not int:
+            raise ValueError(f"{path}: line {number}: found {tuple(key)}, expected a batch's number, an arm, a seed")
         if not unit and (key not in units or key in seen):
             why = "a second time" if key in seen else "which is no part of this run"
             raise ValueError(f"{path}: line {number}: found {tuple(key)} {why}, expected another batch, arm and seed")
         expected = units[key_of(unit[0]) if unit else key][len(unit)]
         if record.get("id") != expected or (unit and key != key_of(unit[0])):
             raise ValueError(f"{path}: line {number}: id: found {record.get('id')!r}, expected {expected!r}")
+        for name, kinds in KINDS.items():
+            if name in record and not isinstance(record[name], kinds):
+                raise ValueError(f"{path}: line {number}: {name}: found {record[name]!r:.60}, expected another type")
         unit.append(record)
         if len(unit) == len(units[key]):
             done.append(unit)
@@ -125,7 +133,7 @@ def take_up(folder: Path, settings: Record, units: Units) -> set[Key]:
         done |= keys
     for path, (_, end) in found.items():
         with path.open("r+b") as file:
-            _lock(path, file)
+            lock(path, file)
             file.truncate(end)
     return done
 
@@ -137,7 +145,7 @@ class Ledger:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
-        _lock(path, self._file)
+        lock(path, self._file)
         if self._file.tell() == 0:
             self.append([head])
             folder = os.open(path.parent, os.O_RDONLY)  # the name of a new file is the folder's to keep
@@ -164,7 +172,8 @@ class Ledger:
         self._file.close()
 
 
-def _lock(path: Path, file: Any) -> None:
+def lock(path: Path, file: Any) -> None:
+    """Keep an open file of results to this process until it is closed; ValueError if another one has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -174,11 +183,15 @@ def _lock(path: Path, file: Any) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or as it was before."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path}: not written, and as it was before ({error.strerror})") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -20,7 +20,7 @@ def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
     share, square = right / n, z * z
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # at 0 and 1 it rounds past them
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -131,6 +131,9 @@ def _checked(row: Any, where: str) -> Row:
         for letter, text in row["choices"].items():
             if not letter.strip() or not isinstance(text, str):
                 raise ValueError(f"{where}: choices: found {letter!r:.20}: {text!r:.60}, expected a letter and a text")
+        answer = str(row.get("answer"))
+        if row.get("kind", "choice") == "choice" and extract("choice", rf"\boxed{{{answer}}}", row["choices"]) is None:
+            raise ValueError(f"{where}: answer: found {answer!r:.60}, expected one of {', '.join(row['choices'])}")
     if "kind" in row and row["kind"] not in KINDS:
         raise ValueError(f"{where}: kind: found {row['kind']!r:.80}, expected one of {', '.join(KINDS)}")
     if kind_of(row) == "code":
