@@ -14,7 +14,8 @@ folder that exists for it alone. What holds it, from outside in:
 What the kernel refuses is named on stderr, once. The program passes if a token comes back that the guard reads for it
 only after the last statement: os._exit(0), SystemExit and atexit do not get there. A program that looks for the token
 with intent could find it: this judges what models write, and is no judge of people. Each process has the memory limit
-to itself, and there are at most PROCESSES. Does not know: tasks, tests, answers. Linux only.
+to itself, there are at most PROCESSES, and files in memory (memfd, System V) are not counted. Linux only.
+Does not know: tasks, tests, answers.
 """
 
 import argparse
@@ -301,6 +302,8 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
     parser.add_argument("--memory", type=int, default=1024, metavar="MB", help="for each process (default: 1024)")
     options = parser.parse_args()
+    if not 0 < options.timeout < math.inf or options.memory < 1:
+        parser.error(f"found --timeout {options.timeout} --memory {options.memory}, expected numbers above 0")
     try:
         program = Path(options.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
