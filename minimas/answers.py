@@ -107,7 +107,7 @@ _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # stands behind a number, a bracket or a v
 _FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
 _SCALES = ("hundred", "thousand", "million", "billion", "trillion")
 _REWRITES: list[tuple[str, Any]] = [  # LaTeX and Markdown to plain text, in order; then a number is one word
-    (r"[\u2e80-\u9fff]+|</?answer>", " "),  # Chinese and Japanese stand beside a number without a space
+    (r"[\u2e80-\u9fff]+|</?answer>", " "),  # what stands beside a number without a space: Chinese, Japanese, a tag
     (r"(?<=\d)[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + normalize("NFKC", power[0]).replace("−", "-")),  # 10³; but m² is a unit
     (r"\b[A-Z]{2}\\?\$(?=\d)", ""),  # US$18
     (r"(?:\^ ?\{?\\circ\}?|°) ?(?:\\(?:text|mathrm) ?\{ ?[CFK] ?\}|[CFK]\b)?", ""),

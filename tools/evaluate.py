@@ -341,18 +341,18 @@ class Evaluation:
 
     def regrade(self) -> None:
         """Judge every text anew, and write the files anew, each whole or as it was; not while a run writes there."""
-        by_id, changed = {row["id"]: row for row in self.rows}, 0
+        by_id, changed, head = {row["id"]: row for row in self.rows}, 0, self.head()
         anew = {name: self.settings[name] for name in ("run_untrusted_code", "math_verify")}  # how it is judged
         with contextlib.ExitStack() as held:
             for path in files(self.folder):
                 lock(path, held.enter_context(path.open("rb")))
-                head = read_head(path) or {}
-                check(path, self.settings | {name: head["settings"].get(name) for name in anew})
+                old = (read_head(path) or {"settings": {}})["settings"]
+                check(path, self.settings | {name: old.get(name) for name in anew})
             records(self.folder, self.units)  # refuses what is not as it should be
             for path in files(self.folder):
                 # Not splitlines(), which cuts at characters that a text may hold; a half-written end is left out.
                 first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-                first |= {name: value for name, value in self.head().items() if name in ("code", "math_verify")}
+                first |= {name: head[name] for name in ("code", "math_verify")}
                 first["settings"] |= anew
                 first["arguments"]["run_untrusted_code"] = anew["run_untrusted_code"]
                 for record in lines:
