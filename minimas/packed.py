@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import one_row
+from . import few_rows
 
 FEW = 3  # rows up to which one after another is faster than widening, measured on two cores with AVX2
 PIECE = 2**20  # weights that are widened at a time: 4 MB stay in the cache until they are used
@@ -71,8 +71,8 @@ class CPULinear(nn.Module):
         if self.opaque is None:
             self.pack()
         elif torch.compiler.is_compiling():
-            if self.packed is None and one_row.fits(x, self.weight):
-                y = one_row.product(x, self.weight)
+            if self.packed is None and few_rows.fits(x, self.weight):
+                y = few_rows.product(x, self.weight)
                 return (y if self.bias is None else y + self.bias).to(x.dtype)
             return self.opaque(x, self.handle, self.out_features)  # type: ignore[no-any-return]
         return self.product(x)

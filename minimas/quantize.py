@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bnb, one_row
+from . import bnb, few_rows
 from .order import GROUP, TILE, order_of_this_cpu, pack4, pack8, sums_are_wide, unpack4
 from .packed import linear
 
@@ -290,8 +290,8 @@ class Q8Linear(QuantizedLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         if self.values is not None:
-            if torch.compiler.is_compiling() and one_row.fits(rows, self.values):
-                return one_row.product(rows, self.values) * self.scale
+            if torch.compiler.is_compiling() and few_rows.fits(rows, self.values):
+                return few_rows.product(rows, self.values) * self.scale
             product: Tensor = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.values, self.scale)
             return product
         sparing = len(rows) > BOTH and not torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ CORE = ("config", "rotary", "cache", "model", "latent")
 
 # Rooms by floor: a room imports from lower floors only, or, named here, from beside it.
 FLOORS = (
-    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub", "one_row", "order"},
+    {"config", "rotary", "tokenizer", "prompts", "answers", "bnb", "gguf_file", "hub", "few_rows", "order"},
     {"cache", "teams", "gguf", "packed"},
     {"model", "quantize", "results"},
     {"generate", "latent", "speed"},
