@@ -79,7 +79,7 @@ def parser() -> Parser:
     add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
     add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
-    add("--compile", action="store_true", help="faster thoughts and tokens after a warm-up of up to half a minute")
+    add("--compile", action="store_true", help="faster thoughts and tokens after a warm-up of up to a minute")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")

@@ -52,8 +52,8 @@ class CPULinear(nn.Module):
 
     This is the reordering that the compiler's freezing does: bit-equal results, eight rows for the price of one, where
     `F.linear` reads memory at half speed. `.weight` and `state_dict()` give copies; `.to()` brings the plain one back.
-    A weight that cannot be packed stays, and is multiplied by `linear`. Where steps are compiled, it also stays as long
-    as they are of one row.
+    A weight that cannot be packed stays, and is multiplied by `linear`, or by `few_rows` in compiled steps; there any
+    weight stays as long as they are of one row.
     """
 
     bias: Tensor | None

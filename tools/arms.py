@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from nll import losses
-from tasks import kind_of
+from tasks import kind_of, option_of
 
 from minimas import KVCache, Sampling, Team
 from minimas.agents import Briefing, brief, brief_text
@@ -85,9 +85,8 @@ def gold_text(row: Row) -> str:
 
 
 def right_letter(row: Row) -> str:
-    """The key of the right option, of an answer in any dress: "B", "(b)", or the option's text."""
-    said, options = extract("choice", boxed(str(row["answer"])), row.get("choices")), row.get("choices") or {}
-    return next((key for key in options if key.strip().lower() == said), str(row["answer"]))
+    """The key of the right option; what a row without options says is right."""
+    return option_of(str(row["answer"]), row.get("choices") or {}) or str(row["answer"])
 
 
 def option_texts(row: Row) -> dict[str, str]:

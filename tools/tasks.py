@@ -113,6 +113,12 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def option_of(answer: str, choices: dict[str, str]) -> str | None:
+    """The key of the option that a right answer names in any dress, "B", "(b)" or the option's text; else None."""
+    said = extract("choice", rf"\boxed{{{answer}}}", choices)
+    return next((key for key in choices if key.strip().lower() == said), None)
+
+
 def _checked(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {type(row).__name__}, expected an object")
@@ -132,7 +138,7 @@ def _checked(row: Any, where: str) -> Row:
             if not letter.strip() or not isinstance(text, str):
                 raise ValueError(f"{where}: choices: found {letter!r:.20}: {text!r:.60}, expected a letter and a text")
         answer = str(row.get("answer"))
-        if row.get("kind", "choice") == "choice" and extract("choice", rf"\boxed{{{answer}}}", row["choices"]) is None:
+        if row.get("kind", "choice") == "choice" and option_of(answer, row["choices"]) is None:
             raise ValueError(f"{where}: answer: found {answer!r:.60}, expected one of {', '.join(row['choices'])}")
     if "kind" in row and row["kind"] not in KINDS:
         raise ValueError(f"{where}: kind: found {row['kind']!r:.80}, expected one of {', '.join(KINDS)}")
