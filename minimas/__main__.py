@@ -19,17 +19,19 @@ import torch
 from . import prompts
 from .agents import TRANSFERS, latent_mas, single, text_mas
 from .answers import KINDS
+from .check import QUESTIONS, STEPS, check
 from .feeders import FORMS, parse
 from .generate import Sampling
 from .info import describe
 from .load import TINY, load
 from .quantize import FORMATS
 from .results import AgentTrace, Result, Usage, Watcher
-from .teams import Team
+from .teams import LAYOUTS, Team
 from .tokenizer import is_text, read_text
+from .turns import choose_team
 
 # Flags that only some methods read, with their defaults; with another method they would do nothing, and are refused.
-ONLY = {"team": "sequential", "latent_steps": None, "align": "ridge", "transfer": "full"}
+ONLY = {"team": "sequential", "latent_steps": None, "align": "ridge", "transfer": "full", "layout": None}
 METHODS: dict[str, Any] = {"latent_mas": (latent_mas, ONLY), "text_mas": (text_mas, ["team"]), "single": (single, [])}
 
 
@@ -60,7 +62,7 @@ def align(text: str) -> str:
 
 def parser() -> Parser:
     top = Parser(prog="minimas", description="Agents that think in latent space and hand over memory (LatentMAS).")
-    commands = top.add_subparsers(dest="command", required=True, metavar="ask | info")
+    commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
     ask = commands.add_parser("ask", help="answer a question with a team of agents", allow_abbrev=False)
     add = ask.add_argument
     add("question", nargs="?", help="the question, or - to read it from standard input")
@@ -70,6 +72,7 @@ def parser() -> Parser:
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
     add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
     add("--align", type=align, metavar="KIND", help=f"{', '.join(FORMS)} (default: ridge, the paper's)")
+    add("--layout", choices=LAYOUTS, help="one user turn for all agents, or a chat turn each (default: the team's)")
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
     add("--max-new-tokens", "-n", type=whole(1), metavar="N", help="an agent may write (default: the model's or 256)")
@@ -78,15 +81,22 @@ def parser() -> Parser:
     add("--top-k", type=whole(0), metavar="K", help="keep this many; 0: all (default: the model's)")
     add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
-    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
     add("--compile", action="store_true", help="faster thoughts and tokens after a warm-up of up to a minute")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")
-    add("--quiet", action="store_true", help="nothing on stderr but errors")
+    inspect = commands.add_parser("check", help="say whether a hand-over does a model good", allow_abbrev=False)
+    inspect.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
+    inspect.add_argument("--layout", choices=LAYOUTS, help="(default: the team's)")
+    inspect.add_argument("--latent-steps", type=whole(1), default=STEPS, metavar="N", help="(default: %(default)s)")
+    inspect.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
+    for command in (ask, inspect):
+        add = command.add_argument
+        add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
+        add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+        add("--quiet", action="store_true", help="nothing on stderr but errors")
     info = commands.add_parser("info", help="say what a model is and what it will need", allow_abbrev=False)
     info.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
-    for command in (ask, info):
+    for command in (ask, inspect, info):
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return top
 
@@ -97,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "ask":
             run_ask(args)
+        elif args.command == "check":
+            run_check(args)
         else:
             print("\n".join(f"{label + ':':<14} {text}" for label, text in describe(args.model).items()))
         sys.stdout.flush()
@@ -129,8 +141,14 @@ def run_ask(args: argparse.Namespace) -> None:
         Sampling(**given)
     except ValueError as error:  # refused before a model is loaded
         parser().error(str(error))
-    team = {"team": Team.from_json(args.team)} if str(args.team).endswith(".json") else {}
+    team = Team.from_json(args.team).with_layout(args.layout) if str(args.team).endswith(".json") else None
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    chosen: dict[str, Any] = {}  # in place of the options' names
+    if "team" in options:
+        chosen["team"] = team or choose_team(lm, str(options["team"]))
+    if "layout" in options:
+        chosen["team"] = chosen["team"].with_layout(args.layout)
+        options["layout"] = chosen["team"].layout
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)
@@ -144,7 +162,7 @@ def run_ask(args: argparse.Namespace) -> None:
         asked = {"kind": kind, "choices": choices, "sampling": sampling, "seed": args.seed}
         try:
             questions = [row["question"] for row in batch]
-            results = method(lm, questions, watcher=screen, **asked, **options | team)
+            results = method(lm, questions, watcher=screen, **asked, **options | chosen)
         except KeyboardInterrupt:
             screen.show([None] * len(batch))
             raise
@@ -154,6 +172,18 @@ def run_ask(args: argparse.Namespace) -> None:
         bill += [result.usage for result in results]
     if not args.quiet:
         print_bill("total", bill)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    lm = load(args.model, args.device, args.dtype, args.quantize)
+    if args.model == TINY and not args.quiet:
+        print(f"minimas: {prompts.TINY_HINT}; a check's questions are others", file=sys.stderr)
+    screen = Screen(args, [{}] * len(QUESTIONS), {})
+    try:
+        report = check(lm, args.layout, args.latent_steps, screen)
+    finally:
+        screen.close()
+    print(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if args.json else "\n".join(report.lines()))
 
 
 def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

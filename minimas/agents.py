@@ -10,17 +10,20 @@ section 3). Does not know: attention, cache layout, how a thought is made, print
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import prompts
 from .cache import KVCache
 from .generate import Sampling, Written
+from .generate import read as prefill
 from .latent import think
+from .layout import ChatLayout
 from .load import LM
 from .results import AgentTrace, Result, Watcher
-from .teams import Agent, Team
+from .teams import Agent, Team, single_agent
 from .tokenizer import Turn
-from .turns import Run, Shared, require_context, stages
+from .turns import Run, Shared, choose_team, require_context, stages
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
 
@@ -48,7 +51,7 @@ def latent_mas(
     lm: LM, questions: Sequence[str], team: str | Team = "sequential", latent_steps: int | None = None,
     align: str | Callable[[Tensor], Tensor] = "ridge", kind: str = "math", choices: Any = None,
     sampling: Sampling | None = None, transfer: str = "full", seed: int = 0, watcher: Watcher | None = None,
-    close: bool = True,
+    close: bool = True, layout: str | None = None,
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
@@ -57,11 +60,12 @@ def latent_mas(
     letter -> text, or one each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is
     what the next agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous
     agent's only), and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last
-    the first's). `close` False leaves the turns of agents who hand over open, as the authors' code does.
+    the first's). `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns
+    of agents who hand over open, as the authors' code does.
     Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
     """
     return brief(
-        lm, questions, team, latent_steps, align, kind, choices, sampling, transfer, seed, watcher, close
+        lm, questions, team, latent_steps, align, kind, choices, sampling, transfer, seed, watcher, close, layout
     ).answer()
 
 
@@ -69,7 +73,7 @@ def brief(
     lm: LM, questions: Sequence[str], team: str | Team = "sequential", latent_steps: int | None = None,
     align: str | Callable[[Tensor], Tensor] = "ridge", kind: str = "math", choices: Any = None,
     sampling: Sampling | None = None, transfer: str = "full", seed: int = 0, watcher: Watcher | None = None,
-    close: bool = True, handed: "Briefing | None" = None, shared: Shared | None = None,
+    close: bool = True, layout: str | None = None, handed: "Briefing | None" = None, shared: Shared | None = None,
 ) -> "Briefing":
     """`latent_mas` up to the last agent's turn: all others have worked. Parameters and errors as there.
 
@@ -85,7 +89,9 @@ def brief(
     if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
         raise ValueError(f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more")
 
-    team, default, B = run.team(team), lm.default_steps, len(run.questions)
+    team, default = choose_team(lm, team).with_layout(layout), lm.default_steps
+    if not close and team.layout == "turn":
+        raise ValueError("close (--close): found no with layout 'turn', expected yes: no turn is closed there")
 
     def steps(agent: Agent, final: bool) -> int:
         if final and agent.latent_steps is None:
@@ -97,28 +103,65 @@ def brief(
     if handed is None:
         require_context(run, thinking, team, steps, transfer)
     align, last = align if callable(align) else lm.aligner(align), team.agents[-1]
+    layouts = run.layouts(team)
     if handed is not None:
-        return Briefing(run, last, run.turns(last), handed.memory, steps(last, True), align, handed.acts)
-    acts = []
-    parts: list[KVCache] = []  # the memories that the next agent gets, to be joined
-    for agents, alone, final in stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
+        memory, head, acts = handed.memory, handed.head, handed.acts
+    else:
+        memory, head, acts = hand_over_all(run, thinking, team, steps, align, transfer, close)
+    if team.layout == "turn" and team.opening and (handed is not None or thinking is not run):
+        memory, head = swap_heads(run, layouts, memory, head)
+    first = not bool(memory.lengths.any())
+    turns = [layout.prompt(-1, first) for layout in layouts]
+    return Briefing(run, last, turns, memory, steps(last, True), align, acts, head)
+
+
+def hand_over_all(
+    run: Run, thinking: Run, team: Team, steps: Callable[[Agent, bool], int], align: Callable[[Tensor], Tensor],
+    transfer: str, close: bool,
+) -> tuple[KVCache, Tensor, list[tuple[list[AgentTrace], list[Written]]]]:
+    """Let every agent but the last work. Returns the KV cache for the last one, how many slots of each row are the
+    layout's head, and what each turn came to.
+    """
+    new_cache, B, layouts = run.lm.model.new_cache, len(run.questions), thinking.layouts(team)
+    memory, head, acts = new_cache(B), torch.zeros(B, dtype=torch.int64), []
+    parts: list[tuple[KVCache, Tensor]] = []  # what parallel agents hand over, and its head
+    for numbers, alone, final in stages(team, alike=lambda agent: (steps(agent, False), agent.writes)):
         if final:
             break
-        turns = [turn for agent in agents for turn in thinking.turns(agent)]
-        memory = lm.model.new_cache(len(turns)) if alone else joined(parts, lm, B)
-        acted = thinking.act(agents, turns, memory, steps(agents[0], False), align, agents[0].writes, closes=close)
+        agents = [team.agents[i] for i in numbers]
+        cache = new_cache(B * len(agents)) if alone else memory
+        first = not bool(cache.lengths.any())
+        turns = [layout.prompt(i, first) for i in numbers for layout in layouts]
+        if first:
+            head = torch.tensor([layout.head_tokens(i) for i in numbers for layout in layouts])
+        closes = close and layouts[0].closes_turns
+        acted = thinking.act(
+            agents, turns, cache, steps(agents[0], False), align, agents[0].writes, closes=closes, head=head
+        )
         acts.append((acted.traces, acted.written))
-        handed_on = acted.hand_over(transfer)
-        rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
-        parts = [*parts, *map(handed_on.select, rows)] if alone else [handed_on]
-        parts = parts[-1:] if transfer == "last" else parts
-    return Briefing(run, last, run.turns(last), joined(parts, lm, B), steps(last, True), align, acts)
+        memory = acted.hand_over(transfer)
+        head = torch.minimum(head, memory.lengths)  # "none" drops it too: the next agent begins a turn of its own
+        if alone:
+            rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
+            parts += [(memory.select(mine), head[mine]) for mine in rows]
+    if parts:
+        memory, head = join(parts[-1:] if transfer == "last" else parts)
+    return memory, head, acts
 
 
-def joined(parts: Sequence[KVCache], lm: LM, rows: int) -> KVCache:
-    if not parts:
-        return lm.model.new_cache(rows)
-    return KVCache.concat(parts) if len(parts) > 1 else parts[0]
+def join(parts: Sequence[tuple[KVCache, Tensor]]) -> tuple[KVCache, Tensor]:
+    """Join what parallel agents hand over, (cache, slots of its head) each; the common head is kept once."""
+    memory, head = parts[0]
+    rest = [cache.keep_last(cache.lengths - its_head) for cache, its_head in parts[1:]]
+    return KVCache.concat([memory, *rest]) if rest else memory, head
+
+
+def swap_heads(run: Run, layouts: Sequence[ChatLayout], memory: KVCache, head: Tensor) -> tuple[KVCache, Tensor]:
+    """Put each question's own head before what was handed over with another question's."""
+    ids = [run.tokenizer.encode_turn(layout.head) for layout in layouts]
+    own = run.lm.model.new_cache(len(ids))
+    prefill(run.lm.model, ids, own)
+    return KVCache.concat([own, memory.keep_last(memory.lengths - head)]), own.lengths
 
 
 def brief_text(
@@ -129,15 +172,20 @@ def brief_text(
     next one reads it.
     """
     run = Run(lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher(), shared)
-    alone_team = lm.teams.get("single") or Team((Agent("single", prompts.SINGLE),))
+    chosen = choose_team(lm, team) if team else lm.teams.get("single") or single_agent()
     B, acts = len(run.questions), []
     work, talk = [""] * B, [Turn("")] * B  # for prompts with {context}, and for those without
-    for agents, alone, final in stages(run.team(team) if team else alone_team, alike=lambda agent: None):
-        turns = []
+
+    def turn(agent: Agent, q: int, context: str = "") -> Turn:
+        filled = run.fill(agent.prompt, q, context)
+        return ChatLayout(run.tokenizer, Team((agent,)), run.fill(chosen.opening, q), [filled]).prompt(0, first=True)
+
+    for numbers, alone, final in stages(chosen, alike=lambda agent: None):
+        agents, turns = [chosen.agents[i] for i in numbers], []
         for agent in agents:
             for q in range(B):
-                turn = run.turn(agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else "")
-                turns.append(turn if alone or "{context}" in agent.prompt else talk[q] + turn)
+                asked = turn(agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else "")
+                turns.append(asked if alone or "{context}" in agent.prompt else talk[q] + asked)
         if final:
             break
         acted = run.act(agents, turns, lm.model.new_cache(len(turns)))
@@ -145,8 +193,8 @@ def brief_text(
         for row, out in enumerate(acted.written):
             agent, q = agents[row // B], row % B
             work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
-            talk[q] = talk[q] + run.turn(agent, q) + run.tokenizer.written(out.text)
-    return Briefing(run, agents[0], turns, lm.model.new_cache(B), 0, None, acts)
+            talk[q] = talk[q] + turn(agent, q) + run.tokenizer.written(out.text)
+    return Briefing(run, agents[0], turns, lm.model.new_cache(B), 0, None, acts, torch.zeros(B, dtype=torch.int64))
 
 
 class Briefing(NamedTuple):
@@ -162,6 +210,7 @@ class Briefing(NamedTuple):
     steps: int
     align: Callable[[Tensor], Tensor] | None
     acts: list[tuple[list[AgentTrace], list[Written]]]  # of each turn before
+    head: Tensor  # (B,) slots of the memory that are the layout's head
 
     def answer(self) -> list[Result]:
         """Let the last agent read its turn, think if it says so itself, and write."""

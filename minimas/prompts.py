@@ -1,45 +1,44 @@
 """What the agents are told: role prompts and answer forms, as data. No code, and no sentence of the authors'.
 
-A prompt is the user's turn. `{question}` is where the question goes, `{context}` where `text_mas` puts what earlier
-agents wrote (empty in `latent_mas`, where it is in memory), `{form}` how the answer must look. Both methods read the
-same prompts: a text team with weaker ones would prove nothing. "The work so far" is a memory for the one and a
-paragraph for the other. Roles: paper, section 4 and appendix.
+`OPENING` comes before every prompt: in each chat turn, or once at the start of a user turn that all
+agents share (see `Team`). In a prompt, `{question}` is where the question goes, `{form}` how the
+answer must look, and `{context}` where `text_mas` puts what earlier agents wrote. It is empty in
+`latent_mas`, where their work is in the KV cache. Only `CONTEXT` speaks of that work, so no agent is
+told of something that it cannot see. Both methods and the single agent have the same question and
+the same form: a comparison with weaker prompts on one side would prove nothing. Roles: paper,
+section 4 and appendix.
 """
 
-ASKED = "\n\nQuestion: {question}{context}"
-ANSWERED = ASKED + "\n\n{form}"
-NO_ANSWER = " Do not give the final answer."
-SOLVED = " Solve the question below"
-JUDGED = ": use what is right in it and leave out what is not. Think step by step, then answer the question."
+OPENING = "Question: {question}"
 
 SEQUENTIAL = {
-    "planner": "You are the planner of a team. Work out how to solve the question below: what is asked, what is given, "
-    "and the steps from one to the other, in order." + NO_ANSWER + ASKED,
-    "critic": "You are the critic of a team. Go through the plan in the work so far: name every step that is wrong, "
-    "missing or unclear, and say how to mend it." + NO_ANSWER + ASKED,
-    "refiner": "You are the refiner of a team. From the plan and the criticism in the work so far, make the best plan: "
-    "complete, correct, in order, and short." + NO_ANSWER + ASKED,
-    "judger": "You are the judge of a team. You have the work so far" + JUDGED + ANSWERED,
+    "planner": "You are the planner of a team. Work out what is asked, what is given, and which steps lead from one to "
+    "the other.{context}",
+    "critic": "You are the critic of the team. Work out which mistakes are easy to make with this question, and how to "
+    "avoid them.{context}",
+    "refiner": "You are the refiner of the team. Work out the best way to the answer: complete, correct, in order, and "
+    "short.{context}",
+    "judger": "Now answer the question.{context}\n\n{form}",
 }
 HIERARCHICAL = {
-    "math expert": "You are the mathematics expert of a team." + SOLVED + " by calculation and logic, step by step, "
-    "and check the numbers." + ASKED,
-    "science expert": "You are the science expert of a team." + SOLVED + " from facts and principles, step by step, "
-    "and check that the result makes sense." + ASKED,
-    "code expert": "You are the programming expert of a team." + SOLVED + " as an algorithm: inputs, steps, special "
-    "cases, and check it on an example." + ASKED,
-    "summarizer": "You are the summarizer of a team. You have the experts' work so far" + JUDGED + ANSWERED,
+    "math expert": "You are the mathematics expert of a team. Work out the answer by calculation and logic, step by "
+    "step, and check the numbers.",
+    "science expert": "You are the science expert of a team. Work out the answer from facts and principles, step by "
+    "step, and check that the result makes sense.",
+    "code expert": "You are the programming expert of a team. Work out the answer as an algorithm: inputs, steps, "
+    "special cases, and check it on an example.",
+    "summarizer": "Now answer the question.{context}\n\n{form}",
 }
-SINGLE = "Think step by step, then answer the question.\n\nQuestion: {question}\n\n{form}"
+SINGLE = "{form}"
 
 FORMS = {
-    "math": "Put the final answer, a number or an expression alone, in \\boxed{}.",
-    "choice": "Put the letter of the right option, alone, in \\boxed{}.",
+    "math": "Reason step by step, and put the final answer, a number or an expression alone, in \\boxed{}.",
+    "choice": "Reason step by step, and put the letter of the right option, alone, in \\boxed{}.",
     "code": "Give one complete, self-contained Python solution in a ```python block.",
     "free": "End with the final answer in one short line.",
 }
 
-CONTEXT = "\n\nThe work so far:{work}"
+CONTEXT = "\n\nThe work of the team so far; use what is right in it, and leave out what is not:{work}"
 WORK = "\n\n[{name}]\n{text}"
 OPTION = "\n({letter}) {text}"
 

@@ -64,7 +64,10 @@ class Watcher:
         """The last agent wrote a piece of text."""
 
     def memory(self, memory: KVCache) -> None:
-        """An agent's turn is over, and this is its memory, a row for each trace of `end`: to look at, not to keep."""
+        """An agent's turn is over, and this is its memory, a row for each trace of `end`: to look at, not to keep.
+
+        Of an agent who hands no memory over, the last tokens that it generated may be missing.
+        """
 
     def end(self, traces: Sequence[AgentTrace]) -> None:
         """An agent is done, one trace per question."""

@@ -1,12 +1,14 @@
 """Agents and teams as values: the paper's two, and anybody's own from JSON. Does not know: models, how a team works."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import prompts
 from .config import read_json
+
+LAYOUTS = ("turn", "chat")
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,56 @@ class Agent:
 
 @dataclass(frozen=True)
 class Team:
-    """Agents in order, the last of which answers; `parallel`: those before it work side by side from empty memory."""
+    """Agents in order, the last of which answers.
+
+    `parallel`: the agents before the last work side by side, each from an empty KV cache. `layout` says where the
+    prompts of `latent_mas` stand in the conversation:
+
+    - "chat": every agent has a chat turn of its own, which is closed before the hand-over (the paper's form).
+    - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the last agent opens an
+      assistant turn. On real models answers survive this layout and not the other one (docs/results.md).
+
+    `opening` is text that every agent's prompt begins with. In layout "turn" it stands once, at the start of the user
+    turn, and every `transfer` keeps it; {question} may stand there.
+    """
 
     agents: tuple[Agent, ...]
     parallel: bool = False
+    layout: str = "chat"
+    opening: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))
         if not self.agents:
             raise ValueError("team (--team): found no agents, expected at least one")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout (--layout): found {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+        if self.layout == "turn":
+            self._require_one_turn()
+
+    def _require_one_turn(self) -> None:
+        """Raise ValueError naming the agent and field that cannot be in a user turn shared by all agents."""
+        *earlier, last = self.agents
+        for agent in earlier:
+            problem = {
+                "writes": "writes: found true" if agent.writes else "",
+                "prefix": f"prefix: found {agent.prefix!r:.40}" if agent.prefix else "",
+            }
+            for found in filter(None, problem.values()):
+                raise ValueError(
+                    f"layout (--layout): found 'turn' with agent {agent.name!r}, {found}, expected 'chat': before the "
+                    "last agent there is no assistant turn"
+                )
+            if agent.system != last.system:
+                raise ValueError(
+                    f"layout (--layout): found 'turn' with the system message {agent.system!r:.40} of agent "
+                    f"{agent.name!r} and {last.system!r:.40} of agent {last.name!r}, expected 'chat', or one system "
+                    "message for all agents"
+                )
+
+    def with_layout(self, layout: str | None) -> "Team":
+        """Return the same team in another layout; None keeps its own. Raises ValueError where that cannot work."""
+        return self if layout is None else replace(self, layout=layout)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Team":
@@ -50,23 +93,34 @@ class Team:
     @classmethod
     def from_dict(cls, raw: Any, source: str) -> "Team":
         """Read a team from a parsed JSON object; `source` is named in errors."""
-        _check(raw, {"parallel": bool, "agents": list}, {"agents"}, source)
+        _check(raw, {"parallel": bool, "agents": list, "layout": str, "opening": str}, {"agents"}, source)
         types = {"name": str, "prompt": str, "system": str, "latent_steps": int, "writes": bool, "prefix": str}
         for i, fields in enumerate(raw["agents"]):
             _check(fields, types, {"name", "prompt"}, f"{source}: agents[{i}]")
-        return cls(tuple(Agent(**fields) for fields in raw["agents"]), raw.get("parallel", False))
+        agents = tuple(Agent(**fields) for fields in raw["agents"])
+        try:
+            return cls(agents, **{name: value for name, value in raw.items() if name != "agents"})
+        except ValueError as error:  # a layout that is unknown, or that these agents cannot have
+            raise ValueError(f"{source}: {error}") from error
 
 
 def sequential() -> Team:
-    """Planner → critic → refiner → judger, each on the memory of all before it (paper, figure 2 left)."""
-    return Team(tuple(Agent(name, prompt) for name, prompt in prompts.SEQUENTIAL.items()))
+    """Planner → critic → refiner → judger, each on the KV cache of all before it (paper, figure 2 left)."""
+    agents = tuple(Agent(name, prompt) for name, prompt in prompts.SEQUENTIAL.items())
+    return Team(agents, layout="turn", opening=prompts.OPENING)
 
 
 def hierarchical(chained: bool = False) -> Team:
     """Three experts who work side by side and do not see each other, then a summarizer with their memories (paper,
     figure 2 right). `chained` runs them one after the other on one memory, as the authors' code does (LatentMAS #32).
     """
-    return Team(tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items()), parallel=not chained)
+    agents = tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items())
+    return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)
+
+
+def single_agent() -> Team:
+    """One agent, for `single`: the same question and the same form of the answer as the teams'."""
+    return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
 EXPECTED = {int: "a whole number, 0 or more", list: "a list, not empty", str: "text", bool: "true or false"}

@@ -6,6 +6,7 @@ any Hugging Face tokenizer gives the same ids. The template is the model's own, 
 has none. Does not know: torch, models, roles.
 """
 
+import bisect
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,11 @@ class Turn:
     def __add__(self, other: "Turn") -> "Turn":
         shift = len(self.text)
         return Turn(self.text + other.text, self.untrusted + tuple((a + shift, b + shift) for a, b in other.untrusted))
+
+    def cut(self, start: int, end: int) -> "Turn":
+        """Return the characters from `start` up to `end`, with the spans that lie in them."""
+        spans = [(max(a, start) - start, min(b, end) - start) for a, b in self.untrusted]
+        return Turn(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
 
 
 class Tokenizer:
@@ -72,18 +78,28 @@ class Tokenizer:
 
     def encode_turn(self, turn: Turn) -> list[int]:
         """Ids of a turn in which no control token comes from an untrusted span; ValueError if that cannot be."""
+        return self._encode(turn)[0]
+
+    def tokens_before(self, turn: Turn, end: int) -> int:
+        """Return how many of the turn's tokens begin before character `end`."""
+        return bisect.bisect_left(self._encode(turn)[1], end)
+
+    def _encode(self, turn: Turn) -> tuple[list[int], list[int]]:
+        """Return the ids of a turn, and the character at which each of them begins."""
         cuts, control = {0, len(turn.text)}, set(self.control.values())
         while True:
             ids: list[int] = []
+            starts: list[int] = []
             wrong: set[int] = set()
             for start, end in itertools.pairwise(sorted(cuts)):
                 piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
                 ids += piece.ids
+                starts += [start + a for a, _ in piece.offsets]
                 for i, (a, b) in zip(piece.ids, piece.offsets, strict=True):
                     if i in control:  # cut at the border if it only reaches over, as one that eats spaces does
                         wrong |= {max(start + a + 1, x) for x, y in turn.untrusted if start + a < y and x < start + b}
             if not wrong:
-                return ids
+                return ids, starts
             if wrong <= cuts:  # one character, not to be cut
                 raise ValueError(f"question: found a character that is a control token of {self.path}, expected text")
             cuts |= wrong
@@ -110,6 +126,23 @@ class Tokenizer:
             if turn.text + rest == text:
                 return turn + Turn(rest + prefix)
         raise ValueError(f"{self.template_path}: the chat template changes a message, or depends on what it says")
+
+    def user_turn(self, parts: Sequence[str], system: str | None = None, prefix: str = "") -> list[Turn]:
+        """Cut the turn of one user message made of `parts`; returns what comes before the message, then every part.
+
+        The last one includes the rest of the turn, up to `prefix` in the open assistant turn. Raises ValueError as
+        `turn` does.
+        """
+        message = "".join(parts)
+        turn = self.turn(message, system, prefix)
+        start, end = turn.untrusted[-1]
+        whole = end - start == len(message)
+        at = start if whole else start - (len(message) - len(message.lstrip()))  # the template stripped the message
+        edges = [0, start]
+        for part in parts[:-1]:
+            at += len(part)
+            edges.append(min(max(at, start), end))
+        return [turn.cut(a, b) for a, b in itertools.pairwise([*edges, len(turn.text)])]
 
     def written(self, text: str) -> Turn:
         """What an agent wrote and the end of its turn, to be put behind the turn it answered."""

@@ -22,6 +22,7 @@ from .answers import KINDS, extract
 from .cache import KVCache
 from .generate import Sampling, Written, generator, read, stream
 from .latent import think
+from .layout import LAYOUTS, ChatLayout
 from .load import LM
 from .results import AgentTrace, Result, Watcher
 from .teams import TEAMS, Agent, Team
@@ -70,26 +71,21 @@ class Run:
             setattr(other, field, [*rest, first])
         return other
 
-    def team(self, team: str | Team) -> Team:
-        """A team given by name: the folder's own first, then the generic one."""
-        if isinstance(team, Team):
-            return team
-        if team not in self.lm.teams.keys() | TEAMS.keys():
-            raise ValueError(f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}")
-        return self.lm.teams.get(team) or TEAMS[team]()
-
-    def turn(self, agent: Agent, q: int, context: str = "") -> Turn:
-        """Agent's turn on question q, up to the open assistant turn."""
+    def fill(self, prompt: str, q: int, context: str = "") -> str:
+        """Return a prompt with question q, its context and the form of its answer filled in."""
         options = (self.choices[q] or {}) if self.kind == "choice" else {}
         asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
         fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
         # In one pass, so that a question that holds "{context}" stays a question.
-        text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], agent.prompt)
-        return self.tokenizer.turn(text, agent.system, agent.prefix)
+        return re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], prompt)
 
-    def turns(self, agent: Agent) -> list[Turn]:
-        """Agent's turn on every question."""
-        return [self.turn(agent, q) for q in range(len(self.questions))]
+    def layouts(self, team: Team) -> list[ChatLayout]:
+        """Return where the team's prompts stand, for every question."""
+        layout = LAYOUTS[team.layout]
+        return [
+            layout(self.tokenizer, team, self.fill(team.opening, q), [self.fill(a.prompt, q) for a in team.agents])
+            for q in range(len(self.questions))
+        ]
 
     def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool, closes: bool) -> int:
         """The slots held after an agent's turn at most; raises ValueError if the model's context is shorter."""
@@ -112,7 +108,7 @@ class Run:
 
     def act(
         self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int = 0, align: Any = None,
-        writes: bool = True, final: bool = False, closes: bool = False,
+        writes: bool = True, final: bool = False, closes: bool = False, head: Tensor | None = None,
     ) -> "Acted":
         """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
@@ -128,10 +124,9 @@ class Run:
                 return align(hidden)  # type: ignore[no-any-return]
 
             _, hidden = think(model, watched, hidden, memory, steps)
-        written = [Written("", [], "stop")] * len(ids)
+        written, hands_over = [Written("", [], "stop")] * len(ids), align is not None and not final
         if writes:
-            sources = self.generators * len(agents)
-            how, hands_over = (self.sampling, self.end_ids, sources), align is not None and not final
+            how = self.sampling, self.end_ids, self.generators * len(agents)
             pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=hands_over)
             for row, piece, done in pieces:
                 if final and piece:
@@ -141,15 +136,18 @@ class Run:
         if closes:
             # Left open, the next agent's system message would stand inside this one's answer.
             read(model, [self.closing] * len(ids), memory)
-        seconds, sizes = (self._clock() - start) / len(ids), (memory.lengths * memory.slot_nbytes).tolist()
+        seconds, ends = (self._clock() - start) / len(ids), len(self.closing) if closes else 0
         traces = []
-        for row, (turn, read_ids, out, size) in enumerate(zip(turns, ids, written, sizes, strict=True)):
-            bill = (len(read_ids), steps, len(out.ids), seconds, size)
+        for row, (turn, read_ids, out) in enumerate(zip(turns, ids, written, strict=True)):
+            unfed = out.finish_reason == "length" and not hands_over  # the last token, which nobody needs in the cache
+            slots = int(read_until[row]) + steps + len(out.ids) - unfed + ends
+            bill = (len(read_ids), steps, len(out.ids), seconds, slots * memory.slot_nbytes)
             traces.append(AgentTrace(*bill, name=agents[row // B].name, prompt=turn.text, text=out.text))
         self.watcher.memory(memory)
         for first in range(0, len(traces), B):
             self.watcher.end(traces[first : first + B])
-        return Acted(memory, held, read_until, steps, traces, written)
+        head = torch.zeros_like(held) if head is None else head
+        return Acted(memory, held, head, read_until, steps, traces, written)
 
     def read(self, ids: list[list[int]], memory: KVCache) -> tuple[Tensor, KVCache]:
         """Each row's last state, and the memory that was read into: another one, where `shared` had it already."""
@@ -180,6 +178,15 @@ class Run:
         return results
 
 
+def choose_team(lm: LM, team: str | Team) -> Team:
+    """Return a team given by name: the folder's own first, then the generic one. A Team is returned as it is."""
+    if isinstance(team, Team):
+        return team
+    if team not in lm.teams.keys() | TEAMS.keys():
+        raise ValueError(f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}")
+    return lm.teams.get(team) or TEAMS[team]()
+
+
 def behind(prompt: str, text: str) -> str:
     """A text with the `<think>` that its prompt, by a prefix or the template, has opened for it."""
     return ("<think>" if prompt.rstrip().endswith("<think>") else "") + text
@@ -190,6 +197,7 @@ class Acted(NamedTuple):
 
     memory: KVCache
     held: Tensor  # (rows,) slots before the turn
+    head: Tensor  # (rows,) slots of the layout's head, which every hand-over keeps
     read_until: Tensor  # (rows,) slots after the prompt; the thoughts follow
     steps: int
     traces: list[AgentTrace]
@@ -197,37 +205,42 @@ class Acted(NamedTuple):
 
     def hand_over(self, transfer: str) -> KVCache:
         """The memory as the next agent sees it."""
+        start = torch.maximum(self.held, self.head)  # what this turn added comes after it
         if transfer == "none":
             return self.memory.truncate(0)
         if transfer == "last":
-            return self.memory.keep_last(self.memory.lengths - self.held)
+            return KVCache.concat([self.memory.truncate(self.head), self.memory.keep_last(self.memory.lengths - start)])
         if transfer == "latents":
             thoughts = self.memory.truncate(self.read_until + self.steps).keep_last(self.steps)
-            return KVCache.concat([self.memory.truncate(self.held), thoughts])
+            return KVCache.concat([self.memory.truncate(start), thoughts])
         return self.memory
 
 
-def stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[Agent], bool, bool]]:
-    """Yield (agents of one batch, whether from empty memory, whether the last). The experts of a parallel team share a
-    batch as far as `alike` gives the same for them.
+def stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[int], bool, bool]]:
+    """Yield (numbers of the agents of one batch, whether from an empty cache, whether the last). The experts of a
+    parallel team share a batch as far as `alike` gives the same for them.
     """
-    *before, last = team.agents
+    last = len(team.agents) - 1
     if team.parallel:
-        yield from ((list(group), True, False) for _, group in itertools.groupby(before, key=alike))
+        groups = itertools.groupby(range(last), key=lambda i: alike(team.agents[i]))
+        yield from ((list(group), True, False) for _, group in groups)
     else:
-        yield from (([agent], False, False) for agent in before)
+        yield from (([i], False, False) for i in range(last))
     yield [last], False, True
 
 
 def require_context(run: Run, thinking: Run, team: Team, steps: Callable[..., int], transfer: str) -> None:
     """Raise ValueError before the first turn if the last one, or any between, does not fit into the context."""
-    for q in range(len(run.questions)):
-        held = 0
-        for agents, alone, final in stages(team, alike=lambda agent: None):
-            asked = run if final else thinking
-            for agent in agents:
-                reads, before = len(run.tokenizer.encode_turn(asked.turn(agent, q))), 0 if alone else held
+    for own, others in zip(run.layouts(team), thinking.layouts(team), strict=True):
+        held = head = 0
+        for numbers, alone, final in stages(team, alike=lambda agent: None):
+            layout = own if final else others
+            for i in numbers:
+                agent, before = team.agents[i], 0 if alone else held
+                reads = len(run.tokenizer.encode_turn(layout.prompt(i, first=before == 0)))
+                head = head if before else layout.head_tokens(i)
                 writes, thinks = final or agent.writes, steps(agent, final)
-                after = run.require_room(agent, before, reads, thinks, writes, closes=not final)
-                added = {"latents": thinks, "none": 0}.get(transfer, after - before)
-                held = added if transfer == "last" else held + added
+                after = run.require_room(agent, before, reads, thinks, writes, layout.closes_turns and not final)
+                added = thinks if transfer == "latents" else after - max(before, head)
+                kept = head if transfer == "last" else max(held, head)
+                held = 0 if transfer == "none" else kept + added

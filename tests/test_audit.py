@@ -13,6 +13,7 @@ import torch
 
 from minimas import LM, Aligner, Sampling, load
 from minimas.agents import Briefing, brief
+from minimas.nll import losses
 
 from .models import TINY
 from .test_evaluate import write_data
@@ -23,7 +24,6 @@ sys.path.insert(0, str(TINY.parents[1] / "tools"))
 import audit
 import evaluate
 from arms import Arm, Bench, plain_grader
-from nll import losses
 from stats import bootstrap, mcnemar, mean_error, sign_flips, wilson
 
 Record = dict[str, Any]

@@ -19,6 +19,7 @@ import torch
 
 from minimas import LM, Sampling, latent_mas, load
 from minimas.agents import brief, brief_text
+from minimas.nll import losses
 from minimas.tokenizer import Turn
 
 from .models import TINY, reference
@@ -32,7 +33,6 @@ import evaluate  # noqa: E402
 import ledger  # noqa: E402
 from arms import Arm, Bench, grid, plain_grader, vote  # noqa: E402
 from ledger import Key, Ledger, take_up, whole_units  # noqa: E402
-from nll import losses  # noqa: E402
 from tiny_task import split_stories, split_team, story  # noqa: E402
 
 Record = dict[str, Any]

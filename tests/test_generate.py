@@ -316,13 +316,17 @@ def write(
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 200), st.booleans())
 def test_all_that_was_written_is_in_memory_and_no_end_token(limit: int, seed: int, ends: int, remember: bool) -> None:
-    """The next agent must see the last word, which is fed only when one more is asked for, and no foreign end token."""
+    """The next agent must see the last word, which is fed only when one more is asked for, and no foreign end token.
+
+    A batch whose cache nobody uses afterwards gets smaller as its rows end; the texts must not notice.
+    """
     model, hot, end_ids = text_model(), Sampling(temperature=2.0, max_new_tokens=limit), set(range(ends))
     written, cache = write(generate, hot, end_ids, remember, seed)
+    assert write(generate, hot, end_ids, not remember, seed)[0] == written
     for row, (ids, out) in enumerate(zip(PROMPTS, written, strict=True)):
         held = int(cache.lengths[row])
         full = len(ids) + len(out.ids)
-        assert held == full or (not remember and held == full - 1 and out.finish_reason == "length")
+        assert held == full if remember else len(ids) <= held <= full
         explicit = model.new_cache(1)
         read(model, [(ids + out.ids)[:held]], explicit)
         assert distance(cache.select([row]).truncate(held), explicit) < 1e-9

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from nll import losses
 from tasks import kind_of, option_of
 
 from minimas import KVCache, Sampling, Team
@@ -24,6 +23,7 @@ from minimas.agents import Briefing, brief, brief_text
 from minimas.answers import extract, grade
 from minimas.feeders import Feeder
 from minimas.load import LM
+from minimas.nll import losses
 from minimas.results import AgentTrace, Result, Watcher
 from minimas.teams import TEAMS
 from minimas.turns import Shared, behind
@@ -33,9 +33,9 @@ METRICS = ("accuracy", "nll")
 READS = {  # which settings a method reads; the others are left at None, so that a grid has no arm twice
     "single": (),
     "text_mas": ("team",),
-    "latent_mas": ("team", "latent_steps", "align", "transfer", "close", "prefix"),
+    "latent_mas": ("team", "latent_steps", "align", "transfer", "close", "prefix", "layout"),
 }
-UNSEEN = ("latent_steps", "align", "close", "prefix")  # by the last agent, when nothing is handed over
+UNSEEN = ("latent_steps", "align", "close", "prefix", "layout")  # by the last agent, when nothing is handed over
 VOTE = 0.7  # the temperature of samples that are voted on, where the run itself is greedy
 
 Row = dict[str, Any]
@@ -55,6 +55,7 @@ class Arm:
     transfer: str | None = None
     close: bool | None = None
     prefix: str | None = None  # of every agent but the last; None: the agents' own
+    layout: str | None = None  # None: the team's own
     samples: int = 1  # answers to vote on
 
 
@@ -178,7 +179,7 @@ class Bench:
             handed = brief(self.lm, team=self.team(others[0], arm), **thinking, **asked(others))
             return brief(self.lm, team=team, handed=handed, **thinking, **asked(rows))
         if arm.transfer == "none":
-            team = Team(team.agents[-1:])  # what the others would have read and thought is dropped anyway
+            team = replace(team, agents=team.agents[-1:])  # the others are not seen
         return brief(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 
     def team(self, i: int, arm: Arm) -> Team:
@@ -190,7 +191,7 @@ class Bench:
         if arm.prefix is not None:
             *before, last = team.agents
             team = replace(team, agents=(*(replace(agent, prefix=arm.prefix) for agent in before), last))
-        return team
+        return team.with_layout(arm.layout)
 
     # -- what is measured behind it ------------------------------------------------------------------------------------
 

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from arms import Arm, gold_text
 from ledger import Record, files, read_head, write_whole
-from nll import losses
 from stats import paired
 from torch import Tensor
 
 from minimas import Aligner, KVCache
 from minimas.agents import Briefing
+from minimas.nll import losses
 from minimas.tokenizer import Turn
 
 if TYPE_CHECKING:
@@ -53,14 +53,15 @@ SAME_SECONDS = "same seconds"
 def arms(evaluation: "Evaluation") -> list[Arm]:
     """The audit's arms, for each metric, in an order in which a cut-short batch has the main ones."""
     args = evaluation.args
-    for name in ("team", "latent_steps", "transfer", "close", "prefix", "method"):
+    for name in ("team", "latent_steps", "transfer", "close", "prefix", "layout", "method"):
         values, only = getattr(args, name), {"transfer": ["full"], "method": ["latent_mas"]}.get(name)
         if len(values) > 1 or (only and values != only):
             flag = f"{name} (--{name.replace('_', '-')})"
             raise ValueError(f"{flag}: found {values}, expected {only or 'a single value'} in an audit")
     align, maps = args.align[0], args.align[1:] or FEEDERS
     team, steps, close = args.team[0], args.latent_steps[0], args.close[0]
-    full = Arm("full", team=team, latent_steps=steps, align=align, transfer="full", close=close, prefix=args.prefix[0])
+    how = {"close": close, "prefix": args.prefix[0], "layout": args.layout[0]}
+    full = Arm("full", team=team, latent_steps=steps, align=align, transfer="full", **how)
     several = [
         full,
         replace(full, name="prompts only", latent_steps=0),

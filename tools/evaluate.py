@@ -45,7 +45,7 @@ import minimas  # noqa: E402
 from minimas.agents import TRANSFERS  # noqa: E402
 from minimas.feeders import parse  # noqa: E402
 from minimas.quantize import FORMATS  # noqa: E402
-from minimas.teams import TEAMS, Team  # noqa: E402
+from minimas.teams import LAYOUTS, TEAMS, Team  # noqa: E402
 
 NOT_SETTINGS = {"out", "replay", "regrade", "debug", "quiet", "data_dir", "data"}
 
@@ -111,6 +111,7 @@ def parser() -> Parser:
     add("--align", type=several(kind_of_map), default=["ridge"], help="list of kinds of map, see minimas/feeders.py")
     add("--transfer", type=several(one_of(TRANSFERS)), default=["full"], help="list")
     add("--close", type=several(yes_no), default=[True], help="list: yes, no; whether agents' turns are closed")
+    add("--layout", type=several(one_of(LAYOUTS)), default=[None], help="list: turn, chat (default: the team's own)")
     add("--prefix", type=several(str), default=[None], help="list of texts before an agent's thoughts")
     add("--metric", type=several(one_of(METRICS)), help="list: accuracy, nll (default: accuracy; of an audit both)")
     add("--seeds", type=several(whole(0)), default=[0], help="list")
@@ -217,6 +218,7 @@ class Evaluation:
         arms = grid(
             any(agent.latent_steps for agent in lasts), method=a.method, metric=a.metric, team=a.team,
             latent_steps=a.latent_steps, align=a.align, transfer=a.transfer, close=a.close, prefix=a.prefix,
+            layout=a.layout,
         )  # fmt: skip
         return [dataclasses.replace(arm, samples=a.samples or 1) if arm.method == "single" else arm for arm in arms]
 

@@ -1,7 +1,7 @@
-"""Gold NLL: what a text costs the last agent, teacher-forced behind its turn and the memory it was given.
+"""Gold NLL: the loss of a given text under the last agent, teacher-forced after its prompt and its KV cache.
 
-No decoding, paired and continuous: it tells arms apart on 24 questions that accuracy cannot on 200. It rewards copying
-above all: a memory that holds the words of the solution lowers it, whether or not anything was understood.
+It needs no decoding, and it is paired and continuous: it tells two settings apart on 24 questions where accuracy needs
+200. It rewards copying above all: a cache that holds the words of the solution lowers it, understood or not.
 
 Does not know: arms, files, what is right.  R texts   T tokens   D hidden   V vocabulary
 """
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimas import KVCache
-from minimas.agents import Briefing
-from minimas.model import Qwen3
-from minimas.tokenizer import Turn
+from .agents import Briefing
+from .cache import KVCache
+from .model import Qwen3
+from .tokenizer import Turn
 
 
 class Loss(NamedTuple):

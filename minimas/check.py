@@ -1,0 +1,232 @@
+"""Is a hand-over good for this model? A short answer without any data: `python -m minimas check MODEL`.
+
+The last agent of a team gets no KV cache, the cache of the others' prompts, and that cache with
+latent thoughts from two maps: the paper's ("ridge") and the one that leaves out the final norm's
+gain ("prenorm"). Two things are measured on eight built-in questions: the loss of a worked solution
+(see `nll`), and how long the answers are. A harmful cache shows in either of them: garbled states
+raise the loss, and a bare number in place of reasoning is short.
+
+Eight questions find large effects only. `tools/evaluate.py --audit` measures the same on your own
+data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from .agents import brief
+from .generate import Sampling
+from .load import LM
+from .nll import losses
+from .results import Watcher
+from .turns import choose_team
+
+STEPS = 20  # latent steps of an agent: enough for a map that harms to show it
+MAX_NEW_TOKENS = 64  # an answer with reasoning is longer, a bare number is shorter
+HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
+SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
+T_95 = {8: 2.365}  # Student's t, two-sided 95 %, for so many questions
+
+QUESTIONS = (
+    (
+        "A baker makes 6 trays of 9 rolls and sells 38 of the rolls. How many rolls are left?",
+        "The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. \\boxed{16}",
+    ),
+    (
+        "A train ticket costs 14 dollars, and a child pays half. What do two adults and three children pay?",
+        "A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children 3 × 7 = 21 dollars. "
+        "Together that is 28 + 21 = 49 dollars. \\boxed{49}",
+    ),
+    (
+        "Nora reads 12 pages a day for 5 days and 20 pages on each of the next 2 days. The book "
+        "has 130 pages. How many pages does she have left?",
+        "In the first 5 days Nora reads 12 × 5 = 60 pages, then 20 × 2 = 40 pages. That is 60 + 40 "
+        "= 100 pages. She has 130 − 100 = 30 pages left. \\boxed{30}",
+    ),
+    (
+        "A tank holds 240 liters. It is a quarter full, and a pump adds 15 liters a minute. After "
+        "how many minutes is it full?",
+        "The tank contains 240 / 4 = 60 liters, so 240 − 60 = 180 liters are missing. The pump "
+        "needs 180 / 15 = 12 minutes. \\boxed{12}",
+    ),
+    (
+        "Liam has three times as many stamps as Mia. Together they have 84 stamps. How many stamps "
+        "does Liam have?",
+        "If Mia has x stamps, Liam has 3x, and 4x = 84. So x = 84 / 4 = 21, and Liam has 3 × 21 = "
+        "63 stamps. \\boxed{63}",
+    ),
+    (
+        "A jacket costs 80 dollars. Its price is cut by 25 %, and then 6 dollars are added for "
+        "shipping. What does it cost now?",
+        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With shipping "
+        "it is 60 + 6 = 66 dollars. \\boxed{66}",
+    ),
+    (
+        "A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees are still standing?",
+        "There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees are still standing. "
+        "\\boxed{210}",
+    ),
+    (
+        "Two machines make 18 and 24 parts an hour. How many parts do they make together in 3 and a half hours?",
+        "Together they make 18 + 24 = 42 parts an hour. In 3.5 hours that is 42 × 3.5 = 147 parts. \\boxed{147}",
+    ),
+)
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+@dataclass(frozen=True)
+class ArmReport:
+    """What one setting came to: `nll` in nats per token of the solution, `difference` of it to prompts only, the mean
+    number of generated tokens, and the share of answers that ended before the limit.
+    """
+
+    name: str
+    nll: float
+    difference: Interval | None
+    tokens: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a check; `verdict` is one sentence, `command` the recommended command line."""
+
+    model: str
+    layout: str
+    latent_steps: int
+    max_new_tokens: int
+    questions: int
+    arms: list[ArmReport] = field(default_factory=list)
+    verdict: str = ""
+    command: str = ""
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        table = [
+            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}{'tokens':>7}{'ended':>7}"
+        ]
+        for arm in self.arms:
+            difference = str(arm.difference) if arm.difference else ""
+            table.append(
+                f"{arm.name:<24}{arm.nll:>9.3f}  {difference:<26}{arm.tokens:>7.1f}{arm.ended:>7.0%}"
+            )
+        sample = (
+            f"{self.questions} built-in questions, sequential team, layout {self.layout}, {self.latent_steps} latent "
+            f"steps per agent, at most {self.max_new_tokens} generated tokens"
+        )
+        return [sample, *table, self.verdict, f"recommended: {self.command}"]
+
+
+def check(
+    lm: LM, layout: str | None = None, latent_steps: int = STEPS, watcher: Watcher | None = None
+) -> Report:
+    """Measure what the model's sequential team does to the last agent. Greedy; two minutes for 0.5B parameters.
+
+    `layout` None is the team's own. Raises ValueError for a model without tokenizer, or one whose context is too short.
+    """
+    team = choose_team(lm, "sequential").with_layout(layout)
+    settings: dict[str, dict[str, Any]] = {
+        "no cache": {
+            "transfer": "none",
+            "latent_steps": 0,
+            "team": replace(team, agents=team.agents[-1:]),
+        },
+        "prompts only": {"latent_steps": 0},
+        f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
+        f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
+    }
+    found = {name: _measure(lm, {"team": team, **how}, watcher) for name, how in settings.items()}
+    base = found["prompts only"][0]
+    arms = [
+        ArmReport(
+            name,
+            sum(nlls) / len(nlls),
+            None
+            if name == "prompts only"
+            else interval([a - b for a, b in zip(nlls, base, strict=True)]),
+            sum(tokens) / len(tokens),
+            sum(count < MAX_NEW_TOKENS for count in tokens) / len(tokens),
+        )
+        for name, (nlls, tokens) in found.items()
+    ]
+    report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, len(QUESTIONS), arms)
+    verdict, flags = judge(report)
+    return replace(
+        report,
+        verdict=verdict,
+        command=f"python -m minimas ask --model {lm.model.name} {flags}QUESTION",
+    )
+
+
+def _measure(lm: LM, how: dict[str, Any], watcher: Watcher | None) -> tuple[list[float], list[int]]:
+    """Return the loss of each solution, and the number of tokens of each answer."""
+    greedy = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
+    briefing = brief(
+        lm,
+        [question for question, _ in QUESTIONS],
+        kind="math",
+        sampling=greedy,
+        watcher=watcher,
+        **how,
+    )
+    copy = briefing._replace(memory=briefing.memory.fork())
+    nlls = [loss.mean for [loss] in losses(copy, [[solution] for _, solution in QUESTIONS])]
+    return nlls, [result.agents[-1].output_tokens for result in briefing.answer()]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of paired differences with Student's 95 % interval."""
+    n = len(values)
+    mean = sum(values) / n
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return Interval(mean, mean - T_95[n] * error, mean + T_95[n] * error)
+
+
+def judge(report: Report) -> tuple[str, str]:
+    """Return the verdict in one sentence, and the flags of the recommended command line."""
+    alone, prompts, ridge, prenorm = report.arms
+
+    def short(arm: ArmReport) -> bool:
+        return arm.tokens < SHORT * alone.tokens
+
+    def harms(arm: ArmReport) -> bool:
+        difference = arm.difference
+        return short(arm) or (
+            difference is not None and difference.low > 0 and difference.mean > HARM
+        )
+
+    lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
+    if short(prompts):
+        said = f"the cache of the prompts alone makes answers short ({lengths}), so their reasoning is lost"
+        return _sentence(
+            report, said
+        ), "--layout turn " if report.layout == "chat" else "--method single "
+    kept = f"answers keep their length ({lengths})"
+    thoughts = [
+        f"{name} {'harms' if harms(arm) else 'shows no harm'} "
+        f"({arm.difference} nats per token, {arm.tokens:.0f} tokens)"
+        for name, arm in (("the paper's map", ridge), ("prenorm", prenorm))
+    ]
+    layout = f"--layout {report.layout} "
+    if not harms(ridge):
+        flags = layout
+    elif not harms(prenorm):
+        flags = f"{layout}--align prenorm "
+    else:
+        flags = f"{layout}--latent-steps 0 "
+    return _sentence(report, "; ".join([kept, *thoughts])), flags
+
+
+def _sentence(report: Report, said: str) -> str:
+    return f"On {report.questions} questions in layout {report.layout}: {said}."

@@ -1,0 +1,378 @@
+"""Layout "turn": all agents' prompts in one user turn, compared with the same built by hand.
+
+Three earlier assistant turns that are empty made the last agent answer with a bare number (docs/results.md).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimas import (
+    LM,
+    Agent,
+    KVCache,
+    Result,
+    Sampling,
+    Team,
+    Tokenizer,
+    hierarchical,
+    latent_mas,
+    sequential,
+    text_mas,
+    think,
+)
+from minimas.agents import TRANSFERS
+from minimas.config import FAMILIES
+from minimas.tokenizer import CHATML
+
+from .models import TINY, apart, distance, reference
+from .test_agents import ASKED, QUESTIONS, encoded, greedy, watched
+from .text import (
+    CONTROL,
+    SHORT,
+    harmless_texts,
+    hostile_texts,
+    load_text_lm,
+    plain_tokenizer,
+    text_folder,
+    tiny_tokenizer,
+)
+
+END = "<|im_end|>\n<|im_start|>assistant\n"
+TURN = Team(
+    (
+        Agent("first", "Plan it. {question}"),
+        Agent("second", "Check it."),
+        Agent("last", "Answer: {question}", prefix="So"),
+    ),
+    layout="turn",
+)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
+
+
+def head_of(team: Team, question: str) -> str:
+    system = team.agents[-1].system
+    before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    return f"{before}<|im_start|>user\n{team.opening.replace('{question}', question)}"
+
+
+def prompt_of(team: Team, i: int, question: str, first: bool) -> str:
+    """Agent i's share of the turn, built from the contract's words."""
+    paragraph = team.agents[i].prompt.replace("{question}", question)
+    start = head_of(team, question) + ("\n\n" if team.opening else "") if first else "\n\n"
+    return start + paragraph + (END + team.agents[i].prefix if i == len(team.agents) - 1 else "")
+
+
+def prefill(lm: LM, text: str, cache: KVCache) -> torch.Tensor:
+    return lm.model(lm.model.embed(encoded(text)), cache)[:, -1:]
+
+
+def by_hand(
+    lm: LM,
+    team: Team,
+    question: str,
+    remembered: str,
+    steps: Sequence[int],
+    transfer: str,
+    limit: int,
+) -> tuple[KVCache, str, list[str]]:
+    """The KV cache that the last agent gets, its greedy text, and every agent's prompt."""
+    align, last = lm.aligner("ridge"), len(team.agents) - 1
+    head, parts, prompts = lm.model.new_cache(1), [lm.model.new_cache(1)], []
+    for i in range(last):
+        cache = lm.model.new_cache(1) if team.parallel else KVCache.concat([head, *parts])
+        held = int(cache.lengths)
+        prompts.append(prompt_of(team, i, remembered, first=held == 0))
+        hidden = prefill(lm, prompts[-1], cache)
+        offsets = plain_tokenizer(TINY).encode(prompts[-1], add_special_tokens=False).offsets
+        size = (
+            sum(start < len(head_of(team, remembered)) for start, _ in offsets)
+            if held == 0
+            else int(head.lengths)
+        )
+        think(lm.model, align, hidden, cache, steps[i])
+        head = cache.truncate(size) if held == 0 and (i == 0 or not team.parallel) else head
+        own = {"latents": cache.keep_last(steps[i])}.get(
+            transfer, cache.keep_last(int(cache.lengths) - max(held, size))
+        )
+        parts = [own] if transfer == "last" else [*parts, own]
+        if transfer == "none":
+            head, parts = lm.model.new_cache(1), [lm.model.new_cache(1)]
+    if transfer == "shuffled" and team.opening:
+        head = lm.model.new_cache(1)
+        prefill(lm, head_of(team, question), head)
+    handed = KVCache.concat([head, *parts])
+    prompts.append(prompt_of(team, last, question, first=int(handed.lengths) == 0))
+    cache = handed.fork()
+    hidden = prefill(lm, prompts[-1], cache)
+    _, hidden = think(lm.model, align, hidden, cache, team.agents[-1].latent_steps or 0)
+    return handed, tiny_tokenizer().decode(greedy(lm, hidden, cache, limit)), prompts
+
+
+AGENTS = st.builds(
+    Agent,
+    st.just("agent"),
+    st.sampled_from(
+        ["Plan: {question}", "{question}", "No question at all.", " {question} twice: {question} "]
+    ),
+    latent_steps=st.integers(0, 3),
+)
+TEAMS = st.builds(
+    lambda agents, system, opening, parallel, prefix: Team(
+        (*(replace(a, system=system) for a in agents[:-1]), replace(agents[-1], system=system, prefix=prefix)),
+        parallel, "turn", opening,
+    ),
+    st.lists(AGENTS, min_size=1, max_size=4), st.sampled_from([None, "", "Be brief."]),
+    st.sampled_from(["", "Question: {question}", "A team works."]), st.booleans(), st.sampled_from(["", "<think>\n"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS)
+@given(TEAMS, ASKED, st.integers(1, 4))
+@settings(max_examples=25)
+def test_any_team_in_one_turn_equals_the_same_by_hand(
+    lm: LM, transfer: str, team: Team, questions: list[str], limit: int
+) -> None:
+    """Ragged rows, side by side or in a row, any transfer: slots, prompts, counts and text."""
+    questions = [*questions, "one more"] if transfer == "shuffled" else questions
+    with watched(lm.model) as (_, caches, _):
+        results = latent_mas(
+            lm, questions, team, transfer=transfer, sampling=Sampling(max_new_tokens=limit)
+        )
+    steps = [agent.latent_steps or 0 for agent in team.agents]
+    for i, result in enumerate(results):
+        remembered = questions[(i + 1) % len(questions)] if transfer == "shuffled" else questions[i]
+        handed, text, prompts = by_hand(lm, team, questions[i], remembered, steps, transfer, limit)
+        assert [trace.prompt for trace in result.agents] == prompts
+        assert [trace.prompt_tokens for trace in result.agents] == [
+            encoded(prompt).shape[1] for prompt in prompts
+        ]
+        assert distance(caches[-1].select([i]).truncate(int(handed.lengths)), handed) < 1e-9
+        assert result.text == text
+
+
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout: str) -> None:
+    """The theorem for both layouts: prompts and thoughts as one input, without a cache, give the last agent's state."""
+    lm = load_text_lm(text_folder(tmp_path), family)
+    team, model = replace(sequential(), layout=layout), lm.model
+    with watched(model) as (_, _, states):
+        results = latent_mas(
+            lm, QUESTIONS, team, latent_steps=3, sampling=Sampling(max_new_tokens=1)
+        )
+    for row, result in enumerate(results):
+        x = torch.empty(0, model.config.hidden_size, dtype=torch.float64)
+        without_thoughts = x
+        for i, trace in enumerate(result.agents):
+            prompt = model.embed(encoded(trace.prompt)[0])
+            x, without_thoughts = torch.cat([x, prompt]), torch.cat([without_thoughts, prompt])
+            for _ in range(trace.latent_steps):
+                x = torch.cat([x, lm.aligner("ridge")(reference(model, x)[-1:])])
+            if layout == "chat" and i < len(result.agents) - 1:
+                closing = model.embed(encoded("<|im_end|>\n")[0])
+                x, without_thoughts = (
+                    torch.cat([x, closing]),
+                    torch.cat([without_thoughts, closing]),
+                )
+        assert apart(states[0][row], reference(model, x)[-1:]) < 1e-9
+        assert apart(states[0][row], reference(model, without_thoughts)[-1:]) > 1e-3
+
+
+def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
+    """What the fault was: an earlier assistant turn. All prompts in a row are one conversation of the template."""
+    for team in (sequential(), hierarchical(chained=True), TURN):
+        [result] = latent_mas(
+            lm, QUESTIONS[:1], team, latent_steps=1, layout="turn", sampling=SHORT
+        )
+        text = "".join(trace.prompt for trace in result.agents)
+        assert [text.count(f"<|im_start|>{role}\n") for role in ("user", "assistant")] == [1, 1]
+        assert text.endswith(f"{END}{team.agents[-1].prefix}")
+        [result] = latent_mas(
+            lm, QUESTIONS[:1], team, latent_steps=1, layout="chat", sampling=SHORT
+        )
+        assert sum(trace.prompt.count("<|im_start|>assistant\n") for trace in result.agents) == len(
+            team.agents
+        )
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_every_transfer_leaves_the_last_agent_a_whole_user_turn(lm: LM, transfer: str) -> None:
+    """Thoughts without the user header before them would stand in no turn at all."""
+    with watched(lm.model) as (_, caches, _):
+        results = latent_mas(
+            lm, QUESTIONS[:2], TURN, latent_steps=2, transfer=transfer, sampling=SHORT
+        )
+    header = lm.model.new_cache(1)
+    prefill(lm, "<|im_start|>user\n", header)
+    for row in range(len(results)):
+        assert distance(caches[-1].select([row]).truncate(int(header.lengths)), header) < 1e-9
+
+
+@given(st.lists(hostile_texts(), min_size=3, max_size=3))
+@settings(max_examples=40)
+def test_a_question_cannot_leave_the_shared_turn(lm: LM, questions: list[str]) -> None:
+    """User text that held `<|im_end|>` would close the turn of all agents."""
+    questions = [question if question.strip() else "x" for question in questions]
+    team = replace(TURN, opening="{question}")
+    with watched(lm.model) as (ids, _, _):
+        latent_mas(lm, questions[:1], team, latent_steps=0, sampling=Sampling(max_new_tokens=1))
+    control = lm.tokenizer.control if lm.tokenizer else {}
+    used = [name for i in ids for name, number in control.items() if number == i]
+    assert used == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "strips both": CHATML.replace("message.content", "message.content.strip()"),
+    "strips the right": CHATML.replace("message.content", "message.content.rstrip()"),
+    "no newline": CHATML.replace("message.role + '\n'", "message.role + ': '"),
+    "default system": "{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}" + CHATML,
+}
+
+
+@given(st.lists(harmless_texts(12), min_size=1, max_size=4), st.sampled_from(sorted(TEMPLATES)))
+def test_the_pieces_of_a_turn_add_up_to_what_the_template_renders(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], name: str
+) -> None:
+    """Also where a template strips the message: no character is lost, doubled, or in another part."""
+    tokenizer = tokenizer_with(tmp_path_factory, TEMPLATES[name])
+    pieces = tokenizer.user_turn(parts, prefix="So")
+    whole = tokenizer.turn("".join(parts), prefix="So")
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert len(pieces) == len(parts) + 1
+    for part, piece in zip(parts[:-1], pieces[1:], strict=False):
+        assert piece.text == part or (name.startswith("strips") and piece.text in part)
+        assert piece.untrusted == (((0, len(piece.text)),) if piece.text else ())
+
+
+def tokenizer_with(tmp_path_factory: pytest.TempPathFactory, template: str) -> Tokenizer:
+    return Tokenizer(text_folder(tmp_path_factory.mktemp("template"), chat_template=template))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}x{% endfor %}",
+        "{{ messages[-1].content | upper }}",
+        "{{ (messages[-1].content + '!') * 2 }}",
+    ],
+)
+def test_a_template_that_drops_or_changes_the_message_is_refused(
+    tmp_path: Path, template: str
+) -> None:
+    chat = "{% if messages | length > 1 %}" + CHATML + "{% else %}" + template + "{% endif %}"
+    lm = load_text_lm(text_folder(tmp_path, chat_template=chat))
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: the chat template changes a message"
+    ):
+        latent_mas(lm, QUESTIONS[:1], TURN, sampling=SHORT)
+
+
+# -- teams ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"writes": True}, "writes"),
+        ({"prefix": "<think>\n"}, "prefix"),
+        ({"system": "Be brief."}, "system message"),
+    ],
+)
+def test_what_cannot_be_in_one_turn_is_refused_by_name(
+    lm: LM, tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
+    """An agent that writes needs an assistant turn; before the last one there is none."""
+    agents = (replace(TURN.agents[0], **change), *TURN.agents[1:])
+    with pytest.raises(
+        ValueError,
+        match=rf"layout \(--layout\): found 'turn' with .*{field}.*'first'.*expected 'chat'|"
+        rf"layout \(--layout\): found 'turn' with agent 'first', {field}.*expected 'chat'",
+    ):
+        Team(agents, layout="turn")
+    with pytest.raises(ValueError, match=r"layout \(--layout\)"):
+        latent_mas(lm, QUESTIONS[:1], Team(agents), layout="turn", sampling=SHORT)
+    raw = {
+        "layout": "turn",
+        "agents": [{"name": "first", "prompt": "x", **change}, {"name": "last", "prompt": "y"}],
+    }
+    path = tmp_path / "team.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=rf"team\.json: layout .*{field}"):
+        Team.from_json(path)
+    assert text_mas(lm, QUESTIONS[:1], Team(agents), sampling=SHORT)  # text agents have a turn each
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"), [("both", "'both'"), (3, "3"), (None, "None"), (["turn"], r"\['turn'\]")]
+)
+def test_an_unknown_layout_is_refused_in_every_place(
+    lm: LM, tmp_path: Path, layout: Any, found: str
+) -> None:
+    path = tmp_path / "team.json"
+    path.write_text(
+        json.dumps({"layout": layout, "agents": [{"name": "a", "prompt": "{question}"}]})
+    )
+    with pytest.raises(ValueError, match=rf"team\.json: layout.*: found {found}, expected"):
+        Team.from_json(path)
+    if layout is not None:
+        with pytest.raises(
+            ValueError, match=rf"layout \(--layout\): found {found}, expected one of turn, chat"
+        ):
+            latent_mas(lm, QUESTIONS[:1], layout=layout, sampling=SHORT)
+
+
+def test_a_team_keeps_its_layout_in_json(tmp_path: Path) -> None:
+    path = tmp_path / "team.json"
+    raw = {
+        "layout": "turn",
+        "opening": "Question: {question}",
+        "agents": [{"name": "a", "prompt": "Answer."}],
+    }
+    path.write_text(json.dumps(raw))
+    assert Team.from_json(path) == Team(
+        (Agent("a", "Answer."),), layout="turn", opening="Question: {question}"
+    )
+    assert Team.from_json(path).with_layout("chat").layout == "chat"
+
+
+def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -> None:
+    """The question asked once: the last agent has it in its KV cache, whatever is handed over."""
+    agents = (Agent("a", "Plan.{context}"), Agent("b", "Answer.{context}"))
+    team = Team(agents, opening="Question: {question}")
+    for method in (latent_mas, text_mas):
+        [result] = method(lm, QUESTIONS[:1], team, sampling=SHORT)
+        assert [trace.prompt.count(QUESTIONS[0]) for trace in result.agents] == [1, 1]
+
+    def texts(transfer: str, questions: list[str]) -> list[Result]:
+        return latent_mas(lm, questions, team, 2, layout="turn", transfer=transfer, sampling=SHORT)
+
+    [result] = texts("full", QUESTIONS[:1])
+    assert [trace.prompt.count(QUESTIONS[0]) for trace in result.agents] == [1, 0]
+    with watched(lm.model) as (_, caches, _):
+        texts("shuffled", QUESTIONS[:2])
+    own = lm.model.new_cache(1)
+    prefill(lm, head_of(team, QUESTIONS[0]), own)
+    assert distance(caches[-1].select([0]).truncate(int(own.lengths)), own) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["single", "sequential", "hierarchical"])
+def test_the_embedded_model_keeps_the_layout_it_was_trained_on(name: str) -> None:
+    raw = json.loads((TINY / "teams.json").read_text())
+    assert raw[name]["layout"] == "chat"
+
+
+def test_control_tokens_are_those_of_the_tests() -> None:
+    assert set(CONTROL) <= set(tiny_tokenizer().control) | {"<think>", "</think>"}
