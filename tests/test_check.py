@@ -1,0 +1,160 @@
+"""`minimas check`: what it measures, and what it concludes from constructed measurements."""
+
+import dataclasses
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minimas import LM, Agent, Team, latent_mas, sequential
+from minimas.__main__ import main
+from minimas.agents import brief
+from minimas.answers import grade
+from minimas.check import QUESTIONS, T_95, ArmReport, Interval, Report, check, interval, judge
+from minimas.generate import Sampling
+from minimas.nll import losses
+
+from .models import tiny_model, write_folder
+from .text import load_text_lm, text_folder, text_model
+
+ASKED = [question for question, _ in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def report(lm: LM) -> Report:
+    return check(lm, latent_steps=2)
+
+
+def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
+    """The loss of each arm and the length of its answers are those of `latent_mas` itself."""
+    greedy = Sampling(temperature=0.0, max_new_tokens=64)
+    texts = [[solution] for _, solution in QUESTIONS]
+    how = {"no cache": {"transfer": "none"}, "prompts only": {"latent_steps": 0}}
+    how |= {
+        f"2 thoughts, {kind}": {"latent_steps": 2, "align": kind} for kind in ("ridge", "prenorm")
+    }
+    assert [arm.name for arm in report.arms] == list(how)
+    for arm, options in zip(report.arms, how.values(), strict=True):
+        found = losses(brief(lm, ASKED, kind="math", sampling=greedy, **options), texts)
+        assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 8, rel=1e-9)
+        results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
+        assert arm.tokens == sum(result.usage.output_tokens for result in results) / 8
+    assert report.layout == "turn" and check(lm, "chat", 1).arms[1].nll != report.arms[1].nll
+
+
+def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None:
+    assert len(set(ASKED)) == len(QUESTIONS) == next(iter(T_95))
+    for _, solution in QUESTIONS:
+        steps = re.findall(r"(\d[\d.]*) ([×+/−]) (\d[\d.]*)(?: \+ (\d+))? = (\d+)", solution)
+        assert steps
+        for a, sign, b, c, result in steps:
+            found = {"×": float(a) * float(b), "+": float(a) + float(b) + float(c or 0)}
+            found |= {"/": float(a) / float(b), "−": float(a) - float(b)}
+            assert found[sign] == float(result), solution
+        assert grade("math", solution, re.findall(r"boxed\{(\d+)\}", solution)[0])
+
+
+def test_the_interval_is_students() -> None:
+    """By hand: mean 2, sample standard deviation sqrt(24/7), error 0.65465, t = 2.365 for eight values."""
+    found = interval([0, 0, 1, 2, 2, 3, 3, 5])
+    spread = (sum((x - 2) ** 2 for x in (0, 0, 1, 2, 2, 3, 3, 5)) / 7 / 8) ** 0.5
+    assert found == pytest.approx((2, 2 - 2.365 * spread, 2 + 2.365 * spread))
+
+
+def made(
+    layout: str,
+    prompts: float,
+    ridge: tuple[float, float, float],
+    prenorm: tuple[float, float, float],
+) -> Report:
+    arms = [
+        ArmReport("no cache", 1.0, Interval(0.0, -0.1, 0.1), 60, 0.1),
+        ArmReport("prompts only", 1.0, None, prompts, 0.1),
+        ArmReport("20 thoughts, ridge", 1.0, Interval(*ridge), 58, 0.1),
+        ArmReport("20 thoughts, prenorm", 1.0, Interval(*prenorm), 58, 0.1),
+    ]
+    return Report("M", layout, 20, 64, 8, arms)
+
+
+FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "said"),
+    [
+        (made("turn", 58, FINE, FINE), "--layout turn ", "the paper's map shows no harm"),
+        (made("turn", 58, UNSURE, FINE), "--layout turn ", "the paper's map shows no harm"),
+        (made("turn", 58, BAD, FINE), "--layout turn --align prenorm ", "the paper's map harms"),
+        (made("turn", 58, BAD, BAD), "--layout turn --latent-steps 0 ", "prenorm harms"),
+        (made("chat", 5, FINE, FINE), "--layout turn ", "their reasoning is lost"),
+        (made("turn", 5, FINE, FINE), "--method single ", "their reasoning is lost"),
+    ],
+)
+def test_the_recommendation_follows_from_the_measurement(
+    given: Report, flags: str, said: str
+) -> None:
+    """A bare number in place of reasoning, or a loss that certainly rises, is harm; a wide interval is not."""
+    sentence, recommended = judge(given)
+    assert recommended == flags and said in sentence
+    assert sentence.startswith("On 8 questions in layout ") and sentence.count(". ") == 0
+
+
+def test_short_answers_with_thoughts_are_harm_too() -> None:
+    given = made("turn", 58, FINE, FINE)
+    arms = [*given.arms[:2], replace(given.arms[2], tokens=6), given.arms[3]]
+    assert judge(replace(given, arms=arms))[1] == "--layout turn --align prenorm "
+
+
+def test_the_command_prints_a_table_or_one_json_object(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_folder(tmp_path / "model")
+    write_folder(folder, text_model())
+    assert main(["check", str(folder), "--json", "--quiet", "--latent-steps", "2"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == "" and out.count("\n") == 1
+    assert found["arms"] == json.loads(json.dumps(dataclasses.asdict(report)))["arms"]
+    assert found["command"].startswith(f"python -m minimas ask --model {folder} ")
+    text = "\n".join(report.lines())
+    assert (
+        "8 built-in questions" in text
+        and "95 %" in text
+        and text.endswith(f"recommended: {report.command}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "context", "found"),
+    [
+        (False, 4096, "tokenizer.json is missing, expected one"),
+        (True, 200, r"\(--latent-steps\).*make \d+, expected 200 or fewer, the context"),
+    ],
+)
+def test_a_model_that_cannot_be_checked_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: bool, context: int, found: str
+) -> None:
+    folder = text_folder(tmp_path / "model") if tokenizer else tmp_path / "model"
+    model = tiny_model(vocab_size=text_model().config.vocab_size, max_position_embeddings=context)
+    write_folder(folder, model)
+    assert main(["check", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(found, err)
+
+
+def test_a_folders_own_team_is_what_is_checked(tmp_path: Path) -> None:
+    """Its prompts and its layout, as `ask` would take them."""
+    team = {
+        "layout": "chat",
+        "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],
+    }
+    lm = load_text_lm(text_folder(tmp_path, {"sequential": team}))
+    assert check(lm, latent_steps=1).layout == "chat"
+    assert sequential() != Team((Agent("a", "{question}"), Agent("b", "{question}")))
