@@ -201,7 +201,8 @@ def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
 
 def team(*names: str, parallel: bool = False) -> dict[str, Any]:
     """A team as teams.json has it."""
-    return {"parallel": parallel, "agents": [{"name": name, "prompt": PROMPTS[name]} for name in names]}
+    agents = [{"name": name, "prompt": PROMPTS[name]} for name in names]
+    return {"parallel": parallel, "layout": "chat", "agents": agents}
 
 
 def split_team(texts: Sequence[str]) -> dict[str, Any]:
