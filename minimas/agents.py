@@ -108,9 +108,10 @@ def brief(
         memory, head, acts = handed.memory, handed.head, handed.acts
     else:
         memory, head, acts = hand_over_all(run, thinking, team, steps, align, transfer, close)
-    if team.layout == "turn" and team.opening and (handed is not None or thinking is not run):
-        memory, head = swap_heads(run, layouts, memory, head)
     first = not bool(memory.lengths.any())
+    foreign = handed is not None or thinking is not run
+    if foreign and not first and team.layout == "turn" and team.opening:
+        memory, head = swap_heads(run, layouts, memory, head)
     turns = [layout.prompt(-1, first) for layout in layouts]
     return Briefing(run, last, turns, memory, steps(last, True), align, acts, head)
 

@@ -54,20 +54,22 @@ class TurnLayout(ChatLayout):
     ) -> None:
         super().__init__(tokenizer, team, opening, prompts)
         parts = [opening]
-        for prompt in prompts:
-            parts += [SEPARATOR if any(parts) else "", prompt]
+        for number, prompt in enumerate(prompts):
+            # The last agent is asked as a single agent is: the opening, then its paragraph.
+            again = opening if 0 < number == len(prompts) - 1 else ""
+            parts += [SEPARATOR if any(parts) else "", again, SEPARATOR if again else "", prompt]
         last = team.agents[-1]
-        before, opening_turn, *pairs = tokenizer.user_turn(parts, last.system, last.prefix)
-        self._head = before + opening_turn
-        self._paragraphs = pairs[
-            1::2
-        ]  # the last one with the end of the turn and the assistant header
+        before, opening_piece, *pieces = tokenizer.user_turn(parts, last.system, last.prefix)
+        self._head = before + opening_piece
+        self._again = pieces[-3] + pieces[-2]
+        self._paragraphs = pieces[3::4]  # the last one ends with the assistant header
 
     def prompt(self, agent: int, first: bool) -> Turn:
         paragraph = self._paragraphs[agent]
-        if not first:
-            return Turn(SEPARATOR) + paragraph
-        return self._head + Turn(SEPARATOR if self.opening else "") + paragraph
+        if first:
+            return self._head + Turn(SEPARATOR if self.opening else "") + paragraph
+        again = self._again if agent in (-1, len(self.prompts) - 1) else Turn("")
+        return Turn(SEPARATOR) + again + paragraph
 
     @property
     def head(self) -> Turn:

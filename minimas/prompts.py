@@ -1,12 +1,11 @@
 """What the agents are told: role prompts and answer forms, as data. No code, and no sentence of the authors'.
 
-`OPENING` comes before every prompt: in each chat turn, or once at the start of a user turn that all
-agents share (see `Team`). In a prompt, `{question}` is where the question goes, `{form}` how the
-answer must look, and `{context}` where `text_mas` puts what earlier agents wrote. It is empty in
-`latent_mas`, where their work is in the KV cache. Only `CONTEXT` speaks of that work, so no agent is
-told of something that it cannot see. Both methods and the single agent have the same question and
-the same form: a comparison with weaker prompts on one side would prove nothing. Roles: paper,
-section 4 and appendix.
+`OPENING` comes before every prompt; where all agents share one user turn, it comes before the first
+and the last one (see `Team`). The last agent's prompt is the single agent's. In a prompt,
+`{question}` is where the question goes, `{form}` how the answer must look, and `{context}` where
+`text_mas` puts what earlier agents generated. It is empty in `latent_mas`, where their work is in the
+KV cache. Only `CONTEXT` speaks of that work, so no agent is told of something that it cannot see.
+Roles: paper, section 4 and appendix.
 """
 
 OPENING = "Question: {question}"
@@ -18,7 +17,7 @@ SEQUENTIAL = {
     "avoid them.{context}",
     "refiner": "You are the refiner of the team. Work out the best way to the answer: complete, correct, in order, and "
     "short.{context}",
-    "judger": "Now answer the question.{context}\n\n{form}",
+    "judger": "{context}\n\n{form}",
 }
 HIERARCHICAL = {
     "math expert": "You are the mathematics expert of a team. Work out the answer by calculation and logic, step by "
@@ -27,7 +26,7 @@ HIERARCHICAL = {
     "step, and check that the result makes sense.",
     "code expert": "You are the programming expert of a team. Work out the answer as an algorithm: inputs, steps, "
     "special cases, and check it on an example.",
-    "summarizer": "Now answer the question.{context}\n\n{form}",
+    "summarizer": "{context}\n\n{form}",
 }
 SINGLE = "{form}"
 

@@ -43,8 +43,8 @@ class Team:
     - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the last agent opens an
       assistant turn. On real models answers survive this layout and not the other one (docs/results.md).
 
-    `opening` is text that every agent's prompt begins with. In layout "turn" it stands once, at the start of the user
-    turn, and every `transfer` keeps it; {question} may stand there.
+    `opening` is text that every agent's prompt begins with; {question} may stand there. In layout "turn" it stands at
+    the start of the user turn, where every `transfer` keeps it, and again before the last agent's paragraph.
     """
 
     agents: tuple[Agent, ...]

@@ -77,7 +77,9 @@ class Run:
         asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
         fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
         # In one pass, so that a question that holds "{context}" stays a question.
-        return re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], prompt)
+        text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], prompt)
+        # The blank lines around an earlier agent's text are not for the start of a prompt.
+        return text.lstrip("\n") if prompt.startswith("{context}") else text
 
     def layouts(self, team: Team) -> list[ChatLayout]:
         """Return where the team's prompts stand, for every question."""

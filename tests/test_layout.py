@@ -70,8 +70,12 @@ def head_of(team: Team, question: str) -> str:
 def prompt_of(team: Team, i: int, question: str, first: bool) -> str:
     """Agent i's share of the turn, built from the contract's words."""
     paragraph = team.agents[i].prompt.replace("{question}", question)
-    start = head_of(team, question) + ("\n\n" if team.opening else "") if first else "\n\n"
-    return start + paragraph + (END + team.agents[i].prefix if i == len(team.agents) - 1 else "")
+    opening = team.opening.replace("{question}", question) + ("\n\n" if team.opening else "")
+    last = i == len(team.agents) - 1
+    start = "\n\n" + (opening if last else "")
+    if first:
+        start = head_of(team, question) + ("\n\n" if team.opening else "")
+    return start + paragraph + (END + team.agents[i].prefix if last else "")
 
 
 def prefill(lm: LM, text: str, cache: KVCache) -> torch.Tensor:
@@ -109,7 +113,7 @@ def by_hand(
         parts = [own] if transfer == "last" else [*parts, own]
         if transfer == "none":
             head, parts = lm.model.new_cache(1), [lm.model.new_cache(1)]
-    if transfer == "shuffled" and team.opening:
+    if transfer == "shuffled" and team.opening and last:
         head = lm.model.new_cache(1)
         prefill(lm, head_of(team, question), head)
     handed = KVCache.concat([head, *parts])
@@ -360,7 +364,10 @@ def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -
         return latent_mas(lm, questions, team, 2, layout="turn", transfer=transfer, sampling=SHORT)
 
     [result] = texts("full", QUESTIONS[:1])
-    assert [trace.prompt.count(QUESTIONS[0]) for trace in result.agents] == [1, 0]
+    assert [trace.prompt.count(QUESTIONS[0]) for trace in result.agents] == [1, 1]
+    three = replace(team, agents=(agents[0], *agents))
+    [result] = latent_mas(lm, QUESTIONS[:1], three, 2, layout="turn", sampling=SHORT)
+    assert [trace.prompt.count(QUESTIONS[0]) for trace in result.agents] == [1, 0, 1]
     with watched(lm.model) as (_, caches, _):
         texts("shuffled", QUESTIONS[:2])
     own = lm.model.new_cache(1)
