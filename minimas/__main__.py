@@ -20,9 +20,9 @@ from . import prompts
 from .agents import TRANSFERS, latent_mas, single, text_mas
 from .answers import KINDS
 from .check import QUESTIONS, STEPS, check
-from .feeders import FORMS, parse
 from .generate import Sampling
 from .info import describe
+from .latent import ALIGNMENTS, EXPECTED
 from .load import TINY, load
 from .quantize import FORMATS
 from .results import AgentTrace, Result, Usage, Watcher
@@ -52,11 +52,9 @@ def whole(low: int) -> Callable[[str], int]:
 
 
 def align(text: str) -> str:
-    """A flag's value, a kind of map."""
-    try:
-        parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from error
+    """A flag's value: a kind of map, or the file of one."""
+    if text not in ALIGNMENTS and not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, {EXPECTED}")
     return text
 
 
@@ -71,7 +69,8 @@ def parser() -> Parser:
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
     add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
-    add("--align", type=align, metavar="KIND", help=f"{', '.join(FORMS)} (default: ridge, the paper's)")
+    kinds = f"{', '.join(ALIGNMENTS)} or FILE.safetensors (default: ridge, the paper's)"
+    add("--align", type=align, metavar="KIND", help=kinds)
     add("--layout", choices=LAYOUTS, help="one user turn for all agents, or a chat turn each (default: the team's)")
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
@@ -146,6 +145,9 @@ def run_ask(args: argparse.Namespace) -> None:
     chosen: dict[str, Any] = {}  # in place of the options' names
     if "team" in options:
         chosen["team"] = team or choose_team(lm, str(options["team"]))
+    if "align" in options:
+        # Here, so that a wrong file is refused before any work.
+        chosen["align"] = lm.aligner(str(options["align"]))
     if "layout" in options:
         chosen["team"] = chosen["team"].with_layout(args.layout)
         options["layout"] = chosen["team"].layout

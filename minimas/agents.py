@@ -55,9 +55,10 @@ def latent_mas(
 ) -> list[Result]:
     """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
 
-    `latent_steps` None: each agent's own, else the folder's, else 40; `align` a kind of map (see `latent`, `feeders`)
-    or any callable from hidden states to embeddings; `kind` ("math", "choice", "code", "free") and `choices` (a dict
-    letter -> text, or one each) pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is
+    `latent_steps` None: each agent's own, else the folder's, else 40. `align` is a kind of map (see
+    `latent`), the FILE.safetensors of one, or any callable from hidden states to embeddings.
+    `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one each)
+    pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is
     what the next agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous
     agent's only), and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last
     the first's). `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns

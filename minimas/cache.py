@@ -8,20 +8,15 @@ change it. Does not know: models, tokens, agents.  B rows, K key-value heads, S 
 """
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import Config
 from .rotary import move
-
-FORMAT = "minimas-memory-1"
 
 
 class KVCache:
@@ -150,56 +145,19 @@ class KVCache:
         return new
 
     def save(self, path: str | Path) -> None:
-        """Write the filled slots and their model's fingerprint to a safetensors file, whole or not at all.
+        """Write the filled slots to a file; `files.write_memory` says how, and what it raises."""
+        from .files import write_memory  # here, so that this room works without that one
 
-        Raises ValueError when no model has written to this memory, OSError naming a file that cannot be written.
-        """
-        if self.owner is None:
-            raise ValueError(f"{path}: no model has written to this memory, so there is nothing to save")
-        tensors, filled = {"lengths": self.lengths}, int(self.lengths.max())
-        for kind, stores in (("keys", self.keys), ("values", self.values)):
-            tensors |= {f"{kind}.{i}": store[:, :, :filled].contiguous().cpu() for i, store in enumerate(stores)}
-        metadata = {"format": FORMAT, "model": self.owner.name, "fingerprint": self.owner.fingerprint()}
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            partial.replace(path)  # a full disk leaves an older memory as it was
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{path}: cannot write the memory ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_memory(path, self)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "KVCache":
-        """Read a memory saved by `save` onto the device and into the dtype of `model`.
+        """Read a memory saved by `save` for `model`; `files.read_memory` says how, and what it raises."""
+        from .files import read_memory
 
-        Raises FileNotFoundError, or ValueError naming a file that is damaged, foreign, or made by another model.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path}: no such memory file") from error
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected {FORMAT!r}")
-        made_by, reader = (metadata.get("model"), metadata.get("fingerprint")), (model.name, model.fingerprint())
-        if made_by[1] != reader[1]:
-            raise ValueError(f"{path}: model: found a memory of {made_by}, expected one of {reader}")
-        lengths, c = tensors.get("lengths", torch.empty(0)), model.config
-        if lengths.dtype != torch.int64 or lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 0:
-            raise ValueError(f"{path}: lengths: found {lengths.tolist()}, expected one count for each row")
-        cache = cls(c, len(lengths), model.dtype, model.device)
-        cache.lengths, cache.owner = lengths, model
-        shape = (len(lengths), c.num_key_value_heads, int(lengths.max()), c.head_dim)
-        for kind, stores in (("keys", cache.keys), ("values", cache.values)):
-            for layer in range(len(stores)):
-                found = tensors.get(f"{kind}.{layer}", torch.empty(0))
-                if found.shape != shape or not found.is_floating_point():
-                    raise ValueError(f"{path}: {kind}.{layer}: found {tuple(found.shape)}, expected floats {shape}")
-                stores[layer] = found.to(model.device, model.dtype)
+        lengths, keys, values = read_memory(path, model)
+        cache = cls(model.config, len(lengths), model.dtype, model.device)
+        cache.owner, cache.lengths, cache.keys, cache.values = model, lengths, keys, values
         return cache
 
 

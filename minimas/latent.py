@@ -12,6 +12,7 @@ identity up to λ, and only the rescaling is left. Does not know: tokens, prompt
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .model import Qwen3, finite
 
 LAMBDA = 1e-5  # the paper's
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
+EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # of --align
 
 
 def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: int = 16384) -> Tensor:
@@ -54,13 +56,21 @@ def alignment_matrix(w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: 
 
 
 class Aligner:
-    """The map from a hidden state to an input embedding, any (…, D) -> (…, D): rescale((h · scale) W).
+    """The map from a hidden state to an input embedding, (…, D) -> (…, D).
 
-    `matrix` W (D, D), `scale` (D,) and `norm`, the length of every result: None leaves out what it stands for.
+        e = rescale((h · scale) W) + shift
+
+    `matrix` is W (D, D), `scale` (D,), `norm` the length of rescaled vectors, `shift` (D,). None
+    leaves out what it stands for. `model` is the model that the map is for: `save` needs it.
     """
 
-    def __init__(self, matrix: Tensor | None = None, norm: float | None = None, scale: Tensor | None = None) -> None:
-        self.matrix, self.norm, self.scale = matrix, norm, scale
+    def __init__(
+        self, matrix: Tensor | None = None, norm: float | None = None, scale: Tensor | None = None,
+        shift: Tensor | None = None, model: Qwen3 | None = None,
+    ) -> None:
+        self.matrix, self.norm, self.scale, self.shift = matrix, norm, scale, shift
+        # Not the model itself: a map that is kept must not keep the weights in memory.
+        self.made_for = None if model is None else (model.name, model.fingerprint())
 
     @classmethod
     def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
@@ -72,19 +82,19 @@ class Aligner:
         Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
-            raise ValueError(f"align (--align): found {kind!r}, expected one of {', '.join(ALIGNMENTS)}")
+            raise ValueError(f"align (--align): found {kind!r}, {EXPECTED}")
         w_in = model.model.embed_tokens.weight
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
         rows = len(w_in) if rows is None else rows
         if not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, the rows of the embedding")
         if kind == "none":
-            return cls()
+            return cls(model=model)
         w_in, w_out = w_in[:rows], w_out[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
         norm = sum(part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384)) / rows
         if kind == "identity":
-            return cls(norm=norm)
+            return cls(norm=norm, model=model)
         matrix = alignment_matrix(w_out, w_in)
         if kind == "random":  # W_a's singular values between random orthogonal bases, the same at every call
             seed = torch.Generator().manual_seed(0)
@@ -93,7 +103,20 @@ class Aligner:
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
         gain = model.model.norm.weight.to(wide)
         scale = torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None  # a gain of 0: nothing to divide
-        return cls(matrix.to(wide), norm, scale)
+        return cls(matrix.to(wide), norm, scale, model=model)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a file; `files.write_aligner` says how, and what it raises."""
+        from .files import write_aligner  # here, so that this room works without that one
+
+        write_aligner(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Qwen3) -> "Aligner":
+        """Read a map saved by `save` for `model`; `files.read_aligner` says how, and what it raises."""
+        from .files import read_aligner
+
+        return cls(**read_aligner(path, model), model=model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Map hidden states (…, D) to embeddings (…, D), in at least float32, cast back to their dtype."""
@@ -102,6 +125,7 @@ class Aligner:
         x = x if self.matrix is None else x @ self.matrix
         if self.norm is not None:
             x = x * (self.norm / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        x = x if self.shift is None else x + self.shift
         return x.to(hidden.dtype)
 
 

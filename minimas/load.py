@@ -21,9 +21,9 @@ from .config import DTYPES, Config, read_json, token_ids
 from .model import Qwen3
 
 if TYPE_CHECKING:  # read on first access, see LM; or only for such a file
-    from .feeders import Feeder
     from .generate import Sampling
     from .gguf import GGUF
+    from .latent import Aligner
     from .teams import Team
     from .tokenizer import Tokenizer
 
@@ -43,8 +43,7 @@ class LM:
         """`folder` is a .gguf file if `files` is what it holds of a folder's; `no_tokenizer` says why it has none."""
         self.model, self.folder, self.files = model, folder, files
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
-        self.plain_text: str | None = None
-        self._aligners: dict[str, Feeder] = {}
+        self._aligners: dict[str, Aligner] = {}
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -90,14 +89,20 @@ class LM:
             raise ValueError(f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more")
         return steps
 
-    def aligner(self, kind: str) -> "Feeder":
-        """The model's map of one kind (see `latent` and `feeders`), over the rows that the tokenizer can produce;
-        computed once. "mean" and "fitted" are measured on `plain_text` (None: the built-in one).
-        """
-        from .feeders import feeder
+    def aligner(self, kind: str) -> "Aligner":
+        """The model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        if kind not in self._aligners:  # rows that no token has, padding to a round number, would move W_a and its norm
-            self._aligners[kind] = feeder(self.model, kind, self.tokenizer, self.plain_text)
+        It is computed or read once. Errors as in `Aligner.from_model` and `Aligner.load`.
+        """
+        from .latent import Aligner
+
+        if kind not in self._aligners:
+            if str(kind).endswith(".safetensors"):
+                self._aligners[kind] = Aligner.load(kind, self.model)
+            else:
+                # Rows that no token has, padding to a round number, would move W_a and its norm.
+                rows = self.tokenizer.size if self.tokenizer else None
+                self._aligners[kind] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[kind]
 
 

@@ -322,7 +322,8 @@ def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
 
 def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
     """`align=None` thought nothing, and billed the thoughts."""
-    with pytest.raises(ValueError, match=r"align \(--align\): found None, expected one of ridge"):
+    expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
+    with pytest.raises(ValueError, match=rf"^align \(--align\): found None, {expected}$"):
         latent_mas(lm, QUESTIONS[:1], CHAIN, align=None, sampling=SHORT)  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(TINY.parents[1] / "tools"))
 import audit
 import evaluate
 from arms import Arm, Bench, plain_grader
+from feeders import Feeders
 from stats import bootstrap, mcnemar, mean_error, sign_flips, wilson
 
 Record = dict[str, Any]
@@ -270,7 +271,8 @@ def lm() -> LM:
 
 
 def briefing(lm: LM, team: str = "sequential", align: str = "ridge", close: bool = True) -> Briefing:
-    return brief(lm, QUESTION, team, latent_steps=2, align=align, sampling=Sampling(), close=close)
+    feeder = Feeders(lm)(align)
+    return brief(lm, QUESTION, team, latent_steps=2, align=feeder, sampling=Sampling(), close=close)
 
 
 @pytest.mark.parametrize("close", [True, False])
@@ -348,6 +350,14 @@ def test_geometry_is_what_it_says() -> None:
     assert found["norm"] == pytest.approx(2)
     assert found["cosine to the nearest token"] == pytest.approx((1 + 0 + 1 + math.sqrt(0.5)) / 4)
     assert found["successive cosine"] == pytest.approx((0 + math.sqrt(0.5)) / 2)
+
+
+def test_a_map_that_does_not_rescale_has_one_norm() -> None:
+    """`mean` ends with a shift: the norm without it is that of another vector."""
+    tap = audit.Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
+    tap(torch.tensor([[[0.0, 4.0]]], dtype=torch.float64))
+    found = audit.geometry(tap, 1, torch.eye(2))
+    assert found["norm before rescaling"] == found["norm"] == pytest.approx(5)
 
 
 def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:

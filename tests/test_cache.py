@@ -272,7 +272,7 @@ def test_a_full_disk_leaves_the_older_memory(
         partial.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr("minimas.cache.save_file", half)
+    monkeypatch.setattr("minimas.files.save_file", half)
     with pytest.raises(type(failure), match=f"{path}: cannot write" if isinstance(failure, OSError) else None):
         cache.save(path)
     assert path.read_bytes() == before

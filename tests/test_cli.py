@@ -335,6 +335,14 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         "no such team file": (lambda tmp: ["q", "--team", tmp / "t.json"], r"No such file or directory: .*t\.json"),
         "a team of nobody": (team(b'{"agents": []}'), r"t\.json: agents"),
         "a team with a typo": (team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'), r"t\.json: .*write"),
+        "no such map": (
+            lambda tmp: ["q", "--align", tmp / "m.safetensors"],
+            r"m\.safetensors: no such aligner file",
+        ),
+        "a foreign map": (
+            lambda tmp: ["q", "--align", tmp / "model/model.safetensors"],
+            r"model\.safetensors: format: found .*, expected 'minimas-aligner-1'",
+        ),
         "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
         "no such dtype": (lambda tmp: ["q", "--dtype", "float8"], r"--dtype\): found 'float8', expected"),
         "no such device": (lambda tmp: ["q", "--device", "tpu"], r"--device\): found 'tpu', expected"),
@@ -367,6 +375,33 @@ def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str
     make, pattern = bad_inputs()[case]
     argv = make(tmp_path)
     assert_one_line(run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv), (1, 2), pattern)
+
+
+def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
+    """The answer is that of the kind that was saved, and another one for another kind."""
+    lm, path = load(TINY), tmp_path / "map.safetensors"
+    asked = "ask", TINY_EXAMPLE, "--quiet", "--json", "--device", "cpu"
+    texts = {}
+    for kind in ("ridge", "random"):
+        lm.aligner(kind).save(path)
+        status, out, err = run(*asked, "--align", path)
+        assert (status, err) == (0, "")
+        told = json.loads(out)
+        assert told["align"] == str(path)
+        texts[kind] = told["text"]
+        assert texts[kind] == json.loads(run(*asked, "--align", kind).out)["text"]
+    assert texts["ridge"] != texts["random"]
+
+
+def test_a_map_of_another_model_is_refused_with_status_1(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    """In one line on stderr, before a question is looked at; an unknown kind is status 2."""
+    load(TINY).aligner("identity").save(tmp_path / "m.safetensors")
+    outcome = run("ask", "-m", folder, "q", "--align", tmp_path / "m.safetensors")
+    assert_one_line(outcome, 1, r"m\.safetensors: model: found .*expected")
+    expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
+    assert_one_line(run("ask", "q", "--align", "fitted"), 2, f"--align.*found 'fitted', {expected}")
 
 
 def test_debug_shows_where_it_happened(run: Run, folder: Path) -> None:

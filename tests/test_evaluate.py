@@ -699,6 +699,31 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
     assert evaluate.main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
 
 
+def test_a_saved_map_is_an_arm(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a list, as any kind. What is in the file is a setting of the run."""
+    path, lm = tmp_path / "map.safetensors", load(TINY)
+    lm.aligner("random").save(path)
+    command = ["--data", str(data), "--limit", "2", "--metric", "nll", "--latent-steps", "2"]
+    command += ["--quiet", "--out", str(tmp_path / "run")]
+    kinds = f"ridge,{path},random,mean"
+    assert evaluate.main([*command, "--align", kinds]) == 0
+    found: dict[str, list[float]] = {}
+    for record in lines(tmp_path / "run"):
+        found.setdefault(record["align"], []).append(record["nll"])
+    assert list(found) == kinds.split(",")
+    assert found[str(path)] == pytest.approx(found["random"])
+    assert found[str(path)] != pytest.approx(found["ridge"])
+    lm.aligner("identity").save(path)
+    assert evaluate.main([*command, "--align", kinds]) == 1
+    assert "maps: found" in capsys.readouterr().err
+    path.unlink()
+    assert evaluate.main([*command[:-1], str(tmp_path / "other"), "--align", kinds]) == 1
+    assert f"{path}: no such aligner file" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
 def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
     """Without the flag it is neither right nor wrong, and no accuracy is made of it."""

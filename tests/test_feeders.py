@@ -1,17 +1,25 @@
 """Each feeder is its equation, in float64, and no thought depends on the batch it was thought in."""
 
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from minimas import LM, Aligner, Qwen3, Sampling, latent_mas, think
-from minimas.feeders import TOKENS, Mixture, feeder, fit, match_means, observe, parse, plain_text
+from minimas import LM, Aligner, Qwen3, Sampling, latent_mas, load, think
 from minimas.generate import generator
 
 from .models import TINY, apart, random_ids, reference, remember, tiny_model
 from .text import load_text_lm, text_model, tiny_tokenizer
+
+sys.path.insert(0, str(TINY.parents[1] / "tools"))
+
+import feeders
+from arms import Arm, Bench, plain_grader
+from feeders import TOKENS, Feeders, Mixture, feeder, fit, match_means, observe, parse, plain_text
 
 KINDS = ("gain:0.5", "mean", "fitted", "soft", "soft:2:3", "gumbel", "gumbel:0.5", "token", "pause", "pause: Tom")
 TEXT = "Eva has 2 cards. She finds 7 more. Tom has 3 coins. He loses 1. He gets 7 more. " * 20
@@ -20,9 +28,12 @@ QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1
 
 @pytest.fixture(scope="module")
 def lm() -> LM:
-    lm = load_text_lm(TINY)
-    lm.plain_text = TEXT
-    return lm
+    return load_text_lm(TINY)
+
+
+@pytest.fixture(scope="module")
+def made(lm: LM) -> Feeders:
+    return Feeders(lm, TEXT)
 
 
 def states(model: Qwen3, rows: int = 3) -> Tensor:
@@ -129,9 +140,10 @@ def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
     chosen = (h @ table(model)[1].T).argmax(-1)
     assert torch.equal(feeder(model, "token")(h), table(model)[0][chosen])
     lm = load_text_lm(TINY)
+    made = Feeders(lm)
     tom = lm.model.embed(torch.tensor(tiny_tokenizer().encode(" Tom")[:1]))
-    assert torch.equal(lm.aligner("pause: Tom")(states(lm.model)), tom.expand(3, 1, -1))
-    assert not torch.equal(lm.aligner("pause")(states(lm.model)), tom.expand(3, 1, -1))
+    assert torch.equal(made("pause: Tom")(states(lm.model)), tom.expand(3, 1, -1))
+    assert not torch.equal(made("pause")(states(lm.model)), tom.expand(3, 1, -1))
 
 
 def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) -> None:
@@ -149,10 +161,10 @@ def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thought_does_not_depend_on_the_batch(lm: LM, kind: str) -> None:
+def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str) -> None:
     """Gumbel noise drawn for the whole batch would give question 2 another thought beside other questions."""
     heard: list[list[list[float]]] = []
-    inner = lm.aligner(kind)
+    inner = made(kind)
 
     class Tap:
         def drawing(self, generators: list[torch.Generator]) -> "Tap":
@@ -206,10 +218,10 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     ",gain,gain:,gain:x,gain:-1,gain:nan,gain:1:2,mean:1,soft:0,soft:x,soft:1:x,soft:1:2:3,soft:-1,soft:,"
     "gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
 )
-def test_an_unknown_kind_is_refused_with_the_list(kind: str, lm: LM) -> None:
+def test_an_unknown_kind_is_refused_with_the_list(kind: str, made: Feeders) -> None:
     """By the flag's name; a value that is not used would be an arm that is not what its name says."""
     with pytest.raises(ValueError, match=r"align \(--align\): found .*, expected one of ridge, .*gain:P, mean, fitted"):
-        lm.aligner(kind)
+        made(kind)
 
 
 def test_defaults_are_filled_in() -> None:
@@ -228,10 +240,89 @@ def test_what_a_kind_needs_is_said(lm: LM) -> None:
 
 
 def test_the_built_in_text_is_long_enough() -> None:
-    """About 10,000 tokens, as the map was fitted on when it was first measured."""
-    assert len(plain_text()) > 10 * TOKENS
+    """A token of Qwen3 is 4.5 characters of it."""
+    assert len(plain_text()) > 6 * TOKENS
 
 
-def test_a_map_is_measured_once(lm: LM) -> None:
+def test_a_changed_text_is_refused_by_name(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another text `fitted` is another map. With other line ends, as of Git, it is not."""
+    text, other = plain_text(), tmp_path / "plain_text.txt"
+    monkeypatch.setattr(feeders, "PLAIN_TEXT", other)
+    other.write_text(text, encoding="utf-8", newline="\r\n")
+    assert plain_text() == text
+    other.write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{other}: found sha256 .*, expected {feeders.SHA256}"):
+        Feeders(lm)("fitted")
+
+
+def test_a_map_is_measured_once(made: Feeders) -> None:
     """Ten thousand tokens are half a minute on a CPU."""
-    assert lm.aligner("fitted") is lm.aligner("fitted")
+    assert made("fitted") is made("fitted")
+
+
+def test_the_librarys_own_kinds_are_the_librarys(lm: LM, made: Feeders, tmp_path: Path) -> None:
+    """The five kinds of Aligner, and files."""
+    lm.aligner("random").save(tmp_path / "a.safetensors")
+    for kind in ("ridge", "none", str(tmp_path / "a.safetensors")):
+        assert made(kind) is lm.aligner(kind)
+
+
+def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
+    """Arms that the harness runs alike would be found not to differ."""
+    rows = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
+    bench = Bench(lm, rows, 1, Sampling(), plain_grader, made)
+    memories = []
+    for kind in ("ridge", "fitted", "pause"):
+        memories.append(bench.brief([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
+        by_hand = bench.brief([0], Arm("x", latent_steps=2), align=made(kind)).memory.keys[1]
+        assert torch.equal(memories[-1], by_hand)
+    assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
+
+
+# -- as files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fitted", "mean"])
+def test_a_measured_map_is_a_file_that_the_library_reads(kind: str, tmp_path: Path) -> None:
+    """Written by the tool, read by `align`: the same map as in the harness, to the last bit."""
+    text, out = tmp_path / "text.txt", tmp_path / "map.safetensors"
+    text.write_text(TEXT)
+    assert feeders.main(["--kind", kind, "--text", str(text), "--out", str(out)]) == 0
+    lm = load(TINY)
+    found, expected = lm.aligner(str(out)), Feeders(lm, TEXT)(kind)
+    assert isinstance(expected, Aligner)
+    for name in ("matrix", "scale", "shift"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert (a is b is None) or torch.equal(a, b)
+    assert found.norm == expected.norm
+    some = latent_mas(lm, QUESTIONS, align=str(out), sampling=Sampling(max_new_tokens=3))
+    same = latent_mas(lm, QUESTIONS, align=expected, sampling=Sampling(max_new_tokens=3))
+    assert [result.text for result in some] == [result.text for result in same]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["--kind", "soft", "--out", "x.safetensors"], 2, "--kind"),
+        (["--kind", "mean", "--out", "x.bin"], 2, "--out: found 'x.bin', expected FILE"),
+        (["--kind", "mean", "--out", "x.safetensors", "--text", "none.txt"], 1, r"none\.txt"),
+        (["--kind", "mean", "--out", "x.safetensors", "-m", "none"], 1, "none: no such folder"),
+        (["--kind", "mean", "--out", "nowhere/x.safetensors"], 1, "nowhere/x.safetensors: cannot"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(
+    argv: list[str], status: int, said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With a model and text that are there, so that nothing else is wrong."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = feeders.main(["--text", "text.txt", *argv])
+    except SystemExit as stop:
+        found = stop.code if isinstance(stop.code, int) else 1
+    assert found == status
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

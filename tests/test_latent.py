@@ -1,12 +1,14 @@
 """W_a is the ridge solution, its relatives are what they say, and thinking is feeding thoughts by hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import Aligner, Qwen3, alignment_matrix, think
@@ -14,6 +16,7 @@ from minimas.generate import take_last
 from minimas.latent import ALIGNMENTS, LAMBDA
 
 from .models import apart, distance, models, random_ids, reference, remember, tiny_model
+from .test_cache import rewritten
 
 seeds = st.integers(0, 99)
 ragged = st.lists(st.integers(1, 5), min_size=1, max_size=3)
@@ -152,6 +155,134 @@ def test_a_wrong_request_is_refused(wrong: Callable[[Qwen3], Any], said: str, mo
     """By the name of the flag where there is one; a damaged input embedding as much as a damaged head."""
     with pytest.raises(ValueError, match=said):
         wrong(model)
+
+
+# -- as a file --------------------------------------------------------------------------------------------------------
+
+PARTS = ("matrix", "norm", "scale", "shift")
+
+
+def whole_map(model: Qwen3) -> Aligner:
+    """A map with all parts, in the dtype that maps of this model have."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    scale, shift = gaussian(2, 16, seed=1, dtype=dtype).unbind()
+    return Aligner(gaussian(16, 16, dtype=dtype), 0.1, scale, shift, model)
+
+
+@pytest.mark.parametrize("kind", [*ALIGNMENTS, "all parts"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_saved_map_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """All parts, and no others: a scale that is lost makes prenorm the paper's map."""
+    model = tiny_model(dtype=dtype)
+    made = whole_map(model) if kind == "all parts" else Aligner.from_model(model, kind)
+    made.save(tmp_path / "m.safetensors")
+    loaded = Aligner.load(tmp_path / "m.safetensors", model)
+    for name in PARTS:
+        found, expected = getattr(loaded, name), getattr(made, name)
+        if isinstance(expected, Tensor):
+            assert (found.dtype, torch.equal(found, expected)) == (expected.dtype, True), name
+        else:
+            assert found == expected, name
+    assert loaded.made_for == made.made_for
+    hidden = gaussian(2, 3, 16, dtype=dtype)
+    # A matrix that is stored by rows may round otherwise in a product.
+    torch.testing.assert_close(loaded(hidden), made(hidden))
+
+
+def test_the_parts_of_a_map_are_its_equation(model: Qwen3) -> None:
+    """rescale((h · scale) W) + shift, row by row."""
+    align, h = whole_map(model), gaussian(2, 3, 16, seed=5)
+    assert align.matrix is not None
+    assert align.scale is not None
+    mapped = torch.stack([(row * align.scale) @ align.matrix for row in h.flatten(0, 1)])
+    expected = mapped / mapped.norm(dim=-1, keepdim=True) * 0.1 + align.shift
+    assert apart(align(h).flatten(0, 1), expected) <= 1e-12
+
+
+def test_a_map_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
+    """Saved in bf16, used in float64 and back: two dtypes cannot be multiplied."""
+    narrow, wide = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.float64)
+    for maker, reader, dtype in ((narrow, wide, torch.float64), (wide, narrow, torch.float32)):
+        made = Aligner.from_model(maker, "prenorm")
+        made.save(tmp_path / "m.safetensors")
+        loaded = Aligner.load(tmp_path / "m.safetensors", reader)
+        assert loaded.matrix is not None
+        assert loaded.matrix.dtype == dtype
+        hidden = gaussian(1, 1, 16, dtype=reader.dtype)
+        expected = Aligner.from_model(reader, "prenorm")(hidden)
+        torch.testing.assert_close(loaded(hidden), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"family": "llama"}, {"rms_norm_eps": 1e-5}])
+def test_another_models_map_is_refused_by_name(
+    other: dict[str, Any], model: Qwen3, tmp_path: Path
+) -> None:
+    """The same shapes and another meaning: no error would ever show, only worse thoughts."""
+    Aligner.from_model(model).save(tmp_path / "m.safetensors")
+    stranger = tiny_model(**other)
+    stranger.name = "stranger"
+    said = r"/m.safetensors: model: found .*'qwen3-0'.*expected .*'stranger'"
+    with pytest.raises(ValueError, match=said):
+        Aligner.load(tmp_path / "m.safetensors", stranger)
+
+
+def put(**tensors: Tensor) -> Callable[[Path], None]:
+    return rewritten(lambda there, metadata: there.update(tensors))
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "said"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "no such aligner file"),
+        (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
+        (lambda path: torch.save({}, path), ValueError, "not a readable"),
+        (lambda path: save_file({"matrix": torch.eye(16)}, path), ValueError, "format: found None"),
+        (
+            lambda path: remember(tiny_model(), random_ids(tiny_model(), 1, 3))[1].save(path),
+            ValueError,
+            "format: found 'minimas-memory-1', expected 'minimas-aligner-1'",
+        ),
+        (rewritten(lambda t, m: m.pop("fingerprint")), ValueError, "model: found"),
+        (put(matrix=torch.eye(15)), ValueError, r"matrix: found .*\(15, 15\), expected"),
+        (put(matrix=torch.ones(16)), ValueError, r"matrix: found .*\(16,\), expected"),
+        (put(scale=torch.ones(1)), ValueError, r"scale: found .*\(1,\), expected"),
+        (put(shift=torch.ones(16, 1)), ValueError, r"shift: found .*\(16, 1\), expected"),
+        (put(norm=torch.ones(1)), ValueError, r"norm: found .*\(1,\), expected"),
+        (put(scale=torch.ones(16).long()), ValueError, "scale: found torch.int64"),
+        (put(matrx=torch.eye(16)), ValueError, "matrx: found .*expected .*'matrix'"),
+        (put(matrix=torch.eye(16).log()), ValueError, "matrix: found NaN or infinity"),
+        (put(scale=torch.full((16,), torch.inf)), ValueError, "scale: found NaN or infinity"),
+        (put(norm=torch.tensor(torch.nan)), ValueError, "norm: found NaN or infinity"),
+    ],
+)
+def test_a_damaged_or_foreign_map_file_is_refused(
+    damage: Callable[[Path], Any], kind: type[Exception], said: str, model: Qwen3, tmp_path: Path
+) -> None:
+    """One line with the file's name, what was found and what was expected."""
+    path = tmp_path / "map.safetensors"
+    Aligner.from_model(model, "prenorm").save(path)
+    damage(path)
+    with pytest.raises(kind, match=f"^{path}: .*{said}") as caught:
+        Aligner.load(path, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) -> None:
+    """Finite in the file's float64, infinite in float32: the first thought would be NaN."""
+    model = tiny_model(dtype=torch.float32)
+    Aligner(scale=torch.full((16,), 1e300, dtype=torch.float64), model=model).save(tmp_path / "m")
+    with pytest.raises(ValueError, match="scale: found NaN or infinity"):
+        Aligner.load(tmp_path / "m", model)
+
+
+def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
+    """Nobody's map has no fingerprint; a folder that is not there is named."""
+    with pytest.raises(ValueError, match="/m: found an Aligner of no model, expected"):
+        Aligner(norm=1.0).save(tmp_path / "m")
+    with pytest.raises(OSError, match="nowhere/m: cannot write the aligner"):
+        Aligner.from_model(model).save(tmp_path / "nowhere" / "m")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------

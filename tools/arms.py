@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from feeders import Feeder, Feeders
 from tasks import kind_of, option_of
 
 from minimas import KVCache, Sampling, Team
 from minimas.agents import Briefing, brief, brief_text
 from minimas.answers import extract, grade
-from minimas.feeders import Feeder
 from minimas.load import LM
 from minimas.nll import losses
 from minimas.results import AgentTrace, Result, Watcher
@@ -115,8 +115,13 @@ def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
 class Bench:
     """The data and the model that all arms are run on."""
 
-    def __init__(self, lm: LM, rows: Sequence[Row], batch_size: int, sampling: Sampling, grader: Grader) -> None:
+    def __init__(
+        self, lm: LM, rows: Sequence[Row], batch_size: int, sampling: Sampling, grader: Grader,
+        feeder: Feeders | None = None,
+    ) -> None:
+        """`feeder` makes the arms' maps (None: the model's, measured on the text in tools/)."""
         self.lm, self.rows, self.sampling, self.grader = lm, rows, sampling, grader
+        self.feeder = feeder or Feeders(lm)
         self.batches = [range(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
         self._shared: tuple[int, Shared] = (-1, {})
 
@@ -171,8 +176,9 @@ class Bench:
         if arm.method != "latent_mas":
             team = self.team(rows[0], arm) if arm.method == "text_mas" else None
             return brief_text(self.lm, team=team, **asked(rows))
-        thinking = {"latent_steps": arm.latent_steps, "align": arm.align or "ridge", "close": arm.close is not False}
-        thinking |= {"align": align} if align is not None else {}
+        align = self.feeder(arm.align or "ridge") if align is None else align
+        thinking = {"latent_steps": arm.latent_steps, "align": align}
+        thinking["close"] = arm.close is not False
         team, transfer = self.team(rows[0], arm), arm.transfer or "full"
         if arm.transfer == "shuffled":
             others = [self.partner(i) for i in rows]

@@ -4,7 +4,7 @@ Every arm is the full one with a single thing changed, so that a difference has 
 
     full             the team as it is                     one step         one thought each
     thoughts only    the next agent sees no prompts        random map       as many slots, thoughts of no direction
-    prompts only     no thoughts (0 steps)                 a kind of map    another feeder, see minimas/feeders.py
+    prompts only     no thoughts (0 steps)                 a kind of map    another feeder, see tools/feeders.py
     none             the memory is dropped                 single           one agent, no team
     shuffled         the memory of another question        same seconds     that agent's vote over several samples
 
@@ -273,7 +273,9 @@ def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
     """
     wide = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
     states, thoughts = (torch.cat(kept, 1).to(wide) for kept in (tap.states, tap.thoughts))  # (B, n, D)
-    raw = Aligner(tap.align.matrix, None, tap.align.scale)(states) if isinstance(tap.align, Aligner) else thoughts
+    raw, align = thoughts, tap.align
+    if isinstance(align, Aligner):
+        raw = Aligner(align.matrix, None, align.scale, align.shift)(states)
     unit, tokens = F.normalize(thoughts, dim=-1), F.normalize(w_in.to(wide), dim=-1)
     return {
         "state norm": states.norm(dim=-1),
@@ -320,7 +322,7 @@ def diagnose(evaluation: "Evaluation") -> Record:
         if arm.transfer == "full" and arm.latent_steps != 0:
             seen = []
             for some in bench.alike(rows, arm):
-                tap = Tap(evaluation.lm.aligner(arm.align or "ridge"))
+                tap = Tap(bench.feeder(arm.align or "ridge"))
                 counts = {t.latent_steps for act, _ in bench.brief(some, arm, align=tap).acts for t in act}
                 seen += [geometry(tap, counts.pop(), w_in)] * len(some) if tap.thoughts and len(counts) == 1 else []
             if seen:

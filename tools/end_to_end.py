@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from arms import Arm, Bench, plain_grader
+from feeders import Feeders
 from ledger import Ledger
 from tasks import kind_of, read_rows
 
@@ -33,10 +34,10 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"{args.questions}: kind: found {', '.join(sorted(kinds))}, expected one, and no code")
     sampling = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens)
     steps = lm.default_steps if args.latent_steps is None else args.latent_steps
-    thinking = {"latent_steps": steps, "align": args.align}
+    thinking, feeder = {"latent_steps": steps, "align": args.align}, Feeders(lm)
 
     def harness(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        bench = Bench(lm, part, len(part), sampling, plain_grader)
+        bench = Bench(lm, part, len(part), sampling, plain_grader, feeder)
         records = bench.compute(0, Arm(HARNESS, **thinking), 0)
         with tempfile.TemporaryDirectory() as folder:
             book = Ledger(Path(folder) / "results.jsonl", {})
@@ -53,7 +54,8 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
             right, cut = [bool(r["correct"]) for r in records], [r["finish_reason"] == "length" for r in records]
             return kept | {"seconds": [seconds] * len(part), "right": right, "cut": cut}
         several = {"kind": kind_of(part[0]), "choices": [row.get("choices") for row in part], "sampling": sampling}
-        results = METHODS[method](lm, questions, **several, **(thinking if method == "latent_mas" else {}))
+        several |= thinking | {"align": feeder(args.align)} if method == "latent_mas" else {}
+        results = METHODS[method](lm, questions, **several)
         seconds = (time.perf_counter() - started) / len(part)
         usages = [result.usage for result in results]
         return {

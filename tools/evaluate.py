@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))  # minimas from the checkout
 
 import torch  # noqa: E402
 from arms import METHODS, METRICS, Arm, Bench, Grader, Row, grid, judge, plain_grader, same_mark  # noqa: E402
+from feeders import FILE, Feeders, parse  # noqa: E402
 from ledger import Key, Ledger, Record, check, files, key_of, lock, read_head, records, take_up, write_whole  # noqa: E402
 from stats import bootstrap, by_question, share  # noqa: E402
 from tasks import code_program, kind_of, load_task, read_rows  # noqa: E402
@@ -43,7 +44,6 @@ from torch import distributed  # noqa: E402
 
 import minimas  # noqa: E402
 from minimas.agents import TRANSFERS  # noqa: E402
-from minimas.feeders import parse  # noqa: E402
 from minimas.quantize import FORMATS  # noqa: E402
 from minimas.teams import LAYOUTS, TEAMS, Team  # noqa: E402
 
@@ -108,7 +108,7 @@ def parser() -> Parser:
     add("--method", type=several(one_of(METHODS)), default=["latent_mas"], help="list: single, text_mas, latent_mas")
     add("--team", type=several(one_of(tuple(TEAMS), ".json")), default=["sequential"], help="list")
     add("--latent-steps", type=several(whole(0)), default=[None], help="list (default: the model's)")
-    add("--align", type=several(kind_of_map), default=["ridge"], help="list of kinds of map, see minimas/feeders.py")
+    add("--align", type=several(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
     add("--transfer", type=several(one_of(TRANSFERS)), default=["full"], help="list")
     add("--close", type=several(yes_no), default=[True], help="list: yes, no; whether agents' turns are closed")
     add("--layout", type=several(one_of(LAYOUTS)), default=[None], help="list: turn, chat (default: the team's own)")
@@ -189,8 +189,6 @@ class Evaluation:
         if ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         lm = minimas.load(args.model, device=device, dtype=args.dtype, quantize=args.quantize)
-        if args.fit_text:
-            lm.plain_text = args.fit_text.read_text(encoding="utf-8")
         self.lm = lm
         sampling = dataclasses.replace(
             lm.sampling, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
@@ -198,7 +196,8 @@ class Evaluation:
         )  # fmt: skip
         self.verifies = importlib.util.find_spec("math_verify") is not None  # else by exact rules alone
         judged = grader(args.run_untrusted_code, self.verifies)
-        self.bench = Bench(lm, self.rows, args.batch_size, sampling, judged)
+        text = args.fit_text.read_text(encoding="utf-8") if args.fit_text else None
+        self.bench = Bench(lm, self.rows, args.batch_size, sampling, judged, Feeders(lm, text))
         self.arms = self._arms()
         ids = [[self.rows[i]["id"] for i in batch] for batch in self.bench.batches]
         # A batch at a time under all arms: a run that is cut short has compared them on the same questions.
@@ -225,12 +224,14 @@ class Evaluation:
     def _settings(self) -> Record:
         """What makes a result what it is: equal settings, equal results."""
         given = {name: value for name, value in arguments(self.args).items() if name not in NOT_SETTINGS | {"model"}}
-        lm, text = self.lm, self.lm.plain_text
+        lm, text = self.lm, self.bench.feeder.text
         given |= {"dtype": str(lm.model.dtype).removeprefix("torch."), "device": lm.model.device.type}
         # Of what is read, what was in it: a folder may be called something else from somewhere else.
         given |= {"model": lm.model.fingerprint(), "data": digest(self.rows)}
         given |= {"arms": [arm.name for arm in self.arms]} if self.args.audit else {}
         given |= {"fit_text": digest(text)} if text else {}
+        maps = {kind: self.lm.aligner(kind) for kind in self.args.align if kind.endswith(FILE)}
+        given |= {"maps": {kind: file_digest(kind) for kind in maps}} if maps else {}
         given |= {"sampling": dataclasses.asdict(self.bench.sampling), "math_verify": self.verifies}
         teams = lm.teams | {name: Team.from_json(name) for name in self.args.team if name.endswith(".json")}
         given |= {"default_steps": lm.default_steps}
@@ -471,6 +472,10 @@ def arguments(args: argparse.Namespace) -> Record:
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def git_revision() -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from audit import ALPHA, Tap, comparisons, verdict, walk
 from evaluate import summarize
+from feeders import Feeders
 from ledger import Record, files, read_head, whole_lines
 from stats import by_question, paired, share
 from torch import Tensor
@@ -191,9 +192,9 @@ def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int,
     planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
     pair = Team((planner, last))
     w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None]  # (V, D)
-    taps = {}
+    taps, feeder = {}, Feeders(lm)
     for name in kinds:
-        taps[name] = Tap(lm.aligner(name))
+        taps[name] = Tap(feeder(name))
         brief(lm, questions, team=pair, latent_steps=count, align=taps[name], kind=kind)
     several = {name: torch.cat(tap.thoughts, 1).float() for name, tap in taps.items()}  # (N, n, D)
     source = torch.Generator().manual_seed(0)

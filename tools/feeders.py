@@ -1,6 +1,12 @@
 """What can be fed in the place of the paper's thought: the relatives of W_a that answer "is it the latent, or only more
 slots?", and the candidates for what helps. All are callables (B, 1, D) -> (B, 1, D), as `think` takes them.
 
+    python tools/feeders.py --model FOLDER --kind fitted --out fitted.safetensors
+
+This writes a file for --align, and so does `--kind mean`.
+
+The library knows the five kinds of `minimas.Aligner`, and files of one. Here are more:
+
     gain:P       rescale((h ÷ gᴾ) W_a), g the final norm's gain: 0 is the paper's map, 1 is prenorm (see `latent`)
     mean         (h − μ_h) s + μ_e: mean and spread of hidden states on plain text moved to those of the embeddings
     fitted       rescale(h W): the ridge map from the state at a token of plain text to the next token's embedding
@@ -9,32 +15,47 @@ slots?", and the candidates for what helps. All are callables (B, 1, D) -> (B, 1
     token        the embedding of the likeliest token: thinking in words that nobody reads
     pause:TEXT   the embedding of one token, the first of TEXT (default: a full stop): slots without any thought
 
-Plain text is measured once per model. Does not know: agents, prompts, how a rollout works.
+`mean` and `fitted` are measured on `plain_text.txt`, or on a text of one's own. That file is the
+beginning of `pydoc_data.topics` of Python 3.11.7, as `help()` shows it. It is under the licence in
+`plain_text.LICENSE.txt`: Copyright © 2001-2023 Python Software Foundation; All Rights Reserved.
+Does not know: agents, prompts, how a rollout works.
 
     B rows   D hidden   V vocabulary   N tokens of text
 """
 
+import argparse
+import hashlib
 import re
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # minimas from the checkout
 
-from .latent import ALIGNMENTS, Aligner, alignment_matrix
-from .model import Qwen3
-from .tokenizer import Tokenizer
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from minimas import LM, Aligner, Qwen3, Tokenizer, alignment_matrix, load  # noqa: E402
+from minimas.latent import ALIGNMENTS  # noqa: E402
 
 Feeder = Callable[[Tensor], Tensor]
-FORMS = (*ALIGNMENTS, "gain:P", "mean", "fitted", "soft[:T[:K]]", "gumbel[:T]", "token", "pause[:TEXT]")
+FILE = ".safetensors"  # how the name of a saved Aligner ends
+FORMS = (
+    *ALIGNMENTS, "gain:P", "mean", "fitted", "soft[:T[:K]]", "gumbel[:T]", "token", "pause[:TEXT]",
+    f"FILE{FILE}",
+)  # fmt: skip
 DEFAULTS = {"gain": (), "mean": (), "fitted": (), "soft": ("1", "0"), "gumbel": ("1",), "token": (), "pause": (".",)}
 TOKENS, WINDOW, ROWS = 10_000, 256, 8  # of plain text; read in windows, so many at once
+PLAIN_TEXT = ROOT / "tools" / "plain_text.txt"
+SHA256 = "e2dde11bd3b1edecc32ffe66c513c520efb6dd430ae927090e0309ab7f08bfd4"  # of it
 SHRINK = 1e-3  # the fitted map's λ, as a share of the mean square of a state's entry, summed over the text
 
 
 def parse(kind: str) -> tuple[str, tuple[str, ...]]:
     """A kind's name and its values, defaults filled in; raises ValueError with the list of kinds."""
-    if kind in ALIGNMENTS:
+    if kind in ALIGNMENTS or str(kind).endswith(FILE):
         return kind, ()
     name, *given = str(kind).split(":", 1 if str(kind).startswith("pause") else -1)
     defaults = DEFAULTS.get(name, ())
@@ -51,16 +72,31 @@ def parse(kind: str) -> tuple[str, tuple[str, ...]]:
     return name, values
 
 
-def feeder(model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: str | None = None) -> Feeder:
-    """The map of one kind; only rows of the embedding that the tokenizer can produce count.
+class Feeders:
+    """A model's feeders by kind, each made once; mean and fitted are measured on `text`."""
 
+    def __init__(self, lm: LM, text: str | None = None) -> None:
+        self.lm, self.text = lm, text
+        self._made: dict[str, Feeder] = {}
+
+    def __call__(self, kind: str) -> Feeder:
+        """The feeder of one kind. Errors as in `feeder`, and for a file as in `Aligner.load`."""
+        if parse(kind)[0] not in DEFAULTS:
+            return self.lm.aligner(kind)
+        if kind not in self._made:
+            self._made[kind] = feeder(self.lm.model, kind, self.lm.tokenizer, self.text)
+        return self._made[kind]
+
+
+def feeder(model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: str | None = None) -> Feeder:
+    """The map of one kind of `DEFAULTS`, (B, 1, D) -> (B, 1, D), in the dtype that it gets.
+
+    Only rows of the embedding that the tokenizer can produce count.
     `text` is the plain text that mean and fitted are measured on (None: `plain_text()`). Raises ValueError for a kind
     that is not among `FORMS`, or one that needs a tokenizer where there is none.
     """
     name, values = parse(kind)
     rows = tokenizer.size if tokenizer is not None else None
-    if name not in DEFAULTS:
-        return Aligner.from_model(model, name, rows)
     if name == "gain":
         return divide_gain(model, float(values[0]), rows)
     if name in ("soft", "gumbel"):
@@ -81,21 +117,17 @@ def divide_gain(model: Qwen3, power: float, rows: int | None = None) -> Aligner:
     prenorm = Aligner.from_model(model, "prenorm", rows)
     inverse: Any = prenorm.scale  # 1 ÷ g, and 0 where g is 0: nothing to divide
     scale = inverse**power if power.is_integer() else inverse.sign() * inverse.abs() ** power
-    return Aligner(prenorm.matrix, prenorm.norm, scale)
+    return Aligner(prenorm.matrix, prenorm.norm, scale, model=model)
 
 
-def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Feeder:
+def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
     """(h − μ_h) s + μ_e, where s makes the mean square distance from the mean the same on both sides."""
     states, _ = observe(model, ids)
     w_in = model.model.embed_tokens.weight[:rows].to(states.dtype)
     from_mean, to_mean = states.mean(0), w_in.mean(0)  # (D,)
     spread = ((w_in - to_mean).square().sum(-1).mean() / (states - from_mean).square().sum(-1).mean()).sqrt()
-
-    def matched(hidden: Tensor) -> Tensor:
-        mapped: Tensor = (hidden.to(states.dtype) - from_mean) * spread + to_mean
-        return mapped.to(hidden.dtype)
-
-    return matched
+    scale = spread.expand_as(from_mean)  # (D,)
+    return Aligner(scale=scale, shift=to_mean - from_mean * spread, model=model)
 
 
 def fit(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
@@ -106,7 +138,8 @@ def fit(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
     states, following = observe(model, ids)
     ridge = SHRINK * states.double().square().sum().item() / states.shape[1]
     matrix = alignment_matrix(states, model.embed(following).to(states.dtype), ridge)
-    return Aligner(matrix.to(states.dtype), Aligner.from_model(model, "identity", rows).norm)
+    norm = Aligner.from_model(model, "identity", rows).norm
+    return Aligner(matrix.to(states.dtype), norm, model=model)
 
 
 def observe(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -125,12 +158,16 @@ def observe(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def plain_text() -> str:
-    """English prose that every Python installation has, under its licence: what `help()` shows about the language."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise ValueError("text (--fit-text): this Python has no pydoc_data; pass a file of plain text") from error
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    """The English text of `PLAIN_TEXT`; raises ValueError naming the file if another text is in it.
+
+    Python's own copy differs from version to version, and with it `mean` and `fitted` would.
+    """
+    # As text: a checkout on Windows may end lines with \r\n.
+    text = PLAIN_TEXT.read_text(encoding="utf-8")
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if found != SHA256:
+        raise ValueError(f"{PLAIN_TEXT}: found sha256 {found}, expected {SHA256}")
+    return text
 
 
 class Mixture:
@@ -164,3 +201,32 @@ class Mixture:
         w_in: Tensor = self.model.model.embed_tokens.weight[: self.rows]
         # The table stays in its own dtype: a float32 copy of 151,936 rows would take longer than the step.
         return (scores / self.temperature).softmax(-1).to(w_in.dtype) @ w_in
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a map that is measured on plain text as a file for --align.
+
+    Returns 0 done or 1 failed; raises SystemExit(2) for a wrong command line.
+    """
+    top = argparse.ArgumentParser(description="Write a map as a file for --align.")
+    add = top.add_argument
+    add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
+    add("--kind", choices=("fitted", "mean"), required=True)
+    add("--text", type=Path, metavar="FILE", help=f"plain text (default: tools/{PLAIN_TEXT.name})")
+    add("--out", type=Path, required=True, metavar=f"FILE{FILE}")
+    args = top.parse_args(argv)
+    if args.out.suffix != FILE:  # --align would take its name for a kind
+        top.error(f"argument --out: found {str(args.out)!r}, expected FILE{FILE}")
+    try:
+        text = args.text.read_text(encoding="utf-8") if args.text else plain_text()
+        lm = load(args.model)
+        made: Any = feeder(lm.model, args.kind, lm.tokenizer, text)
+        made.save(args.out)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        print(f"feeders: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
