@@ -2,11 +2,11 @@
 
 The last agent of a team gets no KV cache, the cache of the others' prompts, and that cache with
 latent thoughts from two maps: the paper's ("ridge") and the one that leaves out the final norm's
-gain ("prenorm"). Two things are measured on eight built-in questions: the loss of a worked solution
+gain ("prenorm"). Two things are measured on six built-in questions: the loss of a worked solution
 (see `nll`), and how long the answers are. A harmful cache shows in either of them: garbled states
 raise the loss, and a bare number in place of reasoning is short.
 
-Eight questions find large effects only. `tools/evaluate.py --audit` measures the same on your own
+Six questions find large effects only. `tools/evaluate.py --audit` measures the same on your own
 data.
 """
 
@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from .agents import brief
+from .agents import Briefing, brief
 from .generate import Sampling
 from .load import LM
 from .nll import losses
 from .results import Watcher
-from .turns import choose_team
+from .turns import Shared, choose_team
 
-STEPS = 20  # latent steps of an agent: enough for a map that harms to show it
-MAX_NEW_TOKENS = 64  # an answer with reasoning is longer, a bare number is shorter
+STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
+MAX_NEW_TOKENS = 48  # an answer with reasoning is longer, a bare number is shorter
 HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
 SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
-T_95 = {8: 2.365}  # Student's t, two-sided 95 %, for so many questions
+T_95 = {6: 2.571}  # Student's t, two-sided 95 %, for so many questions
 
 QUESTIONS = (
     (
@@ -37,12 +37,6 @@ QUESTIONS = (
         "A train ticket costs 14 dollars, and a child pays half. What do two adults and three children pay?",
         "A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children 3 × 7 = 21 dollars. "
         "Together that is 28 + 21 = 49 dollars. \\boxed{49}",
-    ),
-    (
-        "Nora reads 12 pages a day for 5 days and 20 pages on each of the next 2 days. The book "
-        "has 130 pages. How many pages does she have left?",
-        "In the first 5 days Nora reads 12 × 5 = 60 pages, then 20 × 2 = 40 pages. That is 60 + 40 "
-        "= 100 pages. She has 130 − 100 = 30 pages left. \\boxed{30}",
     ),
     (
         "A tank holds 240 liters. It is a quarter full, and a pump adds 15 liters a minute. After "
@@ -67,11 +61,10 @@ QUESTIONS = (
         "There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees are still standing. "
         "\\boxed{210}",
     ),
-    (
-        "Two machines make 18 and 24 parts an hour. How many parts do they make together in 3 and a half hours?",
-        "Together they make 18 + 24 = 42 parts an hour. In 3.5 hours that is 42 × 3.5 = 147 parts. \\boxed{147}",
-    ),
 )
+
+ASKED = [question for question, _ in QUESTIONS]
+GREEDY = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 
 
 class Interval(NamedTuple):
@@ -146,7 +139,15 @@ def check(
         f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
     }
-    found = {name: _measure(lm, {"team": team, **how}, watcher) for name, how in settings.items()}
+    shared: Shared = {}  # the first agent's prompt is prefilled once for all settings
+    how: dict[str, Any] = {
+        "kind": "math",
+        "sampling": GREEDY,
+        "watcher": watcher,
+        "shared": shared,
+        "team": team,
+    }
+    found = {name: _measure(brief(lm, ASKED, **how | own)) for name, own in settings.items()}
     base = found["prompts only"][0]
     arms = [
         ArmReport(
@@ -169,17 +170,8 @@ def check(
     )
 
 
-def _measure(lm: LM, how: dict[str, Any], watcher: Watcher | None) -> tuple[list[float], list[int]]:
+def _measure(briefing: Briefing) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    greedy = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
-    briefing = brief(
-        lm,
-        [question for question, _ in QUESTIONS],
-        kind="math",
-        sampling=greedy,
-        watcher=watcher,
-        **how,
-    )
     copy = briefing._replace(memory=briefing.memory.fork())
     nlls = [loss.mean for [loss] in losses(copy, [[solution] for _, solution in QUESTIONS])]
     return nlls, [result.agents[-1].output_tokens for result in briefing.answer()]
@@ -201,17 +193,14 @@ def judge(report: Report) -> tuple[str, str]:
         return arm.tokens < SHORT * alone.tokens
 
     def harms(arm: ArmReport) -> bool:
-        difference = arm.difference
-        return short(arm) or (
-            difference is not None and difference.low > 0 and difference.mean > HARM
-        )
+        rise = arm.difference
+        return short(arm) or (rise is not None and rise.low > 0 and rise.mean > HARM)
 
     lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
     if short(prompts):
-        said = f"the cache of the prompts alone makes answers short ({lengths}), so their reasoning is lost"
-        return _sentence(
-            report, said
-        ), "--layout turn " if report.layout == "chat" else "--method single "
+        said = f"the cache of the prompts alone makes answers short ({lengths})"
+        flags = "--layout turn " if report.layout == "chat" else "--method single "
+        return _sentence(report, f"{said}, so their reasoning is lost"), flags
     kept = f"answers keep their length ({lengths})"
     thoughts = [
         f"{name} {'harms' if harms(arm) else 'shows no harm'} "

@@ -34,7 +34,7 @@ def report(lm: LM) -> Report:
 
 def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     """The loss of each arm and the length of its answers are those of `latent_mas` itself."""
-    greedy = Sampling(temperature=0.0, max_new_tokens=64)
+    greedy = Sampling(temperature=0.0, max_new_tokens=48)
     texts = [[solution] for _, solution in QUESTIONS]
     how = {"no cache": {"transfer": "none"}, "prompts only": {"latent_steps": 0}}
     how |= {
@@ -43,9 +43,9 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     assert [arm.name for arm in report.arms] == list(how)
     for arm, options in zip(report.arms, how.values(), strict=True):
         found = losses(brief(lm, ASKED, kind="math", sampling=greedy, **options), texts)
-        assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 8, rel=1e-9)
+        assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 6, rel=1e-9)
         results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
-        assert arm.tokens == sum(result.usage.output_tokens for result in results) / 8
+        assert arm.tokens == sum(result.usage.output_tokens for result in results) / 6
     assert report.layout == "turn" and check(lm, "chat", 1).arms[1].nll != report.arms[1].nll
 
 
@@ -62,10 +62,10 @@ def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None
 
 
 def test_the_interval_is_students() -> None:
-    """By hand: mean 2, sample standard deviation sqrt(24/7), error 0.65465, t = 2.365 for eight values."""
-    found = interval([0, 0, 1, 2, 2, 3, 3, 5])
-    spread = (sum((x - 2) ** 2 for x in (0, 0, 1, 2, 2, 3, 3, 5)) / 7 / 8) ** 0.5
-    assert found == pytest.approx((2, 2 - 2.365 * spread, 2 + 2.365 * spread))
+    """By hand: mean 2, squares 14, standard error sqrt(14 / 5 / 6), t = 2.571 for six values."""
+    spread = (14 / 5 / 6) ** 0.5
+    found = interval([0, 0, 2, 3, 3, 4])
+    assert found == pytest.approx((2, 2 - 2.571 * spread, 2 + 2.571 * spread))
 
 
 def made(
@@ -80,7 +80,7 @@ def made(
         ArmReport("20 thoughts, ridge", 1.0, Interval(*ridge), 58, 0.1),
         ArmReport("20 thoughts, prenorm", 1.0, Interval(*prenorm), 58, 0.1),
     ]
-    return Report("M", layout, 20, 64, 8, arms)
+    return Report("M", layout, 20, 64, 6, arms)
 
 
 FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
@@ -103,7 +103,7 @@ def test_the_recommendation_follows_from_the_measurement(
     """A bare number in place of reasoning, or a loss that certainly rises, is harm; a wide interval is not."""
     sentence, recommended = judge(given)
     assert recommended == flags and said in sentence
-    assert sentence.startswith("On 8 questions in layout ") and sentence.count(". ") == 0
+    assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
 
 
 def test_short_answers_with_thoughts_are_harm_too() -> None:
@@ -125,7 +125,7 @@ def test_the_command_prints_a_table_or_one_json_object(
     assert found["command"].startswith(f"python -m minimas ask --model {folder} ")
     text = "\n".join(report.lines())
     assert (
-        "8 built-in questions" in text
+        "6 built-in questions" in text
         and "95 %" in text
         and text.endswith(f"recommended: {report.command}")
     )
