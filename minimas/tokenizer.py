@@ -125,7 +125,10 @@ class Tokenizer:
                 turn += Turn(before) + Turn(body, ((0, len(body)),))
             if turn.text + rest == text:
                 return turn + Turn(rest + prefix)
-        raise ValueError(f"{self.template_path}: the chat template changes a message, or depends on what it says")
+        raise ValueError(
+            f"{self.template_path}: chat_template: found one that changes, drops or repeats a message, or depends on"
+            " what it says, expected every message once and as it is"
+        )
 
     def user_turn(self, parts: Sequence[str], system: str | None = None, prefix: str = "") -> list[Turn]:
         """Cut the turn of one user message made of `parts`; returns what comes before the message, then every part.

@@ -231,6 +231,30 @@ def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: 
         assert ("\r" in stderr.getvalue()) == drawn
 
 
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+def test_the_layout_is_chosen_and_reported(run: Run, folder: Path, tmp_path: Path, layout: str) -> None:
+    """`--layout` is stronger than the team's own, and `--json` says which one it was."""
+    team = {"layout": "turn", "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}]}
+    (tmp_path / "team.json").write_text(json.dumps(team))
+    for options in (["--layout", layout], [] if layout == "turn" else ["--layout", "chat"]):
+        done = run("ask", "-m", folder, "hi", "-n", 2, "--json", "--team", tmp_path / "team.json", *options)
+        [record] = map(json.loads, done.out.splitlines())
+        assert record["layout"] == layout
+        text = "".join(agent["prompt"] for agent in record["agents"])
+        assert text.count("<|im_start|>assistant") == {"turn": 1, "chat": 2}[layout]
+
+
+def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(run: Run, folder: Path, tmp_path: Path) -> None:
+    """The flag is wrong for the file, or the file for itself: one line that says which agent and field."""
+    agents = [{"name": "a", "prompt": "{question}", "writes": True}, {"name": "b", "prompt": "{question}"}]
+    path = tmp_path / "team.json"
+    path.write_text(json.dumps({"agents": agents}))
+    wrong = "layout .--layout.: found 'turn' with agent 'a', writes: found true, expected 'chat'"
+    assert_one_line(run("ask", "-m", folder, "hi", "--team", path, "--layout", "turn"), 2, wrong)
+    path.write_text(json.dumps({"agents": agents, "layout": "turn"}))
+    assert_one_line(run("ask", "-m", folder, "hi", "--team", path), 1, f"team.json: {wrong}")
+
+
 # -- what is wrong with the command -----------------------------------------------------------------------------------
 
 
@@ -255,8 +279,12 @@ def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: 
                 ("--latent-steps", "3"),
                 ("--align", "ridge"),
                 ("--transfer", "full"),
+                ("--layout", "turn"),
             )
         ],
+        (["check"], "model"),
+        (["check", "m", "--layout", "both"], "--layout: .*both.*turn.*chat"),
+        (["check", "m", "--latent-steps", "0"], "--latent-steps: found '0', expected a whole number, 1 or more"),
         (["ask", "q", "--method", "text_mas", "--latent-steps", "3"], "--latent-steps: .*--method"),
         (["info"], "model"),
     ],
@@ -276,7 +304,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(run: Run, argv: list[str], patter
         *[("--max-new-tokens", v) for v in ("0", "-1", "x", "1e3")],
         *[("--seed", v) for v in ("-1", "x", "1.5")],
         *[("--batch-size", v) for v in ("0", "x")],
-        *[(flag, "x") for flag in ("--method", "--align", "--transfer", "--kind")],
+        *[(flag, "x") for flag in ("--method", "--align", "--transfer", "--kind", "--layout")],
     ],
     ids=lambda text: text[:20],
 )

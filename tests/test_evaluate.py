@@ -602,6 +602,24 @@ def test_a_grid_has_no_arm_twice() -> None:
     assert len({arm.name for arm in found}) == 5
 
 
+def test_a_grid_of_layouts_has_an_arm_for_each_and_closes_no_turn_that_is_not_there() -> None:
+    """`--layout turn,chat --close yes,no`: three arms, and a last agent without memory is the same in both layouts."""
+    lists = {"transfer": ["full", "none"], "close": [True, False], "layout": ["turn", "chat"]}
+    found = grid(method=["latent_mas"], **lists)
+    full = [(arm.layout, arm.close) for arm in found if arm.transfer == "full"]
+    assert full == [("turn", None), ("chat", True), ("chat", False)]
+    assert [arm.name for arm in found if arm.transfer == "none"] == ["latent_mas transfer=none"]
+
+
+def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
+    rows = [{"id": "a", "question": QUESTIONS[0], "answer": "1"}]
+    bench = Bench(lm, rows, 1, Sampling(max_new_tokens=2), plain_grader)
+    for layout, turns in (("turn", 1), ("chat", 4)):
+        [record] = bench.compute(0, Arm("one", latent_steps=1, layout=layout), 0)
+        text = "".join(agent["prompt"] for agent in record["agents"])
+        assert record["layout"] == layout and text.count("<|im_start|>assistant") == turns
+
+
 def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
     """`--transfer full,none` with four settings of thinking: four arms, and one control of them all."""
     lists = {"latent_steps": [0, 5], "align": ["ridge", "pause"], "transfer": ["full", "none"], "close": [True, False]}

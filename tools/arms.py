@@ -73,6 +73,8 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
         kept |= {name: lists[name][0] for name in dropped if name in lists}
         if kept.get("latent_steps") == 0:
             kept.pop("align", None)  # nothing is thought, so no map is asked
+        if kept.get("layout") == "turn":
+            kept.pop("close", None)  # there is no turn to close
         # Lists of one say nothing that tells arms apart, nor does how a memory came about that is dropped.
         quiet = {"method", *dropped}
         told = [f"{name}={value}" for name, value in kept.items() if len(lists[name]) > 1 and name not in quiet]
