@@ -124,7 +124,8 @@ def read_file(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     if found != expected:
         raise ValueError(f"{path}: format: found {found!r}, expected {expected!r}")
     made_by = metadata.get("model"), metadata.get("fingerprint")
+    article = "an" if what == "aligner" else "a"
     reader = model.name, model.fingerprint()
     if made_by[1] != reader[1]:
-        raise ValueError(f"{path}: model: found {made_by}, expected {reader}")
+        raise ValueError(f"{path}: model: found {article} {what} of {made_by}, expected one of {reader}")
     return tensors
