@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .agents import Briefing, brief
-from .generate import Sampling
+from .generate import Sampling, generate
 from .load import LM
-from .nll import losses
+from .nll import losses_after
 from .results import Watcher
 from .turns import Shared, choose_team
 
 STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
-MAX_NEW_TOKENS = 48  # an answer with reasoning is longer, a bare number is shorter
+MAX_NEW_TOKENS = 24  # an answer with reasoning is longer, a bare number is shorter
 HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
 SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
 T_95 = {6: 2.571}  # Student's t, two-sided 95 %, for so many questions
@@ -172,9 +172,13 @@ def check(
 
 def _measure(briefing: Briefing) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    copy = briefing._replace(memory=briefing.memory.fork())
-    nlls = [loss.mean for [loss] in losses(copy, [[solution] for _, solution in QUESTIONS])]
-    return nlls, [result.agents[-1].output_tokens for result in briefing.answer()]
+    run, lm = briefing.run, briefing.run.lm
+    hidden, cache = briefing.read()
+    found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
+    answers = generate(
+        lm.model, run.tokenizer, hidden, cache, GREEDY, lm.end_ids, run.generators, [[]] * len(ASKED)
+    )
+    return [loss.mean for [loss] in found], [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -16,6 +16,7 @@ from .agents import Briefing
 from .cache import KVCache
 from .model import Qwen3
 from .tokenizer import Turn
+from .turns import Run
 
 
 class Loss(NamedTuple):
@@ -34,18 +35,24 @@ def losses(briefing: Briefing, texts: Sequence[Sequence[str]]) -> list[list[Loss
 
     Raises ValueError naming the question whose text has no token or does not fit into the context.
     """
-    run, model = briefing.run, briefing.run.lm.model
+    hidden, memory = briefing.read()
+    return losses_after(briefing.run, hidden, memory, texts)
+
+
+def losses_after(run: Run, hidden: Tensor, memory: KVCache, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
+    """The same after what a briefing has read: states (B, 1, D), and the KV cache, which stays as it is."""
+    model = run.lm.model
     if len(texts) != len(run.questions) or not all(texts):
         raise ValueError(f"texts: found {len(texts)} lists, expected one for each of {len(run.questions)} questions")
     # As a turn of nothing but untrusted text: a control token in a solution stays text.
     ids = [[run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in several] for several in texts]
-    hidden, memory = briefing.read()
     for q, several in enumerate(ids):
         if not all(several):
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
         needed, limit = int(memory.lengths[q]) + max(map(len, several)), model.config.max_position_embeddings
         if needed > limit:
-            raise ValueError(f"question {q + 1}: found {needed} slots with the solution, expected {limit} at most")
+            found_slots = f"found {needed} slots with the solution, expected {limit} or fewer, the context"
+            raise ValueError(f"question {q + 1}: {found_slots}")
     found: list[list[Loss]] = [[] for _ in ids]
     # The questions' first texts together, then their second ones: a solution beside its short options would pad them.
     for column in range(max(map(len, ids))):
