@@ -192,6 +192,7 @@ def interval(values: Sequence[float]) -> Interval:
 def judge(report: Report) -> tuple[str, str]:
     """Return the verdict in one sentence, and the flags of the recommended command line."""
     alone, prompts, ridge, prenorm = report.arms
+    sample = f"On {report.questions} questions in layout {report.layout}:"
 
     def short(arm: ArmReport) -> bool:
         return arm.tokens < SHORT * alone.tokens
@@ -204,7 +205,7 @@ def judge(report: Report) -> tuple[str, str]:
     if short(prompts):
         said = f"the cache of the prompts alone makes answers short ({lengths})"
         flags = "--layout turn " if report.layout == "chat" else "--method single "
-        return _sentence(report, f"{said}, so their reasoning is lost"), flags
+        return f"{sample} {said}, so their reasoning is lost.", flags
     kept = f"answers keep their length ({lengths})"
     thoughts = [
         f"{name} {'harms' if harms(arm) else 'shows no harm'} "
@@ -218,8 +219,4 @@ def judge(report: Report) -> tuple[str, str]:
         flags = f"{layout}--align prenorm "
     else:
         flags = f"{layout}--latent-steps 0 "
-    return _sentence(report, "; ".join([kept, *thoughts])), flags
-
-
-def _sentence(report: Report, said: str) -> str:
-    return f"On {report.questions} questions in layout {report.layout}: {said}."
+    return f"{sample} {'; '.join([kept, *thoughts])}.", flags
