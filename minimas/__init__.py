@@ -8,15 +8,15 @@ print(result.text, result.usage)
 """
 
 from .agents import latent_mas, single, text_mas
-from .cache import KVCache
-from .config import Config
-from .generate import Sampling, generate
-from .latent import Aligner, alignment_matrix, think
+from .core.cache import KVCache
+from .core.config import Config
+from .core.latent import Aligner, alignment_matrix, think
+from .core.model import Qwen3
 from .load import LM, load
-from .model import Qwen3
 from .results import Result, Watcher
 from .teams import Agent, Team, hierarchical, sequential
-from .tokenizer import Tokenizer
+from .text.generate import Sampling, generate
+from .text.tokenizer import Tokenizer
 
 __all__ = [
     "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team", "Tokenizer", "Watcher",

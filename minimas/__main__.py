@@ -20,19 +20,29 @@ from . import prompts
 from .agents import TRANSFERS, latent_mas, single, text_mas
 from .answers import KINDS
 from .check import QUESTIONS, STEPS, check
-from .generate import Sampling
+from .core.latent import ALIGNMENTS, EXPECTED
+from .fast.quantize import FORMATS
 from .info import describe
-from .latent import ALIGNMENTS, EXPECTED
 from .load import TINY, load
-from .quantize import FORMATS
 from .results import AgentTrace, Result, Usage, Watcher
 from .teams import LAYOUTS, Team
-from .tokenizer import is_text, read_text
+from .text.generate import Sampling
+from .text.tokenizer import is_text, read_text
 from .turns import choose_team
 
 # Flags that only some methods read, with their defaults; with another method they would do nothing, and are refused.
-ONLY = {"team": "sequential", "latent_steps": None, "align": "ridge", "transfer": "full", "layout": None}
-METHODS: dict[str, Any] = {"latent_mas": (latent_mas, ONLY), "text_mas": (text_mas, ["team"]), "single": (single, [])}
+ONLY = {
+    "team": "sequential",
+    "latent_steps": None,
+    "align": "ridge",
+    "transfer": "full",
+    "layout": None,
+}
+METHODS: dict[str, Any] = {
+    "latent_mas": (latent_mas, ONLY),
+    "text_mas": (text_mas, ["team"]),
+    "single": (single, []),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +55,9 @@ def whole(low: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,18}", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected a whole number, {low} or more")
+            raise argparse.ArgumentTypeError(
+                f"found {text!r:.40}, expected a whole number, {low} or more"
+            )
         return int(text)
 
     return number
@@ -59,41 +71,106 @@ def align(text: str) -> str:
 
 
 def parser() -> Parser:
-    top = Parser(prog="minimas", description="Agents that think in latent space and hand over memory (LatentMAS).")
+    top = Parser(
+        prog="minimas",
+        description="Agents that think in latent space and hand over memory (LatentMAS).",
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
-    ask = commands.add_parser("ask", help="answer a question with a team of agents", allow_abbrev=False)
+    ask = commands.add_parser(
+        "ask", help="answer a question with a team of agents", allow_abbrev=False
+    )
     add = ask.add_argument
     add("question", nargs="?", help="the question, or - to read it from standard input")
-    add("--file", type=Path, metavar="FILE.jsonl", help="many questions: one JSON object with a question per line")
-    add("--model", "-m", default=TINY, help="folder, FILE.gguf, hub id or hub id:FILE.gguf (default: %(default)s)")
+    add(
+        "--file",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="many questions: one JSON object with a question per line",
+    )
+    add(
+        "--model",
+        "-m",
+        default=TINY,
+        help="folder, FILE.gguf, hub id or hub id:FILE.gguf (default: %(default)s)",
+    )
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
-    add("--latent-steps", type=whole(0), metavar="N", help="thoughts of an agent (default: the model's, else 40)")
+    add(
+        "--latent-steps",
+        type=whole(0),
+        metavar="N",
+        help="thoughts of an agent (default: the model's, else 40)",
+    )
     kinds = f"{', '.join(ALIGNMENTS)} or FILE.safetensors (default: ridge, the paper's)"
     add("--align", type=align, metavar="KIND", help=kinds)
-    add("--layout", choices=LAYOUTS, help="one user turn for all agents, or a chat turn each (default: the team's)")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        help="one user turn for all agents, or a chat turn each (default: the team's)",
+    )
     add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
     add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
-    add("--max-new-tokens", "-n", type=whole(1), metavar="N", help="an agent may write (default: the model's or 256)")
+    add(
+        "--max-new-tokens",
+        "-n",
+        type=whole(1),
+        metavar="N",
+        help="an agent may write (default: the model's or 256)",
+    )
     add("--temperature", "--temp", type=float, metavar="T", help="0: greedy (default: the model's)")
-    add("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this mass (default: the model's)")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="keep the likeliest tokens up to this mass (default: the model's)",
+    )
     add("--top-k", type=whole(0), metavar="K", help="keep this many; 0: all (default: the model's)")
     add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
-    add("--batch-size", type=whole(1), default=1, metavar="B", help="questions of a file at once (default: 1)")
-    add("--compile", action="store_true", help="faster thoughts and tokens after a warm-up of up to a minute")
-    add("--json", action="store_true", help="one JSON object per question on stdout, and nothing else there")
-    inspect = commands.add_parser("check", help="say whether a hand-over does a model good", allow_abbrev=False)
+    add(
+        "--batch-size",
+        type=whole(1),
+        default=1,
+        metavar="B",
+        help="questions of a file at once (default: 1)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="faster thoughts and tokens after a warm-up of up to a minute",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON object per question on stdout, and nothing else there",
+    )
+    inspect = commands.add_parser(
+        "check", help="say whether a hand-over does a model good", allow_abbrev=False
+    )
     inspect.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
     inspect.add_argument("--layout", choices=LAYOUTS, help="(default: the team's)")
-    inspect.add_argument("--latent-steps", type=whole(1), default=STEPS, metavar="N", help="(default: %(default)s)")
-    inspect.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
+    inspect.add_argument(
+        "--latent-steps", type=whole(1), default=STEPS, metavar="N", help="(default: %(default)s)"
+    )
+    inspect.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, and nothing else there"
+    )
     for command in (ask, inspect):
         add = command.add_argument
-        add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
-        add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)")
+        add(
+            "--quantize",
+            choices=FORMATS,
+            help="weights in 4 or 8 bits (default: as the file has them)",
+        )
+        add(
+            "--dtype",
+            default="auto",
+            help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)",
+        )
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         add("--quiet", action="store_true", help="nothing on stderr but errors")
-    info = commands.add_parser("info", help="say what a model is and what it will need", allow_abbrev=False)
+    info = commands.add_parser(
+        "info", help="say what a model is and what it will need", allow_abbrev=False
+    )
     info.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
     for command in (ask, inspect, info):
         command.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -109,7 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "check":
             run_check(args)
         else:
-            print("\n".join(f"{label + ':':<14} {text}" for label, text in describe(args.model).items()))
+            print(
+                "\n".join(
+                    f"{label + ':':<14} {text}" for label, text in describe(args.model).items()
+                )
+            )
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -120,27 +201,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        advice = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; " if full else ""
-        print(f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2 if re.match(r"\w+ \(--", str(error)) else 1  # a flag's value, found wrong by what it is for
+        full = isinstance(
+            error, MemoryError | torch.OutOfMemoryError
+        ) or "can't allocate memory" in str(error)
+        advice = (
+            "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
+            if full
+            else ""
+        )
+        print(
+            f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}",
+            file=sys.stderr,
+        )
+        return (
+            2 if re.match(r"\w+ \(--", str(error)) else 1
+        )  # a flag's value, found wrong by what it is for
 
 
 def run_ask(args: argparse.Namespace) -> None:
     method, flags = METHODS[args.method]
     for flag in ONLY.keys() - set(flags):
         if getattr(args, flag) is not None:
-            parser().error(f"--{flag.replace('_', '-')}: found with --method {args.method}, which does not read it")
-    options = {flag: ONLY[flag] if getattr(args, flag) is None else getattr(args, flag) for flag in flags}
+            parser().error(
+                f"--{flag.replace('_', '-')}: found with --method {args.method}, which does not read it"
+            )
+    options = {
+        flag: ONLY[flag] if getattr(args, flag) is None else getattr(args, flag) for flag in flags
+    }
     rows = list(read_rows(args))
     if args.transfer == "shuffled" and any(len(batch) == 1 for _, batch in batches(rows, args)):
-        parser().error("--transfer: found shuffled with one question, expected a --file with two or more of a kind")
-    given = {k: v for k, v in vars(args).items() if k in Sampling.__dataclass_fields__ and v is not None}
+        parser().error(
+            "--transfer: found shuffled with one question, expected a --file with two or more of a kind"
+        )
+    given = {
+        k: v for k, v in vars(args).items() if k in Sampling.__dataclass_fields__ and v is not None
+    }
     try:
         Sampling(**given)
     except ValueError as error:  # refused before a model is loaded
         parser().error(str(error))
-    team = Team.from_json(args.team).with_layout(args.layout) if str(args.team).endswith(".json") else None
+    team = (
+        Team.from_json(args.team).with_layout(args.layout)
+        if str(args.team).endswith(".json")
+        else None
+    )
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
     chosen: dict[str, Any] = {}  # in place of the options' names
     if "team" in options:
@@ -154,12 +258,16 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.temperature == 0:
         given["repetition_penalty"] = 1.0  # greedy is greedy
     sampling = dataclasses.replace(lm.sampling, **given)
-    unknown = [row for row in rows if not re.fullmatch(prompts.TINY_QUESTION, row["question"].strip())]
+    unknown = [
+        row for row in rows if not re.fullmatch(prompts.TINY_QUESTION, row["question"].strip())
+    ]
     if args.model == TINY and unknown and not args.quiet:
         print(f"minimas: {prompts.TINY_HINT}", file=sys.stderr)
     bill: list[Usage] = []
     for kind, batch in batches(rows, args):
-        screen = Screen(args, batch, {"model": args.model, "method": args.method, **options, "seed": args.seed})
+        screen = Screen(
+            args, batch, {"model": args.model, "method": args.method, **options, "seed": args.seed}
+        )
         choices = [row.get("choices") for row in batch]
         asked = {"kind": kind, "choices": choices, "sampling": sampling, "seed": args.seed}
         try:
@@ -185,7 +293,11 @@ def run_check(args: argparse.Namespace) -> None:
         report = check(lm, args.layout, args.latent_steps, screen)
     finally:
         screen.close()
-    print(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if args.json else "\n".join(report.lines()))
+    print(
+        json.dumps(dataclasses.asdict(report), ensure_ascii=False)
+        if args.json
+        else "\n".join(report.lines())
+    )
 
 
 def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -194,7 +306,11 @@ def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
     if args.file is None:
         try:
-            lines = {"QUESTION": json.dumps({"question": sys.stdin.read() if args.question == "-" else args.question})}
+            lines = {
+                "QUESTION": json.dumps(
+                    {"question": sys.stdin.read() if args.question == "-" else args.question}
+                )
+            }
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input: not UTF-8 text ({error})") from error
     else:
@@ -205,19 +321,31 @@ def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON ({error})") from error
-        question, choices = (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
+        question, choices = (
+            (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
+        )
         if not isinstance(question, str) or not question.strip() or not is_text(question):
             blank = args.file is None and not str(question).strip()
             problem = f"found {'an empty text' if blank else ascii(question)[:80]}, expected a text that is not empty"
-            raise ValueError(f"{where}: question: {problem}") if args.file else parser().error(f"{where}: {problem}")
+            raise (
+                ValueError(f"{where}: question: {problem}")
+                if args.file
+                else parser().error(f"{where}: {problem}")
+            )
         if choices is not None and not (isinstance(choices, dict) and choices):
-            raise ValueError(f"{where}: choices: found {choices!r:.80}, expected an object, letter: text")
+            raise ValueError(
+                f"{where}: choices: found {choices!r:.80}, expected an object, letter: text"
+            )
         yield row
     if not lines:
-        raise ValueError(f"{args.file}: found an empty file, expected one JSON object with a question per line")
+        raise ValueError(
+            f"{args.file}: found an empty file, expected one JSON object with a question per line"
+        )
 
 
-def batches(rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def batches(
+    rows: list[dict[str, Any]], args: argparse.Namespace
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Runs of rows of one kind, --batch-size at a time; shuffled memories need all of them at once."""
 
     def kind(row: dict[str, Any]) -> str:
@@ -225,7 +353,9 @@ def batches(rows: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[tu
             return args.kind or "choice"
         if row.keys() & {"tests", "test_list", "entry_point"}:
             return "code"
-        return "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
+        return (
+            "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
+        )
 
     for name, run in groupby(rows, key=kind):
         group = list(run)
@@ -244,7 +374,9 @@ def print_bill(name: str, usages: Sequence[Usage]) -> None:
 class Screen(Watcher):
     """Shows one batch: the answer as it is written on stdout, the agents' progress and bills on stderr."""
 
-    def __init__(self, args: argparse.Namespace, batch: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, args: argparse.Namespace, batch: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> None:
         self.args, self.batch, self.settings, self.pieces = args, batch, settings, [""] * len(batch)
         self.bar: Any = None
 
@@ -252,7 +384,9 @@ class Screen(Watcher):
         if sys.stderr.isatty() and not self.args.quiet:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=thinks, desc=f"{agent}: reads {reads}", leave=False, file=sys.stderr)
+            self.bar = tqdm(
+                total=thinks, desc=f"{agent}: reads {reads}", leave=False, file=sys.stderr
+            )
 
     def thought(self) -> None:
         if self.bar is not None:
@@ -280,14 +414,24 @@ class Screen(Watcher):
         """Print what is not on stdout yet: of a question that was interrupted (None), the text so far."""
         for row, text, result in zip(self.batch, self.pieces, results, strict=True):
             if self.args.json and (text or result):
-                done: dict[str, Any] = {"question": row["question"], "text": text, "finish_reason": "interrupted"}
+                done: dict[str, Any] = {
+                    "question": row["question"],
+                    "text": text,
+                    "finish_reason": "interrupted",
+                }
                 if result:
                     done = dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)}
-                print(json.dumps({"id": row.get("id")} | self.settings | done, ensure_ascii=False), flush=True)
+                print(
+                    json.dumps({"id": row.get("id")} | self.settings | done, ensure_ascii=False),
+                    flush=True,
+                )
             elif len(self.batch) > 1 and (text or result):
                 print(text, flush=True)
             if result and result.finish_reason == "length" and not self.args.quiet:
-                print(f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}", file=sys.stderr)
+                print(
+                    f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

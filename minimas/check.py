@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .agents import Briefing, brief
-from .generate import Sampling, generate
 from .load import LM
 from .nll import losses_after
 from .results import Watcher
+from .text.generate import Sampling, generate
 from .turns import Shared, choose_team
 
 STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
@@ -176,7 +176,14 @@ def _measure(briefing: Briefing) -> tuple[list[float], list[int]]:
     hidden, cache = briefing.read()
     found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
     answers = generate(
-        lm.model, run.tokenizer, hidden, cache, GREEDY, lm.end_ids, run.generators, [[]] * len(ASKED)
+        lm.model,
+        run.tokenizer,
+        hidden,
+        cache,
+        GREEDY,
+        lm.end_ids,
+        run.generators,
+        [[]] * len(ASKED),
     )
     return [loss.mean for [loss] in found], [len(answer.ids) for answer in answers]
 

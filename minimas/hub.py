@@ -21,7 +21,11 @@ def download(repo: str, patterns: list[str], complete: Callable[[Path], bool], n
         pass
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # offline, gated (hf auth login), misspelt: what a hub raises has no common base
+    except (
+        Exception
+    ) as error:  # offline, gated (hf auth login), misspelt: what a hub raises has no common base
         missing = f"{repo}: no such folder here, {needed} not in the cache {constants.HF_HUB_CACHE}"
         why = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(f"{missing}; when online: hf download {repo} (the hub: {why})") from error
+        raise FileNotFoundError(
+            f"{missing}; when online: hf download {repo} (the hub: {why})"
+        ) from error

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .cache import KVCache
-from .config import Config
+from .core.cache import KVCache
+from .core.config import Config
+from .core.model import Qwen3
+from .fast.quantize import FORMATS
 from .load import open_source, resolve, settings
-from .model import Qwen3
-from .quantize import FORMATS
 
 SPARE = 1.5e9  # bytes beside weights and memory: torch's own, W_a, the activations of a prompt
 
@@ -22,16 +22,24 @@ def describe(name: str | Path) -> dict[str, str]:
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
-    embedding, count = c.vocab_size * c.hidden_size, sum(weight.numel() for weight in model.state_dict().values())
+    embedding, count = (
+        c.vocab_size * c.hidden_size,
+        sum(weight.numel() for weight in model.state_dict().values()),
+    )
     matrices = sum(m.weight.numel() for m in model.model.modules() if type(m) is nn.Linear)
     head = embedding if c.tie_word_embeddings else 0  # q4 and q8 keep an 8-bit copy of a tied one
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for form, stored in FORMATS.items():
-        sizes[form] = 2 * (count - matrices) + matrices * stored.bits / 8 + (0 if stored.package else head)
+        sizes[form] = (
+            2 * (count - matrices) + matrices * stored.bits / 8 + (0 if stored.package else head)
+        )
     team = 4 * (200 + 40)  # agents × (prompt + thoughts), a typical question
 
     def fitting(room: int) -> str:
-        return ", ".join(n for n, size in sizes.items() if size + team * slot + SPARE < room * 1e9) or "none"
+        return (
+            ", ".join(n for n, size in sizes.items() if size + team * slot + SPARE < room * 1e9)
+            or "none"
+        )
 
     tied = "tied: W_a is the identity up to λ, only the rescaling is left"
     untied = f"untied: W_a is a {c.hidden_size} × {c.hidden_size} map, {c.hidden_size**2 * 4 / 1e6:,.0f} MB in float32"

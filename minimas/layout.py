@@ -11,7 +11,7 @@ a well-formed user turn. Does not know: models, thoughts, the order in which age
 from collections.abc import Sequence
 
 from .teams import Team
-from .tokenizer import Tokenizer, Turn
+from .text.tokenizer import Tokenizer, Turn
 
 SEPARATOR = "\n\n"  # between two paragraphs
 

@@ -6,31 +6,27 @@ no code from a model folder is run. Tokenizer, sampling defaults and teams are r
 rotary, cache, model and load work alone. Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
-import contextlib
-import logging
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from .config import DTYPES, Config, read_json, token_ids
-from .model import Qwen3
+from .core.checkpoint import INDEX, WEIGHTS, Folder, empty_model, fill
+from .core.config import DTYPES, Config, read_json, token_ids
+from .core.latent import Aligner
+from .core.model import Qwen3
+from .fast.packed import pack
+from .formats.gguf import GGUF
+from .teams import Team
+from .text.generate import Sampling
+from .text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # read on first access, see LM; or only for such a file
-    from .generate import Sampling
-    from .gguf import GGUF
-    from .latent import Aligner
-    from .teams import Team
-    from .tokenizer import Tokenizer
-
-Files = dict[str, dict[str, Any]]  # a folder's JSON files by name, as a GGUF file holds them in itself
+Files = dict[
+    str, dict[str, Any]
+]  # a folder's JSON files by name, as a GGUF file holds them in itself
 TINY = "weights/tiny"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = ("BF16", "F16", "F32", "F64")
 
 
 class LM:
@@ -39,30 +35,34 @@ class LM:
     `tokenizer` is None for a folder without tokenizer.json: the model can still be fed embeddings and token ids.
     """
 
-    def __init__(self, model: Qwen3, folder: Path, files: Files | None = None, no_tokenizer: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Qwen3,
+        folder: Path,
+        files: Files | None = None,
+        no_tokenizer: str | None = None,
+    ) -> None:
         """`folder` is a .gguf file if `files` is what it holds of a folder's; `no_tokenizer` says why it has none."""
         self.model, self.folder, self.files = model, folder, files
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[str, Aligner] = {}
 
     @cached_property
-    def tokenizer(self) -> "Tokenizer | None":
+    def tokenizer(self) -> Tokenizer | None:
         """Raises ValueError for a broken file, or one with ids that the model has no embedding for."""
         name = "tokenizer.json"
         if not ((self.folder / name).is_file() if self.files is None else name in self.files):
             return None
-        from .tokenizer import Tokenizer
-
         tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
         if tokenizer.size > most:
-            raise ValueError(f"{tokenizer.path}: found {tokenizer.size:,} ids, expected at most {most:,}, vocab_size")
+            raise ValueError(
+                f"{tokenizer.path}: found {tokenizer.size:,} ids, expected at most {most:,}, vocab_size"
+            )
         return tokenizer
 
     @cached_property
-    def sampling(self) -> "Sampling":
+    def sampling(self) -> Sampling:
         """The model's own sampling defaults, from generation_config.json; greedy without one."""
-        from .generate import Sampling
-
         return Sampling.from_dict(*settings(self.folder, self.files, "generation_config.json"))
 
     @cached_property
@@ -70,15 +70,18 @@ class LM:
         """Every token that ends a turn, as any of the folder's files says."""
         raw, path = settings(self.folder, self.files, "generation_config.json")
         ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
-        return frozenset(ids).union(self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ())
+        return frozenset(ids).union(
+            self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ()
+        )
 
     @cached_property
-    def teams(self) -> "dict[str, Team]":
+    def teams(self) -> dict[str, Team]:
         """The folder's own teams by name (teams.json), {} without one."""
-        from .teams import Team
-
         raw, path = settings(self.folder, self.files, "teams.json")
-        return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in raw.keys() - {"latent_steps"}}
+        return {
+            name: Team.from_dict(raw[name], f"{path}: {name}")
+            for name in raw.keys() - {"latent_steps"}
+        }
 
     @cached_property
     def default_steps(self) -> int:
@@ -86,16 +89,16 @@ class LM:
         raw, path = settings(self.folder, self.files, "teams.json")
         steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
-            raise ValueError(f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more")
+            raise ValueError(
+                f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more"
+            )
         return steps
 
-    def aligner(self, kind: str) -> "Aligner":
+    def aligner(self, kind: str) -> Aligner:
         """The model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
         It is computed or read once. Errors as in `Aligner.from_model` and `Aligner.load`.
         """
-        from .latent import Aligner
-
         if kind not in self._aligners:
             if str(kind).endswith(".safetensors"):
                 self._aligners[kind] = Aligner.load(kind, self.model)
@@ -107,8 +110,11 @@ class LM:
 
 
 def load(
-    name: str | Path = TINY, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
-    quantize: str | None = None, compile: bool = False,
+    name: str | Path = TINY,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
 ) -> LM:
     """Load the model `name`, a folder, a .gguf file or a hub id, onto `device` ("auto": a CUDA GPU if there is one).
 
@@ -119,88 +125,44 @@ def load(
     """
     where, kind = _device(device), _dtype(dtype)
     if quantize is not None:
-        from .quantize import check
+        from .fast.quantize import check
 
         check(quantize, where, kind)
     if compile:
-        from .speed import check_compiler
+        from .fast.compiled import check_compiler
 
         check_compiler()
     path = resolve(name)
     source = open_source(path)
-    raw, told = settings(path, source.files, "config.json", needed=True)
-    config = Config.from_dict(raw, told)
-    with torch.device("meta"):
-        model = Qwen3(config, name=str(name))
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key, shape in wanted.items():
-        if source.shapes.get(key) != shape:
-            seen = f"shape {source.shapes[key]}" if key in source.shapes else "nothing"
-            raise ValueError(f"{path}: tensor {key}: found {seen}, expected shape {shape} by config.json")
-    # Old Llama checkpoints carry the rotary frequencies, and Qwen3-0.6B a second copy of its tied embedding.
-    twin = "lm_head.weight" if config.tie_word_embeddings else None
-    for key in source.shapes:
-        if key not in wanted and key != twin and not key.endswith(".rotary_emb.inv_freq"):
-            raise ValueError(f"{path}: tensor {key} belongs to nothing in a model of this config.json")
-    _fill(model, source, where, kind or getattr(torch, config.dtype), quantize)
-    if twin in source.shapes:
-        embedding = model.model.embed_tokens.weight
-        if not torch.equal(source.read(twin, embedding.dtype).to(where), embedding):
-            raise ValueError(f"{told}: tie_word_embeddings: found true, but lm_head.weight is different")
-    with contextlib.suppress(ImportError):  # who copied config, rotary, cache, model and load alone gets a slower one
-        from .packed import pack
+    raw, config_path = settings(path, source.files, "config.json", needed=True)
+    config = Config.from_dict(raw, config_path)
+    model = empty_model(config, str(name), source, config_path)
+    replace = None
+    if quantize is not None or not isinstance(source, Folder):
+        from .fast.quantize import Replacer
 
-        pack(model)
+        replace = Replacer(source, where, kind or getattr(torch, config.dtype), quantize)
+    fill(model, source, where, kind or getattr(torch, config.dtype), replace)
+    if replace is not None:
+        replace.finish(model)
+    pack(model)
     if compile:
-        from .speed import compile_steps
+        from .fast.compiled import compile_steps
 
         compile_steps(model)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
 
 
-def _fill(model: Qwen3, source: "Folder | GGUF", where: torch.device, dtype: torch.dtype, quantize: str | None) -> None:
-    """Put every tensor in its place, straight in its final form: there is never a second copy of the model."""
-
-    def read(key: str) -> Tensor:
-        return source.read(key, dtype).to(where)
-
-    q: Any = None
-    if quantize is not None or not isinstance(source, Folder):
-        from . import quantize as q
-    keeps, wide = q is not None and q.keeps(quantize, where, dtype), 0
-    for name, module in list(model.named_modules()):
-        if q is not None and type(module) is nn.Linear and name != "lm_head":  # W_a needs the LM head in 16 bits
-            bias = read(f"{name}.bias") if module.bias is not None else None
-            blocks = source.blocks(f"{name}.weight") if keeps else None
-            new = None
-            if blocks is not None and (quantize is None or blocks[2] is not None):
-                new = q.kept(*(part if part is None else part.to(where) for part in blocks), bias, dtype)
-            elif quantize is not None:
-                new = q.quantized(quantize, read(f"{name}.weight"), bias)
-                wide += new is None
-            if new is not None:
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, new)
-                continue
-        for leaf, _ in module.named_parameters(prefix=name, recurse=False):
-            setattr(module, leaf.rpartition(".")[2], nn.Parameter(read(leaf), requires_grad=False))
-    if wide:
-        text = "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s"
-        logging.getLogger(__name__).warning(text, model.name, wide, quantize)
-    if q is not None:
-        q.finish(model)
-
-
-def open_source(path: Path) -> "Folder | GGUF":
+def open_source(path: Path) -> Folder | GGUF:
     """The tensors and small files at `path`, a folder or a .gguf file; nothing large is read yet."""
     if path.is_dir():
         return Folder(path)
-    from .gguf import GGUF
-
     return GGUF(path)
 
 
-def settings(path: Path, files: Files | None, name: str, needed: bool = False) -> tuple[dict[str, Any], str]:
+def settings(
+    path: Path, files: Files | None, name: str, needed: bool = False
+) -> tuple[dict[str, Any], str]:
     """One of a model's JSON files and what to call it in an error; {} for one that is missing and not `needed`."""
     if files is None:
         return read_json(path / name, needed), str(path / name)
@@ -216,13 +178,17 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.is_file():
-        raise ValueError(f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, .gguf or hub id")
+        raise ValueError(
+            f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, .gguf or hub id"
+        )
     if str(name) == TINY:  # inside the wheel, or beside the package in a checkout
         here = Path(__file__).parent / TINY
         for home in (here, here.parents[2] / TINY):
             if home.is_dir():
                 return home
-        raise FileNotFoundError(f"{TINY}: not found at {here}; pass a model, such as --model Qwen/Qwen3-0.6B")
+        raise FileNotFoundError(
+            f"{TINY}: not found at {here}; pass a model, such as --model Qwen/Qwen3-0.6B"
+        )
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
     if hub_id is None:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
@@ -236,78 +202,19 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
             raise FileNotFoundError(f"{name}: found no file {gguf} in the repository, expected one")
         return path
     weights = [] if only_config else ["*.safetensors", INDEX]
-    wanted = [*weights, "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "teams.json"]
+    wanted = [
+        *weights,
+        "config.json",
+        "generation_config.json",
+        "tokenizer*.json",
+        "chat_template.jinja",
+        "teams.json",
+    ]
 
     def complete(folder: Path) -> bool:
         return only_config or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
     return download(repo, wanted, complete, f"config.json and {WEIGHTS}")
-
-
-class Folder:
-    """The tensors of a model folder in Hugging Face's layout, as `GGUF` has a file's; `shapes` is by their names."""
-
-    files = None  # they lie in the folder, where a GGUF file has them in itself
-    no_tokenizer = None
-
-    def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError or ValueError for safetensors files that are missing, damaged or contradictory."""
-        self.path = path
-        self._found = _checkpoint(path)
-        self.shapes = {key: shape for key, (_, shape) in self._found.items()}
-
-    def read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU."""
-        # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
-        with _opened(self._found[key][0]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.to(dtype, copy=True)
-
-    def blocks(self, key: str) -> None:
-        """Safetensors hold no blocks of four or eight bits."""
-
-
-def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's name -> its file and its shape, from one safetensors file or an index of several."""
-    if (folder / WEIGHTS).is_file():
-        return _contents(folder / WEIGHTS)
-    index = folder / INDEX
-    if not index.is_file():
-        others = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder"
-        raise FileNotFoundError(f"{folder}: found {others}, expected {WEIGHTS} or {INDEX} (nothing is ever unpickled)")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map: found {weight_map!r:.80}, expected tensor names -> file names")
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for shard in dict.fromkeys(map(str, weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map: found {shard!r}, expected a .safetensors file of this folder")
-        found |= {key: place for key, place in _contents(folder / shard).items() if key not in found}
-    for key in weight_map.keys() | found.keys():
-        if key not in found or found[key][0].name != weight_map.get(key):
-            seen = found[key][0].name if key in found else "no file"
-            raise ValueError(f"{index}: tensor {key}: found in {seen}, expected in {weight_map.get(key)}")
-    return found
-
-
-def _contents(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    found = {}
-    with _opened(path) as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(key)
-            if part.get_dtype() not in STORED:
-                raise ValueError(f"{path}: tensor {key}: found {part.get_dtype()}, expected {', '.join(STORED)}")
-            found[key] = (path, tuple(part.get_shape()))
-    return found
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: found a truncated or foreign file, expected safetensors ({error})") from error
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -317,12 +224,16 @@ def _device(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < gpus):
-        raise ValueError(f"device (--device): found {str(name)!r}, expected auto, cpu, or cuda ({gpus} devices here)")
+        raise ValueError(
+            f"device (--device): found {str(name)!r}, expected auto, cpu, or cuda ({gpus} devices here)"
+        )
     return device
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     text = str(name).removeprefix("torch.").replace("bf16", "bfloat16").replace("fp", "float")
     if text not in ("auto", *DTYPES):
-        raise ValueError(f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}"
+        )
     return getattr(torch, text, None)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .agents import Briefing
-from .cache import KVCache
-from .model import Qwen3
-from .tokenizer import Turn
+from .core.cache import KVCache
+from .core.model import Qwen3
+from .text.tokenizer import Turn
 from .turns import Run
 
 
@@ -39,26 +39,40 @@ def losses(briefing: Briefing, texts: Sequence[Sequence[str]]) -> list[list[Loss
     return losses_after(briefing.run, hidden, memory, texts)
 
 
-def losses_after(run: Run, hidden: Tensor, memory: KVCache, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
+def losses_after(
+    run: Run, hidden: Tensor, memory: KVCache, texts: Sequence[Sequence[str]]
+) -> list[list[Loss]]:
     """The same after what a briefing has read: states (B, 1, D), and the KV cache, which stays as it is."""
     model = run.lm.model
     if len(texts) != len(run.questions) or not all(texts):
-        raise ValueError(f"texts: found {len(texts)} lists, expected one for each of {len(run.questions)} questions")
+        raise ValueError(
+            f"texts: found {len(texts)} lists, expected one for each of {len(run.questions)} questions"
+        )
     # As a turn of nothing but untrusted text: a control token in a solution stays text.
-    ids = [[run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in several] for several in texts]
+    ids = [
+        [run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in several]
+        for several in texts
+    ]
     for q, several in enumerate(ids):
         if not all(several):
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
-        needed, limit = int(memory.lengths[q]) + max(map(len, several)), model.config.max_position_embeddings
+        needed, limit = (
+            int(memory.lengths[q]) + max(map(len, several)),
+            model.config.max_position_embeddings,
+        )
         if needed > limit:
-            found_slots = f"found {needed} slots with the solution, expected {limit} or fewer, the context"
+            found_slots = (
+                f"found {needed} slots with the solution, expected {limit} or fewer, the context"
+            )
             raise ValueError(f"question {q + 1}: {found_slots}")
     found: list[list[Loss]] = [[] for _ in ids]
     # The questions' first texts together, then their second ones: a solution beside its short options would pad them.
     for column in range(max(map(len, ids))):
         rows = [q for q, several in enumerate(ids) if len(several) > column]
         fed = [ids[q][column] for q in rows]
-        for q, loss in zip(rows, _together(model, hidden[rows], memory.select(rows), fed), strict=True):
+        for q, loss in zip(
+            rows, _together(model, hidden[rows], memory.select(rows), fed), strict=True
+        ):
             found[q].append(loss)
     return found
 
@@ -67,7 +81,9 @@ def _together(model: Qwen3, hidden: Tensor, memory: KVCache, ids: list[list[int]
     """One text for each row of a memory, which is used up; `hidden` (R, 1, D) predicts the first tokens."""
     width, states = max(map(len, ids)), hidden
     if width > 1:
-        fed = torch.tensor([[*row[:-1], *[0] * (width - len(row))] for row in ids], device=model.device)
+        fed = torch.tensor(
+            [[*row[:-1], *[0] * (width - len(row))] for row in ids], device=model.device
+        )
         counts = torch.tensor([len(row) - 1 for row in ids])
         states = torch.cat([hidden, model(model.embed(fed), memory, counts)], 1)  # (R, T, D)
     return [_loss(model.logits(states[r : r + 1, : len(row)])[0], row) for r, row in enumerate(ids)]

@@ -37,7 +37,9 @@ FORMS = {
     "free": "End with the final answer in one short line.",
 }
 
-CONTEXT = "\n\nThe work of the team so far; use what is right in it, and leave out what is not:{work}"
+CONTEXT = (
+    "\n\nThe work of the team so far; use what is right in it, and leave out what is not:{work}"
+)
 WORK = "\n\n[{name}]\n{text}"
 OPTION = "\n({letter}) {text}"
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cache import KVCache
+from .core.cache import KVCache
 
 
 @dataclass
@@ -22,7 +22,12 @@ class Usage:
     @classmethod
     def total(cls, usages: Sequence["Usage"]) -> "Usage":
         """Several bills added up; memory is the largest of them."""
-        total = cls(*(sum(getattr(usage, field.name) for usage in usages) for field in dataclasses.fields(Usage)))
+        total = cls(
+            *(
+                sum(getattr(usage, field.name) for usage in usages)
+                for field in dataclasses.fields(Usage)
+            )
+        )
         return dataclasses.replace(total, memory_bytes=max(usage.memory_bytes for usage in usages))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import prompts
-from .config import read_json
+from .core.config import read_json
 
 LAYOUTS = ("turn", "chat")
 
@@ -29,7 +29,9 @@ class Agent:
 
     def __post_init__(self) -> None:
         if self.latent_steps is not None and self.latent_steps < 0:
-            raise ValueError(f"latent_steps: found {self.latent_steps}, expected 0 or more for agent {self.name!r}")
+            raise ValueError(
+                f"latent_steps: found {self.latent_steps}, expected 0 or more for agent {self.name!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Team:
         if not self.agents:
             raise ValueError("team (--team): found no agents, expected at least one")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout (--layout): found {self.layout!r}, expected one of {', '.join(LAYOUTS)}")
+            raise ValueError(
+                f"layout (--layout): found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
+            )
         if self.layout == "turn":
             self._require_one_turn()
 
@@ -93,8 +97,20 @@ class Team:
     @classmethod
     def from_dict(cls, raw: Any, source: str) -> "Team":
         """Read a team from a parsed JSON object; `source` is named in errors."""
-        _check(raw, {"parallel": bool, "agents": list, "layout": str, "opening": str}, {"agents"}, source)
-        types = {"name": str, "prompt": str, "system": str, "latent_steps": int, "writes": bool, "prefix": str}
+        _check(
+            raw,
+            {"parallel": bool, "agents": list, "layout": str, "opening": str},
+            {"agents"},
+            source,
+        )
+        types = {
+            "name": str,
+            "prompt": str,
+            "system": str,
+            "latent_steps": int,
+            "writes": bool,
+            "prefix": str,
+        }
         for i, fields in enumerate(raw["agents"]):
             _check(fields, types, {"name", "prompt"}, f"{source}: agents[{i}]")
         agents = tuple(Agent(**fields) for fields in raw["agents"])
@@ -123,17 +139,26 @@ def single_agent() -> Team:
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
-EXPECTED = {int: "a whole number, 0 or more", list: "a list, not empty", str: "text", bool: "true or false"}
+EXPECTED = {
+    int: "a whole number, 0 or more",
+    list: "a list, not empty",
+    str: "text",
+    bool: "true or false",
+}
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
 
 
 def _check(raw: Any, types: Mapping[str, type], needed: set[str], where: str) -> None:
     """Raise ValueError unless `raw` is an object with all `needed` fields, and no field but those of `types`."""
     if not isinstance(raw, dict) or not needed <= raw.keys():
-        raise ValueError(f"{where}: found {raw!r:.80}, expected an object with {' and '.join(sorted(needed))}")
+        raise ValueError(
+            f"{where}: found {raw!r:.80}, expected an object with {' and '.join(sorted(needed))}"
+        )
     for field, value in raw.items():
         wanted = types.get(field)
-        wrong = type(value) is not wanted and not (value is None and field in ("system", "latent_steps"))
+        wrong = type(value) is not wanted and not (
+            value is None and field in ("system", "latent_steps")
+        )
         if wrong or value == [] or (field == "latent_steps" and value is not None and value < 0):
             expected = EXPECTED[wanted] if wanted else f"one of the fields {', '.join(types)}"
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")

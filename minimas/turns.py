@@ -19,14 +19,14 @@ from torch import Tensor
 
 from . import prompts
 from .answers import KINDS, extract
-from .cache import KVCache
-from .generate import Sampling, Written, generator, read, stream
-from .latent import think
+from .core.cache import KVCache
+from .core.latent import think
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
 from .results import AgentTrace, Result, Watcher
 from .teams import TEAMS, Agent, Team
-from .tokenizer import Turn, is_text
+from .text.generate import Sampling, Written, generator, read, stream
+from .text.tokenizer import Turn, is_text
 
 # What was read into empty memory: the ids of all rows -> the last states and the memory.
 Shared = dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]]
@@ -50,16 +50,26 @@ class Run:
             raise ValueError(f"{self.lm.no_tokenizer}: questions are text")
         self.tokenizer = self.lm.tokenizer
         if isinstance(self.questions, str) or not self.questions:
-            raise ValueError(f"questions: found {self.questions!r}, expected a list of at least one text")
+            raise ValueError(
+                f"questions: found {self.questions!r}, expected a list of at least one text"
+            )
         for i, question in enumerate(self.questions, start=1):
             if not isinstance(question, str) or not question.strip() or not is_text(question):
-                raise ValueError(f"question {i}: found {question!r:.80}, expected a text that is not empty")
+                raise ValueError(
+                    f"question {i}: found {question!r:.80}, expected a text that is not empty"
+                )
         if self.kind not in KINDS:
-            raise ValueError(f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}"
+            )
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
-        if len(self.choices) != len(self.questions) or any(c is not None and not c for c in self.choices):
-            raise ValueError(f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question")
+        if len(self.choices) != len(self.questions) or any(
+            c is not None and not c for c in self.choices
+        ):
+            raise ValueError(
+                f"choices: found {self.choices!r:.80}, expected a dict letter -> text for each question"
+            )
         self.end_ids, self.closing = self.lm.end_ids, self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
 
@@ -74,7 +84,9 @@ class Run:
     def fill(self, prompt: str, q: int, context: str = "") -> str:
         """Return a prompt with question q, its context and the form of its answer filled in."""
         options = (self.choices[q] or {}) if self.kind == "choice" else {}
-        asked = self.questions[q] + "".join(prompts.OPTION.format(letter=k, text=v) for k, v in options.items())
+        asked = self.questions[q] + "".join(
+            prompts.OPTION.format(letter=k, text=v) for k, v in options.items()
+        )
         fill = {"{question}": asked, "{context}": context, "{form}": prompts.FORMS[self.kind]}
         # In one pass, so that a question that holds "{context}" stays a question.
         text = re.sub("|".join(map(re.escape, fill)), lambda match: fill[match.group()], prompt)
@@ -85,13 +97,23 @@ class Run:
         """Return where the team's prompts stand, for every question."""
         layout = LAYOUTS[team.layout]
         return [
-            layout(self.tokenizer, team, self.fill(team.opening, q), [self.fill(a.prompt, q) for a in team.agents])
+            layout(
+                self.tokenizer,
+                team,
+                self.fill(team.opening, q),
+                [self.fill(a.prompt, q) for a in team.agents],
+            )
             for q in range(len(self.questions))
         ]
 
-    def require_room(self, agent: Agent, held: int, reads: int, thinks: int, writes: bool, closes: bool) -> int:
+    def require_room(
+        self, agent: Agent, held: int, reads: int, thinks: int, writes: bool, closes: bool
+    ) -> int:
         """The slots held after an agent's turn at most; raises ValueError if the model's context is shorter."""
-        limit, wrote = self.lm.model.config.max_position_embeddings, self.sampling.max_new_tokens if writes else 0
+        limit, wrote = (
+            self.lm.model.config.max_position_embeddings,
+            self.sampling.max_new_tokens if writes else 0,
+        )
         if (needed := held + reads + thinks + wrote + (len(self.closing) if closes else 0)) > limit:
             raise ValueError(
                 f"{agent.name}: {held} slots of memory, a prompt of {reads} tokens, {thinks} thoughts (--latent-steps)"
@@ -100,17 +122,33 @@ class Run:
         return needed
 
     def encoded(
-        self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int, writes: bool, closes: bool
+        self,
+        agents: Sequence[Agent],
+        turns: Sequence[Turn],
+        memory: KVCache,
+        steps: int,
+        writes: bool,
+        closes: bool,
     ) -> list[list[int]]:
         """The ids of turns that take place side by side, all questions of the first agent, of the second …"""
         ids = [self.tokenizer.encode_turn(turn) for turn in turns]
         for row, (held, row_ids) in enumerate(zip(memory.lengths.tolist(), ids, strict=True)):
-            self.require_room(agents[row // len(self.questions)], held, len(row_ids), steps, writes, closes)
+            self.require_room(
+                agents[row // len(self.questions)], held, len(row_ids), steps, writes, closes
+            )
         return ids
 
     def act(
-        self, agents: Sequence[Agent], turns: Sequence[Turn], memory: KVCache, steps: int = 0, align: Any = None,
-        writes: bool = True, final: bool = False, closes: bool = False, head: Tensor | None = None,
+        self,
+        agents: Sequence[Agent],
+        turns: Sequence[Turn],
+        memory: KVCache,
+        steps: int = 0,
+        align: Any = None,
+        writes: bool = True,
+        final: bool = False,
+        closes: bool = False,
+        head: Tensor | None = None,
     ) -> "Acted":
         """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
@@ -141,10 +179,14 @@ class Run:
         seconds, ends = (self._clock() - start) / len(ids), len(self.closing) if closes else 0
         traces = []
         for row, (turn, read_ids, out) in enumerate(zip(turns, ids, written, strict=True)):
-            unfed = out.finish_reason == "length" and not hands_over  # the last token, which nobody needs in the cache
+            unfed = (
+                out.finish_reason == "length" and not hands_over
+            )  # the last token, which nobody needs in the cache
             slots = int(read_until[row]) + steps + len(out.ids) - unfed + ends
             bill = (len(read_ids), steps, len(out.ids), seconds, slots * memory.slot_nbytes)
-            traces.append(AgentTrace(*bill, name=agents[row // B].name, prompt=turn.text, text=out.text))
+            traces.append(
+                AgentTrace(*bill, name=agents[row // B].name, prompt=turn.text, text=out.text)
+            )
         self.watcher.memory(memory)
         for first in range(0, len(traces), B):
             self.watcher.end(traces[first : first + B])
@@ -167,7 +209,9 @@ class Run:
 
     def _clock(self) -> float:
         if self.lm.model.device.type == "cuda":
-            torch.cuda.synchronize(self.lm.model.device)  # kernels are queued, not done, when a call returns
+            torch.cuda.synchronize(
+                self.lm.model.device
+            )  # kernels are queued, not done, when a call returns
         return time.perf_counter()
 
     def results(self, acts: Sequence[tuple[list[AgentTrace], list[Written]]]) -> list[Result]:
@@ -185,7 +229,9 @@ def choose_team(lm: LM, team: str | Team) -> Team:
     if isinstance(team, Team):
         return team
     if team not in lm.teams.keys() | TEAMS.keys():
-        raise ValueError(f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}")
+        raise ValueError(
+            f"team (--team): found {team!r}, expected a Team or one of {', '.join(TEAMS)}"
+        )
     return lm.teams.get(team) or TEAMS[team]()
 
 
@@ -211,7 +257,12 @@ class Acted(NamedTuple):
         if transfer == "none":
             return self.memory.truncate(0)
         if transfer == "last":
-            return KVCache.concat([self.memory.truncate(self.head), self.memory.keep_last(self.memory.lengths - start)])
+            return KVCache.concat(
+                [
+                    self.memory.truncate(self.head),
+                    self.memory.keep_last(self.memory.lengths - start),
+                ]
+            )
         if transfer == "latents":
             thoughts = self.memory.truncate(self.read_until + self.steps).keep_last(self.steps)
             return KVCache.concat([self.memory.truncate(start), thoughts])
@@ -231,7 +282,9 @@ def stages(team: Team, alike: Callable[[Agent], Any]) -> Iterator[tuple[list[int
     yield [last], False, True
 
 
-def require_context(run: Run, thinking: Run, team: Team, steps: Callable[..., int], transfer: str) -> None:
+def require_context(
+    run: Run, thinking: Run, team: Team, steps: Callable[..., int], transfer: str
+) -> None:
     """Raise ValueError before the first turn if the last one, or any between, does not fit into the context."""
     for own, others in zip(run.layouts(team), thinking.layouts(team), strict=True):
         held = head = 0
@@ -242,7 +295,9 @@ def require_context(run: Run, thinking: Run, team: Team, steps: Callable[..., in
                 reads = len(run.tokenizer.encode_turn(layout.prompt(i, first=before == 0)))
                 head = head if before else layout.head_tokens(i)
                 writes, thinks = final or agent.writes, steps(agent, final)
-                after = run.require_room(agent, before, reads, thinks, writes, layout.closes_turns and not final)
+                after = run.require_room(
+                    agent, before, reads, thinks, writes, layout.closes_turns and not final
+                )
                 added = thinks if transfer == "latents" else after - max(before, head)
                 kept = head if transfer == "last" else max(held, head)
                 held = 0 if transfer == "none" else kept + added

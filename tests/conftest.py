@@ -10,7 +10,9 @@ from minimas import Qwen3
 
 from .models import tiny_model
 
-settings.register_profile("minimas", deadline=None, derandomize=True, max_examples=30, print_blob=False)
+settings.register_profile(
+    "minimas", deadline=None, derandomize=True, max_examples=30, print_blob=False
+)
 settings.load_profile("minimas")
 torch.set_num_threads(1)
 

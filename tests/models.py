@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import Config, KVCache, Qwen3
-from minimas.config import FAMILIES
+from minimas.core.config import FAMILIES
 
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 # (num_attention_heads, num_key_value_heads, head_dim): grouped, one head each, one for all; hidden_size is 16, so that
@@ -46,7 +46,9 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Config:
     return Config(**(fields | overrides))
 
 
-def tiny_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Qwen3:
+def tiny_model(
+    family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
+) -> Qwen3:
     """A random model of `tiny_config(family, **overrides)`, the same for the same seed whatever the dtype."""
     return random_model(tiny_config(family, **overrides), seed, dtype)
 
@@ -77,7 +79,9 @@ def write_folder(path: Path, model: Qwen3, shards: int = 1, tokenizer: Path | No
     path.mkdir(parents=True, exist_ok=True)
     raw = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(raw))
-    write_tensors(path, {name: tensor.clone() for name, tensor in model.state_dict().items()}, shards)
+    write_tensors(
+        path, {name: tensor.clone() for name, tensor in model.state_dict().items()}, shards
+    )
     if tokenizer is not None:
         for source in [*tokenizer.glob("tokenizer*.json"), *tokenizer.glob("chat_template.jinja")]:
             shutil.copy(source, path)
@@ -96,7 +100,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> No
         part = {name: tensors[name] for name in names[i::shards]}
         save_file(part, path / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, shard)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------
@@ -104,10 +110,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> No
 
 def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
     """Token ids (rows, length), the same for the same seed."""
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
-def remember(model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, KVCache]:
+def remember(
+    model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None
+) -> tuple[Tensor, KVCache]:
     """Hidden states and memory of ids (B, T) read from empty memory; `lengths` where rows are right-padded."""
     cache = model.new_cache(len(ids))
     counts = None if lengths is None else torch.tensor(lengths)
@@ -117,7 +127,10 @@ def remember(model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None) ->
 def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, keys, values) of every row's filled slots, each (layers, K, lengths[row], d)."""
     for row, length in enumerate(cache.lengths.tolist()):
-        pair = [torch.stack([store[row, :, :length] for store in stores]) for stores in (cache.keys, cache.values)]
+        pair = [
+            torch.stack([store[row, :, :length] for store in stores])
+            for stores in (cache.keys, cache.values)
+        ]
         yield row, pair[0], pair[1]
 
 
@@ -130,7 +143,9 @@ def distance(a: KVCache, b: KVCache) -> float:
         for left, right in zip(filled(a), filled(b), strict=True)
         for mine, theirs in zip(left[1:], right[1:], strict=True)
     ]
-    return max((float((mine - theirs).abs().max()) for mine, theirs in pairs if mine.numel()), default=0.0)
+    return max(
+        (float((mine - theirs).abs().max()) for mine, theirs in pairs if mine.numel()), default=0.0
+    )
 
 
 @st.composite
@@ -151,7 +166,9 @@ def models(draw: st.DrawFn) -> Qwen3:
 # -- a second opinion -------------------------------------------------------------------------------------------------
 
 
-def reference(model: Qwen3, x: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+def reference(
+    model: Qwen3, x: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
     """Hidden states of one row x (T, D), written from the papers with complex rotations and a dense softmax.
 
     `positions` (T,) and `visible` (T, T) are free, so that block masks and shifted positions can be asked for.
@@ -163,7 +180,11 @@ def reference(model: Qwen3, x: Tensor, positions: Tensor | None = None, visible:
     turn = torch.exp(1j * positions[:, None] * frequency)  # (T, d/2)
 
     def norm(y: Tensor, name: str) -> Tensor:
-        return y / (y.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weights[f"{name}.weight"]
+        return (
+            y
+            / (y.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
+            * weights[f"{name}.weight"]
+        )
 
     def linear(y: Tensor, name: str) -> Tensor:
         return y @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
@@ -180,11 +201,17 @@ def reference(model: Qwen3, x: Tensor, positions: Tensor | None = None, visible:
         at = f"model.layers.{layer}"
         y = norm(x, f"{at}.input_layernorm")
         q, k, v = (heads(y, f"{at}.self_attn.{name}", name != "v") for name in "qkv")
-        scores = (q @ k.transpose(1, 2) / c.head_dim**0.5).masked_fill(~visible, -torch.inf)  # (H, T, T)
-        x = x + linear((scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{at}.self_attn.o_proj")
+        scores = (q @ k.transpose(1, 2) / c.head_dim**0.5).masked_fill(
+            ~visible, -torch.inf
+        )  # (H, T, T)
+        x = x + linear(
+            (scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{at}.self_attn.o_proj"
+        )
         y = norm(x, f"{at}.post_attention_layernorm")
         gate = linear(y, f"{at}.mlp.gate_proj")
-        x = x + linear(gate * gate.sigmoid() * linear(y, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj")
+        x = x + linear(
+            gate * gate.sigmoid() * linear(y, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj"
+        )
     return norm(x, "model.norm")
 
 

@@ -36,7 +36,16 @@ from minimas import (
 from minimas.agents import TRANSFERS, Watcher, brief
 
 from .models import TINY, config_dict, distance, tiny_model
-from .text import CONTROL, SHORT, harmless_texts, load_text_lm, plain_tokenizer, text_folder, text_model, tiny_tokenizer
+from .text import (
+    CONTROL,
+    SHORT,
+    harmless_texts,
+    load_text_lm,
+    plain_tokenizer,
+    text_folder,
+    text_model,
+    tiny_tokenizer,
+)
 
 QUESTIONS = [
     "How many cards does Eva have?",
@@ -54,7 +63,11 @@ CHAIN = Team(
     )
 )
 EXPERTS = dataclasses.replace(CHAIN, parallel=True)
-METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+METHODS: dict[str, Callable[..., list[Result]]] = {
+    "single": single,
+    "text_mas": text_mas,
+    "latent_mas": latent_mas,
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,12 @@ def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tenso
         caches.append(kwargs.get("cache", args[1] if len(args) > 1 else None))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Qwen3, "embed", lambda self, given: ids.extend(given[0].tolist()) or embed(self, given))
-        patch.setattr(Qwen3, "logits", lambda self, hidden: states.append(hidden) or logits(self, hidden))
+        patch.setattr(
+            Qwen3, "embed", lambda self, given: ids.extend(given[0].tolist()) or embed(self, given)
+        )
+        patch.setattr(
+            Qwen3, "logits", lambda self, hidden: states.append(hidden) or logits(self, hidden)
+        )
         handle = model.register_forward_hook(saw, with_kwargs=True)
         yield ids, caches, states
         handle.remove()
@@ -103,7 +120,14 @@ def greedy(lm: LM, hidden: Tensor, memory: KVCache, limit: int) -> list[int]:
 
 
 def by_hand(
-    lm: LM, team: Team, question: str, remembered: str, steps: Sequence[int], transfer: str, align: Any, limit: int
+    lm: LM,
+    team: Team,
+    question: str,
+    remembered: str,
+    steps: Sequence[int],
+    transfer: str,
+    align: Any,
+    limit: int,
 ) -> tuple[KVCache, str]:
     """What the last agent gets as memory, and its greedy text, built agent by agent for one question.
 
@@ -134,7 +158,9 @@ def by_hand(
 AGENTS = st.builds(
     Agent,
     st.just("agent"),
-    st.sampled_from(["Plan: {question}", "{question}", "No question at all.", "{question} Again: {question}"]),
+    st.sampled_from(
+        ["Plan: {question}", "{question}", "No question at all.", "{question} Again: {question}"]
+    ),
     system=st.sampled_from([None, "", "Be brief."]),
     latent_steps=st.integers(0, 3),
     writes=st.booleans(),
@@ -149,7 +175,13 @@ ASKED = st.lists(harmless_texts(12).filter(str.strip), min_size=1, max_size=3)
 @given(LINES, ASKED, st.sampled_from(["ridge", "none", "prenorm"]), st.integers(1, 4))
 @settings(max_examples=15)
 def test_any_team_and_transfer_equals_the_same_by_hand(
-    lm: LM, transfer: str, parallel: bool, agents: tuple[Agent, ...], questions: list[str], align: str, limit: int
+    lm: LM,
+    transfer: str,
+    parallel: bool,
+    agents: tuple[Agent, ...],
+    questions: list[str],
+    align: str,
+    limit: int,
 ) -> None:
     """Agents in any number, with unequal steps, side by side or in a row, writing or not: slots, counts and text."""
     team = Team(agents, parallel)
@@ -157,7 +189,12 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
         questions = [*questions, "one more"]
     with watched(lm.model) as (_, caches, _):
         results = latent_mas(
-            lm, questions, team, align=align, transfer=transfer, sampling=Sampling(max_new_tokens=limit)
+            lm,
+            questions,
+            team,
+            align=align,
+            transfer=transfer,
+            sampling=Sampling(max_new_tokens=limit),
         )
     steps = [agent.latent_steps or 0 for agent in team.agents]
     for i, result in enumerate(results):
@@ -176,7 +213,8 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
 @pytest.mark.parametrize(
-    ("method", "transfer"), [("single", ""), ("text_mas", ""), *(("latent_mas", t) for t in TRANSFERS)]
+    ("method", "transfer"),
+    [("single", ""), ("text_mas", ""), *(("latent_mas", t) for t in TRANSFERS)],
 )
 def test_six_ragged_questions_answer_as_they_do_alone(
     lm: LM, method: str, team: str, transfer: str, temperature: float
@@ -196,7 +234,9 @@ def test_six_ragged_questions_answer_as_they_do_alone(
     assert len(set(expected)) > 1, "the model must tell the questions apart"
     if transfer == "shuffled":  # a question and the one it gets its memory from
         turned = [*QUESTIONS[1:], QUESTIONS[0]]
-        assert [texts([q, other])[0] for q, other in zip(QUESTIONS, turned, strict=True)] == expected
+        assert [
+            texts([q, other])[0] for q, other in zip(QUESTIONS, turned, strict=True)
+        ] == expected
         assert texts(turned) == [*expected[1:], expected[0]]
     else:
         assert [texts([question])[0] for question in QUESTIONS] == expected
@@ -221,7 +261,9 @@ def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
 
 def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
     """The authors' default of 0 steps throws the memory away, so their quick start hands nothing over (#13)."""
-    full, none = (first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none"))
+    full, none = (
+        first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none")
+    )
     assert float((full - none).abs().max()) > 0.05
     alone = Team(CHAIN.agents[-1:])
     assert float((first_state(lm, alone) - none).abs().max()) < 1e-9
@@ -230,7 +272,10 @@ def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
 @pytest.mark.parametrize("transfer", ["full", "latents", "last"])
 def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
     """With another map the thoughts are others, and the answer must notice."""
-    states = [first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align) for align in ("ridge", "random")]
+    states = [
+        first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align)
+        for align in ("ridge", "random")
+    ]
     assert float((states[0] - states[1]).abs().max()) > 0.01
 
 
@@ -244,14 +289,18 @@ def test_any_callable_aligns(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
 def second_agents_memory(lm: LM, team: Team) -> KVCache:
     with watched(lm.model) as (_, caches, _):
         [result] = latent_mas(lm, QUESTIONS[:1], team, latent_steps=2, sampling=SHORT)
-    first, second = (trace.prompt_tokens + 2 + encoded("<|im_end|>\n").shape[1] for trace in result.agents[:2])
+    first, second = (
+        trace.prompt_tokens + 2 + encoded("<|im_end|>\n").shape[1] for trace in result.agents[:2]
+    )
     return caches[-1].truncate(first + second).keep_last(second)
 
 
 def test_experts_do_not_see_each_other(lm: LM) -> None:
     """The authors' hierarchical changes the prompts only: its experts run on one chained cache (#32)."""
     other = (dataclasses.replace(CHAIN.agents[0], prompt="Sing."), *CHAIN.agents[1:])
-    parallel = [second_agents_memory(lm, Team(agents, parallel=True)) for agents in (CHAIN.agents, other)]
+    parallel = [
+        second_agents_memory(lm, Team(agents, parallel=True)) for agents in (CHAIN.agents, other)
+    ]
     chained = [second_agents_memory(lm, Team(agents)) for agents in (CHAIN.agents, other)]
     assert distance(*parallel) < 1e-9
     assert distance(*chained) > 0.05
@@ -259,9 +308,14 @@ def test_experts_do_not_see_each_other(lm: LM) -> None:
 
 def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
     parallel, chained = hierarchical(), hierarchical(chained=True)
-    assert (parallel.parallel, chained.parallel, chained.agents == parallel.agents) == (True, False, True)
+    assert (parallel.parallel, chained.parallel, chained.agents == parallel.agents) == (
+        True,
+        False,
+        True,
+    )
     by_name, *values = (
-        first_state(lm, team, latent_steps=1) for team in ("hierarchical", parallel, dataclasses.replace(chained))
+        first_state(lm, team, latent_steps=1)
+        for team in ("hierarchical", parallel, dataclasses.replace(chained))
     )
     assert torch.equal(by_name, values[0])
     assert float((by_name - values[1]).abs().max()) > 0.01
@@ -277,8 +331,16 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
         Agent("last", "{question}{context}"),
     )
     [result] = text_mas(lm, QUESTIONS[:1], Team(agents, parallel), sampling=SHORT)
-    seen = [[name for name in ("one", "two", "three") if f"[{name}]" in trace.prompt] for trace in result.agents]
-    assert seen == [[], [] if parallel else ["one"], [] if parallel else ["one", "two"], ["one", "two", "three"]]
+    seen = [
+        [name for name in ("one", "two", "three") if f"[{name}]" in trace.prompt]
+        for trace in result.agents
+    ]
+    assert seen == [
+        [],
+        [] if parallel else ["one"],
+        [] if parallel else ["one", "two"],
+        ["one", "two", "three"],
+    ]
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -286,13 +348,17 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
 
 @pytest.mark.parametrize("form", ["named", "value", "file"])
 @pytest.mark.parametrize(
-    ("argument", "own", "folder"), [(a, o, f) for a in (None, 1) for o in (None, 2) for f in (None, 3)]
+    ("argument", "own", "folder"),
+    [(a, o, f) for a in (None, 1) for o in (None, 2) for f in (None, 3)],
 )
 def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
     tmp_path: Path, argument: int | None, own: int | None, folder: int | None, form: str
 ) -> None:
     """The folder's default holds for any team; what an agent says itself is stronger, what is asked for strongest."""
-    agents = [{"name": "a", "prompt": "{question}", "latent_steps": own}, {"name": "b", "prompt": "{question}"}]
+    agents = [
+        {"name": "a", "prompt": "{question}", "latent_steps": own},
+        {"name": "b", "prompt": "{question}"},
+    ]
     raw = {"agents": agents}
     (tmp_path / "team.json").write_text(json.dumps(raw))
     teams = {"sequential": raw} | ({} if folder is None else {"latent_steps": folder})
@@ -307,7 +373,11 @@ def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
 def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
     """`latent_steps` is for those who hand over; an answer would start from a thought, not from its header."""
     thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
-    for team, asked, thought in ((CHAIN, 1, [1, 1, 0]), (thinker, None, [40, 40, 2]), (thinker, 1, [1, 1, 1])):
+    for team, asked, thought in (
+        (CHAIN, 1, [1, 1, 0]),
+        (thinker, None, [40, 40, 2]),
+        (thinker, 1, [1, 1, 1]),
+    ):
         [result] = latent_mas(lm, QUESTIONS[:1], team, latent_steps=asked, sampling=SHORT)
         assert [trace.latent_steps for trace in result.agents] == thought
 
@@ -329,7 +399,10 @@ def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
 
 def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
     """The authors' code never closes a turn; two slots of memory tell."""
-    closed, left = (latent_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT, close=close)[0] for close in (True, False))
+    closed, left = (
+        latent_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT, close=close)[0]
+        for close in (True, False)
+    )
     slot = lm.model.new_cache(1).slot_nbytes
     assert closed.agents[0].memory_bytes - left.agents[0].memory_bytes == 2 * slot
 
@@ -346,7 +419,10 @@ def test_a_folders_own_teams_come_first(tmp_path: Path) -> None:
         *(latent_mas(lm, ["a"], team, sampling=SHORT) for team in ("sequential", "trio")),
     ]
     assert [[trace.name for trace in result.agents] for [result] in named] == [["mine"]] * 3
-    assert named[0][0].agents[0].prompt == "<|im_start|>user\nMine: a<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        named[0][0].agents[0].prompt
+        == "<|im_start|>user\nMine: a<|im_end|>\n<|im_start|>assistant\n"
+    )
     for team, count in (("hierarchical", 4), (sequential(), 4)):
         [result] = latent_mas(lm, ["a"], team, 0, sampling=SHORT)
         assert len(result.agents) == count
@@ -363,9 +439,18 @@ AGENT = {"name": "a", "prompt": "{question}"}
 
 
 def test_a_team_is_read_from_json(tmp_path: Path) -> None:
-    fields = {"name": "b", "prompt": "p", "system": "s", "latent_steps": 0, "writes": True, "prefix": "<think>"}
+    fields = {
+        "name": "b",
+        "prompt": "p",
+        "system": "s",
+        "latent_steps": 0,
+        "writes": True,
+        "prefix": "<think>",
+    }
     (tmp_path / "team.json").write_text(json.dumps({"parallel": True, "agents": [AGENT, fields]}))
-    assert Team.from_json(tmp_path / "team.json") == Team((Agent("a", "{question}"), Agent(**fields)), parallel=True)
+    assert Team.from_json(tmp_path / "team.json") == Team(
+        (Agent("a", "{question}"), Agent(**fields)), parallel=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -385,7 +470,10 @@ def test_a_team_is_read_from_json(tmp_path: Path) -> None:
         ({"agents": [AGENT | {"prefix": 5}]}, r"agents\[0\]: prefix"),
         ({"agents": [AGENT | {"writes": 1}]}, r"agents\[0\]: writes"),
         ({"agents": [AGENT | {"writes": "yes"}]}, r"agents\[0\]: writes"),
-        ({"agents": [AGENT | {"latent_steps": -1}]}, r"agents\[0\]: latent_steps: found -1, expected .*0 or more"),
+        (
+            {"agents": [AGENT | {"latent_steps": -1}]},
+            r"agents\[0\]: latent_steps: found -1, expected .*0 or more",
+        ),
         ({"agents": [AGENT | {"latent_steps": 1.5}]}, r"agents\[0\]: latent_steps"),
         ({"agents": [AGENT | {"latent_steps": True}]}, r"agents\[0\]: latent_steps"),
         ({"agents": [AGENT | {"latent_step": 5}]}, r"agents\[0\].*latent_step"),
@@ -424,7 +512,8 @@ def test_a_team_without_agents_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [[], {"latent_steps": -1}, {"latent_steps": True}, {"latent_steps": "6"}, {"sequential": 5}]
+    "raw",
+    [[], {"latent_steps": -1}, {"latent_steps": True}, {"latent_steps": "6"}, {"sequential": 5}],
 )
 def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None:
     lm = load_text_lm(text_folder(tmp_path, raw))
@@ -438,13 +527,19 @@ def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None
 def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
     """Once, under its author's name, and to nobody before."""
     team = Team(
-        (Agent("one", "A {context} {question}"), Agent("two", "B {question}{context}"), Agent("last", "C{context}"))
+        (
+            Agent("one", "A {context} {question}"),
+            Agent("two", "B {question}{context}"),
+            Agent("last", "C{context}"),
+        )
     )
     [result] = text_mas(lm, QUESTIONS[:1], team, sampling=SHORT)
     one, two, last = result.agents
     assert one.prompt == chatml(Agent("", f"A  {QUESTIONS[0]}"), "")
     assert f"[one]\n{one.text.strip()}" in two.prompt and "[two]" not in two.prompt
-    assert last.prompt.index(f"[one]\n{one.text.strip()}") < last.prompt.index(f"[two]\n{two.text.strip()}")
+    assert last.prompt.index(f"[one]\n{one.text.strip()}") < last.prompt.index(
+        f"[two]\n{two.text.strip()}"
+    )
     assert result.text == last.text
 
 
@@ -458,7 +553,9 @@ def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
         talk += trace.text + "<|im_end|>\n"
 
 
-@pytest.mark.parametrize("word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL])
+@pytest.mark.parametrize(
+    "word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL]
+)
 def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
     """Filled in one after the other, a question that holds `{context}` would be given the work so far."""
     question = f"What is {word} in {word}?"
@@ -470,14 +567,17 @@ def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "layout"), [("single", ""), ("text_mas", ""), ("latent_mas", "chat"), ("latent_mas", "turn")]
+    ("method", "layout"),
+    [("single", ""), ("text_mas", ""), ("latent_mas", "chat"), ("latent_mas", "turn")],
 )
 def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> None:
     """The prompt is the exact text that was read: any Hugging Face tokenizer gives exactly the ids that were fed."""
     options: dict[str, Any] = {"layout": layout} if layout else {}
     for question in QUESTIONS:
         with watched(lm.model) as (ids, _, _):
-            [result] = METHODS[method](lm, [question], sampling=Sampling(max_new_tokens=1), **options)
+            [result] = METHODS[method](
+                lm, [question], sampling=Sampling(max_new_tokens=1), **options
+            )
         fed = iter(ids)
         for trace in result.agents:
             expected = encoded(trace.prompt)[0].tolist()
@@ -487,7 +587,9 @@ def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> 
                     assert list(itertools.islice(fed, 2)) == encoded("<|im_end|>\n")[0].tolist()
             assert trace.prompt_tokens == len(expected)
             if layout != "turn":
-                assert trace.prompt.startswith("<|im_start|>") and trace.prompt.endswith("<|im_start|>assistant\n")
+                assert trace.prompt.startswith("<|im_start|>") and trace.prompt.endswith(
+                    "<|im_start|>assistant\n"
+                )
 
 
 @pytest.mark.parametrize("kind", ["math", "choice", "code", "free"])
@@ -501,7 +603,8 @@ def test_the_kind_of_question_picks_prompt_and_answer(lm: LM, kind: str) -> None
             assert all((text in seen) == (kind == "choice") for text in choices.values())
         prompts.append(results[0].agents[-1].prompt)
     others = {
-        k: single(lm, QUESTIONS[:1], kind=k, choices=options[0], sampling=SHORT)[0] for k in ("math", "code", "free")
+        k: single(lm, QUESTIONS[:1], kind=k, choices=options[0], sampling=SHORT)[0]
+        for k in ("math", "code", "free")
     }
     assert len({result.agents[-1].prompt for result in others.values()}) == 3
     assert prompts[1] != prompts[0]
@@ -509,7 +612,9 @@ def test_the_kind_of_question_picks_prompt_and_answer(lm: LM, kind: str) -> None
 
 def test_one_dict_of_choices_serves_all_questions(lm: LM) -> None:
     options = {"A": "blue", "B": "red"}
-    one, many = (single(lm, QUESTIONS, "choice", c, SHORT) for c in (options, [options] * len(QUESTIONS)))
+    one, many = (
+        single(lm, QUESTIONS, "choice", c, SHORT) for c in (options, [options] * len(QUESTIONS))
+    )
     assert [r.text for r in one] == [r.text for r in many]
     assert all("(A) blue" in r.agents[0].prompt for r in one)
 
@@ -536,7 +641,9 @@ def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -
         assert last.output_tokens <= SHORT.max_new_tokens
     for result in results:
         for field in ("prompt_tokens", "latent_steps", "output_tokens", "seconds"):
-            assert getattr(result.usage, field) == pytest.approx(sum(getattr(t, field) for t in result.agents))
+            assert getattr(result.usage, field) == pytest.approx(
+                sum(getattr(t, field) for t in result.agents)
+            )
         assert result.usage.memory_bytes == max(trace.memory_bytes for trace in result.agents)
         assert result.usage.seconds > 0
 
@@ -586,11 +693,22 @@ def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: 
     for method in METHODS.values():
         plain, mine = (method(model, QUESTIONS[:2], sampling=SHORT) for model in (lm, other))
         assert [r.text for r in plain] == [r.text for r in mine]
-        assert {r.usage.output_tokens for r in method(other, QUESTIONS[:1])} <= {1, 2, 3, 4, 5, 6, 7, 8}
+        assert {r.usage.output_tokens for r in method(other, QUESTIONS[:1])} <= {
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            7,
+            8,
+        }
         assert method(other, QUESTIONS[:1])[0].agents[-1].output_tokens <= 2
 
 
-@pytest.mark.parametrize("where", ["generation_config.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "where", ["generation_config.json", "config.json", "tokenizer_config.json"]
+)
 def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
     """Instruct checkpoints name two end tokens in two files; reading one of them lets an answer run to the limit."""
     one = Sampling(max_new_tokens=1)
@@ -638,10 +756,15 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
         ({"latent_steps": "3"}, r"--latent-steps\): found '3', expected"),
         ({"align": "rigde"}, r"--align\): found 'rigde', expected one of ridge"),
         ({"transfer": "some"}, r"--transfer\): found 'some', expected one of full"),
-        ({"questions": ["a"], "transfer": "shuffled"}, r"--transfer\): found 'shuffled' with one question, expected"),
+        (
+            {"questions": ["a"], "transfer": "shuffled"},
+            r"--transfer\): found 'shuffled' with one question, expected",
+        ),
     ],
 )
-def test_a_wrong_argument_is_refused_before_any_work(lm: LM, options: dict[str, Any], message: str) -> None:
+def test_a_wrong_argument_is_refused_before_any_work(
+    lm: LM, options: dict[str, Any], message: str
+) -> None:
     """By flag, found and expected; and before the first forward pass, which may take minutes."""
     with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=message):
         latent_mas(lm, **({"questions": ["a", "b", "c"]} | options))
@@ -654,7 +777,9 @@ def test_a_wrong_argument_is_refused_before_any_work(lm: LM, options: dict[str, 
 
 def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
     """Found when its turn comes, the agents before it have thought for nothing."""
-    with pytest.raises(ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"):
+    with pytest.raises(
+        ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"
+    ):
         Agent("a", "p", latent_steps=-1)
 
 
@@ -689,13 +814,23 @@ def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, tran
     before = 0 if team.parallel else {"latents": steps, "none": 0}.get(transfer, turns[0])
     needed = max(held + reads[-1] + 5, turns[0], before + turns[1])
     for context in (needed, needed - 1):
-        small = LM(tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context), lm.folder)
+        small = LM(
+            tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context), lm.folder
+        )
         with watched(small.model) as (_, caches, _):
             if context == needed:
-                [result] = latent_mas(small, QUESTIONS[:1], team, steps, sampling=sampling, transfer=transfer)
-                assert max(int(cache.lengths.max()) for cache in caches) <= context and len(result.agents) == 3
+                [result] = latent_mas(
+                    small, QUESTIONS[:1], team, steps, sampling=sampling, transfer=transfer
+                )
+                assert (
+                    max(int(cache.lengths.max()) for cache in caches) <= context
+                    and len(result.agents) == 3
+                )
                 continue
-            with pytest.raises(ValueError, match=rf"--latent-steps.*--max-new-tokens.* {needed}, expected .*{context}"):
+            with pytest.raises(
+                ValueError,
+                match=rf"--latent-steps.*--max-new-tokens.* {needed}, expected .*{context}",
+            ):
                 latent_mas(small, QUESTIONS[:1], team, steps, sampling=sampling, transfer=transfer)
             assert caches == []
 
@@ -703,7 +838,10 @@ def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, tran
 @pytest.mark.parametrize("method", METHODS)
 def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, method: str) -> None:
     """One long question among short ones too: the short ones' answers would be lost half-way."""
-    with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=r"--max-new-tokens.*expected .*4096"):
+    with (
+        watched(lm.model) as (_, caches, _),
+        pytest.raises(ValueError, match=r"--max-new-tokens.*expected .*4096"),
+    ):
         METHODS[method](lm, ["a", "word " * 5000])
     assert caches == []
 
@@ -711,7 +849,9 @@ def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, m
 # -- against transformers ---------------------------------------------------------------------------------------------
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # by Theirs alone
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.past_key_values. is deprecated:FutureWarning"
+)  # by Theirs alone
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
@@ -720,7 +860,11 @@ def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
     transformers = pytest.importorskip("transformers")
     mine = load_text_lm(lm.folder, request.param)
     raw = config_dict(mine.model.config) | {"pad_token_id": None, "bos_token_id": None}
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw)).double().eval()
+    theirs = (
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+        .double()
+        .eval()
+    )
     theirs.load_state_dict(mine.model.state_dict())
     return mine, theirs
 
@@ -743,7 +887,10 @@ class Theirs:
 
     def write(self, hidden: Tensor, limit: int) -> str:
         ids: list[int] = []
-        while len(ids) < limit and (token := int(self.model.lm_head(hidden).argmax())) not in tiny_tokenizer().end_ids:
+        while (
+            len(ids) < limit
+            and (token := int(self.model.lm_head(hidden).argmax())) not in tiny_tokenizer().end_ids
+        ):
             ids.append(token)
             hidden = self.feed(self.model.get_input_embeddings()(torch.tensor([[token]])))
         return tiny_tokenizer().decode(ids)
@@ -757,13 +904,23 @@ def test_single_writes_what_transformers_writes(pair: tuple[LM, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_latent_mas_writes_what_a_loop_over_transformers_writes(pair: tuple[LM, Any], layout: str) -> None:
+def test_latent_mas_writes_what_a_loop_over_transformers_writes(
+    pair: tuple[LM, Any], layout: str
+) -> None:
     """Eight prenorm thoughts an agent: W_a by least squares, the memory transformers' own cache."""
     lm, model = pair
     w_in, w_out = model.get_input_embeddings().weight.data, model.lm_head.weight.data
-    padded = torch.cat([w_out, 1e-5**0.5 * torch.eye(w_out.shape[1], dtype=torch.float64)])  # λ as extra rows
-    matrix = torch.linalg.lstsq(padded, torch.cat([w_in, torch.zeros_like(padded[len(w_out) :])])).solution
-    options: dict[str, Any] = {"latent_steps": 8, "align": "prenorm", "sampling": Sampling(max_new_tokens=12)}
+    padded = torch.cat(
+        [w_out, 1e-5**0.5 * torch.eye(w_out.shape[1], dtype=torch.float64)]
+    )  # λ as extra rows
+    matrix = torch.linalg.lstsq(
+        padded, torch.cat([w_in, torch.zeros_like(padded[len(w_out) :])])
+    ).solution
+    options: dict[str, Any] = {
+        "latent_steps": 8,
+        "align": "prenorm",
+        "sampling": Sampling(max_new_tokens=12),
+    }
     for result in latent_mas(lm, QUESTIONS[:3], **options, layout=layout):
         theirs = Theirs(model)
         for trace in result.agents[:-1]:
@@ -783,7 +940,9 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(pair: tuple[LM, 
 def test_a_briefing_can_be_answered_more_than_once(lm: LM, transfer: str) -> None:
     """By forking its memory; each time as the method answers, whatever was done with the other fork."""
     told = brief(lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT)
-    expected = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT)
+    expected = latent_mas(
+        lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT
+    )
     hidden, memory = told._replace(memory=told.memory.fork()).read()
     assert hidden.shape == (2, 1, 16)
     assert memory.lengths.tolist() != told.memory.lengths.tolist()
@@ -812,4 +971,6 @@ def test_a_watcher_sees_each_agents_memory(lm: LM) -> None:
             seen.append(memory.lengths.tolist())
 
     results = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, sampling=SHORT, watcher=Eye())
-    assert [row[0] * lm.model.new_cache(1).slot_nbytes for row in seen] == [a.memory_bytes for a in results[0].agents]
+    assert [row[0] * lm.model.new_cache(1).slot_nbytes for row in seen] == [
+        a.memory_bytes for a in results[0].agents
+    ]

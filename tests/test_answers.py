@@ -47,10 +47,14 @@ def table(text: str) -> list[tuple[str, str | None]]:
 # -- the contract -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", [lambda kind: extract(kind, "1"), lambda kind: grade(kind, "1", "1")])
+@pytest.mark.parametrize(
+    "call", [lambda kind: extract(kind, "1"), lambda kind: grade(kind, "1", "1")]
+)
 def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
     """A typo such as "maths" would otherwise score a whole run as wrong."""
-    with pytest.raises(ValueError, match="--kind: found 'maths', expected math, choice, code or free"):
+    with pytest.raises(
+        ValueError, match="--kind: found 'maths', expected math, choice, code or free"
+    ):
         call("maths")
 
 
@@ -60,7 +64,10 @@ def test_code_is_not_graded_by_its_text() -> None:
         grade("code", "x = 1", "x = 1")
 
 
-@given(st.sampled_from(KINDS), st.text() | st.from_regex(r"[\\{}$#*_`<>/.,^=()0-9a-dA-D\n -]{0,60}", fullmatch=True))
+@given(
+    st.sampled_from(KINDS),
+    st.text() | st.from_regex(r"[\\{}$#*_`<>/.,^=()0-9a-dA-D\n -]{0,60}", fullmatch=True),
+)
 @example("math", r"\boxed{")
 @example("math", "0^-1 1/0 1e5^9 9^999999")
 @example("math", "\udcff \x00 ²³⁻ ⁻ ½¾ ①")
@@ -235,7 +242,12 @@ DRESSES = [
 ]
 
 
-@given(st.integers(-(10**15), 10**15), st.integers(0, 3), st.sampled_from(DRESSES), st.sampled_from(["-", "\u2212"]))
+@given(
+    st.integers(-(10**15), 10**15),
+    st.integers(0, 3),
+    st.sampled_from(DRESSES),
+    st.sampled_from(["-", "\u2212"]),
+)
 def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
     """Commas, decimals and words around a number do not change it; the number beside it is another number."""
     written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
@@ -249,7 +261,9 @@ def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, 
 
 
 @given(
-    st.integers(-999, 999), st.integers(1, 999), st.sampled_from(["{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}"])
+    st.integers(-999, 999),
+    st.integers(1, 999),
+    st.sampled_from(["{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}"]),
 )
 def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> None:
     """Floats make 0.1 + 0.2 wrong and 0.333 right."""
@@ -268,7 +282,11 @@ def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
     assert Fraction(answer) == Fraction(number)
 
 
-@given(st.sampled_from([answer for _, answer in table(MATH) if answer and answer.strip("-0123456789./%") == ""]))
+@given(
+    st.sampled_from(
+        [answer for _, answer in table(MATH) if answer and answer.strip("-0123456789./%") == ""]
+    )
+)
 def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
     """A regrade reads the stored answer and must find the same one, whatever dress it wears then."""
     for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
@@ -276,7 +294,16 @@ def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e999999999", "10^999999999", "9^9^9^9", "2^-999999999", "1e99*" * 60 + "1", "9" * 5000, "1/3^400"]
+    "text",
+    [
+        "1e999999999",
+        "10^999999999",
+        "9^9^9^9",
+        "2^-999999999",
+        "1e99*" * 60 + "1",
+        "9" * 5000,
+        "1/3^400",
+    ],
 )
 def test_a_huge_exponent_is_not_computed(text: str) -> None:
     """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers (torchtitan 4442)."""
@@ -316,14 +343,23 @@ c <- Continue methimazole ‖ d <- The answer is: Discontinue methimazole, start
 def test_the_table_of_choice_answers(text: str, answer: str | None) -> None:
     r"""The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b", character by character."""
     assert extract("choice", text, OPTIONS) == answer
-    assert extract("choice", text, {letter.upper(): words for letter, words in OPTIONS.items()}) == answer
+    assert (
+        extract("choice", text, {letter.upper(): words for letter, words in OPTIONS.items()})
+        == answer
+    )
     for gold in OPTIONS:
         assert grade("choice", text, gold, OPTIONS) == (gold == answer)
 
 
 def test_a_letter_needs_no_options_to_be_read() -> None:
     """GPQA's files keep the options inside the question."""
-    for text in ("C", r"\boxed{\text{C}}", "The answer is (C).", r"\boxed{(C) 10 m/s}", "The correct option is C"):
+    for text in (
+        "C",
+        r"\boxed{\text{C}}",
+        "The answer is (C).",
+        r"\boxed{(C) 10 m/s}",
+        "The correct option is C",
+    ):
         assert extract("choice", text) == "c"
         assert grade("choice", text, "C") and not grade("choice", text, "B")
     for text in ("I think so", "A cat sat", "A or B", "no idea"):
@@ -354,8 +390,18 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
     assert extract("choice", "The answer is kilometer.", {"a": "meter", "b": "kilometer"}) == "b"
     assert extract("choice", "The answer is 10 meters.", {"a": "10", "b": "20"}) is None
     assert extract("choice", "The answer is 10.5 meters.", {"a": "10", "b": "20"}) is None
-    assert extract("choice", "The answer is iron deficiency. It", {"a": "iron", "b": "iron deficiency"}) == "b"
-    assert extract("choice", "The answer is (A tiger hunts).", {"a": "A cat sits", "b": "A tiger hunts"}) == "b"
+    assert (
+        extract(
+            "choice", "The answer is iron deficiency. It", {"a": "iron", "b": "iron deficiency"}
+        )
+        == "b"
+    )
+    assert (
+        extract(
+            "choice", "The answer is (A tiger hunts).", {"a": "A cat sits", "b": "A tiger hunts"}
+        )
+        == "b"
+    )
 
 
 # -- code -------------------------------------------------------------------------------------------------------------
@@ -388,7 +434,10 @@ def test_the_solution_is_found(text: str) -> None:
     assert extract("code", text) == SOLUTION
 
 
-PROSE = "|yes|I do not know.|Answer: 42|42|not sure|pass|```bash\nls\n```|```python\n```|<think>" + SOLUTION
+PROSE = (
+    "|yes|I do not know.|Answer: 42|42|not sure|pass|```bash\nls\n```|```python\n```|<think>"
+    + SOLUTION
+)
 
 
 @pytest.mark.parametrize("text", PROSE.split("|"))
@@ -421,7 +470,9 @@ def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
     for row, other in zip(data, data[1:] + data[:1], strict=True):
         for text in (rf"$\boxed{{{int(row['answer']):03d}}}$", f"The answer is {row['answer']}."):
             assert grade("math", text, row["answer"])
-            assert grade("math", text, other["answer"]) == (int(row["answer"]) == int(other["answer"]))
+            assert grade("math", text, other["answer"]) == (
+                int(row["answer"]) == int(other["answer"])
+            )
 
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
@@ -445,7 +496,9 @@ def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
             ):
                 assert extract("choice", text, choices) == letter, (row["id"], text)
                 assert grade("choice", text, row["answer"], choices) == (letter == row["answer"])
-                assert grade("choice", text, choices[row["answer"]], choices) == (letter == row["answer"])
+                assert grade("choice", text, choices[row["answer"]], choices) == (
+                    letter == row["answer"]
+                )
 
 
 def test_a_question_read_back_is_seldom_an_answer() -> None:
@@ -453,7 +506,9 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
     data = rows("arc_easy_test") + rows("medqa")
     found = 0
     for row in data:
-        options = "\n".join(f"{letter.upper()}. {words}" for letter, words in row["choices"].items())
+        options = "\n".join(
+            f"{letter.upper()}. {words}" for letter, words in row["choices"].items()
+        )
         found += extract("choice", f"{row['question']}\n{options}", row["choices"]) is not None
     assert found == 0
 
@@ -482,7 +537,13 @@ def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name
         for dress in dresses(MATH_DRESSES):
             for form in (gold, f"{value:,}", f"{value:,}.00", f"${value}"):
                 assert grade("math", dress.format(form), gold), (row["id"], dress, form)
-            for form in (str(value + 1), str(value - 1), f"-{value}" if value else "1", f"{value}1", f"{value}.5"):
+            for form in (
+                str(value + 1),
+                str(value - 1),
+                f"-{value}" if value else "1",
+                f"{value}1",
+                f"{value}.5",
+            ):
                 assert not grade("math", dress.format(form), gold), (row["id"], dress, form)
 
 
@@ -495,7 +556,13 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
             if letter != gold and words.strip(" .").lower() == choices[gold].strip(" .").lower():
                 continue
             for dress in dresses(CHOICE_DRESSES):
-                for form in (letter, letter.upper(), words, f"{letter.upper()}. {words}", f"({letter}) {words}"):
+                for form in (
+                    letter,
+                    letter.upper(),
+                    words,
+                    f"{letter.upper()}. {words}",
+                    f"({letter}) {words}",
+                ):
                     assert grade("choice", dress.format(form), gold, choices) == (letter == gold), (
                         row["id"],
                         dress,
@@ -518,7 +585,8 @@ def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> Non
 
 
 @pytest.mark.parametrize(
-    "answer", ["9^{9^{9^9}}x", "9^9^9^9x", "x^{99999}", "99999!x", "x" * 600, "\\frac{", "}{", "x=="]
+    "answer",
+    ["9^{9^{9^9}}x", "9^9^9^9x", "x^{99999}", "99999!x", "x" * 600, "\\frac{", "}{", "x=="],
 )
 def test_math_verify_gets_nothing_that_hangs_it(answer: str) -> None:
     """Towers of powers hang it where no alarm can be set (torchtitan 4442)."""

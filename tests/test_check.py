@@ -13,8 +13,8 @@ from minimas.__main__ import main
 from minimas.agents import brief
 from minimas.answers import grade
 from minimas.check import QUESTIONS, T_95, ArmReport, Interval, Report, check, interval, judge
-from minimas.generate import Sampling
 from minimas.nll import losses
+from minimas.text.generate import Sampling
 
 from .models import tiny_model, write_folder
 from .text import load_text_lm, text_folder, text_model

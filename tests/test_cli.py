@@ -61,7 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -77,7 +79,13 @@ def assert_one_line(outcome: Outcome, status: int | tuple[int, ...], pattern: st
 def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> None:
     """`minimas ask … > answer.txt` must hold the answer: bars, bills and warnings belong to stderr."""
     status, out, err = run("ask", "-m", folder, "How many?", "-n", 9, "--latent-steps", 2)
-    [result] = latent_mas(load(folder), ["How many?"], latent_steps=2, kind="free", sampling=Sampling(max_new_tokens=9))
+    [result] = latent_mas(
+        load(folder),
+        ["How many?"],
+        latent_steps=2,
+        kind="free",
+        sampling=Sampling(max_new_tokens=9),
+    )
     assert (status, out) == (0, result.text + "\n")
     for trace in [*result.agents, result.usage]:
         name = getattr(trace, "name", "total")
@@ -88,18 +96,43 @@ def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> Non
 
 @pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
 def test_quiet_means_quiet(run: Run, folder: Path, method: str) -> None:
-    loud, quiet = (run("ask", "-m", folder, "hi", "-n", 5, "--method", method, *flags) for flags in ((), ("--quiet",)))
+    loud, quiet = (
+        run("ask", "-m", folder, "hi", "-n", 5, "--method", method, *flags)
+        for flags in ((), ("--quiet",))
+    )
     assert quiet == (0, loud.out, "") and loud.err
 
 
 def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: Path) -> None:
     """And enough in it to replay the result: settings, prompts, the bill."""
-    rows = jsonl(tmp_path / "q.jsonl", {"id": 7, "question": "one?"}, {"question": "two? 🙂"}, {"question": "three?"})
+    rows = jsonl(
+        tmp_path / "q.jsonl",
+        {"id": 7, "question": "one?"},
+        {"question": "two? 🙂"},
+        {"question": "three?"},
+    )
     status, out, _ = run(
-        "ask", "-m", folder, "--file", rows, "-n", 4, "--json", "--latent-steps", 1, "--seed", 3, "--temp", 2
+        "ask",
+        "-m",
+        folder,
+        "--file",
+        rows,
+        "-n",
+        4,
+        "--json",
+        "--latent-steps",
+        1,
+        "--seed",
+        3,
+        "--temp",
+        2,
     )
     records = [json.loads(line) for line in out.splitlines()]
-    assert status == 0 and [record["question"] for record in records] == ["one?", "two? 🙂", "three?"]
+    assert status == 0 and [record["question"] for record in records] == [
+        "one?",
+        "two? 🙂",
+        "three?",
+    ]
     expected = latent_mas(
         load(folder),
         ["one?", "two? 🙂", "three?"],
@@ -110,7 +143,9 @@ def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: 
     )
     for record, result in zip(records, expected, strict=True):
         assert (record["text"], record["finish_reason"]) == (result.text, result.finish_reason)
-        assert [agent["prompt"] for agent in record["agents"]] == [trace.prompt for trace in result.agents]
+        assert [agent["prompt"] for agent in record["agents"]] == [
+            trace.prompt for trace in result.agents
+        ]
         assert record["usage"]["prompt_tokens"] == result.usage.prompt_tokens
         assert (record["method"], record["seed"], record["latent_steps"]) == ("latent_mas", 3, 1)
     assert records[0]["id"] == 7
@@ -118,7 +153,9 @@ def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: 
 
 def test_a_question_may_hold_its_own_options(run: Run, folder: Path) -> None:
     """`--kind choice` was refused without a `choices` object, though options are often part of the question's text."""
-    outcome = run("ask", "Which is even? (A) 3 (B) 4", "--kind", "choice", "--json", "-m", folder, "-n", 4)
+    outcome = run(
+        "ask", "Which is even? (A) 3 (B) 4", "--kind", "choice", "--json", "-m", folder, "-n", 4
+    )
     assert outcome.status == 0
     assert json.loads(outcome.out)["finish_reason"] in ("stop", "length")
 
@@ -137,7 +174,9 @@ def test_the_fields_of_a_row_tell_its_kind(run: Run, folder: Path, tmp_path: Pat
     )
 
     def prompts(*flags: Any) -> list[str]:
-        _, out, _ = run("ask", "-m", folder, "--file", rows, "-n", 1, "--json", "--method", "single", *flags)
+        _, out, _ = run(
+            "ask", "-m", folder, "--file", rows, "-n", 1, "--json", "--method", "single", *flags
+        )
         return [json.loads(line)["agents"][-1]["prompt"] for line in out.splitlines()]
 
     choice, code, code_too, math, math_too, free, free_too = prompts()
@@ -148,26 +187,40 @@ def test_the_fields_of_a_row_tell_its_kind(run: Run, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_batch_changes_no_answer_and_no_order(run: Run, folder: Path, tmp_path: Path, size: int) -> None:
+def test_a_batch_changes_no_answer_and_no_order(
+    run: Run, folder: Path, tmp_path: Path, size: int
+) -> None:
     rows = jsonl(tmp_path / "q.jsonl", *({"question": f"{'very ' * i}long?"} for i in range(5)))
     argv = ["ask", "-m", folder, "--file", rows, "-n", 4, "--latent-steps", 1, "--temperature", 1]
     one, many = run(*argv, "--json"), run(*argv, "--json", "--batch-size", size)
-    texts = [[json.loads(line)["text"] for line in outcome.out.splitlines()] for outcome in (one, many)]
+    texts = [
+        [json.loads(line)["text"] for line in outcome.out.splitlines()] for outcome in (one, many)
+    ]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     assert run(*argv, "--batch-size", size).out == "".join(text + "\n" for text in texts[0])
 
 
 def test_shuffled_memories_need_a_file(run: Run, folder: Path, tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "q.jsonl", {"question": "one?"}, {"question": "two?"})
-    status, out, _ = run("ask", "-m", folder, "--file", rows, "-n", 2, "--json", "--transfer", "shuffled")
+    status, out, _ = run(
+        "ask", "-m", folder, "--file", rows, "-n", 2, "--json", "--transfer", "shuffled"
+    )
     records = [json.loads(line) for line in out.splitlines()]
-    assert status == 0 and "two?" in records[0]["agents"][0]["prompt"] and "one?" in records[1]["agents"][0]["prompt"]
+    assert (
+        status == 0
+        and "two?" in records[0]["agents"][0]["prompt"]
+        and "one?" in records[1]["agents"][0]["prompt"]
+    )
     assert_one_line(
-        run("ask", "-m", folder, "one?", "--transfer", "shuffled"), 2, "--transfer: found shuffled .*--file"
+        run("ask", "-m", folder, "one?", "--transfer", "shuffled"),
+        2,
+        "--transfer: found shuffled .*--file",
     )
 
 
-def test_a_line_separator_in_a_question_does_not_end_its_row(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_line_separator_in_a_question_does_not_end_its_row(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
     """U+2028 and U+0085 are allowed in JSON, and `str.splitlines` splits at them."""
     question = "one\u2028two\u2029three\u0085four?"
     rows = jsonl(tmp_path / "q.jsonl", {"question": question})
@@ -186,7 +239,9 @@ def test_a_question_may_start_with_a_dash_behind_two(
     assert json.loads(out)["question"] == ("from standard input" if question == "-" else question)
 
 
-def test_a_dash_reads_standard_input(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_reads_standard_input(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many\ncards 🙂?\n"))
     status, out, _ = run("ask", "-m", folder, "-n", 1, "--json", "-")
     assert status == 0 and json.loads(out)["question"].strip() == "How many\ncards 🙂?"
@@ -197,12 +252,16 @@ def test_a_dash_reads_standard_input(run: Run, folder: Path, monkeypatch: pytest
 
 
 def test_a_question_of_ten_thousand_words_is_answered(run: Run, folder: Path) -> None:
-    status, out, err = run("ask", "-m", folder, "-n", 2, "--method", "single", "--dtype", "float32", "a b " * 5000)
+    status, out, err = run(
+        "ask", "-m", folder, "-n", 2, "--method", "single", "--dtype", "float32", "a b " * 5000
+    )
     assert status == 0 and out.strip(), err
 
 
 @pytest.mark.parametrize("words", [10_000, 100_000])
-def test_a_question_longer_than_the_context_is_refused_within_seconds(run: Run, folder: Path, words: int) -> None:
+def test_a_question_longer_than_the_context_is_refused_within_seconds(
+    run: Run, folder: Path, words: int
+) -> None:
     """Naming what is too long, the limit, and the flags that count towards it."""
     start = time.monotonic()
     outcome = run("ask", "-m", folder, "word " * words + "?", "--latent-steps", 90_000)
@@ -220,7 +279,9 @@ def test_the_embedded_model_says_what_it_knows(run: Run) -> None:
     assert run("ask", "Why is the sky blue?", "-n", 8, "--quiet").err == ""
 
 
-def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_drawn_on_a_terminal_only(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -232,21 +293,33 @@ def test_a_bar_is_drawn_on_a_terminal_only(run: Run, folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_the_layout_is_chosen_and_reported(run: Run, folder: Path, tmp_path: Path, layout: str) -> None:
+def test_the_layout_is_chosen_and_reported(
+    run: Run, folder: Path, tmp_path: Path, layout: str
+) -> None:
     """`--layout` is stronger than the team's own, and `--json` says which one it was."""
-    team = {"layout": "turn", "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}]}
+    team = {
+        "layout": "turn",
+        "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],
+    }
     (tmp_path / "team.json").write_text(json.dumps(team))
     for options in (["--layout", layout], [] if layout == "turn" else ["--layout", "chat"]):
-        done = run("ask", "-m", folder, "hi", "-n", 2, "--json", "--team", tmp_path / "team.json", *options)
+        done = run(
+            "ask", "-m", folder, "hi", "-n", 2, "--json", "--team", tmp_path / "team.json", *options
+        )
         [record] = map(json.loads, done.out.splitlines())
         assert record["layout"] == layout
         text = "".join(agent["prompt"] for agent in record["agents"])
         assert text.count("<|im_start|>assistant") == {"turn": 1, "chat": 2}[layout]
 
 
-def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
     """The flag is wrong for the file, or the file for itself: one line that says which agent and field."""
-    agents = [{"name": "a", "prompt": "{question}", "writes": True}, {"name": "b", "prompt": "{question}"}]
+    agents = [
+        {"name": "a", "prompt": "{question}", "writes": True},
+        {"name": "b", "prompt": "{question}"},
+    ]
     path = tmp_path / "team.json"
     path.write_text(json.dumps({"agents": agents}))
     wrong = "layout .--layout.: found 'turn' with agent 'a', writes: found true, expected 'chat'"
@@ -269,7 +342,10 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(run: Run, folder: 
         (["ask", " \n"], "QUESTION: found an empty text, expected"),
         (["ask", "q", "r"], "r"),
         (["ask", "q", "--quantize", "q5"], "--quantize: .*q5.*q4.*nf4"),
-        (["ask", "q", "--quantize", "q4", "--dtype", "float64"], "--quantize.: found 'q4' with float64"),
+        (
+            ["ask", "q", "--quantize", "q4", "--dtype", "float64"],
+            "--quantize.: found 'q4' with float64",
+        ),
         (["ask", "q", "--latentsteps", "3"], "--latentsteps"),
         (["ask", "q", "--latent-steps"], "--latent-steps"),
         *[
@@ -284,7 +360,10 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(run: Run, folder: 
         ],
         (["check"], "model"),
         (["check", "m", "--layout", "both"], "--layout: .*both.*turn.*chat"),
-        (["check", "m", "--latent-steps", "0"], "--latent-steps: found '0', expected a whole number, 1 or more"),
+        (
+            ["check", "m", "--latent-steps", "0"],
+            "--latent-steps: found '0', expected a whole number, 1 or more",
+        ),
         (["ask", "q", "--method", "text_mas", "--latent-steps", "3"], "--latent-steps: .*--method"),
         (["info"], "model"),
     ],
@@ -348,21 +427,45 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         "too deep JSON": (rows(good + b"[" * 100_000), r"q\.jsonl: line 2: .*JSON"),
         "no UTF-8": (rows(good + b'{"question": "\xff"}'), r"q\.jsonl: "),
         "no object": (rows(good + b'"q"'), r"q\.jsonl: line 2: question: found .*expected"),
-        "no question": (rows(good + b'{"quesiton": "q"}'), r"q\.jsonl: line 2: question: found .*expected"),
-        "a number as question": (rows(good + b'{"question": 5}'), r"q\.jsonl: line 2: question: found 5, expected"),
-        "an empty question": (rows(good + b'{"question": ""}'), r"q\.jsonl: line 2: question: found '', expected"),
-        "a blank question": (rows(good + b'{"question": " "}'), r"q\.jsonl: line 2: question: found ' ', expected"),
-        "half a character": (rows(good + b'{"question": "\\ud800"}'), r"(q\.jsonl: line 2|question)"),
+        "no question": (
+            rows(good + b'{"quesiton": "q"}'),
+            r"q\.jsonl: line 2: question: found .*expected",
+        ),
+        "a number as question": (
+            rows(good + b'{"question": 5}'),
+            r"q\.jsonl: line 2: question: found 5, expected",
+        ),
+        "an empty question": (
+            rows(good + b'{"question": ""}'),
+            r"q\.jsonl: line 2: question: found '', expected",
+        ),
+        "a blank question": (
+            rows(good + b'{"question": " "}'),
+            r"q\.jsonl: line 2: question: found ' ', expected",
+        ),
+        "half a character": (
+            rows(good + b'{"question": "\\ud800"}'),
+            r"(q\.jsonl: line 2|question)",
+        ),
         "choices as a list": (
             rows(good + b'{"question": "q", "choices": ["a"]}'),
             r"line 2: choices: found .*expected",
         ),
-        "no choices at all": (rows(good + b'{"question": "q", "choices": {}}'), r"line 2: choices: found .*expected"),
+        "no choices at all": (
+            rows(good + b'{"question": "q", "choices": {}}'),
+            r"line 2: choices: found .*expected",
+        ),
         "half a character as argument": (lambda tmp: ["\udcff?"], r"(question|QUESTION)"),
         "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team\): found 'trio', expected"),
-        "no such team file": (lambda tmp: ["q", "--team", tmp / "t.json"], r"No such file or directory: .*t\.json"),
+        "no such team file": (
+            lambda tmp: ["q", "--team", tmp / "t.json"],
+            r"No such file or directory: .*t\.json",
+        ),
         "a team of nobody": (team(b'{"agents": []}'), r"t\.json: agents"),
-        "a team with a typo": (team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'), r"t\.json: .*write"),
+        "a team with a typo": (
+            team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'),
+            r"t\.json: .*write",
+        ),
         "no such map": (
             lambda tmp: ["q", "--align", tmp / "m.safetensors"],
             r"m\.safetensors: no such aligner file",
@@ -372,16 +475,40 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
             r"model\.safetensors: format: found .*, expected 'minimas-aligner-1'",
         ),
         "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
-        "no such dtype": (lambda tmp: ["q", "--dtype", "float8"], r"--dtype\): found 'float8', expected"),
-        "no such device": (lambda tmp: ["q", "--device", "tpu"], r"--device\): found 'tpu', expected"),
+        "no such dtype": (
+            lambda tmp: ["q", "--dtype", "float8"],
+            r"--dtype\): found 'float8', expected",
+        ),
+        "no such device": (
+            lambda tmp: ["q", "--device", "tpu"],
+            r"--device\): found 'tpu', expected",
+        ),
         "no such model": (lambda tmp: ["q", "--model", tmp / "none"], r"none: no such folder"),
-        "a file as model": (lambda tmp: ["q", "--model", tmp / "model/config.json"], r"config\.json: found a file"),
-        "a request beyond the context": (lambda tmp: ["q", "-n", "1" + "0" * 400], r"--max-new-tokens.*expected"),
-        "thoughts beyond the context": (lambda tmp: ["q", "--latent-steps", 10**30], r"--latent-steps.*expected"),
-        "no tokenizer": (lambda tmp: (tmp / "model/tokenizer.json").unlink() or ["q"], r"tokenizer\.json is missing"),
-        "a broken tokenizer": (file("tokenizer.json", b"{}"), r"tokenizer\.json: not a readable tokenizer"),
+        "a file as model": (
+            lambda tmp: ["q", "--model", tmp / "model/config.json"],
+            r"config\.json: found a file",
+        ),
+        "a request beyond the context": (
+            lambda tmp: ["q", "-n", "1" + "0" * 400],
+            r"--max-new-tokens.*expected",
+        ),
+        "thoughts beyond the context": (
+            lambda tmp: ["q", "--latent-steps", 10**30],
+            r"--latent-steps.*expected",
+        ),
+        "no tokenizer": (
+            lambda tmp: (tmp / "model/tokenizer.json").unlink() or ["q"],
+            r"tokenizer\.json is missing",
+        ),
+        "a broken tokenizer": (
+            file("tokenizer.json", b"{}"),
+            r"tokenizer\.json: not a readable tokenizer",
+        ),
         "a broken template": (file("chat_template.jinja", b"{% if %}"), r"chat_template\.jinja: "),
-        "broken settings": (file("generation_config.json", b"{"), r"generation_config\.json: not valid JSON"),
+        "broken settings": (
+            file("generation_config.json", b"{"),
+            r"generation_config\.json: not valid JSON",
+        ),
         "a wrong setting": (
             file("generation_config.json", b'{"do_sample": true, "top_p": 5}'),
             r"generation_config\.json: top_p .*found 5, expected",
@@ -390,7 +517,10 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
             file("generation_config.json", b'{"eos_token_id": "x"}'),
             r"eos_token_id: found 'x', expected",
         ),
-        "a wrong teams.json": (file("teams.json", b'{"sequential": 5}'), r"teams\.json: sequential"),
+        "a wrong teams.json": (
+            file("teams.json", b'{"sequential": 5}'),
+            r"teams\.json: sequential",
+        ),
         "a broken config": (file("config.json", b"{"), r"config\.json: not valid JSON"),
         "truncated weights": (file("model.safetensors", b"\x00" * 7), r"model\.safetensors: "),
     }
@@ -402,7 +532,11 @@ def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str
     write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
     make, pattern = bad_inputs()[case]
     argv = make(tmp_path)
-    assert_one_line(run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv), (1, 2), pattern)
+    assert_one_line(
+        run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv),
+        (1, 2),
+        pattern,
+    )
 
 
 def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
@@ -441,7 +575,9 @@ def test_greedy_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
     """A repetition penalty in generation_config.json is not greedy decoding."""
     folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
     plain = run("ask", "-m", folder, "q", "-n", 12, "--temperature", 0, "--quiet")
-    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.0, "repetition_penalty": 9.0}')
+    (folder / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 2.0, "repetition_penalty": 9.0}'
+    )
     assert run("ask", "-m", folder, "q", "-n", 12, "--temperature", 0, "--quiet") == plain
     assert run("ask", "-m", folder, "q", "-n", 12, "--quiet").out != plain.out
 
@@ -481,7 +617,11 @@ def test_info_of_the_embedded_model(run: Run) -> None:
 
 def start(*argv: Any, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "minimas", *map(str, argv)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONIOENCODING": "utf-8",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(command, text=True, env=env, **pipes)  # type: ignore[call-overload, no-any-return]
 
@@ -504,7 +644,17 @@ def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
     """Status 130, one line, and what was written is not lost: as text, or as an object that says so."""
-    argv = ["ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 1, *(["--json"] if as_json else [])]
+    argv = [
+        "ask",
+        "-m",
+        folder,
+        "hi",
+        "-n",
+        90_000,
+        "--latent-steps",
+        1,
+        *(["--json"] if as_json else []),
+    ]
     with start(*argv) as process:
         assert process.stderr is not None and process.stdout is not None
         while "refiner" not in (line := process.stderr.readline()):
@@ -517,7 +667,11 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
     assert err.strip() == "minimas: stopped"
     if as_json:
         record = json.loads(out)
-        assert record["finish_reason"] == "interrupted" and record["question"] == "hi" and len(record["text"]) > 5
+        assert (
+            record["finish_reason"] == "interrupted"
+            and record["question"] == "hi"
+            and len(record["text"]) > 5
+        )
     else:
         assert len(first + out) > 5
 

@@ -29,8 +29,8 @@ from minimas import (
     think,
 )
 from minimas.agents import TRANSFERS
-from minimas.config import FAMILIES
-from minimas.tokenizer import CHATML
+from minimas.core.config import FAMILIES
+from minimas.text.tokenizer import CHATML
 
 from .models import TINY, apart, distance, reference
 from .test_agents import ASKED, QUESTIONS, encoded, greedy, watched
@@ -279,7 +279,8 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
     chat = "{% if messages | length > 1 %}" + CHATML + "{% else %}" + template + "{% endif %}"
     lm = load_text_lm(text_folder(tmp_path, chat_template=chat))
     with pytest.raises(
-        ValueError, match=r"tokenizer_config\.json: chat_template: found one that changes.*, expected"
+        ValueError,
+        match=r"tokenizer_config\.json: chat_template: found one that changes.*, expected",
     ):
         latent_mas(lm, QUESTIONS[:1], TURN, sampling=SHORT)
 

@@ -16,19 +16,35 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import Aligner, Qwen3, load, think
-from minimas.config import FAMILIES
+from minimas.core.config import FAMILIES
 from minimas.info import describe
 from minimas.load import resolve
 
-from .models import TINY, apart, random_ids, remember, tiny_config, tiny_model, write_folder, write_tensors
+from .models import (
+    TINY,
+    apart,
+    random_ids,
+    remember,
+    tiny_config,
+    tiny_model,
+    write_folder,
+    write_tensors,
+)
 
 
 def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variables: str) -> str:
     """The output of a program in a process of its own, warnings being errors."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
     root = Path(__file__).resolve().parents[1]
-    environment = {"PYTHONPATH": str(cwd or root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", **variables}
-    done = subprocess.run(command, cwd=cwd or root, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        "PYTHONPATH": str(cwd or root),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        **variables,
+    }
+    done = subprocess.run(
+        command, cwd=cwd or root, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,14 +55,19 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_becomes_the_model_it_was_made_of(family: str, tied: bool, shards: int, tmp_path: Path) -> None:
+def test_a_folder_becomes_the_model_it_was_made_of(
+    family: str, tied: bool, shards: int, tmp_path: Path
+) -> None:
     """One file or shards, tied or not: every tensor, bit for bit, and the states that come of it."""
     model = tiny_model(family, tie_word_embeddings=tied)
     lm = load(write_folder(tmp_path, model, shards))
     assert lm.tokenizer is None
     assert not lm.model.training
     assert lm.model.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in lm.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, model.state_dict()[name])
+        for name, tensor in lm.model.state_dict().items()
+    )
     ids = random_ids(model, 2, 5)
     assert torch.equal(remember(lm.model, ids, [5, 2])[0], remember(model, ids, [5, 2])[0])
     assert lm.model.fingerprint() == model.fingerprint()
@@ -54,9 +75,16 @@ def test_a_folder_becomes_the_model_it_was_made_of(family: str, tied: bool, shar
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("asked", ["auto", "float32", "bf16", "fp16", torch.float64])
-def test_tensors_come_in_the_dtype_asked_for(stored: torch.dtype, asked: str | torch.dtype, tmp_path: Path) -> None:
+def test_tensors_come_in_the_dtype_asked_for(
+    stored: torch.dtype, asked: str | torch.dtype, tmp_path: Path
+) -> None:
     """ "auto" is the checkpoint's own: a bf16 model opened in float32 takes twice its memory."""
-    named = {"auto": stored, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    named = {
+        "auto": stored,
+        "float32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     expected = named.get(str(asked), torch.float64)
     model = tiny_model(dtype=stored)
     loaded = load(write_folder(tmp_path, model), dtype=asked).model
@@ -157,32 +185,59 @@ def pickled(folder: Path) -> None:
 
 
 BAD = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "No such file or directory: .*config.json"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "No such file or directory: .*config.json",
+    ),
     "half a config": (content(lambda b: b[:40], "config.json"), "config.json: not valid JSON"),
-    "a config of a list": (content(lambda b: b"[]", "config.json"), "config.json: found list, expected a JSON object"),
-    "another family": (config(model_type="gpt2"), "config.json: model_type: found 'gpt2', expected one of qwen3"),
-    "no weights": (lambda folder: (folder / FILE).unlink(), "found config.json.*, expected model.safetensors or"),
-    "renamed": (renamed("weights.safetensors"), "found .*weights.safetensors, expected model.safetensors or"),
-    "pickled": (pickled, "found .*pytorch_model.bin.*, expected model.safetensors .*nothing is ever unpickled"),
+    "a config of a list": (
+        content(lambda b: b"[]", "config.json"),
+        "config.json: found list, expected a JSON object",
+    ),
+    "another family": (
+        config(model_type="gpt2"),
+        "config.json: model_type: found 'gpt2', expected one of qwen3",
+    ),
+    "no weights": (
+        lambda folder: (folder / FILE).unlink(),
+        "found config.json.*, expected model.safetensors or",
+    ),
+    "renamed": (
+        renamed("weights.safetensors"),
+        "found .*weights.safetensors, expected model.safetensors or",
+    ),
+    "pickled": (
+        pickled,
+        "found .*pytorch_model.bin.*, expected model.safetensors .*nothing is ever unpickled",
+    ),
     "pickled under a right name": (lambda folder: torch.save({}, folder / FILE), FOREIGN),
     "empty": (content(lambda b: b""), FOREIGN),
     "truncated": (content(lambda b: b[:-8]), FOREIGN),
     "truncated in its header": (content(lambda b: b[:100]), FOREIGN),
     "oversized": (content(lambda b: b + bytes(8)), FOREIGN),
     "a page of HTML": (content(lambda b: b"<!DOCTYPE html><html>" * 99), FOREIGN),
-    "a pointer of git lfs": (content(lambda b: b"version https://git-lfs.github.com/spec/v1\n"), FOREIGN),
+    "a pointer of git lfs": (
+        content(lambda b: b"version https://git-lfs.github.com/spec/v1\n"),
+        FOREIGN,
+    ),
     "a header of 2^60 bytes": (content(lambda b: (2**60).to_bytes(8, "little") + b[8:]), FOREIGN),
     "a folder for a file": (
         lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
         "expected model.safetensors",
     ),
-    "missing": (tensors(lambda t: t.pop(UP)), rf"tensor {UP}: found nothing, expected shape \(24, 16\)"),
+    "missing": (
+        tensors(lambda t: t.pop(UP)),
+        rf"tensor {UP}: found nothing, expected shape \(24, 16\)",
+    ),
     "no embedding": (
         tensors(lambda t: t.pop("model.embed_tokens.weight")),
         "tensor model.embed_tokens.weight: found nothing",
     ),
     "no head": (tensors(lambda t: t.pop("lm_head.weight")), "tensor lm_head.weight: found nothing"),
-    "unknown": (tensors(lambda t: t.update(extra=torch.ones(2))), "tensor extra belongs to nothing"),
+    "unknown": (
+        tensors(lambda t: t.update(extra=torch.ones(2))),
+        "tensor extra belongs to nothing",
+    ),
     "a bias": (
         tensors(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(24)})),
         "tensor model.layers.0.self_attn.q_proj.bias belongs to nothing",
@@ -203,12 +258,30 @@ BAD = {
         tensors(lambda t: t.update({UP: torch.ones(24, 16).char()})),
         f"{FILE}: tensor {UP}: found I8, expected",
     ),
-    "fewer layers than said": (config(num_hidden_layers=3), "tensor model.layers.2.*: found nothing, expected shape"),
-    "more layers than said": (config(num_hidden_layers=1), "tensor model.layers.1.*belongs to nothing"),
-    "a million layers": (config(num_hidden_layers=10**6), "num_hidden_layers: found 1000000, expected .*at most 1,000"),
-    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers: found 1000000000, expected"),
-    "a wide claim": (config(hidden_size=10**7), r"tensor model\..*: found shape .*, expected .*10000000"),
-    "a claim beyond 64 bits": (config(vocab_size=10**14, hidden_size=10**14), "vocab_size|hidden_size|tensor model"),
+    "fewer layers than said": (
+        config(num_hidden_layers=3),
+        "tensor model.layers.2.*: found nothing, expected shape",
+    ),
+    "more layers than said": (
+        config(num_hidden_layers=1),
+        "tensor model.layers.1.*belongs to nothing",
+    ),
+    "a million layers": (
+        config(num_hidden_layers=10**6),
+        "num_hidden_layers: found 1000000, expected .*at most 1,000",
+    ),
+    "a billion layers": (
+        config(num_hidden_layers=10**9),
+        "num_hidden_layers: found 1000000000, expected",
+    ),
+    "a wide claim": (
+        config(hidden_size=10**7),
+        r"tensor model\..*: found shape .*, expected .*10000000",
+    ),
+    "a claim beyond 64 bits": (
+        config(vocab_size=10**14, hidden_size=10**14),
+        "vocab_size|hidden_size|tensor model",
+    ),
     "a size beyond 64 bits": (config(vocab_size=10**30), "vocab_size|tensor model"),
     "a second, different head": (
         config(tie_word_embeddings=True),
@@ -216,14 +289,23 @@ BAD = {
     ),
     "broken index": (index("{"), f"{INDEX}: not valid JSON"),
     "index of a list": (index("[]"), f"{INDEX}: .*found (None|list), expected"),
-    "empty index": (index('{"weight_map": {}}'), f"{INDEX}: weight_map: found {{}}, expected tensor names"),
+    "empty index": (
+        index('{"weight_map": {}}'),
+        f"{INDEX}: weight_map: found {{}}, expected tensor names",
+    ),
     "index of numbers": (
         index('{"weight_map": {"a": 3}}'),
         f"{INDEX}: weight_map: found '?3'?, expected a .safetensors file",
     ),
     "index of lists": (index('{"weight_map": {"a": ["b"]}}'), f"{INDEX}: weight_map: found"),
-    "index to nowhere": (index('{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors: no such file"),
-    "index to a pickle": (index('{"weight_map": {"a": "b.bin"}}'), "found 'b.bin', expected a .safetensors file"),
+    "index to nowhere": (
+        index('{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors: no such file",
+    ),
+    "index to a pickle": (
+        index('{"weight_map": {"a": "b.bin"}}'),
+        "found 'b.bin', expected a .safetensors file",
+    ),
     "a tensor in no shard": (
         sharded(lambda m: m.update(ghost="model-00001-of-00002.safetensors")),
         f"{INDEX}: tensor ghost: found in no file, expected in model-00001-of-00002",
@@ -238,13 +320,24 @@ BAD = {
     ),
 }
 BAD |= {
-    f"index to {path}": (index(json.dumps({"weight_map": {"a": path}})), "expected a .safetensors file of this folder")
-    for path in ("../model.safetensors", "/etc/model.safetensors", "sub/model.safetensors", "..", "")
+    f"index to {path}": (
+        index(json.dumps({"weight_map": {"a": path}})),
+        "expected a .safetensors file of this folder",
+    )
+    for path in (
+        "../model.safetensors",
+        "/etc/model.safetensors",
+        "sub/model.safetensors",
+        "..",
+        "",
+    )
 }
 
 
 @pytest.mark.parametrize(("damage", "said"), BAD.values(), ids=BAD)
-def test_a_folder_that_is_not_whole_is_refused(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_refused(
+    damage: Callable[[Path], Any], said: str, tmp_path: Path
+) -> None:
     """Within seconds, in one line, before anything large is built: half a download is a common model."""
     folder = write_folder(tmp_path / "model", tiny_model())
     shutil.copy(folder / FILE, tmp_path / FILE)  # what a path out of the folder would reach
@@ -258,23 +351,35 @@ def test_a_folder_that_is_not_whole_is_refused(damage: Callable[[Path], Any], sa
 @pytest.mark.parametrize(
     ("arguments", "kind", "said"),
     [
-        ({"name": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all: no such folder, and not a hub id"),
+        (
+            {"name": "/nowhere/at/all"},
+            FileNotFoundError,
+            "/nowhere/at/all: no such folder, and not a hub id",
+        ),
         ({"name": "weights/nothing here"}, FileNotFoundError, "no such folder, and not a hub id"),
         ({"name": TINY / "config.json"}, ValueError, "found a file, expected a folder"),
-        ({"device": "cuda:99"}, ValueError, "--device.*found 'cuda:99', expected auto, cpu, or cuda"),
+        (
+            {"device": "cuda:99"},
+            ValueError,
+            "--device.*found 'cuda:99', expected auto, cpu, or cuda",
+        ),
         ({"device": "mps"}, ValueError, "--device.*found 'mps', expected auto, cpu, or cuda"),
         ({"device": "toaster"}, ValueError, "--device.*found 'toaster', expected auto, cpu"),
         ({"dtype": "int8"}, ValueError, "--dtype.*found 'int8', expected auto or one of bfloat16"),
         ({"dtype": torch.int64}, ValueError, "--dtype.*expected auto or one of"),
     ],
 )
-def test_a_wrong_argument_is_refused_by_its_flag(arguments: Any, kind: type[Exception], said: str) -> None:
+def test_a_wrong_argument_is_refused_by_its_flag(
+    arguments: Any, kind: type[Exception], said: str
+) -> None:
     """A typo is neither a download nor a traceback."""
     with pytest.raises(kind, match=said):
         load(**({"name": TINY} | arguments))
 
 
-def test_a_model_that_is_nowhere_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_nowhere_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Offline: which file is missing, where it was looked for, and the command that gets it."""
     import huggingface_hub
     from huggingface_hub import constants
@@ -287,11 +392,19 @@ def test_a_model_that_is_nowhere_says_how_to_get_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError) as caught:
         load("Some/Model")
-    for part in ("Some/Model", "config.json", "model.safetensors", str(tmp_path), "hf download Some/Model"):
+    for part in (
+        "Some/Model",
+        "config.json",
+        "model.safetensors",
+        str(tmp_path),
+        "hf download Some/Model",
+    ):
         assert part in str(caught.value)
 
 
-def test_the_default_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The README's first line of Python is typed anywhere."""
     monkeypatch.chdir(tmp_path)
     assert resolve("weights/tiny").samefile(TINY)
@@ -316,13 +429,23 @@ def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     """A state dict beside the model is twice the weights: an 8B model then needs 32 GB to become 16."""
-    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    }
     cfg = tiny_config(**shape, head_dim=128, num_hidden_layers=6, vocab_size=4000, dtype="bfloat16")
     with torch.device("meta"):
         wanted = Qwen3(cfg).state_dict()
     folder = write_folder(tmp_path, tiny_model(dtype=torch.bfloat16))
-    config(**{key: value for key, value in vars(cfg).items() if key not in ("eos_token_ids",)})(folder)
-    save_file({name: torch.full(w.shape, 0.01, dtype=torch.bfloat16) for name, w in wanted.items()}, folder / FILE)
+    config(**{key: value for key, value in vars(cfg).items() if key not in ("eos_token_ids",)})(
+        folder
+    )
+    save_file(
+        {name: torch.full(w.shape, 0.01, dtype=torch.bfloat16) for name, w in wanted.items()},
+        folder / FILE,
+    )
     size = (folder / FILE).stat().st_size
     assert size > 150e6
     code = """
@@ -336,11 +459,10 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     assert int(python(code, folder)) * 1024 <= 1.2 * size + 300e6
 
 
-def test_five_files_load_a_model_under_another_name(tmp_path: Path) -> None:
-    """Copied into another project without tokenizers, jinja2 or transformers: nothing of theirs may be imported."""
-    (tmp_path / "theirs").mkdir()
-    for name in ("config", "rotary", "cache", "model", "load"):
-        shutil.copy(Path(__file__).resolve().parents[1] / "minimas" / f"{name}.py", tmp_path / "theirs")
+def test_the_core_loads_a_model_under_another_name(tmp_path: Path) -> None:
+    """Copied into another project without tokenizers, jinja2 or transformers: none is imported."""
+    core = Path(__file__).resolve().parents[1] / "minimas" / "core"
+    shutil.copytree(core, tmp_path / "theirs")
     model = tiny_model()
     folder = write_folder(tmp_path / "model", model)
     code = """
@@ -348,14 +470,16 @@ def test_five_files_load_a_model_under_another_name(tmp_path: Path) -> None:
         for name in ("minimas", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2"):
             sys.modules[name] = None  # importing it is an ImportError
         import torch
-        from theirs.load import load
-        lm = load(sys.argv[1])
-        hidden = lm.model(lm.model.embed(torch.arange(4)[None]))
-        print(lm.tokenizer, lm.model.fingerprint(), float(hidden.sum()))
+        from theirs import load_model
+        model = load_model(sys.argv[1])
+        hidden = model(model.embed(torch.arange(4)[None]))
+        print(None, model.fingerprint(), float(hidden.sum()))
     """
     found = python(code, folder, cwd=tmp_path).split()
     assert found[:2] == ["None", model.fingerprint()]
-    assert float(found[2]) == pytest.approx(float(remember(model, torch.arange(4)[None])[0].sum()), abs=1e-9)
+    assert float(found[2]) == pytest.approx(
+        float(remember(model, torch.arange(4)[None])[0].sum()), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("first", ["", "import transformers.utils"])
@@ -379,7 +503,9 @@ def test_importing_needs_only_the_core(first: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_info_counts_what_is_there_and_reads_no_weight(family: str, tied: bool, tmp_path: Path) -> None:
+def test_info_counts_what_is_there_and_reads_no_weight(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
     """What a model will need is asked before its 16 GB are downloaded."""
     model = tiny_model(family, tie_word_embeddings=tied, dtype=torch.float32)
     folder = write_folder(tmp_path, model)
@@ -389,13 +515,19 @@ def test_info_counts_what_is_there_and_reads_no_weight(family: str, tied: bool, 
     cache = model.new_cache(1)
     model(model.embed(random_ids(model, 1, 8)), cache)
     assert lines["memory"].startswith(f"{cache.nbytes / 8 / 1024:,.1f} KiB a token")
-    assert lines["alignment"].startswith("tied: W_a is the identity" if tied else "untied: W_a is a 16 × 16 map")
+    assert lines["alignment"].startswith(
+        "tied: W_a is the identity" if tied else "untied: W_a is a 16 × 16 map"
+    )
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"), [BAD["no config"], BAD["another family"]], ids=["no config", "another family"]
+    ("damage", "said"),
+    [BAD["no config"], BAD["another family"]],
+    ids=["no config", "another family"],
 )
-def test_info_refuses_as_load_does(damage: Callable[[Path], Any], said: str, tmp_path: Path) -> None:
+def test_info_refuses_as_load_does(
+    damage: Callable[[Path], Any], said: str, tmp_path: Path
+) -> None:
     """With the same line."""
     folder = write_folder(tmp_path, tiny_model())
     damage(folder)

@@ -6,17 +6,21 @@ Those of teams, text, scoring and transfer modes are in test_agents.py, test_tok
 import torch
 
 from minimas import Aligner, KVCache, Qwen3, think
-from minimas.generate import take_last
-from minimas.model import Attention
+from minimas.core.model import Attention
+from minimas.text.generate import take_last
 
 from .models import TINY, apart, distance, random_ids, reference, remember, tiny_config, tiny_model
 
 FAR = 1e-3
 
 
-def thoughts_of(model: Qwen3, ids: torch.Tensor, lengths: list[int], steps: int = 3) -> torch.Tensor:
+def thoughts_of(
+    model: Qwen3, ids: torch.Tensor, lengths: list[int], steps: int = 3
+) -> torch.Tensor:
     hidden, cache = remember(model, ids, lengths)
-    return think(model, Aligner.from_model(model), take_last(hidden, cache.lengths), cache, steps)[0]
+    return think(model, Aligner.from_model(model), take_last(hidden, cache.lengths), cache, steps)[
+        0
+    ]
 
 
 def test_padding_of_earlier_agents_stays_invisible(model: Qwen3) -> None:
@@ -33,7 +37,9 @@ def test_a_cut_memory_turns_its_keys(model: Qwen3) -> None:
     ids = random_ids(model, 1, 8)
     kept = remember(model, ids)[1].keep_last(3)
     first_layer_alone = model.new_cache(1)
-    model(model.embed(ids[:, -3:]), first_layer_alone)  # in layer 0 a key depends on its own token and place only
+    model(
+        model.embed(ids[:, -3:]), first_layer_alone
+    )  # in layer 0 a key depends on its own token and place only
     assert apart(kept.keys[0], first_layer_alone.keys[0][:, :, :3]) <= 1e-12
 
 
@@ -110,7 +116,9 @@ def test_a_causal_mask_is_aligned_to_the_memorys_end(model: Qwen3) -> None:
 def test_a_rollouts_first_thoughts_do_not_know_how_many_follow(model: Qwen3) -> None:
     """A rollout planned for its length (a mask of ones of the final size) changes its first thoughts."""
     ids = random_ids(model, 2, 4)
-    assert torch.equal(thoughts_of(model, ids, [4, 2], 6)[:, :2], thoughts_of(model, ids, [4, 2], 2))
+    assert torch.equal(
+        thoughts_of(model, ids, [4, 2], 6)[:, :2], thoughts_of(model, ids, [4, 2], 2)
+    )
 
 
 def test_experts_joined_are_not_experts_chained(model: Qwen3) -> None:
@@ -119,7 +127,9 @@ def test_experts_joined_are_not_experts_chained(model: Qwen3) -> None:
     _, chained = remember(model, torch.cat([one, two], 1))
     joined = KVCache.concat([remember(model, one)[1], remember(model, two)[1]])
     assert distance(joined.truncate(5), chained.truncate(5)) <= 1e-12
-    assert apart(joined.keys[1][:, :, 5:10], chained.keys[1][:, :, 5:10]) > FAR  # layer 0 cannot tell, layer 1 can
+    assert (
+        apart(joined.keys[1][:, :, 5:10], chained.keys[1][:, :, 5:10]) > FAR
+    )  # layer 0 cannot tell, layer 1 can
 
 
 def test_shifting_every_position_proves_nothing(model: Qwen3) -> None:
@@ -135,7 +145,9 @@ def test_random_models_are_not_so_small_that_nothing_shows() -> None:
     one, two = (remember(model, random_ids(model, 1, 5, seed))[0] for seed in (0, 1))
     assert apart(one, two) > 0.1
     x = model.embed(random_ids(model, 1, 5))[0]
-    assert apart(reference(model, x, visible=torch.eye(5).bool())[1:], reference(model, x)[1:]) > 0.05
+    assert (
+        apart(reference(model, x, visible=torch.eye(5).bool())[1:], reference(model, x)[1:]) > 0.05
+    )
 
 
 def test_head_size_is_the_configs() -> None:

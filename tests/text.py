@@ -53,9 +53,15 @@ def text_folder(path: Path, teams: Any = None, **tokenizer_config: Any) -> Path:
 def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:
     """Texts spliced with control tokens: whole, in pieces, one inside another, side by side and at the borders."""
     token = st.sampled_from(CONTROL)
-    piece = st.builds(lambda t, i, j: t[min(i, j) : max(i, j)], token, st.integers(0, 13), st.integers(0, 13))
-    nested = st.builds(lambda outer, inner, i: outer[:i] + inner + outer[i:], token, token, st.integers(0, 13))
-    parts = st.one_of(token, piece, nested, st.sampled_from(["\n", " ", "assistant\n"]), st.text(max_size=5))
+    piece = st.builds(
+        lambda t, i, j: t[min(i, j) : max(i, j)], token, st.integers(0, 13), st.integers(0, 13)
+    )
+    nested = st.builds(
+        lambda outer, inner, i: outer[:i] + inner + outer[i:], token, token, st.integers(0, 13)
+    )
+    parts = st.one_of(
+        token, piece, nested, st.sampled_from(["\n", " ", "assistant\n"]), st.text(max_size=5)
+    )
     return st.lists(parts, max_size=max_parts).map("".join)
 
 

@@ -35,7 +35,13 @@ READS = {  # which settings a method reads; the others are left at None, so that
     "text_mas": ("team",),
     "latent_mas": ("team", "latent_steps", "align", "transfer", "close", "prefix", "layout"),
 }
-UNSEEN = ("latent_steps", "align", "close", "prefix", "layout")  # by the last agent, when nothing is handed over
+UNSEEN = (
+    "latent_steps",
+    "align",
+    "close",
+    "prefix",
+    "layout",
+)  # by the last agent, when nothing is handed over
 VOTE = 0.7  # the temperature of samples that are voted on, where the run itself is greedy
 
 Row = dict[str, Any]
@@ -77,14 +83,22 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
             kept.pop("close", None)  # there is no turn to close
         # Lists of one say nothing that tells arms apart, nor does how a memory came about that is dropped.
         quiet = {"method", *dropped}
-        told = [f"{name}={value}" for name, value in kept.items() if len(lists[name]) > 1 and name not in quiet]
+        told = [
+            f"{name}={value}"
+            for name, value in kept.items()
+            if len(lists[name]) > 1 and name not in quiet
+        ]
         arms.setdefault(tuple(kept.items()), Arm(" ".join([given["method"], *told]), **kept))
     return list(arms.values())
 
 
 def gold_text(row: Row) -> str:
     """What the last agent should write: the solution, or of a choice its letter in the form it is asked for."""
-    return boxed(right_letter(row)) if kind_of(row) == "choice" else str(row.get("solution") or row["answer"])
+    return (
+        boxed(right_letter(row))
+        if kind_of(row) == "choice"
+        else str(row.get("solution") or row["answer"])
+    )
 
 
 def right_letter(row: Row) -> str:
@@ -95,7 +109,10 @@ def right_letter(row: Row) -> str:
 def option_texts(row: Row) -> dict[str, str]:
     """Each option's letter -> what is written to choose it: the letter, or the text where options are not shown."""
     shown = kind_of(row) == "choice"
-    return {letter: boxed(letter if shown else text) for letter, text in (row.get("choices") or {}).items()}
+    return {
+        letter: boxed(letter if shown else text)
+        for letter, text in (row.get("choices") or {}).items()
+    }
 
 
 def boxed(text: str) -> str:
@@ -111,20 +128,31 @@ def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None,
 def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
     """Rules for everything but code, which is not run; `verifies`: expressions by math-verify too."""
     kind = kind_of(row)
-    return None if kind == "code" else grade(kind, text, str(row["answer"]), row.get("choices"), verifies)
+    return (
+        None
+        if kind == "code"
+        else grade(kind, text, str(row["answer"]), row.get("choices"), verifies)
+    )
 
 
 class Bench:
     """The data and the model that all arms are run on."""
 
     def __init__(
-        self, lm: LM, rows: Sequence[Row], batch_size: int, sampling: Sampling, grader: Grader,
+        self,
+        lm: LM,
+        rows: Sequence[Row],
+        batch_size: int,
+        sampling: Sampling,
+        grader: Grader,
         feeder: Feeders | None = None,
     ) -> None:
         """`feeder` makes the arms' maps (None: the model's, measured on the text in tools/)."""
         self.lm, self.rows, self.sampling, self.grader = lm, rows, sampling, grader
         self.feeder = feeder or Feeders(lm)
-        self.batches = [range(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)]
+        self.batches = [
+            range(i, min(i + batch_size, len(rows))) for i in range(0, len(rows), batch_size)
+        ]
         self._shared: tuple[int, Shared] = (-1, {})
 
     def compute(self, batch: int, arm: Arm, seed: int) -> list[dict[str, Any]]:
@@ -132,13 +160,23 @@ class Bench:
         records: dict[int, dict[str, Any]] = {}
         for rows in self.alike(self.batches[batch], arm):
             try:
-                made = self._losses(batch, rows, arm, seed) if arm.metric == "nll" else self._answers(rows, arm, seed)
+                made = (
+                    self._losses(batch, rows, arm, seed)
+                    if arm.metric == "nll"
+                    else self._answers(rows, arm, seed)
+                )
             except ValueError as error:
                 ids = ", ".join(str(self.rows[i]["id"]) for i in rows)
                 raise ValueError(f"{arm.name}, of the questions {ids}: {error}") from error
             for i, record in zip(rows, made, strict=True):
                 settings = asdict(arm)
-                head = {"id": self.rows[i]["id"], "batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
+                head = {
+                    "id": self.rows[i]["id"],
+                    "batch": batch,
+                    "arm": settings.pop("name"),
+                    **settings,
+                    "seed": seed,
+                }
                 records[i] = head | record
         return [records[i] for i in self.batches[batch]]
 
@@ -160,8 +198,14 @@ class Bench:
     # -- the memory that the last agent gets ---------------------------------------------------------------------------
 
     def brief(
-        self, rows: Sequence[int], arm: Arm, seed: int = 0, watcher: Watcher | None = None,
-        sampling: Sampling | None = None, shared: Shared | None = None, align: Feeder | None = None,
+        self,
+        rows: Sequence[int],
+        arm: Arm,
+        seed: int = 0,
+        watcher: Watcher | None = None,
+        sampling: Sampling | None = None,
+        shared: Shared | None = None,
+        align: Feeder | None = None,
     ) -> Briefing:
         """Let everybody but the last agent work on some rows that one call can take.
 
@@ -171,8 +215,16 @@ class Bench:
         def asked(chosen: Sequence[int]) -> dict[str, Any]:
             several = [self.rows[i] for i in chosen]
             choices = [row.get("choices") for row in several]
-            questions = {"questions": [row["question"] for row in several], "kind": kind_of(several[0])}
-            how = {"sampling": sampling or self.sampling, "seed": seed, "watcher": watcher, "shared": shared}
+            questions = {
+                "questions": [row["question"] for row in several],
+                "kind": kind_of(several[0]),
+            }
+            how = {
+                "sampling": sampling or self.sampling,
+                "seed": seed,
+                "watcher": watcher,
+                "shared": shared,
+            }
             return questions | {"choices": choices} | how
 
         if arm.method != "latent_mas":
@@ -195,10 +247,16 @@ class Bench:
         if "team" in row:
             team = Team.from_dict(row["team"], f"{row['id']}: team")
         else:
-            team = Team.from_json(name) if name.endswith(".json") else self.lm.teams.get(name) or TEAMS[name]()
+            team = (
+                Team.from_json(name)
+                if name.endswith(".json")
+                else self.lm.teams.get(name) or TEAMS[name]()
+            )
         if arm.prefix is not None:
             *before, last = team.agents
-            team = replace(team, agents=(*(replace(agent, prefix=arm.prefix) for agent in before), last))
+            team = replace(
+                team, agents=(*(replace(agent, prefix=arm.prefix) for agent in before), last)
+            )
         return team.with_layout(arm.layout)
 
     # -- what is measured behind it ------------------------------------------------------------------------------------
@@ -219,7 +277,11 @@ class Bench:
         row = self.rows[i]
         answer, correct = judge(row, result.text, result.agents[-1].prompt, self.grader)
         said = {"text": result.text, "answer": answer, "gold": row["answer"], "correct": correct}
-        return said | {"finish_reason": result.finish_reason} | bill(result.agents, marks.of(q, len(result.agents)))
+        return (
+            said
+            | {"finish_reason": result.finish_reason}
+            | bill(result.agents, marks.of(q, len(result.agents)))
+        )
 
     def _losses(self, batch: int, rows: list[int], arm: Arm, seed: int) -> list[dict[str, Any]]:
         if self._shared[0] != batch:
@@ -230,7 +292,10 @@ class Bench:
         found = losses(briefing, texts)
         seconds, records = (time.perf_counter() - start) / len(rows), []
         for q, (i, (gold, *options)) in enumerate(zip(rows, found, strict=True)):
-            row, traces = self.rows[i], [trace for act, _ in briefing.acts for trace in act[q :: len(rows)]]
+            row, traces = (
+                self.rows[i],
+                [trace for act, _ in briefing.acts for trace in act[q :: len(rows)]],
+            )
             by_letter = dict(zip(option_texts(row), (loss.total for loss in options), strict=True))
             answer = min(by_letter, key=by_letter.__getitem__) if by_letter else None
             correct = right_letter(row) == answer if answer else None
@@ -252,7 +317,10 @@ def vote(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     # The earliest among equals: Counter keeps the order in which answers first came.
     chosen = counts.most_common(1)[0][0] if counts else None
     winner = next(sample for sample in samples if sample["answer"] == chosen)
-    totals = {name: sum(sample[name] for sample in samples) for name in ("read", "thought", "written", "seconds")}
+    totals = {
+        name: sum(sample[name] for sample in samples)
+        for name in ("read", "thought", "written", "seconds")
+    }
     return winner | totals | {"votes": dict(counts)}
 
 
@@ -260,11 +328,27 @@ def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> dict[str
     """What was read, thought and written, in all and by each agent, with its exact prompt and its memory's mark."""
     agents = []
     for trace, mark in itertools.zip_longest(traces, marks):
-        tokens = {"read": trace.prompt_tokens, "thought": trace.latent_steps, "written": trace.output_tokens}
-        said = {"name": trace.name, "prompt": trace.prompt, "text": trace.text, **tokens, "seconds": trace.seconds}
+        tokens = {
+            "read": trace.prompt_tokens,
+            "thought": trace.latent_steps,
+            "written": trace.output_tokens,
+        }
+        said = {
+            "name": trace.name,
+            "prompt": trace.prompt,
+            "text": trace.text,
+            **tokens,
+            "seconds": trace.seconds,
+        }
         agents.append(said | {"memory_bytes": trace.memory_bytes, "mark": mark})
-    total = {name: sum(agent[name] for agent in agents) for name in ("read", "thought", "written", "seconds")}
-    return total | {"memory_bytes": max(agent["memory_bytes"] for agent in agents), "agents": agents}
+    total = {
+        name: sum(agent[name] for agent in agents)
+        for name in ("read", "thought", "written", "seconds")
+    }
+    return total | {
+        "memory_bytes": max(agent["memory_bytes"] for agent in agents),
+        "agents": agents,
+    }
 
 
 class Marks(Watcher):
@@ -291,8 +375,12 @@ class Marks(Watcher):
         return [mark for turn in self.turns for mark in turn[q::questions]] if questions else []
 
 
-def same_mark(a: Sequence[float] | None, b: Sequence[float] | None, tolerance: float = 1e-4) -> bool:
+def same_mark(
+    a: Sequence[float] | None, b: Sequence[float] | None, tolerance: float = 1e-4
+) -> bool:
     """Whether two marks are of one memory, up to rounding."""
     if a is None or b is None:
         return a == b
-    return all(math.isclose(x, y, rel_tol=tolerance, abs_tol=1e-12) for x, y in zip(a, b, strict=True))
+    return all(
+        math.isclose(x, y, rel_tol=tolerance, abs_tol=1e-12) for x, y in zip(a, b, strict=True)
+    )

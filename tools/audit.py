@@ -32,7 +32,7 @@ from torch import Tensor
 from minimas import Aligner, KVCache
 from minimas.agents import Briefing
 from minimas.nll import losses
-from minimas.tokenizer import Turn
+from minimas.text.tokenizer import Turn
 
 if TYPE_CHECKING:
     from evaluate import Evaluation
@@ -54,10 +54,15 @@ def arms(evaluation: "Evaluation") -> list[Arm]:
     """The audit's arms, for each metric, in an order in which a cut-short batch has the main ones."""
     args = evaluation.args
     for name in ("team", "latent_steps", "transfer", "close", "prefix", "layout", "method"):
-        values, only = getattr(args, name), {"transfer": ["full"], "method": ["latent_mas"]}.get(name)
+        values, only = (
+            getattr(args, name),
+            {"transfer": ["full"], "method": ["latent_mas"]}.get(name),
+        )
         if len(values) > 1 or (only and values != only):
             flag = f"{name} (--{name.replace('_', '-')})"
-            raise ValueError(f"{flag}: found {values}, expected {only or 'a single value'} in an audit")
+            raise ValueError(
+                f"{flag}: found {values}, expected {only or 'a single value'} in an audit"
+            )
     align, maps = args.align[0], args.align[1:] or FEEDERS
     team, steps, close = args.team[0], args.latent_steps[0], args.close[0]
     how = {"close": close, "prefix": args.prefix[0], "layout": args.layout[0]}
@@ -73,11 +78,17 @@ def arms(evaluation: "Evaluation") -> list[Arm]:
         *(replace(full, name=kind, align=kind) for kind in maps if kind != align),
         Arm("single", method="single"),
     ]
-    found = [replace(arm, name=f"{metric}: {arm.name}", metric=metric) for metric in args.metric for arm in several]
+    found = [
+        replace(arm, name=f"{metric}: {arm.name}", metric=metric)
+        for metric in args.metric
+        for arm in several
+    ]
     names = [*(arm.name for arm in several), SAME_SECONDS]
     chosen = names if args.arms is None else args.arms
     if unknown := [name for name in chosen if name not in names]:
-        raise ValueError(f"arms (--arms): found {unknown[0]!r}, expected some of {', '.join(names)}")
+        raise ValueError(
+            f"arms (--arms): found {unknown[0]!r}, expected some of {', '.join(names)}"
+        )
     if "accuracy" in args.metric and SAME_SECONDS in chosen:
         samples = args.samples or same_seconds(evaluation, found)
         found.append(Arm(f"accuracy: {SAME_SECONDS}", method="single", samples=samples))
@@ -93,9 +104,16 @@ def same_seconds(evaluation: "Evaluation", several: Sequence[Arm]) -> int:
             if arm["name"] == f"accuracy: {SAME_SECONDS}":
                 return int(arm["samples"])
     if evaluation.ranks > 1:
-        raise ValueError("samples (--samples): found no number, expected one where several ranks share an audit")
+        raise ValueError(
+            "samples (--samples): found no number, expected one where several ranks share an audit"
+        )
     seconds = {}
-    for name in ("accuracy: single", "accuracy: full", "accuracy: single", "accuracy: full"):  # the first is a warm-up
+    for name in (
+        "accuracy: single",
+        "accuracy: full",
+        "accuracy: single",
+        "accuracy: full",
+    ):  # the first is a warm-up
         [arm] = [arm for arm in several if arm.name == name]
         start = time.perf_counter()
         evaluation.bench.compute(0, arm, 0)
@@ -131,9 +149,13 @@ def verdict(found: Sequence[Record]) -> str:
     """What the audit says, in one sentence."""
     thoughts = compare(found, "nll", "full", "prompts only")
     prompts = compare(found, "nll", "prompts only", "none")
-    by_thoughts, by_memory = (compare(found, "accuracy", "full", other) for other in ("prompts only", "none"))
+    by_thoughts, by_memory = (
+        compare(found, "accuracy", "full", other) for other in ("prompts only", "none")
+    )
     parts = [_thoughts(found, thoughts, by_thoughts)] if thoughts else []
-    parts += [_prompts(prompts, "it" if thoughts else "the loss of the right answer")] if prompts else []
+    parts += (
+        [_prompts(prompts, "it" if thoughts else "the loss of the right answer")] if prompts else []
+    )
     parts += [_answers("the thoughts", "them", "they", by_thoughts)] if by_thoughts else []
     parts += [_answers("the memory", "it", "it", by_memory)] if by_memory else []
     if not parts:
@@ -157,7 +179,10 @@ def _thoughts(found: Sequence[Record], line: Record, answers: Record | None) -> 
         return f"the thoughts {'raised' if line['mean'] > 0 else 'lowered'} {moved}, and the answers say the opposite"
     if line["mean"] > 0:
         return f"the thoughts raised {moved}: with this model they harm"
-    said, other = f"the thoughts lowered {moved}: with this model they help", compare(found, "nll", "full", "shuffled")
+    said, other = (
+        f"the thoughts lowered {moved}: with this model they help",
+        compare(found, "nll", "full", "shuffled"),
+    )
     if other is None:
         return said
     if other["p"] < ALPHA and other["mean"] < 0:
@@ -188,7 +213,9 @@ def attention(briefing: Briefing, gold: str) -> Record:
     For one question: part -> [layer 0, 1, …], means over heads and positions; what is left to 1 goes to its own turn.
     """
     parts, model, run = segments(briefing), briefing.run.lm.model, briefing.run
-    ids = run.tokenizer.encode_turn(briefing.turns[0]) + run.tokenizer.encode_turn(Turn(gold, ((0, len(gold)),)))
+    ids = run.tokenizer.encode_turn(briefing.turns[0]) + run.tokenizer.encode_turn(
+        Turn(gold, ((0, len(gold)),))
+    )
     shares: list[list[float]] = []
 
     def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -202,7 +229,10 @@ def attention(briefing: Briefing, gold: str) -> Record:
     plain = F.scaled_dot_product_attention
     with replaced(F, "scaled_dot_product_attention", watched):
         model(model.embed(torch.tensor([ids], device=model.device)), briefing.memory.fork())
-    return {name: list(layers) for (name, _, _), layers in zip(parts, zip(*shares, strict=True), strict=True)}
+    return {
+        name: list(layers)
+        for (name, _, _), layers in zip(parts, zip(*shares, strict=True), strict=True)
+    }
 
 
 def segments(briefing: Briefing) -> list[tuple[str, int, int]]:
@@ -212,18 +242,28 @@ def segments(briefing: Briefing) -> list[tuple[str, int, int]]:
     parts, at = [], 0
     traces = [trace for act, _ in briefing.acts for trace in act]
     for trace in traces:
-        sizes = {"prompt": trace.prompt_tokens, "thoughts": trace.latent_steps, "text": trace.output_tokens}
+        sizes = {
+            "prompt": trace.prompt_tokens,
+            "thoughts": trace.latent_steps,
+            "text": trace.output_tokens,
+        }
         for what, size in sizes.items():
             if size:
                 parts.append((f"{trace.name}: {what}", at, at + size))
             at += size
-        at += closing if held > sum(t.prompt_tokens + t.latent_steps + t.output_tokens for t in traces) else 0
+        at += (
+            closing
+            if held > sum(t.prompt_tokens + t.latent_steps + t.output_tokens for t in traces)
+            else 0
+        )
     if at != held:
         raise ValueError(f"memory: found {held} slots, expected {at}: only a full memory has parts")
     return parts
 
 
-def transplant(host: KVCache, donor: KVCache, slots: Sequence[int], layers: Sequence[int]) -> KVCache:
+def transplant(
+    host: KVCache, donor: KVCache, slots: Sequence[int], layers: Sequence[int]
+) -> KVCache:
     """A copy of `host` with some slots of the donor's, in some layers; slot by slot, so that no key has to move."""
     mine, theirs = host.lengths.tolist(), donor.lengths.tolist()
     if mine != theirs:
@@ -237,7 +277,9 @@ def transplant(host: KVCache, donor: KVCache, slots: Sequence[int], layers: Sequ
 
 def transplants(host: Briefing, donor: Briefing, gold: str) -> Record:
     """Gold NLL of one question with the donor's thoughts in the host's memory: in no, all, or some of the layers."""
-    slots = [slot for name, a, b in segments(host) if name.endswith("thoughts") for slot in range(a, b)]
+    slots = [
+        slot for name, a, b in segments(host) if name.endswith("thoughts") for slot in range(a, b)
+    ]
     every = range(len(host.memory.keys))
     memories = {
         "host": host.memory.fork(),
@@ -246,7 +288,10 @@ def transplants(host: Briefing, donor: Briefing, gold: str) -> Record:
         "all but layer 0": transplant(host.memory, donor.memory, slots, every[1:]),
         "donor": donor.memory.fork(),
     }
-    return {name: losses(host._replace(memory=memory), [[gold]])[0][0].mean for name, memory in memories.items()}
+    return {
+        name: losses(host._replace(memory=memory), [[gold]])[0][0].mean
+        for name, memory in memories.items()
+    }
 
 
 class Tap:
@@ -258,7 +303,9 @@ class Tap:
         self.thoughts: list[Tensor] = []
 
     def drawing(self, generators: Sequence[torch.Generator]) -> "Tap":
-        self.drawn = self.align.drawing(generators) if hasattr(self.align, "drawing") else self.align
+        self.drawn = (
+            self.align.drawing(generators) if hasattr(self.align, "drawing") else self.align
+        )
         return self
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -272,7 +319,9 @@ def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
     and, from the second thought on, to the one before.
     """
     wide = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
-    states, thoughts = (torch.cat(kept, 1).to(wide) for kept in (tap.states, tap.thoughts))  # (B, n, D)
+    states, thoughts = (
+        torch.cat(kept, 1).to(wide) for kept in (tap.states, tap.thoughts)
+    )  # (B, n, D)
     raw, align = thoughts, tap.align
     if isinstance(align, Aligner):
         raw = Aligner(align.matrix, None, align.scale, align.shift)(states)
@@ -298,7 +347,9 @@ def geometry(tap: Tap, steps: int, w_in: Tensor) -> Record:
 def diagnose(evaluation: "Evaluation") -> Record:
     """Attention, transplant and geometry on the first questions, in the arms that have thoughts."""
     bench, rows = evaluation.bench, range(min(LOOKED_AT, len(evaluation.rows)))
-    several = {arm.name.split(": ", 1)[1]: arm for arm in evaluation.arms if arm.method == "latent_mas"}
+    several = {
+        arm.name.split(": ", 1)[1]: arm for arm in evaluation.arms if arm.method == "latent_mas"
+    }
     full = several.get("full")  # metric and name play no part here
     if full is None or not _thinks(evaluation, full):
         return {}
@@ -314,7 +365,9 @@ def diagnose(evaluation: "Evaluation") -> Record:
     names = list(dict.fromkeys(name for one in attended for name in one))
     for name in names:
         layers = [one[name] for one in attended if name in one]
-        found["attention"][name] = [sum(values) / len(layers) for values in zip(*layers, strict=True)]
+        found["attention"][name] = [
+            sum(values) / len(layers) for values in zip(*layers, strict=True)
+        ]
     found["transplant"] = {name: sum(one[name] for one in moved) / len(moved) for name in moved[0]}
     w_in = evaluation.lm.model.model.embed_tokens.weight
     w_in = w_in[: evaluation.lm.tokenizer.size] if evaluation.lm.tokenizer else w_in
@@ -323,10 +376,18 @@ def diagnose(evaluation: "Evaluation") -> Record:
             seen = []
             for some in bench.alike(rows, arm):
                 tap = Tap(bench.feeder(arm.align or "ridge"))
-                counts = {t.latent_steps for act, _ in bench.brief(some, arm, align=tap).acts for t in act}
-                seen += [geometry(tap, counts.pop(), w_in)] * len(some) if tap.thoughts and len(counts) == 1 else []
+                counts = {
+                    t.latent_steps for act, _ in bench.brief(some, arm, align=tap).acts for t in act
+                }
+                seen += (
+                    [geometry(tap, counts.pop(), w_in)] * len(some)
+                    if tap.thoughts and len(counts) == 1
+                    else []
+                )
             if seen:
-                found["geometry"][name] = {what: mean_of_known([one[what] for one in seen]) for what in seen[0]}
+                found["geometry"][name] = {
+                    what: mean_of_known([one[what] for one in seen]) for what in seen[0]
+                }
     return found
 
 
@@ -356,24 +417,37 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def report(evaluation: "Evaluation", found: Sequence[Record]) -> tuple[Record, str]:
     """The audit's numbers, and as Markdown with the verdict as its last line."""
     compared, sentence, kept = comparisons(found), verdict(found), evaluation.folder / DIAGNOSTICS
-    if not kept.exists():  # minutes of work on a real model, which a report written again need not repeat
+    if (
+        not kept.exists()
+    ):  # minutes of work on a real model, which a report written again need not repeat
         write_whole(kept, json.dumps(diagnose(evaluation), indent=1) + "\n")
     seen = json.loads(kept.read_text(encoding="utf-8"))
-    lines = ["Paired differences of each arm to three others, with a bootstrap interval (a lower loss is better):", ""]
-    lines += [f"| | {' | '.join(f'− {other}' for other in AGAINST)} |", "| --- " * (len(AGAINST) + 1) + "|"]
+    lines = [
+        "Paired differences of each arm to three others, with a bootstrap interval (a lower loss is better):",
+        "",
+    ]
+    lines += [
+        f"| | {' | '.join(f'− {other}' for other in AGAINST)} |",
+        "| --- " * (len(AGAINST) + 1) + "|",
+    ]
     for row in dict.fromkeys(name.split(" − ")[0] for name in compared):
         cells = [_cell(row, compared.get(f"{row} − {other}")) for other in AGAINST]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     if seen:
         lines += ["", f"On the first {seen['questions']} questions:", ""]
         lines += ["| the last agent attends to | layer 0 | mean of all |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {v[0]:.3f} | {sum(v) / len(v):.3f} |" for name, v in seen["attention"].items()]
+        lines += [
+            f"| {name} | {v[0]:.3f} | {sum(v) / len(v):.3f} |"
+            for name, v in seen["attention"].items()
+        ]
         lines += ["", f"| full's thoughts in the memory of {HOST} | gold NLL |", "| --- | --- |"]
         lines += [f"| {name} | {value:.3f} |" for name, value in seen["transplant"].items()]
         heads = list(next(iter(seen["geometry"].values()), {}))
         lines += ["", f"| thoughts of | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
         for name, values in seen["geometry"].items():
-            lines.append(f"| {name} | {' | '.join('' if v is None else f'{v:.3f}' for v in values.values())} |")
+            lines.append(
+                f"| {name} | {' | '.join('' if v is None else f'{v:.3f}' for v in values.values())} |"
+            )
     lines += [
         "",
         f"p below {ALPHA:g} counts as found; with many arms, read single ones with care. {LIMITS}",

@@ -74,13 +74,20 @@ class Row(NamedTuple):
 
 
 def race(
-    field: dict[str, Contender], tasks: list[str], batch: int, context: int, rounds: int, tolerance: Tolerance
+    field: dict[str, Contender],
+    tasks: list[str],
+    batch: int,
+    context: int,
+    rounds: int,
+    tolerance: Tolerance,
 ) -> list[Row]:
     """Time all contenders on all tasks, interleaved; raises ValueError when results do not agree: with those of the
     first contender, to the `tolerance` of the task and their format; compiled ones with their eager twin's, as bf16.
     """
     config = next(iter(field.values())).model.config
-    ids = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(batch))
+    ids = torch.randint(
+        config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(batch)
+    )
     memory = batch * context * slot_bytes(config)
 
     def run(contender: Contender, task: str) -> tuple[float, Tensor]:
@@ -107,18 +114,29 @@ def race(
             expected = warm[other][1]
             if task == "prefill" and result.shape != expected.shape:  # llama.cpp gives logits
                 expected = there[other].model.logits(expected)
-            error = agree(result, expected, allowed, f"{task}, batch {batch}: {name} against {other}")
+            error = agree(
+                result, expected, allowed, f"{task}, batch {batch}: {name} against {other}"
+            )
             say(f"{task}, batch {batch}: {name} differs from {other} by {error:.1e}")
             sizes = cast.weight_bytes(config, FIELD[name].format)
             bytes_read = sum(sizes[part] for part in there[name].reads[task]) + memory
-            new[name] = Row(task, batch, name, [], bytes_read, begun[name] if task == "prefill" else seconds)
+            new[name] = Row(
+                task, batch, name, [], bytes_read, begun[name] if task == "prefill" else seconds
+            )
         graphs, names = compiled_graphs(), list(there)
         for turn in range(rounds):
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
                 seconds, result = run(there[name], task)
-                new[name].seconds.append(seconds / (batch * context if task == "prefill" else STEPS))
-                agree(result, warm[name][1], SAME, f"{task}, batch {batch}: {name}, round {turn + 1} against its first")
+                new[name].seconds.append(
+                    seconds / (batch * context if task == "prefill" else STEPS)
+                )
+                agree(
+                    result,
+                    warm[name][1],
+                    SAME,
+                    f"{task}, batch {batch}: {name}, round {turn + 1} against its first",
+                )
         if late := compiled_graphs() - graphs:
             say(f"{task}, batch {batch}: {late} graphs were compiled while the clock ran")
         rows += new.values()
@@ -130,7 +148,11 @@ def race(
 def check(names: list[str], folder: Path, work: Path, tasks: list[str]) -> None:
     """Raise ValueError unless all compute the same function, where rounding cannot hide a mistake."""
     eager = [name for name in names if not FIELD[name].compiled]
-    exact = [name for name in eager if FIELD[name].format == "bf16" and FIELD[name].make is not cast.LlamaCpp]
+    exact = [
+        name
+        for name in eager
+        if FIELD[name].format == "bf16" and FIELD[name].make is not cast.LlamaCpp
+    ]
     say("in float32:")
     race(enter(exact, folder, work, torch.float32), tasks, 2, 64, 0, lambda *_: 1e-3)
     say("one layer of random weights in every format:")
@@ -172,15 +194,24 @@ def enter(names: list[str], folder: Path, work: Path, dtype: torch.dtype) -> dic
 
 def fitting(names: list[str], config: Config, batch: int, context: int) -> list[str]:
     """Those that fit into the free memory at once; raises ValueError when that takes more than some spare ones."""
-    memory = 1.6 * batch * context * slot_bytes(config) + 2**27  # room is taken in advance, and for scratch
+    memory = (
+        1.6 * batch * context * slot_bytes(config) + 2**27
+    )  # room is taken in advance, and for scratch
     logits = 2 * batch * context * config.vocab_size  # the authors' prefill computes them all
     there, kept = kilobytes("/proc/meminfo", "MemAvailable"), list(names)
     for spare in ("", *cast.SPARE):
         kept = [name for name in kept if name != spare]
         own = [name for name in kept if name != "trunk-bf16"]  # whose weights are the authors'
-        needed = sum(cast.stored_bytes(config, FIELD[name]) for name in own) + len(kept) * memory + logits + 2**30
+        needed = (
+            sum(cast.stored_bytes(config, FIELD[name]) for name in own)
+            + len(kept) * memory
+            + logits
+            + 2**30
+        )
         if needed <= there:
-            say(f"{len(kept)} contenders will take some {needed / 2**30:.0f} of {there / 2**30:.0f} GiB")
+            say(
+                f"{len(kept)} contenders will take some {needed / 2**30:.0f} of {there / 2**30:.0f} GiB"
+            )
             return kept
     raise ValueError(
         f"found {there / 2**30:.1f} GiB of free memory, expected {needed / 2**30:.1f} for {len(kept)} contenders at "
@@ -203,7 +234,9 @@ def agree(result: Tensor, expected: Tensor, tolerance: float, what: str) -> floa
     """The relative difference of two results (B, …); raises ValueError when it is more than rounding explains."""
     error = float((result.float() - expected.float()).norm() / expected.float().norm())
     if not error <= tolerance:  # NaN does not agree either
-        raise ValueError(f"{what}: found a relative difference of {error:.1e}, expected {tolerance} at most")
+        raise ValueError(
+            f"{what}: found a relative difference of {error:.1e}, expected {tolerance} at most"
+        )
     return error
 
 
@@ -241,24 +274,34 @@ def race_table(rows: list[Row], speed: float) -> list[str]:
         reads += f" | {row.bytes_read / speed * 1e3:.1f} | {row.bytes_read / time_ / speed:.0%}"
         if row.task == "prefill":  # bound by arithmetic, not by memory
             value, reads = f"{1 / time_:.0f}", " | | | "
-        lines.append(f"| {TASKS[row.task]} | {row.batch} | {row.name} | {value} | {faster} | {reads} |")
+        lines.append(
+            f"| {TASKS[row.task]} | {row.batch} | {row.name} | {value} | {faster} | {reads} |"
+        )
     lines += ["", f"Memory is read at {speed / 1e9:.1f} GB/s (the fastest of 36 reads, before and after); the floor is "
               f"what reading takes at that speed. {cast.LEGEND}"]  # fmt: skip
     wanted = [(ours + how, theirs) for ours, theirs in AGAINST.items() for how in ("", "-compiled")]
     keys = dict.fromkeys((row.task, row.batch) for row in rows)
-    pairs = [((*key, f"minimas-{ours}"), (*key, f"llama.cpp-{theirs}")) for key in keys for ours, theirs in wanted]
+    pairs = [
+        ((*key, f"minimas-{ours}"), (*key, f"llama.cpp-{theirs}"))
+        for key in keys
+        for ours, theirs in wanted
+    ]
     pairs = [(of[mine], of[theirs]) for mine, theirs in pairs if mine in of and theirs in of]
     if pairs:
         lines += ["", "| | batch | | faster than |", "|---|--:|---|--:|"]
     for mine, theirs in pairs:
-        lines.append(f"| {TASKS[mine.task]} | {mine.batch} | {mine.name} | {theirs.name} {versus(theirs, mine)} |")
+        lines.append(
+            f"| {TASKS[mine.task]} | {mine.batch} | {mine.name} | {theirs.name} {versus(theirs, mine)} |"
+        )
     return lines
 
 
 def versus(slow: Row, fast: Row) -> str:
     """How many times faster, by the medians, and in the worst and the best round."""
     each = [s / f for s, f in zip(slow.seconds, fast.seconds, strict=True)]
-    return f"{median(slow.seconds) / median(fast.seconds):.2f} × ({min(each):.2f} … {max(each):.2f})"
+    return (
+        f"{median(slow.seconds) / median(fast.seconds):.2f} × ({min(each):.2f} … {max(each):.2f})"
+    )
 
 
 def warm_up_table(rows: list[Row], context: int) -> list[str]:
@@ -267,19 +310,31 @@ def warm_up_table(rows: list[Row], context: int) -> list[str]:
     for row in rows:
         usual = median(row.seconds) * (row.batch * context if row.task == "prefill" else STEPS)
         cells[row.name, row.batch, row.task] = f"{max(0.0, row.first - usual):.1f}"
-    tasks, keys = list(dict.fromkeys(row.task for row in rows)), dict.fromkeys((row.name, row.batch) for row in rows)
+    tasks, keys = (
+        list(dict.fromkeys(row.task for row in rows)),
+        dict.fromkeys((row.name, row.batch) for row in rows),
+    )
     titles = [TASKS[task].partition(",")[0] for task in tasks]
-    lines = ["", "Warm-up, seconds by which a first call was longer than a later one (not counted above):", ""]
+    lines = [
+        "",
+        "Warm-up, seconds by which a first call was longer than a later one (not counted above):",
+        "",
+    ]
     lines += [f"| | batch | {' | '.join(titles)} |", "|---|--:|" + "--:|" * len(tasks)]
     for name, batch in keys:
-        lines.append(f"| {name} | {batch} | {' | '.join(cells.get((name, batch, task), '') for task in tasks)} |")
+        lines.append(
+            f"| {name} | {batch} | {' | '.join(cells.get((name, batch, task), '') for task in tasks)} |"
+        )
     return lines
 
 
 def heading(what: str, threads: int) -> list[str]:
     """What was run, where, when and how."""
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(": ", 1)[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(": ", 1)[1] for line in cpuinfo if line.startswith("model name")),
+        platform.machine(),
+    )
     packages = []
     for package in ("torch", "transformers", "bitsandbytes", "llama-cpp-python"):
         try:
@@ -307,7 +362,9 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
         raise ValueError("transformers is missing: pip install -e '.[bench]'")
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         work = Path(temporary)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")  # what another run compiled does not count
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+            work / "inductor"
+        )  # what another run compiled does not count
         folder = args.model or work
         if not args.model:
             cast.write_random(folder, args.layers)
@@ -315,11 +372,16 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
         if tasks:
             kept = fitting(names, config, max(args.batch_sizes), args.context)
             if left := [name for name in names if name not in kept]:
-                page += [f"Left out, for all did not fit into memory at once: {', '.join(left)}.", ""]
+                page += [
+                    f"Left out, for all did not fit into memory at once: {', '.join(left)}.",
+                    "",
+                ]
                 names = kept
             check(names, folder, work, tasks)
         if "load" in args.only:
-            loaded = [name for name in names if not FIELD[name].compiled]  # which load as the others do
+            loaded = [
+                name for name in names if not FIELD[name].compiled
+            ]  # which load as the others do
             loads = load_all(loaded, folder, work, min(args.rounds, 5), args.threads)
         if tasks:
             field = enter(names, folder, work, torch.bfloat16)
@@ -336,17 +398,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--out", type=Path, help="also write this file: .json every sample, any other suffix the page")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="also write this file: .json every sample, any other suffix the page",
+    )
     group = parser.add_argument_group("the race, when no other question is asked")
-    group.add_argument("--model", type=Path, help="a folder with config.json and safetensors; default: random weights")
-    group.add_argument("--layers", type=int, default=28, help="of the random model; fewer for a quick look")
-    group.add_argument("--context", type=int, default=512, help="tokens before the steps, and of the prefill")
+    group.add_argument(
+        "--model",
+        type=Path,
+        help="a folder with config.json and safetensors; default: random weights",
+    )
+    group.add_argument(
+        "--layers", type=int, default=28, help="of the random model; fewer for a quick look"
+    )
+    group.add_argument(
+        "--context", type=int, default=512, help="tokens before the steps, and of the prefill"
+    )
     group.add_argument("--rounds", type=int, default=7)
     group.add_argument("--only", nargs="+", choices=[*TASKS, "load"], default=[*TASKS, "load"])
-    group.add_argument("--contenders", nargs="+", default=["*"], metavar="NAME", help=f"or pattern: {', '.join(FIELD)}")
-    group = parser.add_argument_group("latent_mas, text_mas and single on the same questions, greedy")
+    group.add_argument(
+        "--contenders",
+        nargs="+",
+        default=["*"],
+        metavar="NAME",
+        help=f"or pattern: {', '.join(FIELD)}",
+    )
+    group = parser.add_argument_group(
+        "latent_mas, text_mas and single on the same questions, greedy"
+    )
     group.add_argument("--end-to-end", type=Path, metavar="FOLDER")
-    group.add_argument("--questions", type=Path, metavar="FILE.jsonl", help='rows with "question", perhaps "answer"')
+    group.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='rows with "question", perhaps "answer"',
+    )
     group.add_argument("--limit", type=int, default=10, help="questions")
     group.add_argument("--quantize", choices=cast.FORMATS)
     group.add_argument("--compile", action="store_true")
@@ -354,26 +441,51 @@ def main() -> None:
     group.add_argument("--max-new-tokens", type=int, default=256)
     group.add_argument("--align", default="ridge")
     group = parser.add_argument_group("what four and eight bits do to a memory, and to a text")
-    group.add_argument("--memory-error", type=Path, metavar="FOLDER", help="of a prompt (--questions: the first one's)")
+    group.add_argument(
+        "--memory-error",
+        type=Path,
+        metavar="FOLDER",
+        help="of a prompt (--questions: the first one's)",
+    )
     group.add_argument("--perplexity", type=Path, metavar="FOLDER")
-    group.add_argument("--text", type=Path, metavar="FILE", help="a text, or .jsonl rows of question and solution")
-    group.add_argument("--tokens", type=int, default=1024, help="of the text, in windows of --window")
+    group.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text, or .jsonl rows of question and solution"
+    )
+    group.add_argument(
+        "--tokens", type=int, default=1024, help="of the text, in windows of --window"
+    )
     group.add_argument("--window", type=int, default=256)
     group.add_argument("--formats", nargs="*", default=[*cast.FORMATS])
-    group.add_argument("--gguf", type=Path, nargs="*", default=[], metavar="FILE", help="of the same model")
+    group.add_argument(
+        "--gguf", type=Path, nargs="*", default=[], metavar="FILE", help="of the same model"
+    )
     group.add_argument("--all-layers", action="store_true")
     args = parser.parse_args()
-    numbers = [args.layers, args.rounds, args.threads, args.limit, args.max_new_tokens, args.tokens, *args.batch_sizes]
+    numbers = [
+        args.layers,
+        args.rounds,
+        args.threads,
+        args.limit,
+        args.max_new_tokens,
+        args.tokens,
+        *args.batch_sizes,
+    ]
     if min(numbers) < 1 or args.context < STEPS or args.window < 2:
-        parser.error(f"expected 1 or more of everything, a --context of {STEPS} and a --window of 2 or more")
+        parser.error(
+            f"expected 1 or more of everything, a --context of {STEPS} and a --window of 2 or more"
+        )
     asked = [mode for mode in ("end_to_end", "memory_error", "perplexity") if getattr(args, mode)]
     folder = getattr(args, asked[0]) if asked else args.model
     if len(asked) > 1:
-        parser.error(f"found {' and '.join('--' + mode.replace('_', '-') for mode in asked)}, expected one of them")
+        parser.error(
+            f"found {' and '.join('--' + mode.replace('_', '-') for mode in asked)}, expected one of them"
+        )
     if folder and not (folder / "config.json").is_file():
         parser.error(f"found no config.json in {folder}")
     if (args.end_to_end and not args.questions) or (args.perplexity and not args.text):
-        parser.error("expected --questions FILE.jsonl with --end-to-end, --text FILE with --perplexity")
+        parser.error(
+            "expected --questions FILE.jsonl with --end-to-end, --text FILE with --perplexity"
+        )
     torch.set_num_threads(args.threads)
     if asked:
         import end_to_end
@@ -390,7 +502,11 @@ def main() -> None:
         page, samples = compare(args)
     print("\n".join(page))
     if args.out:
-        text = json.dumps(samples | {"page": page}, indent=1) if args.out.suffix == ".json" else "\n".join(page)
+        text = (
+            json.dumps(samples | {"page": page}, indent=1)
+            if args.out.suffix == ".json"
+            else "\n".join(page)
+        )
         args.out.write_text(text + "\n", encoding="utf-8")
 
 

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import Aligner, Config, Qwen3, load, think
-from minimas.generate import read
-from minimas.quantize import FORMATS
+from minimas.fast.quantize import FORMATS
+from minimas.text.generate import read
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
@@ -43,9 +43,15 @@ class Minimas:
 
     needs: ClassVar[tuple[str, ...]] = ()
     # Of the weights in each task: all but the embedding; the LM head for a token only, W_a for a thought only.
-    reads: ClassVar[Reads] = {"latent": ("trunk", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk",)}
+    reads: ClassVar[Reads] = {
+        "latent": ("trunk", "W_a"),
+        "decode": ("trunk", "head"),
+        "prefill": ("trunk",),
+    }
 
-    def __init__(self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype
+    ) -> None:
         quantize = None if entry.format == "bf16" else entry.format
         self.lm = load(source, device="cpu", dtype=dtype, quantize=quantize, compile=entry.compiled)
         self.model, self.align = self.lm.model, align
@@ -71,7 +77,9 @@ class Minimas:
     def decode(self, ids: Tensor) -> Tensor:
         for token in ids[:, :STEPS].split(1, dim=1):  # (B, 1)
             logits = self.model.logits(self.model(self.model.embed(token), self.cache))  # (B, 1, V)
-            logits.argmax(-1).tolist()  # the next token is not fed: a close call may differ between contenders
+            logits.argmax(
+                -1
+            ).tolist()  # the next token is not fed: a close call may differ between contenders
         return logits[:, -1]
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -92,7 +100,9 @@ class Authors:
         "latent": ("trunk", "head", "W_a"), "decode": ("trunk", "head"), "prefill": ("trunk", "head"),
     }  # fmt: skip
 
-    def __init__(self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype
+    ) -> None:
         from transformers.utils import logging as theirs
 
         theirs.disable_progress_bar()
@@ -132,7 +142,9 @@ class Authors:
     def forward(self, cache: Any, **inputs: Tensor) -> Tensor:
         """The last position's state after the final norm, (B, D), of `input_ids` or `inputs_embeds`."""
         [given] = inputs.values()
-        output = self.model(**inputs, **self.arguments(cache, given), output_hidden_states=True, return_dict=True)
+        output = self.model(
+            **inputs, **self.arguments(cache, given), output_hidden_states=True, return_dict=True
+        )
         return output.hidden_states[-1][:, -1]  # type: ignore[no-any-return]
 
     def latent(self, ids: Tensor) -> Tensor:
@@ -163,7 +175,9 @@ class TrunkOnly(Authors):
 
     def forward(self, cache: Any, **inputs: Tensor) -> Tensor:
         [given] = inputs.values()
-        states: Tensor = self.model.model(**inputs, **self.arguments(cache, given)).last_hidden_state
+        states: Tensor = self.model.model(
+            **inputs, **self.arguments(cache, given)
+        ).last_hidden_state
         return states[:, -1]
 
 
@@ -181,10 +195,16 @@ class BitsAndBytes(TrunkOnly):
         warnings.filterwarnings("ignore", message="MatMul8bitLt")
         how: dict[str, Any] = {"load_in_8bit": True}
         if entry.format == "nf4":
-            how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+            how = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+            }
             how |= {"bnb_4bit_compute_dtype": torch.bfloat16}
         config = BitsAndBytesConfig(**how)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.bfloat16, quantization_config=config
+        ).eval()
 
 
 @lru_cache(maxsize=1)
@@ -206,9 +226,13 @@ class LlamaCpp:
     needs: ClassVar[tuple[str, ...]] = ("llama_cpp", "gguf")
     reads: ClassVar[Reads] = Authors.reads  # in a prefill the head of one position only
 
-    def __init__(self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, entry: "Entry", source: Path, align: Aligner | None, dtype: torch.dtype
+    ) -> None:
         self.c, self.align, self.context = quiet_llama(), align, None
-        self.model = self.c.llama_model_load_from_file(str(source).encode(), self.c.llama_model_default_params())
+        self.model = self.c.llama_model_load_from_file(
+            str(source).encode(), self.c.llama_model_default_params()
+        )
         if not self.model:
             raise ValueError(f"{source}: llama.cpp cannot load it")
         self.V = self.c.llama_vocab_n_tokens(self.c.llama_model_get_vocab(self.model))
@@ -218,7 +242,11 @@ class LlamaCpp:
         """As in `Minimas`: a context with room for (B, T) and the steps, and the batches that will be sent."""
         rows, self.width = ids.shape
         params = self.c.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.n_batch = rows * (self.width + 256), rows, max(2048, ids.numel())
+        params.n_ctx, params.n_seq_max, params.n_batch = (
+            rows * (self.width + 256),
+            rows,
+            max(2048, ids.numel()),
+        )
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self.stop()
         self.context = self.c.llama_init_from_model(self.model, params)
@@ -230,7 +258,9 @@ class LlamaCpp:
             self.fill(name, 1, self.width)
         self.give("whole", ids)
         self.prefill(ids)
-        self.rewind(self.width - 1)  # the last token once more: states of all would bring the logits of all, gigabytes
+        self.rewind(
+            self.width - 1
+        )  # the last token once more: states of all would bring the logits of all, gigabytes
         self.give("token", ids[:, -1:])
         self.hidden = self.run("token", states=True, step=-1).clone()
 
@@ -255,15 +285,21 @@ class LlamaCpp:
         self.c.llama_set_embeddings(self.context, states)
         if failed := self.c.llama_decode(self.context, batch):
             raise ValueError(f"llama.cpp: llama_decode returned {failed}")
-        get, size = (self.c.llama_get_embeddings, self.D) if states else (self.c.llama_get_logits, self.V)
+        get, size = (
+            (self.c.llama_get_embeddings, self.D) if states else (self.c.llama_get_logits, self.V)
+        )
         rows = self.c.llama_n_seq_max(self.context)
-        floats = (ctypes.c_float * (rows * size)).from_address(ctypes.addressof(get(self.context).contents))
+        floats = (ctypes.c_float * (rows * size)).from_address(
+            ctypes.addressof(get(self.context).contents)
+        )
         return torch.frombuffer(floats, dtype=torch.float32).view(rows, size)
 
     def rewind(self, length: int | None = None) -> None:
         """As in `Minimas`; or to another length."""
         for row in range(self.c.llama_n_seq_max(self.context)):
-            self.c.llama_memory_seq_rm(self.memory, row, self.width if length is None else length, -1)
+            self.c.llama_memory_seq_rm(
+                self.memory, row, self.width if length is None else length, -1
+            )
 
     def stop(self) -> None:
         """Give the memory back."""
@@ -320,7 +356,10 @@ class Entry(NamedTuple):
 
 
 Contender = Minimas | Authors | LlamaCpp
-REFERENCE, YARDSTICK = "minimas-bf16", "authors-bf16"  # whose results count, and whom the others are measured against
+REFERENCE, YARDSTICK = (
+    "minimas-bf16",
+    "authors-bf16",
+)  # whose results count, and whom the others are measured against
 FIELD = {
     REFERENCE: Entry(Minimas, "bf16"),
     "minimas-bf16-compiled": Entry(Minimas, "bf16", True),
@@ -343,23 +382,41 @@ LEGEND = (
     "states that the authors' code computes; `bitsandbytes-*` is transformers with bitsandbytes, trunk only. llama.cpp "
     "has no latent step; its line is a batch of embeddings that asks for states, and it computes logits on the way."
 )
-SPARE = ("minimas-nf4", "minimas-int8", "llama.cpp-bf16")  # left out, in this order, where not all fit into memory
+SPARE = (
+    "minimas-nf4",
+    "minimas-int8",
+    "llama.cpp-bf16",
+)  # left out, in this order, where not all fit into memory
 # Bits a weight, in the trunk's matrices and in the LM head. Q8_0 and Q4_0: a scale in float16 for 32 weights, and Q4_0
 # with a Q6_K head. The scales of whole rows (q8, int8) are less than 0.1 % and left out.
 BITS = {"bf16": (16, 16), "Q8_0": (8.5, 8.5), "Q4_0": (4.5, 6.5625)}
 BITS |= {name: (stored.bits, 16 if stored.package else 8) for name, stored in FORMATS.items()}
 # Relative difference to bf16 that a format explains after one layer of random weights, which have no redundancy: twice
 # what was measured. Four thoughts make three times as much of it (4 bits: 0.8; garbage gives 1.4).
-TOLERANCE = {"bf16": 0.02, "q8": 0.08, "q4": 0.4, "int8": 0.08, "nf4": 0.4, "Q8_0": 0.08, "Q4_0": 0.4}
+TOLERANCE = {
+    "bf16": 0.02,
+    "q8": 0.08,
+    "q4": 0.4,
+    "int8": 0.08,
+    "nf4": 0.4,
+    "Q8_0": 0.08,
+    "Q4_0": 0.4,
+}
 
 
 def chosen(patterns: Sequence[str]) -> list[str]:
     """The names of the field that match a shell pattern, the reference and the yardstick always among them."""
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in FIELD):
-            raise ValueError(f"--contenders: found {pattern!r}, expected {', '.join(FIELD)}, or a pattern of them")
+            raise ValueError(
+                f"--contenders: found {pattern!r}, expected {', '.join(FIELD)}, or a pattern of them"
+            )
     kept = (REFERENCE, YARDSTICK)
-    return [name for name in FIELD if name in kept or any(fnmatch(name, pattern) for pattern in patterns)]
+    return [
+        name
+        for name in FIELD
+        if name in kept or any(fnmatch(name, pattern) for pattern in patterns)
+    ]
 
 
 def missing(entry: Entry) -> str | None:
@@ -368,7 +425,11 @@ def missing(entry: Entry) -> str | None:
     for package in needs:
         try:
             importlib.import_module(package)
-        except (ImportError, OSError, RuntimeError):  # built without what it needs is as good as missing
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+        ):  # built without what it needs is as good as missing
             return package
     return None
 
@@ -377,9 +438,14 @@ def weight_bytes(config: Config, format: str) -> dict[str, int]:
     """Bytes of the parts of a model in `format` that a step reads: "trunk", "head", and "W_a" in float32."""
     with torch.device("meta"):
         state = Qwen3(config).state_dict()
-    trunk = {name: t for name, t in state.items() if name.startswith(("model.layers.", "model.norm."))}
+    trunk = {
+        name: t for name, t in state.items() if name.startswith(("model.layers.", "model.norm."))
+    }
     matrices = sum(t.numel() for t in trunk.values() if t.ndim == 2)
-    vectors, head = sum(t.numel() for t in trunk.values()) - matrices, config.vocab_size * config.hidden_size
+    vectors, head = (
+        sum(t.numel() for t in trunk.values()) - matrices,
+        config.vocab_size * config.hidden_size,
+    )
     bits = BITS[format]
     return {
         "trunk": int(matrices * bits[0] / 8) + 2 * vectors, "head": int(head * bits[1] / 8),
@@ -404,7 +470,11 @@ def write_random(folder: Path, layers: int, vocab_size: int = QWEN3_06B["vocab_s
         state = Qwen3(Config.from_dict(raw)).state_dict()
     torch.manual_seed(0)
     for name, meta in state.items():
-        weight = torch.ones(meta.shape) if meta.ndim == 1 else torch.randn(meta.shape) * meta.shape[1] ** -0.5
+        weight = (
+            torch.ones(meta.shape)
+            if meta.ndim == 1
+            else torch.randn(meta.shape) * meta.shape[1] ** -0.5
+        )
         state[name] = weight.bfloat16()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -420,7 +490,9 @@ def write_gguf(folder: Path, out: Path) -> None:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     c = Config.from_dict(raw)
     if c.model_type not in ("qwen2", "qwen3"):
-        raise ValueError(f"{folder}: model_type: found {c.model_type!r}, expected qwen2 or qwen3 to write a GGUF file")
+        raise ValueError(
+            f"{folder}: model_type: found {c.model_type!r}, expected qwen2 or qwen3 to write a GGUF file"
+        )
     arch = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[c.model_type]
     names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
     file = gguf.GGUFWriter(out, c.model_type)
@@ -446,7 +518,10 @@ def write_gguf(folder: Path, out: Path) -> None:
             for key in weights.keys():  # noqa: SIM118 (not a dict)
                 if c.tie_word_embeddings and key == "lm_head.weight":
                     continue
-                tensor, name = weights.get_tensor(key), names.get_name(key, try_suffixes=(".weight", ".bias"))
+                tensor, name = (
+                    weights.get_tensor(key),
+                    names.get_name(key, try_suffixes=(".weight", ".bias")),
+                )
                 if tensor.ndim == 1:
                     file.add_tensor(name, tensor.float().numpy())
                 else:
@@ -468,7 +543,10 @@ def write_source(folder: Path, entry: Entry, work: Path) -> Path:
     if not wanted.exists():
         c = quiet_llama()
         params = c.llama_model_quantize_default_params()
-        params.ftype, params.nthread = getattr(c, f"LLAMA_FTYPE_MOSTLY_{entry.format}"), torch.get_num_threads()
+        params.ftype, params.nthread = (
+            getattr(c, f"LLAMA_FTYPE_MOSTLY_{entry.format}"),
+            torch.get_num_threads(),
+        )
         if c.llama_model_quantize(str(whole).encode(), str(wanted).encode(), params):
             raise ValueError(f"{whole}: llama.cpp cannot quantize it to {entry.format}")
     return wanted

@@ -37,12 +37,21 @@ class Source(NamedTuple):
 def gsm8k(raw: Raw, i: int) -> Raw:
     """{"question", "answer": "…\\n#### 1,234"}: the number behind the marks is the answer."""
     answer = raw["answer"].rpartition("####")[2].strip().replace(",", "")
-    return {"id": f"gsm8k-test-{i}", "question": raw["question"], "answer": answer, "solution": raw["answer"]}
+    return {
+        "id": f"gsm8k-test-{i}",
+        "question": raw["question"],
+        "answer": answer,
+        "solution": raw["answer"],
+    }
 
 
 def aime2024(raw: Raw, i: int) -> Raw:
     """{"id", "problem", "solution", "answer", "url", "year"}."""
-    row = {"id": f"aime2024-{raw['id']}", "question": raw["problem"], "answer": _whole(raw["answer"])}
+    row = {
+        "id": f"aime2024-{raw['id']}",
+        "question": raw["problem"],
+        "answer": _whole(raw["answer"]),
+    }
     return row | {"solution": raw["solution"], "url": raw["url"]}
 
 
@@ -62,7 +71,12 @@ def arc(name: str) -> Callable[[Raw, int], Raw]:
     def convert(raw: Raw, i: int) -> Raw:
         labels, texts = list(raw["choices"]["label"]), list(raw["choices"]["text"])
         answer = "abcdefgh"[labels.index(raw["answerKey"])]
-        return {"id": f"{name}-test-{i}", "question": raw["question"], "answer": answer, "choices": _lettered(texts)}
+        return {
+            "id": f"{name}-test-{i}",
+            "question": raw["question"],
+            "answer": answer,
+            "choices": _lettered(texts),
+        }
 
     return convert
 
@@ -70,7 +84,12 @@ def arc(name: str) -> Callable[[Raw, int], Raw]:
 def medqa(raw: Raw, i: int) -> Raw:
     """{"question", "options": {"A": …}, "answer": text, "answer_idx": "A", …}."""
     choices = {letter.lower(): text for letter, text in sorted(raw["options"].items())}
-    return {"id": f"medqa-{i}", "question": raw["question"], "answer": raw["answer_idx"].lower(), "choices": choices}
+    return {
+        "id": f"medqa-{i}",
+        "question": raw["question"],
+        "answer": raw["answer_idx"].lower(),
+        "choices": choices,
+    }
 
 
 def gpqa(raw: Raw, i: int) -> Raw:
@@ -79,22 +98,41 @@ def gpqa(raw: Raw, i: int) -> Raw:
     texts = [text.strip() for text in texts]
     order = list(range(len(texts)))
     random.Random(raw["Record ID"]).shuffle(order)
-    row = {"id": f"gpqa-{raw['Record ID']}", "question": raw["Question"].strip(), "answer": "abcd"[order.index(0)]}
+    row = {
+        "id": f"gpqa-{raw['Record ID']}",
+        "question": raw["Question"].strip(),
+        "answer": "abcd"[order.index(0)],
+    }
     row["choices"] = _lettered([texts[n] for n in order])
-    return row | ({"solution": raw["Explanation"].strip()} if (raw.get("Explanation") or "").strip() else {})
+    return row | (
+        {"solution": raw["Explanation"].strip()} if (raw.get("Explanation") or "").strip() else {}
+    )
 
 
 def humanevalplus(raw: Raw, i: int) -> Raw:
     """{"task_id", "prompt", "canonical_solution", "entry_point", "test"}; the test defines check(candidate)."""
     call = f"check({raw['entry_point']})"
-    test = raw["test"] if re.search(rf"^{re.escape(call)}", raw["test"], re.MULTILINE) else f"{raw['test']}\n{call}\n"
-    row = {"id": raw["task_id"], "question": raw["prompt"], "answer": test, "entry_point": raw["entry_point"]}
+    test = (
+        raw["test"]
+        if re.search(rf"^{re.escape(call)}", raw["test"], re.MULTILINE)
+        else f"{raw['test']}\n{call}\n"
+    )
+    row = {
+        "id": raw["task_id"],
+        "question": raw["prompt"],
+        "answer": test,
+        "entry_point": raw["entry_point"],
+    }
     return row | {"canonical_solution": raw["canonical_solution"]}
 
 
 def mbppplus(raw: Raw, i: int) -> Raw:
     """{"task_id", "code", "prompt", "test_imports", "test_list", "test"}."""
-    row = {"id": f"Mbpp/{str(raw['task_id']).removeprefix('Mbpp/')}", "question": raw["prompt"], "answer": raw["test"]}
+    row = {
+        "id": f"Mbpp/{str(raw['task_id']).removeprefix('Mbpp/')}",
+        "question": raw["prompt"],
+        "answer": raw["test"],
+    }
     row |= {"test_list": list(raw["test_list"]), "test_imports": list(raw["test_imports"])}
     return row | {"canonical_solution": raw["code"]}
 
@@ -109,10 +147,16 @@ SOURCES = {
     "aime2025": Source("opencompass/AIME2025", ("aime2025-I.jsonl", "aime2025-II.jsonl"), aime2025),
     "gpqa_diamond": Source("Idavidrein/gpqa", ("gpqa_diamond.csv",), gpqa),
     "medqa": Source("GBaker/MedQA-USMLE-4-options", ("phrases_no_exclude_test.jsonl",), medqa),
-    "arc_easy": Source("allenai/ai2_arc", ("ARC-Easy/test-00000-of-00001.parquet",), arc("arc-easy")),
-    "arc_challenge": Source("allenai/ai2_arc", ("ARC-Challenge/test-00000-of-00001.parquet",), arc("arc-challenge")),
+    "arc_easy": Source(
+        "allenai/ai2_arc", ("ARC-Easy/test-00000-of-00001.parquet",), arc("arc-easy")
+    ),
+    "arc_challenge": Source(
+        "allenai/ai2_arc", ("ARC-Challenge/test-00000-of-00001.parquet",), arc("arc-challenge")
+    ),
     # Later revisions hold parquet alone.
-    "mbppplus": Source("evalplus/mbppplus", ("test.jsonl",), mbppplus, "8a14ef6256e2d9ba80a03e9ce57ee349a69e6399"),
+    "mbppplus": Source(
+        "evalplus/mbppplus", ("test.jsonl",), mbppplus, "8a14ef6256e2d9ba80a03e9ce57ee349a69e6399"
+    ),
     "humanevalplus": Source("evalplus/humanevalplus", ("test.jsonl",), humanevalplus),
 }
 
@@ -128,7 +172,9 @@ def raw_rows(path: Path) -> Iterator[Raw]:
                 if line.strip():
                     yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number}: found bad JSON ({error}), expected an object") from error
+                raise ValueError(
+                    f"{path}: line {number}: found bad JSON ({error}), expected an object"
+                ) from error
     elif path.suffix == ".csv":
         csv.field_size_limit(2**24)
         with path.open(encoding="utf-8", newline="") as file:
@@ -150,7 +196,9 @@ def convert(source: Source, paths: list[Path]) -> list[Raw]:
                 rows.append(source.convert(raw, len(rows)))
             except KeyError as error:
                 fields = ", ".join(map(str, raw))
-                raise ValueError(f"{path.name}: row {number}: {error.args[0]}: found {fields:.200}") from error
+                raise ValueError(
+                    f"{path.name}: row {number}: {error.args[0]}: found {fields:.200}"
+                ) from error
     return rows
 
 
@@ -163,11 +211,17 @@ def download(task: str, out: Path) -> Path:
     where = f"{task}: huggingface.co/datasets/{source.repository}"
     for file in source.files:
         try:
-            name = hf_hub_download(source.repository, file, repo_type="dataset", revision=source.revision)
+            name = hf_hub_download(
+                source.repository, file, repo_type="dataset", revision=source.revision
+            )
         except GatedRepoError as error:
-            raise OSError(f"{where} is gated: accept its terms on that page, then run: hf auth login") from error
+            raise OSError(
+                f"{where} is gated: accept its terms on that page, then run: hf auth login"
+            ) from error
         except LocalEntryNotFoundError as error:
-            raise OSError(f"{where}: {file}: not in the local cache, and the hub cannot be reached") from error
+            raise OSError(
+                f"{where}: {file}: not in the local cache, and the hub cannot be reached"
+            ) from error
         except HfHubHTTPError as error:  # no such repository, revision or file
             raise OSError(f"{where}: {file}: {str(error).strip().splitlines()[-1]}") from error
         paths.append(Path(name))
@@ -177,7 +231,9 @@ def download(task: str, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{task}.jsonl"
     partial = path.with_suffix(".partial")  # a file that is there is whole
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     partial.replace(path)
     print(f"{task}: {len(rows)} rows in {path}")
     return path
@@ -192,8 +248,12 @@ def _revision(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if all tasks are there, 1 if one is not; the others are fetched all the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help=f"all, or of: {', '.join(SOURCES)}")
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="(default: data)")
+    parser.add_argument(
+        "tasks", nargs="+", metavar="TASK", help=f"all, or of: {', '.join(SOURCES)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data"), metavar="DIR", help="(default: data)"
+    )
     options = parser.parse_args(arguments)
     tasks = list(SOURCES) if options.tasks == ["all"] else options.tasks
     for task in tasks:

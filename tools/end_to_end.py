@@ -22,7 +22,11 @@ from tasks import kind_of, read_rows
 
 from minimas import Result, Sampling, latent_mas, load, single, text_mas
 
-METHODS: dict[str, Callable[..., list[Result]]] = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+METHODS: dict[str, Callable[..., list[Result]]] = {
+    "single": single,
+    "text_mas": text_mas,
+    "latent_mas": latent_mas,
+}
 HARNESS = "evaluate.py"  # latent_mas once more, with all that tools/evaluate.py does around it
 
 
@@ -31,7 +35,9 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     lm = load(args.end_to_end, device="cpu", quantize=args.quantize, compile=args.compile)
     asked = read_rows(args.questions)[: args.limit]
     if "code" in (kinds := {kind_of(row) for row in asked}) or len(kinds) > 1:
-        raise ValueError(f"{args.questions}: kind: found {', '.join(sorted(kinds))}, expected one, and no code")
+        raise ValueError(
+            f"{args.questions}: kind: found {', '.join(sorted(kinds))}, expected one, and no code"
+        )
     sampling = Sampling(temperature=0.0, max_new_tokens=args.max_new_tokens)
     steps = lm.default_steps if args.latent_steps is None else args.latent_steps
     thinking, feeder = {"latent_steps": steps, "align": args.align}, Feeders(lm)
@@ -51,9 +57,16 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
             records = harness(part)
             seconds = (time.perf_counter() - started) / len(part)
             kept = {key: [r[key] for r in records] for key in ("read", "thought", "written")}
-            right, cut = [bool(r["correct"]) for r in records], [r["finish_reason"] == "length" for r in records]
+            right, cut = (
+                [bool(r["correct"]) for r in records],
+                [r["finish_reason"] == "length" for r in records],
+            )
             return kept | {"seconds": [seconds] * len(part), "right": right, "cut": cut}
-        several = {"kind": kind_of(part[0]), "choices": [row.get("choices") for row in part], "sampling": sampling}
+        several = {
+            "kind": kind_of(part[0]),
+            "choices": [row.get("choices") for row in part],
+            "sampling": sampling,
+        }
         several |= thinking | {"align": feeder(args.align)} if method == "latent_mas" else {}
         results = METHODS[method](lm, questions, **several)
         seconds = (time.perf_counter() - started) / len(part)
@@ -107,7 +120,13 @@ def table(batch: int, found: dict[str, dict[str, list[Any]]]) -> list[str]:
             total = sum(of["seconds"]) / sum(latent["seconds"])
             fewer = 1 - sum(latent["written"]) / max(1, sum(of["written"]))
             against = f"{total:.2f} × ({median(of['seconds']) / median(latent['seconds']):.2f} ×) | {fewer:.0%}"
-        cells = [f"{sum(of['seconds']) / count:.2f}", f"{median(of['seconds']):.2f}", *each, right, sum(of["cut"])]
+        cells = [
+            f"{sum(of['seconds']) / count:.2f}",
+            f"{median(of['seconds']):.2f}",
+            *each,
+            right,
+            sum(of["cut"]),
+        ]
         lines.append(f"| {batch} | {method} | {' | '.join(map(str, cells))} | {against} |")
     return lines
 

@@ -37,14 +37,26 @@ sys.path.insert(0, str(ROOT))  # minimas from the checkout
 import torch  # noqa: E402
 from arms import METHODS, METRICS, Arm, Bench, Grader, Row, grid, judge, plain_grader, same_mark  # noqa: E402
 from feeders import FILE, Feeders, parse  # noqa: E402
-from ledger import Key, Ledger, Record, check, files, key_of, lock, read_head, records, take_up, write_whole  # noqa: E402
+from ledger import (  # noqa: E402
+    Key,
+    Ledger,
+    Record,
+    check,
+    files,
+    key_of,
+    lock,
+    read_head,
+    records,
+    take_up,
+    write_whole,
+)
 from stats import bootstrap, by_question, share  # noqa: E402
 from tasks import code_program, kind_of, load_task, read_rows  # noqa: E402
 from torch import distributed  # noqa: E402
 
 import minimas  # noqa: E402
 from minimas.agents import TRANSFERS  # noqa: E402
-from minimas.quantize import FORMATS  # noqa: E402
+from minimas.fast.quantize import FORMATS  # noqa: E402
 from minimas.teams import LAYOUTS, TEAMS, Team  # noqa: E402
 
 NOT_SETTINGS = {"out", "replay", "regrade", "debug", "quiet", "data_dir", "data"}
@@ -62,7 +74,9 @@ def several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         try:
             return [convert(part) for part in text.split(",")]
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).partition(": ")[2] or f"found {text!r}") from error
+            raise argparse.ArgumentTypeError(
+                str(error).partition(": ")[2] or f"found {text!r}"
+            ) from error
 
     return values
 
@@ -70,7 +84,9 @@ def several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def one_of(names: Sequence[str], also: str = "") -> Callable[[str], str]:
     def name(text: str) -> str:
         if text not in names and not (also and text.endswith(also)):
-            raise ValueError(f"value: found {text!r}, expected {', '.join([*names, *[f'FILE{also}'] * bool(also)])}")
+            raise ValueError(
+                f"value: found {text!r}, expected {', '.join([*names, *[f'FILE{also}'] * bool(also)])}"
+            )
         return text
 
     return name
@@ -101,21 +117,61 @@ def single_value(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 def parser() -> Parser:
     top = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = top.add_argument
-    add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file (default: %(default)s)")
+    add(
+        "--model",
+        "-m",
+        default="weights/tiny",
+        help="folder, hub id or .gguf file (default: %(default)s)",
+    )
     add("--task", help="a benchmark by name, see tools/tasks.py")
     add("--data", type=Path, metavar="FILE.jsonl", help="or questions of one's own")
-    add("--data-dir", type=Path, default=Path("data"), help="where tools/download.py has put the tasks' files")
-    add("--method", type=several(one_of(METHODS)), default=["latent_mas"], help="list: single, text_mas, latent_mas")
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="where tools/download.py has put the tasks' files",
+    )
+    add(
+        "--method",
+        type=several(one_of(METHODS)),
+        default=["latent_mas"],
+        help="list: single, text_mas, latent_mas",
+    )
     add("--team", type=several(one_of(tuple(TEAMS), ".json")), default=["sequential"], help="list")
-    add("--latent-steps", type=several(whole(0)), default=[None], help="list (default: the model's)")
+    add(
+        "--latent-steps", type=several(whole(0)), default=[None], help="list (default: the model's)"
+    )
     add("--align", type=several(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
     add("--transfer", type=several(one_of(TRANSFERS)), default=["full"], help="list")
-    add("--close", type=several(yes_no), default=[True], help="list: yes, no; whether agents' turns are closed")
-    add("--layout", type=several(one_of(LAYOUTS)), default=[None], help="list: turn, chat (default: the team's own)")
-    add("--prefix", type=several(str), default=[None], help="list of texts before an agent's thoughts")
-    add("--metric", type=several(one_of(METRICS)), help="list: accuracy, nll (default: accuracy; of an audit both)")
+    add(
+        "--close",
+        type=several(yes_no),
+        default=[True],
+        help="list: yes, no; whether agents' turns are closed",
+    )
+    add(
+        "--layout",
+        type=several(one_of(LAYOUTS)),
+        default=[None],
+        help="list: turn, chat (default: the team's own)",
+    )
+    add(
+        "--prefix",
+        type=several(str),
+        default=[None],
+        help="list of texts before an agent's thoughts",
+    )
+    add(
+        "--metric",
+        type=several(one_of(METRICS)),
+        help="list: accuracy, nll (default: accuracy; of an audit both)",
+    )
     add("--seeds", type=several(whole(0)), default=[0], help="list")
-    add("--samples", type=single_value(whole(1)), help="answers of a single agent to vote on (default: 1)")
+    add(
+        "--samples",
+        type=single_value(whole(1)),
+        help="answers of a single agent to vote on (default: 1)",
+    )
     add("--limit", type=single_value(whole(1)), help="so many questions")
     add("--batch-size", type=single_value(whole(1)), default=8, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="(default: greedy)")
@@ -124,10 +180,25 @@ def parser() -> Parser:
     add("--fit-text", type=Path, metavar="FILE", help="plain text for the maps mean and fitted")
     add("--dtype", default="auto")
     add("--device", default="auto")
-    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)")
-    add("--run-untrusted-code", action="store_true", help="grade code by running it in tools/sandbox.py")
-    add("--audit", action="store_true", help="all control arms, diagnostics and a verdict; see tools/audit.py")
-    add("--arms", type=several(str), metavar="NAMES", help="list: of an audit these arms only (default: all)")
+    add(
+        "--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as the file has them)"
+    )
+    add(
+        "--run-untrusted-code",
+        action="store_true",
+        help="grade code by running it in tools/sandbox.py",
+    )
+    add(
+        "--audit",
+        action="store_true",
+        help="all control arms, diagnostics and a verdict; see tools/audit.py",
+    )
+    add(
+        "--arms",
+        type=several(str),
+        metavar="NAMES",
+        help="list: of an audit these arms only (default: all)",
+    )
     add("--out", type=Path, required=True, metavar="DIR")
     add("--replay", metavar="ID", help="repeat one question of a run")
     add("--regrade", action="store_true", help="grade a finished run again")
@@ -152,12 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation.run()
         return 0 if rank or evaluation.report() or args.regrade else 1
     except KeyboardInterrupt:
-        print(f"\nevaluate: stopped; {args.out} keeps what is done, and the same command goes on", file=sys.stderr)
+        print(
+            f"\nevaluate: stopped; {args.out} keeps what is done, and the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"evaluate: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(
+            f"evaluate: error: {' '.join(str(error).split()) or type(error).__name__}",
+            file=sys.stderr,
+        )
         return 1
     finally:
         if distributed.is_initialized():
@@ -167,14 +244,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def from_head(args: argparse.Namespace) -> None:
     """Take every setting from a run's head, so that `--replay` and `--regrade` need no other flag."""
     if not (paths := files(args.out)):
-        raise FileNotFoundError(f"out (--out): found no results*.jsonl in {args.out}, expected a run's folder")
+        raise FileNotFoundError(
+            f"out (--out): found no results*.jsonl in {args.out}, expected a run's folder"
+        )
     head = read_head(paths[0])
     if head is None:
         raise ValueError(f"{paths[0]}: line 1: found no head, expected a run that has begun")
     for name, value in head["arguments"].items():
         if name == "run_untrusted_code" and args.run_untrusted_code:
             continue  # leave to run code may be given when grading again
-        setattr(args, name, Path(value) if name in ("data", "fit_text", "data_dir") and value else value)
+        setattr(
+            args, name, Path(value) if name in ("data", "fit_text", "data_dir") and value else value
+        )
 
 
 class Evaluation:
@@ -194,7 +275,9 @@ class Evaluation:
             lm.sampling, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
             repetition_penalty=1.0 if args.temperature == 0 else lm.sampling.repetition_penalty,
         )  # fmt: skip
-        self.verifies = importlib.util.find_spec("math_verify") is not None  # else by exact rules alone
+        self.verifies = (
+            importlib.util.find_spec("math_verify") is not None
+        )  # else by exact rules alone
         judged = grader(args.run_untrusted_code, self.verifies)
         text = args.fit_text.read_text(encoding="utf-8") if args.fit_text else None
         self.bench = Bench(lm, self.rows, args.batch_size, sampling, judged, Feeders(lm, text))
@@ -202,7 +285,10 @@ class Evaluation:
         ids = [[self.rows[i]["id"] for i in batch] for batch in self.bench.batches]
         # A batch at a time under all arms: a run that is cut short has compared them on the same questions.
         self.units = {
-            Key(b, arm.name, seed): ids[b] for b in range(len(ids)) for arm in self.arms for seed in args.seeds
+            Key(b, arm.name, seed): ids[b]
+            for b in range(len(ids))
+            for arm in self.arms
+            for seed in args.seeds
         }
         self.settings = self._settings()
 
@@ -212,20 +298,32 @@ class Evaluation:
             import audit
 
             return audit.arms(self)
-        some = [i for i, row in enumerate(self.rows) if i == 0 or "team" in row]  # all others share one
+        some = [
+            i for i, row in enumerate(self.rows) if i == 0 or "team" in row
+        ]  # all others share one
         lasts = [self.bench.team(i, Arm("", team=name)).agents[-1] for name in a.team for i in some]
         arms = grid(
             any(agent.latent_steps for agent in lasts), method=a.method, metric=a.metric, team=a.team,
             latent_steps=a.latent_steps, align=a.align, transfer=a.transfer, close=a.close, prefix=a.prefix,
             layout=a.layout,
         )  # fmt: skip
-        return [dataclasses.replace(arm, samples=a.samples or 1) if arm.method == "single" else arm for arm in arms]
+        return [
+            dataclasses.replace(arm, samples=a.samples or 1) if arm.method == "single" else arm
+            for arm in arms
+        ]
 
     def _settings(self) -> Record:
         """What makes a result what it is: equal settings, equal results."""
-        given = {name: value for name, value in arguments(self.args).items() if name not in NOT_SETTINGS | {"model"}}
+        given = {
+            name: value
+            for name, value in arguments(self.args).items()
+            if name not in NOT_SETTINGS | {"model"}
+        }
         lm, text = self.lm, self.bench.feeder.text
-        given |= {"dtype": str(lm.model.dtype).removeprefix("torch."), "device": lm.model.device.type}
+        given |= {
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "device": lm.model.device.type,
+        }
         # Of what is read, what was in it: a folder may be called something else from somewhere else.
         given |= {"model": lm.model.fingerprint(), "data": digest(self.rows)}
         given |= {"arms": [arm.name for arm in self.arms]} if self.args.audit else {}
@@ -233,9 +331,15 @@ class Evaluation:
         maps = {kind: self.lm.aligner(kind) for kind in self.args.align if kind.endswith(FILE)}
         given |= {"maps": {kind: file_digest(kind) for kind in maps}} if maps else {}
         given |= {"sampling": dataclasses.asdict(self.bench.sampling), "math_verify": self.verifies}
-        teams = lm.teams | {name: Team.from_json(name) for name in self.args.team if name.endswith(".json")}
+        teams = lm.teams | {
+            name: Team.from_json(name) for name in self.args.team if name.endswith(".json")
+        }
         given |= {"default_steps": lm.default_steps}
-        given |= {"teams": digest({name: dataclasses.asdict(team) for name, team in teams.items()})} if teams else {}
+        given |= (
+            {"teams": digest({name: dataclasses.asdict(team) for name, team in teams.items()})}
+            if teams
+            else {}
+        )
         return json.loads(json.dumps(given, default=str))
 
     def head(self) -> Record:
@@ -251,11 +355,19 @@ class Evaluation:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "math_verify": version("math-verify") if self.verifies else None,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.processor()}",
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu, {platform.processor()}",
             "threads": torch.get_num_threads(),
-            "model": {"name": model.name, "fingerprint": self.settings["model"], "steps": self.lm.default_steps},
+            "model": {
+                "name": model.name,
+                "fingerprint": self.settings["model"],
+                "steps": self.lm.default_steps,
+            },
             "git": git_revision(),
-            "code": "run in tools/sandbox.py" if self.args.run_untrusted_code else "not run, so not graded",
+            "code": "run in tools/sandbox.py"
+            if self.args.run_untrusted_code
+            else "not run, so not graded",
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
 
@@ -265,7 +377,9 @@ class Evaluation:
         """Compute every unit that is not there yet; of several ranks, those of this rank's batches."""
         name = "results.jsonl" if self.ranks == 1 else f"results-rank{self.rank}.jsonl"
         done, ledger = self._begin(self.folder / name)
-        todo = [key for key in self.units if key not in done and key.batch % self.ranks == self.rank]
+        todo = [
+            key for key in self.units if key not in done and key.batch % self.ranks == self.rank
+        ]
         try:
             arms, start = {arm.name: arm for arm in self.arms}, time.perf_counter()
             for count, key in enumerate(todo, start=1):
@@ -301,7 +415,12 @@ class Evaluation:
         if not self.args.quiet:
             left = seconds / count * (total - count)
             end = "\r" if sys.stderr.isatty() and count < total else "\n"
-            print(f"evaluate: {count} of {total} units, {left:,.0f} s left ", end=end, file=sys.stderr, flush=True)
+            print(
+                f"evaluate: {count} of {total} units, {left:,.0f} s left ",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
     def records(self) -> list[Record]:
         for path in files(self.folder):
@@ -318,11 +437,15 @@ class Evaluation:
 
             summary["audit"], more = audit.report(self, found)
             text = f"{text}\n\n{more}"
-        write_whole(self.folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+        write_whole(
+            self.folder / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+        )
         write_whole(self.folder / "summary.md", text + "\n")
         print(text)
         if left := len(self.units) - len(there := {key_of(record) for record in found}):
-            where = f"{self.folder}: found {len(there)} of {len(self.units)} units, {left} are missing"
+            where = (
+                f"{self.folder}: found {len(there)} of {len(self.units)} units, {left} are missing"
+            )
             print(f"evaluate: {where}; ranks need a folder that all of them see", file=sys.stderr)
         return not left
 
@@ -332,7 +455,9 @@ class Evaluation:
         """Compute one question's batches again and compare; status 1 if anything differs."""
         before = {(r["arm"], r["seed"]): r for r in self.records() if str(r["id"]) == id_}
         if not before:
-            raise ValueError(f"replay (--replay): found {id_!r}, expected the id of a question in {self.folder}")
+            raise ValueError(
+                f"replay (--replay): found {id_!r}, expected the id of a question in {self.folder}"
+            )
         arms, status = {arm.name: arm for arm in self.arms}, 0
         for (arm, seed), old in before.items():
             again = self.bench.compute(old["batch"], arms[arm], seed)
@@ -345,7 +470,9 @@ class Evaluation:
     def regrade(self) -> None:
         """Judge every text anew, and write the files anew, each whole or as it was; not while a run writes there."""
         by_id, changed, head = {row["id"]: row for row in self.rows}, 0, self.head()
-        anew = {name: self.settings[name] for name in ("run_untrusted_code", "math_verify")}  # how it is judged
+        anew = {
+            name: self.settings[name] for name in ("run_untrusted_code", "math_verify")
+        }  # how it is judged
         with contextlib.ExitStack() as held:
             for path in files(self.folder):
                 lock(path, held.enter_context(path.open("rb")))
@@ -365,7 +492,12 @@ class Evaluation:
                     answer, correct = judge(row, record["text"], prompt, self.bench.grader)
                     changed += (answer, correct) != (record["answer"], record["correct"])
                     record |= {"answer": answer, "correct": correct}
-                write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [first, *lines]))
+                write_whole(
+                    path,
+                    "".join(
+                        json.dumps(line, ensure_ascii=False) + "\n" for line in [first, *lines]
+                    ),
+                )
         print(f"evaluate: {changed} grades changed", file=sys.stderr)
 
 
@@ -401,7 +533,9 @@ def difference(old: Record, new: Record) -> str | None:
             return f"differs at agent {i}, {a['name']}: memory: found {b['mark']}, expected {a['mark']}"
     for field in ("text", "answer", "correct", "finish_reason"):
         if old.get(field) != new.get(field):
-            return f"differs in {field}: found {new.get(field)!r:.60}, expected {old.get(field)!r:.60}"
+            return (
+                f"differs in {field}: found {new.get(field)!r:.60}, expected {old.get(field)!r:.60}"
+            )
     if "nll" in old and abs(old["nll"] - new["nll"]) > 1e-4 * max(1.0, old["nll"]):
         return f"differs in nll: found {new['nll']:.6f}, expected {old['nll']:.6f}"
     return None
@@ -418,7 +552,11 @@ def summarize(found: Sequence[Record]) -> dict[str, Record]:
     summary = {}
     for name, several_records in by_arm.items():
         n = len({r["id"] for r in several_records})
-        line: Record = {"n": n, "metric": several_records[0]["metric"], "seeds": len(several_records) // n}
+        line: Record = {
+            "n": n,
+            "metric": several_records[0]["metric"],
+            "seeds": len(several_records) // n,
+        }
         graded = of_questions(several_records, "correct")
         if graded:
             line["accuracy"] = share(graded)
@@ -428,20 +566,37 @@ def summarize(found: Sequence[Record]) -> dict[str, Record]:
         if "finish_reason" in several_records[0]:
             line["truncated"] = sum(r["finish_reason"] == "length" for r in several_records) / n
             line["empty"] = sum(not r["text"].strip() for r in several_records) / n
-        line |= {name: sum(r[name] for r in several_records) / n for name in ("read", "thought", "written")}
-        line["seconds"] = median(r["seconds"] for r in several_records)  # one stall of the machine is not the arm's
+        line |= {
+            name: sum(r[name] for r in several_records) / n
+            for name in ("read", "thought", "written")
+        }
+        line["seconds"] = median(
+            r["seconds"] for r in several_records
+        )  # one stall of the machine is not the arm's
         summary[name] = line | {"memory_bytes": max(r["memory_bytes"] for r in several_records)}
     return summary
 
 
 def of_questions(found: Sequence[Record], field: str) -> list[float]:
     """A field's mean over each question's seeds, in the data's order, of the questions that have it."""
-    return by_question({(r["id"], r["seed"]): float(r[field]) for r in found if r.get(field) is not None})
+    return by_question(
+        {(r["id"], r["seed"]): float(r[field]) for r in found if r.get(field) is not None}
+    )
 
 
 def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:
     """The summary as Markdown."""
-    head = ["arm", "n", "right, 95 %", "gold NLL, 95 %", "cut off", "read", "thought", "written", "s a question"]
+    head = [
+        "arm",
+        "n",
+        "right, 95 %",
+        "gold NLL, 95 %",
+        "cut off",
+        "read",
+        "thought",
+        "written",
+        "s a question",
+    ]
     lines = [head, ["---"] * len(head)]
     for name, line in arms.items():
         right = "{:.1%} [{:.1%}, {:.1%}]".format(*line["accuracy"]) if "accuracy" in line else ""
@@ -453,7 +608,9 @@ def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:
         lines.append([name, str(line["n"]), right, nll, cut, *counts, seconds])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     chances = [row["chance"] for row in rows if "chance" in row]
-    text += f"\n\nA guessed answer is right in {sum(chances) / len(chances):.1%}." if chances else ""
+    text += (
+        f"\n\nA guessed answer is right in {sum(chances) / len(chances):.1%}." if chances else ""
+    )
     options = [1 / len(row["choices"]) for row in rows if row.get("choices")]
     by_loss = any(line["metric"] == "nll" for line in arms.values())
     if options and by_loss:  # the lowest of a few losses is right more often than a guessed answer
@@ -466,7 +623,11 @@ def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:
 
 def arguments(args: argparse.Namespace) -> Record:
     """The command line as plain values."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("out", "replay", "regrade", "debug", "quiet")}
+    kept = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("out", "replay", "regrade", "debug", "quiet")
+    }
     return json.loads(json.dumps(kept, default=str))
 
 

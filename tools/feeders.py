@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from minimas import LM, Aligner, Qwen3, Tokenizer, alignment_matrix, load  # noqa: E402
-from minimas.latent import ALIGNMENTS  # noqa: E402
+from minimas.core.latent import ALIGNMENTS  # noqa: E402
 
 Feeder = Callable[[Tensor], Tensor]
 FILE = ".safetensors"  # how the name of a saved Aligner ends
@@ -46,7 +46,15 @@ FORMS = (
     *ALIGNMENTS, "gain:P", "mean", "fitted", "soft[:T[:K]]", "gumbel[:T]", "token", "pause[:TEXT]",
     f"FILE{FILE}",
 )  # fmt: skip
-DEFAULTS = {"gain": (), "mean": (), "fitted": (), "soft": ("1", "0"), "gumbel": ("1",), "token": (), "pause": (".",)}
+DEFAULTS = {
+    "gain": (),
+    "mean": (),
+    "fitted": (),
+    "soft": ("1", "0"),
+    "gumbel": ("1",),
+    "token": (),
+    "pause": (".",),
+}
 TOKENS, WINDOW, ROWS = 10_000, 256, 8  # of plain text; read in windows, so many at once
 PLAIN_TEXT = ROOT / "tools" / "plain_text.txt"
 SHA256 = "e2dde11bd3b1edecc32ffe66c513c520efb6dd430ae927090e0309ab7f08bfd4"  # of it
@@ -66,7 +74,12 @@ def parse(kind: str) -> tuple[str, tuple[str, ...]]:
         good = len(given) == 1 and re.fullmatch(r"\d*\.?\d+", given[0]) is not None
     elif name in ("soft", "gumbel"):
         number = re.fullmatch(r"\d*\.?\d+", values[0])
-        good = good and number is not None and float(values[0]) > 0 and all(v.isdecimal() for v in values[1:])
+        good = (
+            good
+            and number is not None
+            and float(values[0]) > 0
+            and all(v.isdecimal() for v in values[1:])
+        )
     if not good:
         raise ValueError(f"align (--align): found {kind!r}, expected one of {', '.join(FORMS)}")
     return name, values
@@ -88,7 +101,9 @@ class Feeders:
         return self._made[kind]
 
 
-def feeder(model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: str | None = None) -> Feeder:
+def feeder(
+    model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: str | None = None
+) -> Feeder:
     """The map of one kind of `DEFAULTS`, (B, 1, D) -> (B, 1, D), in the dtype that it gets.
 
     Only rows of the embedding that the tokenizer can produce count.
@@ -100,14 +115,24 @@ def feeder(model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: st
     if name == "gain":
         return divide_gain(model, float(values[0]), rows)
     if name in ("soft", "gumbel"):
-        return Mixture(model, float(values[0]), int(values[1]) if name == "soft" else 0, rows, noisy=name == "gumbel")
+        return Mixture(
+            model,
+            float(values[0]),
+            int(values[1]) if name == "soft" else 0,
+            rows,
+            noisy=name == "gumbel",
+        )
     if name == "token":
         return lambda hidden: model.embed(model.logits(hidden)[..., :rows].argmax(-1))
     if tokenizer is None:
-        raise ValueError(f"align (--align): found {kind!r} with a model without tokenizer.json, which it needs")
+        raise ValueError(
+            f"align (--align): found {kind!r} with a model without tokenizer.json, which it needs"
+        )
     if name == "pause":
         ids = tokenizer.encode(values[0])
-        return lambda hidden: model.embed(torch.tensor(ids[:1], device=hidden.device)).expand_as(hidden)
+        return lambda hidden: model.embed(torch.tensor(ids[:1], device=hidden.device)).expand_as(
+            hidden
+        )
     ids = tokenizer.encode(plain_text() if text is None else text)[:TOKENS]
     return (match_means if name == "mean" else fit)(model, ids, rows)
 
@@ -125,7 +150,9 @@ def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Al
     states, _ = observe(model, ids)
     w_in = model.model.embed_tokens.weight[:rows].to(states.dtype)
     from_mean, to_mean = states.mean(0), w_in.mean(0)  # (D,)
-    spread = ((w_in - to_mean).square().sum(-1).mean() / (states - from_mean).square().sum(-1).mean()).sqrt()
+    spread = (
+        (w_in - to_mean).square().sum(-1).mean() / (states - from_mean).square().sum(-1).mean()
+    ).sqrt()
     scale = spread.expand_as(from_mean)  # (D,)
     return Aligner(scale=scale, shift=to_mean - from_mean * spread, model=model)
 
@@ -149,10 +176,16 @@ def observe(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     width = min(WINDOW, len(ids) - 1, model.config.max_position_embeddings)
     if width < 2:
-        raise ValueError(f"text (--fit-text): found {len(ids)} tokens, expected some hundred at least")
+        raise ValueError(
+            f"text (--fit-text): found {len(ids)} tokens, expected some hundred at least"
+        )
     starts = range(0, len(ids) - width, width)
-    windows = torch.tensor([ids[start : start + width + 1] for start in starts], device=model.device)  # (n, width + 1)
-    states = torch.cat([model(model.embed(part[:, :-1])) for part in windows.split(ROWS)])[:, 1:]  # (n, width − 1, D)
+    windows = torch.tensor(
+        [ids[start : start + width + 1] for start in starts], device=model.device
+    )  # (n, width + 1)
+    states = torch.cat([model(model.embed(part[:, :-1])) for part in windows.split(ROWS)])[
+        :, 1:
+    ]  # (n, width − 1, D)
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     return wide.flatten(0, 1), windows[:, 2:].flatten()
 
@@ -173,8 +206,16 @@ def plain_text() -> str:
 class Mixture:
     """Σ p_v e_v with p = softmax(scores / T) over the `most` highest scores (0: all), the scores noisy or not."""
 
-    def __init__(self, model: Qwen3, temperature: float, most: int, rows: int | None, noisy: bool) -> None:
-        self.model, self.temperature, self.most, self.rows, self.noisy = model, temperature, most, rows, noisy
+    def __init__(
+        self, model: Qwen3, temperature: float, most: int, rows: int | None, noisy: bool
+    ) -> None:
+        self.model, self.temperature, self.most, self.rows, self.noisy = (
+            model,
+            temperature,
+            most,
+            rows,
+            noisy,
+        )
 
     def drawing(self, generators: Sequence[torch.Generator]) -> Feeder:
         """The map with one source of noise for each row, so that a thought does not depend on the batch."""
@@ -184,13 +225,18 @@ class Mixture:
 
         return drawn if self.noisy else self
 
-    def __call__(self, hidden: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
         """Map (B, 1, D) to (B, 1, D); noise without `generators` comes from PyTorch's global one."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scores = self.model.logits(hidden)[..., : self.rows].to(wide)  # (B, 1, V)
         if self.noisy:
             sources = [None] * len(scores) if generators is None else generators
-            draws = [torch.rand(scores.shape[1:], dtype=torch.float64, generator=source) for source in sources]
+            draws = [
+                torch.rand(scores.shape[1:], dtype=torch.float64, generator=source)
+                for source in sources
+            ]
             noise = -(-torch.stack(draws).clamp_min(1e-300).log()).log()  # (B, 1, V), Gumbel(0, 1)
             scores = scores + noise.to(scores)
         if self.most and self.most < scores.shape[-1]:

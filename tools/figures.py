@@ -26,8 +26,20 @@ from minimas.teams import TEAMS
 Figure = dict[str, Any]  # what is drawn, as JSON
 Point = dict[str, Any]
 SHOWN_TOKENS = 2_000  # of the embedding, as the background of thoughts
-SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")  # in all runs of one picture
-CONTROLS = {"none": "no memory", "shuffled": "another question's memory", "latents": "thoughts only"}
+SAME = (
+    "model",
+    "data",
+    "dtype",
+    "quantize",
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+)  # in all runs of one picture
+CONTROLS = {
+    "none": "no memory",
+    "shuffled": "another question's memory",
+    "latents": "thoughts only",
+}
 
 
 def runs(folders: Sequence[Path]) -> list[Record]:
@@ -39,20 +51,26 @@ def runs(folders: Sequence[Path]) -> list[Record]:
     first: tuple[Path, Record] | None = None
     for folder in folders:
         if not (paths := files(folder)):
-            raise FileNotFoundError(f"{folder}: found no results*.jsonl, expected a run of tools/evaluate.py")
+            raise FileNotFoundError(
+                f"{folder}: found no results*.jsonl, expected a run of tools/evaluate.py"
+            )
         for path in paths:
             if (head := read_head(path)) is None:
                 continue
             first = first or (path, head)
             for name in SAME:
                 if (mine := head["settings"][name]) != (other := first[1]["settings"][name]):
-                    raise ValueError(f"{path}: {name}: found {mine}, expected {other} as in {first[0]}")
+                    raise ValueError(
+                        f"{path}: {name}: found {mine}, expected {other} as in {first[0]}"
+                    )
             for record in whole_lines(path):
                 if record["method"] == "latent_mas" and record["latent_steps"] is None:
                     record["latent_steps"] = head["model"]["steps"]
                 found.append(record | {"model": Path(head["model"]["name"]).name})
     if not found:
-        raise ValueError(f"{', '.join(map(str, folders))}: found no finished batch, expected one at least")
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: found no finished batch, expected one at least"
+        )
     return found
 
 
@@ -74,7 +92,13 @@ def steps(found: Sequence[Record]) -> Figure:
             if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
                 arms.setdefault(_line(r, varied), {})[r["id"], r["seed"]] = float(r[field])
         zero, lines = arms.get(("", 0)), {}
-        maps = sorted({name for name, count in arms if count and not name.startswith(tuple(CONTROLS.values()))})
+        maps = sorted(
+            {
+                name
+                for name, count in arms
+                if count and not name.startswith(tuple(CONTROLS.values()))
+            }
+        )
         for (name, count), values in sorted(arms.items()):
             if metric == "nll" and zero is None:
                 continue
@@ -83,7 +107,9 @@ def steps(found: Sequence[Record]) -> Figure:
                 lines.setdefault(line, []).append({"steps": count} | point)
         panels[metric] = lines
     if not any(panels.values()):
-        raise ValueError("found no run of latent_mas with several numbers of thoughts; a loss needs 0 among them")
+        raise ValueError(
+            "found no run of latent_mas with several numbers of thoughts; a loss needs 0 among them"
+        )
     return {"what": "steps", "panels": panels}
 
 
@@ -95,8 +121,14 @@ def _line(r: Record, varied: Sequence[str]) -> tuple[str, int]:
 
 def _unusual(r: Record, varied: Sequence[str]) -> list[str]:
     """The settings that most runs leave as they are, where they tell this picture's arms apart."""
-    said = {"team": r.get("team") or "", "transfer": "last memory only" if r.get("transfer") == "last" else ""}
-    said |= {"close": "" if r.get("close") else "turns open", "prefix": f"prefix {r.get('prefix')!r}"}
+    said = {
+        "team": r.get("team") or "",
+        "transfer": "last memory only" if r.get("transfer") == "last" else "",
+    }
+    said |= {
+        "close": "" if r.get("close") else "turns open",
+        "prefix": f"prefix {r.get('prefix')!r}",
+    }
     return [said[name] for name in varied if said[name]]
 
 
@@ -109,7 +141,13 @@ def _varied(found: Sequence[Record]) -> list[str]:
 def _paired(values: dict[tuple[str, int], float], others: dict[tuple[str, int], float]) -> Point:
     if (line := paired(values, others)) is None:
         raise ValueError("found arms without a question and seed in common, expected the same ones")
-    return {"n": line["n"], "y": line["mean"], "low": line["low"], "high": line["high"], "p": line["p"]}
+    return {
+        "n": line["n"],
+        "y": line["mean"],
+        "low": line["low"],
+        "high": line["high"],
+        "p": line["p"],
+    }
 
 
 def _share(values: dict[tuple[str, int], float]) -> Point:
@@ -128,8 +166,13 @@ def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM
     for name, line in summarize(graded).items():
         if "accuracy" in line:
             y, low, high = line["accuracy"]
-            kept = {what: line[what] for what in ("n", "read", "thought", "written", "seconds", "truncated")}
-            arms.append({"name": name, "method": methods[name], "y": y, "low": low, "high": high} | kept)
+            kept = {
+                what: line[what]
+                for what in ("n", "read", "thought", "written", "seconds", "truncated")
+            }
+            arms.append(
+                {"name": name, "method": methods[name], "y": y, "low": low, "high": high} | kept
+            )
     if not arms:
         raise ValueError("found no graded answer, expected a run with --metric accuracy")
     theirs = []
@@ -137,22 +180,44 @@ def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM
         try:
             table = paper["sequential"][task]
         except KeyError as error:
-            raise ValueError(f"paper (--paper): found no {error.args[0]!r}, expected sequential: {task}") from error
+            raise ValueError(
+                f"paper (--paper): found no {error.args[0]!r}, expected sequential: {task}"
+            ) from error
         for size in table["acc"]:
             numbers = (table[what][size] for what in ("acc", "tokens", "seconds"))
             columns = zip(("single", "text_mas", "latent_mas"), *numbers, strict=True)
             for name, accuracy, tokens, seconds in columns:
-                theirs.append({"name": name, "model": size, "y": accuracy / 100, "written": tokens, "seconds": seconds})
-    return {"what": "costs", "model": found[0]["model"], "task": task, "arms": arms, "paper": theirs}
+                theirs.append(
+                    {
+                        "name": name,
+                        "model": size,
+                        "y": accuracy / 100,
+                        "written": tokens,
+                        "seconds": seconds,
+                    }
+                )
+    return {
+        "what": "costs",
+        "model": found[0]["model"],
+        "task": task,
+        "arms": arms,
+        "paper": theirs,
+    }
 
 
 def label(r: Record, varied: Sequence[str]) -> str:
     """What an arm is, from its settings: runs may call two arms the same, or one arm two names."""
     name = f"{r['method']}, vote of {r['samples']}" if r["samples"] > 1 else str(r["method"])
     if r["method"] == "latent_mas":
-        thoughts = f"{r['latent_steps']} × {r['align'] or 'ridge'}" if r["latent_steps"] else "prompts only"
+        thoughts = (
+            f"{r['latent_steps']} × {r['align'] or 'ridge'}"
+            if r["latent_steps"]
+            else "prompts only"
+        )
         control = CONTROLS.get(r["transfer"], "")
-        name = ", ".join([name, *([thoughts] if r["transfer"] != "none" else []), *filter(None, [control])])
+        name = ", ".join(
+            [name, *([thoughts] if r["transfer"] != "none" else []), *filter(None, [control])]
+        )
     return ", ".join([name, *_unusual(r, varied)])
 
 
@@ -183,7 +248,9 @@ def forest(found: Sequence[Record]) -> Figure:
 # -- where thoughts lie -----------------------------------------------------------------------------------------------
 
 
-def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int, kind: str = "math") -> Figure:
+def thoughts(
+    lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int, kind: str = "math"
+) -> Figure:
     """The first agent's `count` thoughts on some questions under each map, beside the embeddings of tokens.
 
     All in the plane of the two main directions of token embeddings and thoughts together; by step, means over the
@@ -191,7 +258,9 @@ def thoughts(lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int,
     """
     planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
     pair = Team((planner, last))
-    w_in = lm.model.model.embed_tokens.weight[: lm.tokenizer.size if lm.tokenizer else None]  # (V, D)
+    w_in = lm.model.model.embed_tokens.weight[
+        : lm.tokenizer.size if lm.tokenizer else None
+    ]  # (V, D)
     taps, feeder = {}, Feeders(lm)
     for name in kinds:
         taps[name] = Tap(feeder(name))

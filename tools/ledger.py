@@ -28,7 +28,9 @@ class Key(NamedTuple):
 
 
 # What is counted and compared of a record, if it is there.
-KINDS: dict[str, Any] = dict.fromkeys(["read", "thought", "written", "seconds", "memory_bytes", "nll"], int | float)
+KINDS: dict[str, Any] = dict.fromkeys(
+    ["read", "thought", "written", "seconds", "memory_bytes", "nll"], int | float
+)
 KINDS |= {"correct": bool | None, "text": str, "agents": list}
 Units = Mapping[Key, Sequence[str]]  # the ids of each unit's questions, in the order of computation
 
@@ -46,7 +48,9 @@ def read_head(path: Path) -> Record | None:
         return None
     head = _parse(path, 1, line)
     if "id" in head or not isinstance(head.get("settings"), dict):
-        raise ValueError(f"{path}: line 1: found {line[:60]!r}, expected the head of a run with its settings")
+        raise ValueError(
+            f"{path}: line 1: found {line[:60]!r}, expected the head of a run with its settings"
+        )
     return head
 
 
@@ -58,9 +62,15 @@ def check(path: Path, settings: Record) -> None:
     found = head["settings"]
     for name in dict.fromkeys([*settings, *found]):
         if found.get(name) != settings.get(name):
-            flag = f"{name} (--{name.replace('_', '-')})" if name in head.get("arguments", {}) else name
+            flag = (
+                f"{name} (--{name.replace('_', '-')})"
+                if name in head.get("arguments", {})
+                else name
+            )
             old, new = (json.dumps(x.get(name), ensure_ascii=False)[:80] for x in (found, settings))
-            raise ValueError(f"{path}: line 1: {flag}: found {old}, expected {new}; other settings need another --out")
+            raise ValueError(
+                f"{path}: line 1: {flag}: found {old}, expected {new}; other settings need another --out"
+            )
 
 
 def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
@@ -81,16 +91,24 @@ def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
             continue
         key = key_of(record)
         if not isinstance(key.arm, str) or type(key.batch) is not int or type(key.seed) is not int:
-            raise ValueError(f"{path}: line {number}: found {tuple(key)}, expected a batch's number, an arm, a seed")
+            raise ValueError(
+                f"{path}: line {number}: found {tuple(key)}, expected a batch's number, an arm, a seed"
+            )
         if not unit and (key not in units or key in seen):
             why = "a second time" if key in seen else "which is no part of this run"
-            raise ValueError(f"{path}: line {number}: found {tuple(key)} {why}, expected another batch, arm and seed")
+            raise ValueError(
+                f"{path}: line {number}: found {tuple(key)} {why}, expected another batch, arm and seed"
+            )
         expected = units[key_of(unit[0]) if unit else key][len(unit)]
         if record.get("id") != expected or (unit and key != key_of(unit[0])):
-            raise ValueError(f"{path}: line {number}: id: found {record.get('id')!r}, expected {expected!r}")
+            raise ValueError(
+                f"{path}: line {number}: id: found {record.get('id')!r}, expected {expected!r}"
+            )
         for name, kinds in KINDS.items():
             if name in record and not isinstance(record[name], kinds):
-                raise ValueError(f"{path}: line {number}: {name}: found {record[name]!r:.60}, expected another type")
+                raise ValueError(
+                    f"{path}: line {number}: {name}: found {record[name]!r:.60}, expected another type"
+                )
         unit.append(record)
         if len(unit) == len(units[key]):
             done.append(unit)
@@ -112,7 +130,9 @@ def key_of(record: Record) -> Key:
 
 def records(folder: Path, units: Units) -> list[Record]:
     """Every record of a folder's files in the order of `units`: the merged table."""
-    found = {key_of(unit[0]): unit for path in files(folder) for unit in whole_units(path, units)[0]}
+    found = {
+        key_of(unit[0]): unit for path in files(folder) for unit in whole_units(path, units)[0]
+    }
     return [record for key in units for record in found.get(key, [])]
 
 
@@ -129,7 +149,9 @@ def take_up(folder: Path, settings: Record, units: Units) -> set[Key]:
     for path, (whole, _) in found.items():
         keys = {key_of(unit[0]) for unit in whole}
         if twice := keys & done:
-            raise ValueError(f"{path}: found {tuple(min(twice))}, which is in another file of the folder too")
+            raise ValueError(
+                f"{path}: found {tuple(min(twice))}, which is in another file of the folder too"
+            )
         done |= keys
     for path, (_, end) in found.items():
         with path.open("r+b") as file:
@@ -148,7 +170,9 @@ class Ledger:
         lock(path, self._file)
         if self._file.tell() == 0:
             self.append([head])
-            folder = os.open(path.parent, os.O_RDONLY)  # the name of a new file is the folder's to keep
+            folder = os.open(
+                path.parent, os.O_RDONLY
+            )  # the name of a new file is the folder's to keep
             os.fsync(folder)
             os.close(folder)
 
@@ -165,7 +189,9 @@ class Ledger:
         except OSError as error:
             os.truncate(self.path, before)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(error.errno, f"{self.path}: the disk is full; what was done before is kept") from error
+                raise OSError(
+                    error.errno, f"{self.path}: the disk is full; what was done before is kept"
+                ) from error
             raise
 
     def close(self) -> None:
@@ -177,7 +203,9 @@ def lock(path: Path, file: Any) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(f"{path}: another process is writing here, expected one at a time") from error
+        raise ValueError(
+            f"{path}: another process is writing here, expected one at a time"
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -191,7 +219,9 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path}: not written, and as it was before ({error.strerror})") from error
+        raise OSError(
+            error.errno, f"{path}: not written, and as it was before ({error.strerror})"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

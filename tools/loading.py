@@ -58,7 +58,9 @@ def load_once(name: str, source: Path, threads: int) -> dict[str, float]:
     return result | {"peak, token": resident("VmHWM") - before}
 
 
-def load_all(names: list[str], folder: Path, work: Path, rounds: int, threads: int) -> dict[str, dict[str, float]]:
+def load_all(
+    names: list[str], folder: Path, work: Path, rounds: int, threads: int
+) -> dict[str, dict[str, float]]:
     """Medians of `load_once`, interleaved, each time in a fresh process; an extra first round warms the page cache."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in (PLAIN, *names)}
     for turn in range(rounds + 1):
@@ -66,12 +68,16 @@ def load_all(names: list[str], folder: Path, work: Path, rounds: int, threads: i
         for name in list(samples):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 try:
-                    source = cast.write_source(folder, FIELD[name], work) if name != PLAIN else folder
+                    source = (
+                        cast.write_source(folder, FIELD[name], work) if name != PLAIN else folder
+                    )
                     samples[name].append(process.submit(load_once, name, source, threads).result())
                 except (ImportError, ValueError) as error:
                     print(f"load: {name} is left out: {error}", file=sys.stderr)
                     del samples[name]
-    return {name: {key: median(r[key] for r in rs[1:]) for key in rs[0]} for name, rs in samples.items()}
+    return {
+        name: {key: median(r[key] for r in rs[1:]) for key in rs[0]} for name, rs in samples.items()
+    }
 
 
 def load_table(loads: dict[str, dict[str, float]], size: int, config: Config) -> list[str]:
@@ -83,8 +89,12 @@ def load_table(loads: dict[str, dict[str, float]], size: int, config: Config) ->
         "|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for name, of in loads.items():
-        extra = f"{of['first'] - of['second']:.2f}" if name != PLAIN else ""  # minimas packs its matrices there
+        extra = (
+            f"{of['first'] - of['second']:.2f}" if name != PLAIN else ""
+        )  # minimas packs its matrices there
         stored = size if name == PLAIN else cast.stored_bytes(config, FIELD[name])
         peaks = f"{stored / MiB:,.0f} | {of['peak'] / MiB:,.0f} | {of['peak, token'] / MiB:,.0f}"
-        lines.append(f"| {name} | {of['load']:.2f} | {of['load'] / loads[PLAIN]['load']:.2f} × | {extra} | {peaks} |")
+        lines.append(
+            f"| {name} | {of['load']:.2f} | {of['load'] / loads[PLAIN]['load']:.2f} × | {extra} | {peaks} |"
+        )
     return lines

@@ -29,7 +29,18 @@ from tasks import kind_of, read_rows  # noqa: E402
 import minimas  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind tell apart; black is for what all is compared with.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800", "#8C564B", "#332288")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7F7F7F",
+    "#B8A800",
+    "#8C564B",
+    "#332288",
+)
 MARKS = {"single": "o", "text_mas": "s", "latent_mas": "D"}
 CONTROL_MARKS = dict(zip(figures.CONTROLS.values(), "vXs", strict=True))
 SETTINGS = {
@@ -37,7 +48,9 @@ SETTINGS = {
     "legend.fontsize": 8, "svg.hashsalt": "minimas", "figure.facecolor": "white",
 }  # fmt: skip
 MAPS = "ridge,prenorm,identity,fitted,token,pause,random"  # whose thoughts are drawn, if nothing else is asked
-ORDER = "ridge prenorm fitted token pause random mean soft gumbel identity".split()  # of colours, in all pictures
+ORDER = (
+    "ridge prenorm fitted token pause random mean soft gumbel identity".split()
+)  # of colours, in all pictures
 SMALL = 0.1  # a loss below it is drawn on a linear scale, above it on a logarithmic one
 
 
@@ -46,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         figure = collect(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(args.out.with_name(args.out.name + ".json"), json.dumps(figure, ensure_ascii=False) + "\n")
+        write_whole(
+            args.out.with_name(args.out.name + ".json"),
+            json.dumps(figure, ensure_ascii=False) + "\n",
+        )
         draw(figure, args.out)
         return 0
     except KeyboardInterrupt:
@@ -61,21 +77,36 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_subparsers(dest="what", required=True, parser_class=Parser)
     for name, count in (("steps", "+"), ("costs", "+"), ("audit", 1)):
         command = what.add_parser(name)
-        command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="folder of results")
-    what.choices["costs"].add_argument("--paper", type=Path, metavar="FILE", help="the paper's tables, beside ours")
+        command.add_argument(
+            "runs", type=Path, nargs=count, metavar="RUN", help="folder of results"
+        )
+    what.choices["costs"].add_argument(
+        "--paper", type=Path, metavar="FILE", help="the paper's tables, beside ours"
+    )
     what.choices["costs"].add_argument("--task", default="GSM8K", help="(default: %(default)s)")
     command = what.add_parser("thoughts")
     command.add_argument("--model", "-m", default="weights/tiny")
     command.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help="questions")
-    command.add_argument("--limit", type=single_value(whole(1)), default=8, help="so many (default: %(default)s)")
-    command.add_argument("--align", type=several(kind_of_map), default=several(kind_of_map)(MAPS), help="list of maps")
-    command.add_argument("--steps", type=single_value(whole(2)), default=80, help="(default: %(default)s)")
+    command.add_argument(
+        "--limit", type=single_value(whole(1)), default=8, help="so many (default: %(default)s)"
+    )
+    command.add_argument(
+        "--align",
+        type=several(kind_of_map),
+        default=several(kind_of_map)(MAPS),
+        help="list of maps",
+    )
+    command.add_argument(
+        "--steps", type=single_value(whole(2)), default=80, help="(default: %(default)s)"
+    )
     command.add_argument("--dtype", default="auto")
     command.add_argument("--device", default="auto")
     command = what.add_parser("again")
     command.add_argument("numbers", type=Path, metavar="FILE.json")
     for command in what.choices.values():
-        command.add_argument("--out", type=Path, required=True, metavar="OUT", help="path without an ending")
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="OUT", help="path without an ending"
+        )
     return top
 
 
@@ -95,7 +126,9 @@ def collect(args: argparse.Namespace) -> Figure:
         return figures.thoughts(lm, questions, args.align, args.steps, kind)
     figure = json.loads(args.numbers.read_text(encoding="utf-8"))
     if not isinstance(figure, dict) or figure.get("what") not in DRAWN:
-        raise ValueError(f"{args.numbers}: what: found no picture's name, expected one of {', '.join(DRAWN)}")
+        raise ValueError(
+            f"{args.numbers}: what: found no picture's name, expected one of {', '.join(DRAWN)}"
+        )
     return figure
 
 
@@ -125,20 +158,32 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
     canvas.set_size_inches(1.6 + 4.4 * len(panels), 3.6)
     named = dict.fromkeys(name for lines in panels.values() for name in lines)
     colour_of, shown = colours(named), {}
-    for axes, (metric, lines) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (metric, lines) in zip(
+        canvas.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         alone = [name for name in lines if sum(point["steps"] > 0 for point in lines[name]) == 1]
         for name in sorted(lines, key=list(colour_of).index):
             points, colour = lines[name], colour_of[name]
-            x, y, low, high = ([point[key] for point in points] for key in ("steps", "y", "low", "high"))
+            x, y, low, high = (
+                [point[key] for point in points] for key in ("steps", "y", "low", "high")
+            )
             if len([count for count in x if count]) > 1:
                 mark = CONTROL_MARKS.get(name, "o")
                 shown[name] = axes.plot(x, y, f"{mark}-", color=colour, markersize=3.5)[0]
                 axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             else:  # ran with one number of thoughts; several of them stand beside each other
                 errors = [[y[-1] - low[-1]], [high[-1] - y[-1]]]
-                apart = 0.85 * 1.35 ** (alone.index(name) / max(1, len(alone) - 1))  # around where they belong
+                apart = 0.85 * 1.35 ** (
+                    alone.index(name) / max(1, len(alone) - 1)
+                )  # around where they belong
                 mark = CONTROL_MARKS.get(name, "o")
-                style = {"fmt": mark, "markersize": 4, "linewidth": 1, "color": colour, "capsize": 2}
+                style = {
+                    "fmt": mark,
+                    "markersize": 4,
+                    "linewidth": 1,
+                    "color": colour,
+                    "capsize": 2,
+                }
                 shown[name] = axes.errorbar([x[-1] * apart], y[-1:], errors, **style)
         counts = sorted({point["steps"] for points in lines.values() for point in points})
         axes.set_xscale("symlog", linthresh=1)
@@ -178,14 +223,25 @@ def draw_costs(figure: Figure, canvas: Any) -> None:
     for axes, what in zip(grid[0], ("written", "seconds"), strict=True):
         for place, arm in enumerate(figure["arms"]):
             errors = [[arm["y"] - arm["low"]], [arm["high"] - arm["y"]]]
-            mark = MARKS[arm["method"]] if len(figure["arms"]) <= len(COLOURS) else "oDsv^<>pP*Xdh8"[place % 14]
-            style = {"fmt": mark, "color": COLOURS[place % len(COLOURS)], "markersize": 5, "capsize": 2}
+            mark = (
+                MARKS[arm["method"]]
+                if len(figure["arms"]) <= len(COLOURS)
+                else "oDsv^<>pP*Xdh8"[place % 14]
+            )
+            style = {
+                "fmt": mark,
+                "color": COLOURS[place % len(COLOURS)],
+                "markersize": 5,
+                "capsize": 2,
+            }
             shown[arm["name"]] = axes.errorbar([arm[what]], [arm["y"]], errors, **style)
         label = {"written": "tokens written a question", "seconds": "seconds a question"}[what]
         axes.set(xlabel=label, ylabel="right, 95 % interval", ylim=(-0.03, 1.03))
         axes.set_xlim(left=0)
         n = sorted({arm["n"] for arm in figure["arms"]})
-        axes.set_title(f"Measured here, {figure['model']}, n = {n[0]}{f' to {n[-1]}' * (len(n) > 1)}")
+        axes.set_title(
+            f"Measured here, {figure['model']}, n = {n[0]}{f' to {n[-1]}' * (len(n) > 1)}"
+        )
     canvas.legend(shown.values(), shown, loc="outside right upper")
     if rows == 1:
         return
@@ -193,10 +249,18 @@ def draw_costs(figure: Figure, canvas: Any) -> None:
     for axes, what in zip(grid[1], ("written", "seconds"), strict=True):
         for name in names:
             mine = [point for point in figure["paper"] if point["name"] == name]
-            axes.plot([p[what] for p in mine], [p["y"] for p in mine], MARKS[name], color="#444444", label=name)
+            axes.plot(
+                [p[what] for p in mine],
+                [p["y"] for p in mine],
+                MARKS[name],
+                color="#444444",
+                label=name,
+            )
             for point in mine:
                 place = (point[what], point["y"])
-                axes.annotate(point["model"], place, xytext=(5, 3), textcoords="offset points", fontsize=7)
+                axes.annotate(
+                    point["model"], place, xytext=(5, 3), textcoords="offset points", fontsize=7
+                )
         label = {"written": "tokens a question", "seconds": "seconds a run"}[what]
         axes.set(xlabel=label, ylabel="right")
         axes.set_xlim(left=0)
@@ -214,9 +278,15 @@ def draw_forest(figure: Figure, canvas: Any) -> None:
         names = list(panel["arms"])[::-1]
         for place, name in enumerate(names):
             line, better = panel["arms"][name], -1 if metric == "nll" else 1
-            colour = "#7F7F7F" if line["p"] >= figure["alpha"] else COLOURS[0 if line["mean"] * better > 0 else 1]
+            colour = (
+                "#7F7F7F"
+                if line["p"] >= figure["alpha"]
+                else COLOURS[0 if line["mean"] * better > 0 else 1]
+            )
             errors = [[line["mean"] - line["low"]], [line["high"] - line["mean"]]]
-            axes.errorbar([line["mean"]], [place], xerr=errors, fmt="o", color=colour, markersize=4, capsize=2)
+            axes.errorbar(
+                [line["mean"]], [place], xerr=errors, fmt="o", color=colour, markersize=4, capsize=2
+            )
         axes.set_yticks(range(len(names)), names)
         axes.margins(x=0.08)
         n = max(line["n"] for line in panel["arms"].values())
@@ -246,14 +316,22 @@ def draw_thoughts(figure: Figure, canvas: Any) -> None:
         [shown[name]] = norms.plot(numbers, one["norm before rescaling"], **style)
         following.plot(numbers[1:], one["successive cosine"], **style)
         nearest.plot(numbers, one["cosine to the nearest token"], **style)
-    shown["a token's embedding"] = norms.axhline(tokens["norm"], color="black", linewidth=0.8, linestyle="--")
+    shown["a token's embedding"] = norms.axhline(
+        tokens["norm"], color="black", linewidth=0.8, linestyle="--"
+    )
     norms.set_yscale("log")
-    places.set(title="Thoughts, and token embeddings in grey", xlabel="first main direction", ylabel="second")
+    places.set(
+        title="Thoughts, and token embeddings in grey",
+        xlabel="first main direction",
+        ylabel="second",
+    )
     norms.set(title="Norm of the mapped state, before rescaling", xlabel="thought")
     following.set(title="Cosine to the thought before", xlabel="thought", ylim=(-0.1, 1.05))
     nearest.set(title="Cosine to the nearest token embedding", xlabel="thought", ylim=(-0.1, 1.05))
     canvas.legend(shown.values(), shown, loc="outside right upper")
-    canvas.suptitle(f"{figure['model']}: {figure['steps']} thoughts on {figure['questions']} questions")
+    canvas.suptitle(
+        f"{figure['model']}: {figure['steps']} thoughts on {figure['questions']} questions"
+    )
 
 
 DRAWN = {"steps": draw_steps, "costs": draw_costs, "forest": draw_forest, "thoughts": draw_thoughts}

@@ -20,7 +20,7 @@ from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
-from minimas.generate import CHUNK, read
+from minimas.text.generate import CHUNK, read
 
 WAYS = {"one by one": 1, "in chunks": CHUNK}
 AT = (1, 2, 5, 10, 20, 40, 80)  # thoughts at which the tables look
@@ -70,7 +70,11 @@ def roll_out(lm: LM, ids: list[int], align: Aligner, forced: Tensor | None = Non
 
     def feed(hidden: Tensor) -> Tensor:
         own.append(align(hidden)[0])  # (1, D)
-        return own[-1][None] if forced is None else forced[None, len(own) - 1 : len(own)].to(hidden.dtype)
+        return (
+            own[-1][None]
+            if forced is None
+            else forced[None, len(own) - 1 : len(own)].to(hidden.dtype)
+        )
 
     cache = lm.model.new_cache(1)
     think(lm.model, feed, read(lm.model, [ids], cache), cache, AT[-1])
@@ -88,7 +92,9 @@ def memory_error(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     for name, lm in models(args, args.memory_error, wider=True):
         if not base:
             if lm.tokenizer is None:
-                raise ValueError(f"{args.memory_error}: tokenizer.json is missing, expected one: the prompt is text")
+                raise ValueError(
+                    f"{args.memory_error}: tokenizer.json is missing, expected one: the prompt is text"
+                )
             ids = lm.tokenizer.encode_turn(lm.tokenizer.turn(text))
             aligners = {kind: lm.aligner(kind) for kind in ALIGNMENTS}  # the same maps for all
         for kind, align in aligners.items():
@@ -97,8 +103,12 @@ def memory_error(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
                 continue
             for fed in ("its own", "bf16's"):
                 made = roll_out(lm, ids, align, None if fed == "its own" else base[kind].thoughts)
-                samples["steps"][f"{kind} | {name} | {fed}"] = compare(made.thoughts, base[kind].thoughts)
-                samples["thoughts"] |= layers(f"{kind} | {name} | {fed}", made.cache, base[kind].cache, len(ids), None)
+                samples["steps"][f"{kind} | {name} | {fed}"] = compare(
+                    made.thoughts, base[kind].thoughts
+                )
+                samples["thoughts"] |= layers(
+                    f"{kind} | {name} | {fed}", made.cache, base[kind].cache, len(ids), None
+                )
                 samples["prompt"] |= layers(name, made.cache, base[kind].cache, 0, len(ids))
     lines = [
         f"Relative error against bf16, of a prompt of {len(ids)} tokens, per layer (float32 shows what bf16 itself",
@@ -109,7 +119,9 @@ def memory_error(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         f"| map | model | fed | {' | '.join(map(str, AT))} | largest |", "|---|---|---|" + "--:|" * (len(AT) + 1),
     ]  # fmt: skip
     for label, steps in samples["steps"].items():
-        cells = [f"{error:.3f} ({cosine:.4f})" for error, cosine in (steps[step - 1] for step in AT)]
+        cells = [
+            f"{error:.3f} ({cosine:.4f})" for error, cosine in (steps[step - 1] for step in AT)
+        ]
         cells.append(f"{(most := max(steps))[0]:.3f} at {steps.index(most) + 1}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", f"Relative error of the memory of the {AT[-1]} thoughts, per layer:", ""]
@@ -124,7 +136,9 @@ def compare(found: Tensor, expected: Tensor) -> list[tuple[float, float]]:
     return list(zip(errors.tolist(), cosines.tolist(), strict=True))
 
 
-def layers(label: str, found: KVCache, expected: KVCache, first: int, last: int | None) -> dict[str, list[float]]:
+def layers(
+    label: str, found: KVCache, expected: KVCache, first: int, last: int | None
+) -> dict[str, list[float]]:
     """Relative error of keys and of values in the slots first … last, layer by layer."""
     last = int(expected.lengths[0]) if last is None else last
 
@@ -132,7 +146,9 @@ def layers(label: str, found: KVCache, expected: KVCache, first: int, last: int 
         return relative(mine[:, :, first:last], theirs[:, :, first:last])  # (1, K, S, d)
 
     return {
-        f"{label} | {kind}": [error(*pair) for pair in zip(getattr(found, kind), getattr(expected, kind), strict=True)]
+        f"{label} | {kind}": [
+            error(*pair) for pair in zip(getattr(found, kind), getattr(expected, kind), strict=True)
+        ]
         for kind in ("keys", "values")
     }
 
@@ -140,9 +156,16 @@ def layers(label: str, found: KVCache, expected: KVCache, first: int, last: int 
 def layer_table(labels: str, errors: dict[str, list[float]], everything: bool) -> list[str]:
     """One line a model; the columns are some layers, and the largest error with its layer."""
     count = len(next(iter(errors.values())))
-    shown = range(count) if everything else sorted({0, count // 4, count // 2, 3 * count // 4, count - 1})
+    shown = (
+        range(count)
+        if everything
+        else sorted({0, count // 4, count // 2, 3 * count // 4, count - 1})
+    )
     titles = [f"layer {layer}" for layer in shown] + ["largest"]
-    lines = [f"| {labels}| " + " | ".join(titles) + " |", "|" + "---|" * (labels.count("|") + 1) + "--:|" * len(titles)]
+    lines = [
+        f"| {labels}| " + " | ".join(titles) + " |",
+        "|" + "---|" * (labels.count("|") + 1) + "--:|" * len(titles),
+    ]
     for label, of in errors.items():
         most = max(range(count), key=of.__getitem__)
         cells = [f"{of[layer]:.3f}" for layer in shown] + [f"{of[most]:.3f} in {most}"]
@@ -161,16 +184,26 @@ def perplexity(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     for name, lm in models(args, args.perplexity):
         if not windows:
             if lm.tokenizer is None:
-                raise ValueError(f"{args.perplexity}: tokenizer.json is missing, expected one: a text is to be read")
+                raise ValueError(
+                    f"{args.perplexity}: tokenizer.json is missing, expected one: a text is to be read"
+                )
             ids = lm.tokenizer.encode(the_text(args.text))[: args.tokens]
             windows = [ids[i : i + args.window] for i in range(0, len(ids) - 1, args.window)]
             stored = lm.model.state_dict().items()
-            exact = {key.removesuffix(".weight"): w for key, w in stored if key.endswith("_proj.weight")}
+            exact = {
+                key.removesuffix(".weight"): w for key, w in stored if key.endswith("_proj.weight")
+            }
         weights = [relative(found, exact[key]) for key, found in matrices(lm.model, exact)]
         samples[name] = {"weights": sum(weights) / max(1, len(weights))}
         for way, step in WAYS.items():
-            samples[name][way] = torch.cat([losses(lm, window, step) for window in windows]).tolist()
-            print(f"{name}, {way}: {perplexity_of(samples[name][way]):.4f}", file=sys.stderr, flush=True)
+            samples[name][way] = torch.cat(
+                [losses(lm, window, step) for window in windows]
+            ).tolist()
+            print(
+                f"{name}, {way}: {perplexity_of(samples[name][way]):.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
     count = len(samples["bf16"]["in chunks"])
     lines = [
         f"Perplexity of {count:,} tokens of {args.text} in windows of {args.window}, read one by one (the kernels of a "
@@ -178,7 +211,9 @@ def perplexity(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         "| | " + " | ".join(WAYS) + " | relative error of the weights |", "|---|" + "--:|" * (len(WAYS) + 1),
     ]  # fmt: skip
     for name, of in samples.items():
-        cells = [f"{perplexity_of(of[way]):.4f} ({ratio(of[way], samples['bf16'][way])})" for way in WAYS]
+        cells = [
+            f"{perplexity_of(of[way]):.4f} ({ratio(of[way], samples['bf16'][way])})" for way in WAYS
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} | {of['weights']:.4f} |")
     return lines, samples
 
@@ -189,7 +224,9 @@ def perplexity_of(losses: list[float]) -> float:
 
 def ratio(losses: list[float], base: list[float]) -> str:
     """Of two perplexities on the same tokens, and its standard error, as if tokens were independent."""
-    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(
+        base, dtype=torch.float64
+    )
     value = differences.mean().exp().item()
     return f"{value:.4f} ± {value * differences.std().item() / len(losses) ** 0.5:.4f}"
 
@@ -205,7 +242,11 @@ def losses(lm: LM, ids: list[int], step: int) -> Tensor:
     for start in range(0, len(ids) - 1, step):
         part = tokens[:, start : min(start + step, len(ids) - 1)]
         logits = lm.model.logits(lm.model(lm.model.embed(part), cache))[0].float()  # (T, V)
-        parts.append(F.cross_entropy(logits, tokens[0, start + 1 : start + 1 + len(logits)], reduction="none"))
+        parts.append(
+            F.cross_entropy(
+                logits, tokens[0, start + 1 : start + 1 + len(logits)], reduction="none"
+            )
+        )
     return torch.cat(parts)
 
 
@@ -222,4 +263,7 @@ def the_text(path: Path) -> str:
     """A text file, or the questions and solutions of a .jsonl file."""
     if path.suffix != ".jsonl":
         return path.read_text(encoding="utf-8")
-    return "\n\n".join(f"{row['question']}\n{row.get('solution', row.get('answer', ''))}" for row in read_rows(path))
+    return "\n\n".join(
+        f"{row['question']}\n{row.get('solution', row.get('answer', ''))}"
+        for row in read_rows(path)
+    )

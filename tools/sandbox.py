@@ -74,7 +74,9 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
         }
         guard = subprocess.Popen(
             [sys.executable, "-s", "-P", "-B", __file__, "--guard"],
-            env={"PYTHONHASHSEED": "0"},  # the same order of sets in every run; taken away before the program starts
+            env={
+                "PYTHONHASHSEED": "0"
+            },  # the same order of sets in every run; taken away before the program starts
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -91,14 +93,18 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(guard.pid, signal.SIGKILL)
             guard.wait()
-            _read(reading, time.monotonic() + 5)  # until the last process that holds the other end is gone
+            _read(
+                reading, time.monotonic() + 5
+            )  # until the last process that holds the other end is gone
             os.close(reading)
     seconds = time.monotonic() - start
     head, _, verdict = said.partition(b"\n")
     for missing in json.loads(head) if verdict or head.endswith(b"]") else []:
         if missing not in _told:
             _told.add(missing)
-            print(f"sandbox: this kernel refuses {missing}; programs run without it", file=sys.stderr)
+            print(
+                f"sandbox: this kernel refuses {missing}; programs run without it", file=sys.stderr
+            )
     if verdict == f"passed {token}".encode():
         return Outcome(True, "passed", seconds)
     if verdict.startswith(f"passed {token}".encode()):
@@ -106,7 +112,9 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
     if not ended:
         return Outcome(False, f"not done after {timeout:g} s", seconds)
     if verdict.startswith(b"raised "):
-        return Outcome(False, " ".join(verdict[7:].decode("utf-8", "replace").split())[:300], seconds)
+        return Outcome(
+            False, " ".join(verdict[7:].decode("utf-8", "replace").split())[:300], seconds
+        )
     return Outcome(False, "ended before its last statement", seconds)
 
 
@@ -124,7 +132,11 @@ def _read(descriptor: int, until: float, most: int = 4096) -> tuple[bytes, bool]
 # -- the guard: from here on in a process of its own ------------------------------------------------------------------
 
 _C = ctypes.CDLL(None, use_errno=True)
-NEW_NAMESPACES = {"mount namespaces": 0x20000, "IPC namespaces": 0x8000000, "network namespaces": 0x40000000}
+NEW_NAMESPACES = {
+    "mount namespaces": 0x20000,
+    "IPC namespaces": 0x8000000,
+    "network namespaces": 0x40000000,
+}
 NEW_USER, NEW_PID = 0x10000000, 0x20000000
 PR_SET_PDEATHSIG, PR_SET_SECUREBITS, PR_SET_NO_NEW_PRIVS = 1, 28, 38
 NO_SETUID_FIXUP = 4
@@ -212,8 +224,15 @@ def _enter_user_namespace() -> int:
 def _mount(folder: str) -> None:
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     _call(_C.mount(b"none", b"/", None, MS_REC_PRIVATE, None))
-    _call(_C.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes)))
-    for place, size in (("/run", "4k"), (folder, f"{FOLDER_MB}m")):  # /run: where services have their sockets
+    _call(
+        _C.syscall(
+            SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, ctypes.sizeof(attributes)
+        )
+    )
+    for place, size in (
+        ("/run", "4k"),
+        (folder, f"{FOLDER_MB}m"),
+    ):  # /run: where services have their sockets
         options = f"size={size},nr_inodes=1024,mode=0700".encode()
         _call(_C.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV, options))
 
@@ -245,7 +264,9 @@ def _program(order, token: int, user: int, missing: list[str]) -> None:
             resource.setrlimit(limit, (value, value))
         os.environ.clear()
         write(verdict, json.dumps(sorted(set(missing))).encode() + b"\n")
-        module = types.ModuleType("program")  # not "__main__": a script's own demonstration is not part of the answer
+        module = types.ModuleType(
+            "program"
+        )  # not "__main__": a script's own demonstration is not part of the answer
         sys.modules["program"] = module
         sys.argv = ["program"]
         exec(compile(order.pop("program"), "program", "exec", dont_inherit=True), module.__dict__)
@@ -253,7 +274,9 @@ def _program(order, token: int, user: int, missing: list[str]) -> None:
         write(verdict, b"passed " + read(token, 64))
     except BaseException as error:
         with contextlib.suppress(BaseException):
-            write(verdict, f"raised {type(error).__name__}: {hear(str(error))[1:-1]}"[:1000].encode())
+            write(
+                verdict, f"raised {type(error).__name__}: {hear(str(error))[1:-1]}"[:1000].encode()
+            )
     finally:
         leave(0)
 
@@ -274,14 +297,35 @@ def _landlock(folder: str) -> None:
     """Only the interpreter, its libraries and the folder can be opened; no TCP, no signal to the outside."""
     version = _call(_C.syscall(SYS_LANDLOCK, None, 0, 1))
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    attributes = (ctypes.c_uint64 * 3)(everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
-    ruleset = _call(_C.syscall(SYS_LANDLOCK, attributes, {1: 8, 2: 8, 3: 8}.get(version, 16 if version < 6 else 24), 0))
+    attributes = (ctypes.c_uint64 * 3)(
+        everything, 3 if version >= 4 else 0, 3 if version >= 6 else 0
+    )
+    ruleset = _call(
+        _C.syscall(
+            SYS_LANDLOCK, attributes, {1: 8, 2: 8, 3: 8}.get(version, 16 if version < 6 else 24), 0
+        )
+    )
     execute_and_read, read_file, read_write_file = 1 | 4 | 8, 4, 2 | 4
-    libraries = {sys.prefix, sys.base_prefix, *sys.path, "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib"}
+    libraries = {
+        sys.prefix,
+        sys.base_prefix,
+        *sys.path,
+        "/usr/lib",
+        "/usr/lib64",
+        "/lib",
+        "/lib64",
+        "/usr/local/lib",
+    }
     # An editable install puts the checkout, golds and all, on the path; a .venv inside of it is still there by itself.
     checkout = Path(__file__).resolve().parents[1]
-    rights = {path: execute_and_read for path in libraries - {""} if not checkout.is_relative_to(path)}
-    rights |= {"/etc/ld.so.cache": read_file, "/etc/localtime": read_file, "/usr/share/zoneinfo": 4 | 8}
+    rights = {
+        path: execute_and_read for path in libraries - {""} if not checkout.is_relative_to(path)
+    }
+    rights |= {
+        "/etc/ld.so.cache": read_file,
+        "/etc/localtime": read_file,
+        "/usr/share/zoneinfo": 4 | 8,
+    }
     rights |= {"/dev/urandom": read_file, "/dev/null": read_write_file, folder: everything}
     for path, allowed in rights.items():
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -299,11 +343,17 @@ def main() -> int:
     """Return 0 if the program of FILE passed, 1 if not, 2 if it cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
-    parser.add_argument("--memory", type=int, default=1024, metavar="MB", help="for each process (default: 1024)")
+    parser.add_argument(
+        "--timeout", type=float, default=20.0, metavar="S", help="seconds (default: 20)"
+    )
+    parser.add_argument(
+        "--memory", type=int, default=1024, metavar="MB", help="for each process (default: 1024)"
+    )
     options = parser.parse_args()
     if not 0 < options.timeout < math.inf or options.memory < 1:
-        parser.error(f"found --timeout {options.timeout} --memory {options.memory}, expected numbers above 0")
+        parser.error(
+            f"found --timeout {options.timeout} --memory {options.memory}, expected numbers above 0"
+        )
     try:
         program = Path(options.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

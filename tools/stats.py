@@ -20,7 +20,9 @@ def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
     share, square = right / n, z * z
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # at 0 and 1 it rounds past them
+    return max(0.0, min(share, middle - half)), min(
+        1.0, max(share, middle + half)
+    )  # at 0 and 1 it rounds past them
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -30,7 +32,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, tail / 2**n)
 
 
-def bootstrap(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(
+    values: Sequence[float], draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float, float]:
     """The mean of `values` and its 95 % percentile bootstrap interval; for pairs, pass their differences."""
     data = torch.tensor(values, dtype=torch.float64)
     source = torch.Generator().manual_seed(seed)
@@ -63,7 +67,9 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return mean, math.sqrt(
+        sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+    )
 
 
 def by_question(values: Mapping[tuple[str, int], float]) -> list[float]:
@@ -85,7 +91,9 @@ def share(graded: Sequence[float]) -> list[float]:
 
 
 def paired(
-    first: Mapping[tuple[str, int], float], second: Mapping[tuple[str, int], float], exact: bool = False
+    first: Mapping[tuple[str, int], float],
+    second: Mapping[tuple[str, int], float],
+    exact: bool = False,
 ) -> dict[str, Any] | None:
     """The difference first − second over the (question, seed) that both have; None: there are none.
 
@@ -97,7 +105,10 @@ def paired(
     pairs = by_question({key: first[key] - second[key] for key in shared})
     mean, low, high = bootstrap(pairs)
     line = {"n": len(pairs), "mean": mean, "low": low, "high": high, "error": mean_error(pairs)[1]}
-    line |= {name: sum(of[key] for key in shared) / len(shared) for name, of in (("first", first), ("second", second))}
+    line |= {
+        name: sum(of[key] for key in shared) / len(shared)
+        for name, of in (("first", first), ("second", second))
+    }
     if exact and set(pairs) <= {-1.0, 0.0, 1.0}:
         return line | {"p": mcnemar(pairs.count(1.0), pairs.count(-1.0))}
     return line | {"p": sign_flips(pairs)}

@@ -50,7 +50,9 @@ TASKS = {
 GENERATED = 100  # rows, where no limit says how many
 
 
-def load_task(name: str, data_dir: str | Path = "data", limit: int | None = None, seed: int = 0) -> list[Row]:
+def load_task(
+    name: str, data_dir: str | Path = "data", limit: int | None = None, seed: int = 0
+) -> list[Row]:
     """The rows of a task by name, the first `limit` of them; `seed` is for those made here.
 
     Raises ValueError for an unknown name and a wrong file, FileNotFoundError where the file has to be downloaded first.
@@ -68,7 +70,9 @@ def load_task(name: str, data_dir: str | Path = "data", limit: int | None = None
                 row.setdefault("kind", TASKS[name].kind)
             return rows[:limit]
     wanted = " or ".join(TASKS[name].files)
-    raise FileNotFoundError(f"{data_dir}: found no {wanted}, expected it from: python tools/download.py {name}")
+    raise FileNotFoundError(
+        f"{data_dir}: found no {wanted}, expected it from: python tools/download.py {name}"
+    )
 
 
 # -- rows in files ----------------------------------------------------------------------------------------------------
@@ -93,7 +97,9 @@ def read_rows(path: str | Path) -> list[Row]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: found no such file, expected JSON lines") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found bytes that are not UTF-8 ({error}), expected JSON lines") from error
+        raise ValueError(
+            f"{path}: found bytes that are not UTF-8 ({error}), expected JSON lines"
+        ) from error
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -105,7 +111,9 @@ def read_rows(path: str | Path) -> list[Row]:
         row = _checked(row, where)
         if row["id"] in lines:
             first = lines[row["id"]]
-            raise ValueError(f"{where}: id: found {row['id']!r} again, expected it once (first in line {first})")
+            raise ValueError(
+                f"{where}: id: found {row['id']!r} again, expected it once (first in line {first})"
+            )
         lines[row["id"]] = number
         rows.append(row)
     if not rows:
@@ -127,21 +135,33 @@ def _checked(row: Any, where: str) -> Row:
             raise ValueError(f"{where}: {field}: found nothing, expected {NAMES[FIELDS[field][0]]}")
     for field, types in FIELDS.items():
         value = row.get(field)
-        if field in row and value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+        if (
+            field in row
+            and value is not None
+            and (not isinstance(value, types) or isinstance(value, bool))
+        ):
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {NAMES[types[0]]}")
         if field in MAY_NOT_BE_EMPTY and (value in ("", {}) or str(value).isspace()):
-            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected one that is not empty")
+            raise ValueError(
+                f"{where}: {field}: found {value!r:.80}, expected one that is not empty"
+            )
     row = {field: value for field, value in row.items() if value is not None}
     row["id"] = str(row["id"])
     if "choices" in row:
         for letter, text in row["choices"].items():
             if not letter.strip() or not isinstance(text, str):
-                raise ValueError(f"{where}: choices: found {letter!r:.20}: {text!r:.60}, expected a letter and a text")
+                raise ValueError(
+                    f"{where}: choices: found {letter!r:.20}: {text!r:.60}, expected a letter and a text"
+                )
         answer = str(row.get("answer"))
         if row.get("kind", "choice") == "choice" and option_of(answer, row["choices"]) is None:
-            raise ValueError(f"{where}: answer: found {answer!r:.60}, expected one of {', '.join(row['choices'])}")
+            raise ValueError(
+                f"{where}: answer: found {answer!r:.60}, expected one of {', '.join(row['choices'])}"
+            )
     if "kind" in row and row["kind"] not in KINDS:
-        raise ValueError(f"{where}: kind: found {row['kind']!r:.80}, expected one of {', '.join(KINDS)}")
+        raise ValueError(
+            f"{where}: kind: found {row['kind']!r:.80}, expected one of {', '.join(KINDS)}"
+        )
     if kind_of(row) == "code":
         return _code(row)
     return row | {"answer": str(row["answer"])}
@@ -170,7 +190,9 @@ def _code(row: Row) -> Row:
         shown = "\n".join(str(test) for test in row["test_list"][:SHOWN])
         row["question"] = f"{row['question'].rstrip()}\nIt must pass these tests:\n{shown}"
     if "canonical_solution" in row:
-        head = row["question"] if "entry_point" in row else ""  # HumanEval's solutions go on where the question ends
+        head = (
+            row["question"] if "entry_point" in row else ""
+        )  # HumanEval's solutions go on where the question ends
         row.setdefault("solution", f"```python\n{(head + row['canonical_solution']).strip()}\n```")
     return row
 
@@ -186,11 +208,15 @@ def code_program(row: Row, text: str) -> str:
     parts = [re.sub(FUTURE, "", code), "\n".join(row.get("test_imports", [])), row["tests"]]
     if "entry_point" in row and _compiles(row["question"]):
         if code and not re.search(rf"\b{re.escape(row['entry_point'])}\b *[(=]", code):
-            parts[0] = textwrap.indent(parts[0], "    ")  # the body alone: a completion of the question
+            parts[0] = textwrap.indent(
+                parts[0], "    "
+            )  # the body alone: a completion of the question
         parts.insert(0, row["question"])
     parts.insert(0, future)
     # A bug of the data set's own: the test of HumanEval/32 unpacks the answer, and no program passes.
-    return "\n\n".join(parts).replace("_poly(*candidate(*inp), inp)", "_poly(*inp, candidate(*inp))")
+    return "\n\n".join(parts).replace(
+        "_poly(*candidate(*inp), inp)", "_poly(*inp, candidate(*inp))"
+    )
 
 
 FUTURE = r"(?m)^from __future__ import .*$"
@@ -230,7 +256,9 @@ def split_evidence(count: int, seed: int = 0, level: int = 1) -> list[Row]:
 def _split(seed: int, level: int, i: int) -> Row:
     draw = random.Random(f"split evidence {level} {seed} {i}")
     colours = draw.sample(COLOURS, 2 * READERS)
-    values = dict(zip(colours, draw.sample(range(SMALLEST, SMALLEST + VALUES), len(colours)), strict=True))
+    values = dict(
+        zip(colours, draw.sample(range(SMALLEST, SMALLEST + VALUES), len(colours)), strict=True)
+    )
     if level == 1:
         notes, [first] = _dealt(colours, values, READERS), draw.sample(colours, 1)
         question, answer = f"How many coins does the {first} box hold?", values[first]
@@ -251,9 +279,16 @@ def _split(seed: int, level: int, i: int) -> Row:
         values[second] = answer - values[first]
         notes = _dealt(colours, values, READERS)
         question = f"How many coins do the {first} box and the {second} box hold together?"
-        steps = [_holds(first, values), _holds(second, values), f"{values[first]} + {values[second]} = {answer}."]
+        steps = [
+            _holds(first, values),
+            _holds(second, values),
+            f"{values[first]} + {values[second]} = {answer}.",
+        ]
     draw.shuffle(notes)
-    readers = [{"name": f"reader {n}", "prompt": READER.format(number=n, note=note)} for n, note in enumerate(notes, 1)]
+    readers = [
+        {"name": f"reader {n}", "prompt": READER.format(number=n, note=note)}
+        for n, note in enumerate(notes, 1)
+    ]
     return {
         "id": f"split-evidence-{level}-{seed}-{i}",
         "question": question,
@@ -274,10 +309,15 @@ def _holds(colour: str, values: dict[str, int]) -> str:
 def _dealt(colours: list[str], values: dict[str, int], readers: int) -> list[str]:
     """One note each, of neighbouring boxes."""
     size = len(colours) // readers
-    return [" ".join(_holds(c, values) for c in colours[n * size : (n + 1) * size]) for n in range(readers)]
+    return [
+        " ".join(_holds(c, values) for c in colours[n * size : (n + 1) * size])
+        for n in range(readers)
+    ]
 
 
-def _options(answer: int, told: Iterable[int], level: int, seed: int, i: int, draw: random.Random) -> dict[str, str]:
+def _options(
+    answer: int, told: Iterable[int], level: int, seed: int, i: int, draw: random.Random
+) -> dict[str, str]:
     """The answer among values of the same kind, those in the notes first; every place has it equally often."""
     low = 60 if level == 3 else SMALLEST
     others = [value for value in told if value != answer]

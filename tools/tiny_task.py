@@ -18,8 +18,18 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LARGEST = 15  # totals stay in 0 … 15
-LONGEST, SPLIT_LONGEST = 6, 3  # operations in the longest question, and in the longest story of a split one
-NAMES = (("Tom", "He"), ("Ann", "She"), ("Ben", "He"), ("Eva", "She"), ("Sam", "He"), ("Mia", "She"))
+LONGEST, SPLIT_LONGEST = (
+    6,
+    3,
+)  # operations in the longest question, and in the longest story of a split one
+NAMES = (
+    ("Tom", "He"),
+    ("Ann", "She"),
+    ("Ben", "He"),
+    ("Eva", "She"),
+    ("Sam", "He"),
+    ("Mia", "She"),
+)
 THINGS = ("apples", "pears", "plums", "coins", "books", "cards")
 GAINS = ("gets", "finds", "buys")
 LOSSES = ("loses", "sells", "eats")
@@ -119,7 +129,10 @@ def split_stories(
 ) -> tuple[list[Story], Story]:
     """Three stories about three people and one thing, and the one of them that the summarizer is asked about."""
     thing = rng.choice(THINGS)
-    stories = [story(rng, rng.randint(shortest, longest), who, thing, fresh) for who in rng.sample(NAMES, 3)]
+    stories = [
+        story(rng, rng.randint(shortest, longest), who, thing, fresh)
+        for who in rng.sample(NAMES, 3)
+    ]
     return stories, rng.choice(stories)
 
 
@@ -151,7 +164,9 @@ def make_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         min_frequency=2,
-        special_tokens=[AddedToken(text, special=True, normalized=False) for text in CONTROL + THINK],
+        special_tokens=[
+            AddedToken(text, special=True, normalized=False) for text in CONTROL + THINK
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -186,7 +201,11 @@ def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
             "model_max_length": 16384,
             "chat_template": CHAT_TEMPLATE,
         },
-        "generation_config.json": {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[1]},
+        "generation_config.json": {
+            "do_sample": False,
+            "eos_token_id": ends,
+            "pad_token_id": ends[1],
+        },
         "teams.json": {
             "single": team("solver"),
             "sequential": team(*CHAIN, "judger"),
@@ -255,7 +274,9 @@ class Teller:
             return Transcript([], self._turn("solver", told.question, answer))
         if kind == "chain":
             return self._chain(told)
-        if kind == "direct":  # so that a judger without memory is a trained baseline, not a surprised one
+        if (
+            kind == "direct"
+        ):  # so that a judger without memory is a trained baseline, not a surprised one
             role = self.rng.choice(("judger", "judger", "summarizer"))
             return Transcript([], self._turn(role, told.question, f" {told.totals[-1]}"))
         if kind == "experts":
@@ -266,7 +287,9 @@ class Teller:
         # about all three, in any order: one question a transcript teaches too little of looking things up.
         read = [told.text for told in stories]
         written = [f"{numbers(told.totals)} {told.name} {told.totals[-1]}" for told in stories]
-        asked = [(told.ask, f" {told.name} {told.totals[-1]}") for told in self.rng.sample(stories, 3)]
+        asked = [
+            (told.ask, f" {told.name} {told.totals[-1]}") for told in self.rng.sample(stories, 3)
+        ]
         return self._experts(read, written, asked)
 
     def _chain(self, told: Story) -> Transcript:
@@ -282,14 +305,20 @@ class Teller:
         asked = NO_QUESTION if self.rng.random() < 0.25 else told.question
         return Transcript([], tail + self._turn("judger", asked, f" {told.totals[-1]}"))
 
-    def _experts(self, read: list[str], written: list[str], asked: list[tuple[str, str]]) -> Transcript:
+    def _experts(
+        self, read: list[str], written: list[str], asked: list[tuple[str, str]]
+    ) -> Transcript:
         """Three experts, and a summarizer's answers to one or more questions."""
         cut = self._cut()
-        turns = [self._turn(role, q, a, cut) for role, q, a in zip(EXPERTS, read, written, strict=True)]
+        turns = [
+            self._turn(role, q, a, cut) for role, q, a in zip(EXPERTS, read, written, strict=True)
+        ]
         tail = Piece([], [])
         for question, answer in asked:
             tail += self._turn("summarizer", question, answer)
-        if self.rng.random() < 0.25:  # text_mas: the summarizer reads the three turns one after the other
+        if (
+            self.rng.random() < 0.25
+        ):  # text_mas: the summarizer reads the three turns one after the other
             return Transcript([], turns[0] + turns[1] + turns[2] + tail)
         return Transcript(turns, tail)
 
@@ -308,7 +337,10 @@ class Teller:
         run = said + end + self._encode("<|im_start|>user\n")
         weights += [PROMPT_WEIGHT] * 3
         closing = [1.0 if cut == len(said) else 0.0, PROMPT_WEIGHT]
-        return Piece(before + run[:cut] + end, [PROMPT_WEIGHT] * len(before) + weights[: len(run[:cut])] + closing)
+        return Piece(
+            before + run[:cut] + end,
+            [PROMPT_WEIGHT] * len(before) + weights[: len(run[:cut])] + closing,
+        )
 
     def _mistaken_turn(self, role: str, told: Story) -> Piece:
         """A turn with a slip that shifts all later totals; only what was right is taught."""
@@ -317,7 +349,10 @@ class Teller:
         shift = wrong - told.totals[slip]
         shifted = [max(0, min(LARGEST, n + shift)) for n in told.totals[slip:]]
         turn = self._turn(role, told.question, numbers([*told.totals[:slip], *shifted]))
-        untaught = slice(len(turn.ids) - len(self._encode(END)) - len(shifted), len(turn.ids) - len(self._encode(END)))
+        untaught = slice(
+            len(turn.ids) - len(self._encode(END)) - len(shifted),
+            len(turn.ids) - len(self._encode(END)),
+        )
         turn.weights[untaught] = [0.0] * len(shifted)
         return turn
 

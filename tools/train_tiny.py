@@ -98,19 +98,31 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 CURRICULUM: tuple[tuple[float, int, dict[str, float]], ...] = (
     (0.00, 3, {"single": 0.70, "chain": 0.20, "direct": 0.10}),
     (0.15, 2, {"single": 0.35, "chain": 0.20, "direct": 0.05, "experts": 0.10, "split": 0.30}),
-    (0.25, LONGEST, {"single": 0.25, "chain": 0.25, "direct": 0.08, "experts": 0.12, "split": 0.30}),
-    (0.45, LONGEST, {"single": 0.13, "chain": 0.37, "direct": 0.08, "experts": 0.16, "split": 0.26}),
+    (
+        0.25,
+        LONGEST,
+        {"single": 0.25, "chain": 0.25, "direct": 0.08, "experts": 0.12, "split": 0.30},
+    ),
+    (
+        0.45,
+        LONGEST,
+        {"single": 0.13, "chain": 0.37, "direct": 0.08, "experts": 0.16, "split": 0.26},
+    ),
 )
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def batches(tokenizer: Tokenizer, seed: int, round_: int, progress: float) -> list[list[Transcript]]:
+def batches(
+    tokenizer: Tokenizer, seed: int, round_: int, progress: float
+) -> list[list[Transcript]]:
     """The batches of one round, the same whenever it is run: transcripts of one kind and of similar length."""
     rng = random.Random(f"{seed}/{round_}")
     teller = Teller(tokenizer, rng)
-    longest, kinds = next((most, kinds) for start, most, kinds in reversed(CURRICULUM) if progress >= start)
+    longest, kinds = next(
+        (most, kinds) for start, most, kinds in reversed(CURRICULUM) if progress >= start
+    )
     drawn = [teller.draw(kinds, longest) for _ in range(TRANSCRIPTS)]
     cut: list[list[Transcript]] = []
     for parallel in (False, True):
@@ -153,10 +165,14 @@ def loss_of(model: Qwen3, batch: list[Transcript], generator: torch.Generator) -
     memory = model.new_cache(len(batch))
     losses = torch.zeros(2)  # weighted losses, weights
     if batch[0].experts:
-        side_by_side = [piece for pieces in zip(*(t.experts for t in batch), strict=True) for piece in pieces]
+        side_by_side = [
+            piece for pieces in zip(*(t.experts for t in batch), strict=True) for piece in pieces
+        ]
         experts = model.new_cache(len(side_by_side))
         losses = _read(model, side_by_side, experts, generator)
-        memory = KVCache.concat([experts.select(rows) for rows in torch.arange(len(side_by_side)).split(len(batch))])
+        memory = KVCache.concat(
+            [experts.select(rows) for rows in torch.arange(len(side_by_side)).split(len(batch))]
+        )
     losses = losses + _read(model, [transcript.tail for transcript in batch], memory, generator)
     return losses[0] / losses[1]
 
@@ -175,7 +191,9 @@ def _read(model: Qwen3, pieces: list[Piece], memory: KVCache, generator: torch.G
 def noisy(embedded: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian noise on six sequences of ten, of up to an embedding's own length: a thought is no exact embedding."""
     B, _, D = embedded.shape
-    level = torch.rand(B, 1, 1, generator=generator) * (torch.rand(B, 1, 1, generator=generator) < 0.6)
+    level = torch.rand(B, 1, 1, generator=generator) * (
+        torch.rand(B, 1, 1, generator=generator) < 0.6
+    )
     return embedded + torch.randn(embedded.shape, generator=generator) * level * (LOGIT_SCALE / D)
 
 
@@ -189,7 +207,9 @@ def fix_lengths(model: Qwen3) -> None:
 def new_model(config: Config, seed: int) -> Qwen3:
     """A model to be trained: weights of 1/√fan_in, less for what is added to the residual stream."""
     model = Qwen3(config, "weights/tiny").requires_grad_(True)
-    model.model.norm.weight.requires_grad_(False)  # a gain of 1, so that h and W_out's rows share one geometry
+    model.model.norm.weight.requires_grad_(
+        False
+    )  # a gain of 1, so that h and W_out's rows share one geometry
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -209,11 +229,15 @@ class Optimizers(NamedTuple):
 
     @classmethod
     def of(cls, model: Qwen3) -> "Optimizers":
-        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        trained = [
+            (name, weight) for name, weight in model.named_parameters() if weight.requires_grad
+        ]
         rows = [weight for name, weight in trained if "embed" in name or "lm_head" in name]
         gains = [weight for _, weight in trained if weight.ndim < 2]
         matrices = [
-            weight for name, weight in trained if weight.ndim == 2 and "embed" not in name and "lm_head" not in name
+            weight
+            for name, weight in trained
+            if weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         ]
         return cls(
             torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0075, momentum=0.95),
@@ -244,7 +268,9 @@ def pace(progress: float, step: int) -> float:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def train(tokenizer: Tokenizer, seed: int, rounds: int, state: Path) -> tuple[Qwen3, dict[str, float]]:
+def train(
+    tokenizer: Tokenizer, seed: int, rounds: int, state: Path
+) -> tuple[Qwen3, dict[str, float]]:
     """Train to the end, from `state` if it is there; returns the model and what it took."""
     config = Config.from_dict({**SHAPE, "vocab_size": tokenizer.get_vocab_size()})
     model = new_model(config, seed)
@@ -282,9 +308,13 @@ def train(tokenizer: Tokenizer, seed: int, rounds: int, state: Path) -> tuple[Qw
     return model, took
 
 
-def save_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor, took: dict[str, float]) -> None:
+def save_state(
+    path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor, took: dict[str, float]
+) -> None:
     """Everything a later start needs, in one file, whole or not at all."""
-    tensors = {"seen": seen} | {f"model/{name}": weight for name, weight in model.state_dict().items()}
+    tensors = {"seen": seen} | {
+        f"model/{name}": weight for name, weight in model.state_dict().items()
+    }
     for kind, optimizer in optimizers._asdict().items():
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{kind}/{index}/{name}": value for name, value in moments.items()}
@@ -306,7 +336,9 @@ def load_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor) -
             owner, index, moment = name.split("/")
             if owner == kind:
                 moments.setdefault(int(index), {})[moment] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
     return took
 
 
@@ -337,7 +369,13 @@ class Arm(NamedTuple):
 
     @property
     def bar(self) -> str:
-        return f"≥ {self.at_least}" if self.at_least else f"≤ {self.at_most}" if self.at_most < 100 else ""
+        return (
+            f"≥ {self.at_least}"
+            if self.at_least
+            else f"≤ {self.at_most}"
+            if self.at_most < 100
+            else ""
+        )
 
 
 def arms(lm: LM) -> list[Arm]:
@@ -346,7 +384,9 @@ def arms(lm: LM) -> list[Arm]:
     assert isinstance(team, Team)
     judger = team.agents[-1]
     pair = Team((team.agents[0], judger))
-    blind = Team((*team.agents[:-1], replace(judger, prompt=judger.prompt.format(question=NO_QUESTION))))
+    blind = Team(
+        (*team.agents[:-1], replace(judger, prompt=judger.prompt.format(question=NO_QUESTION)))
+    )
     chain, experts = {"team": "sequential"}, {"team": "hierarchical"}
     return [
         Arm("single", single, {}, at_least=95),
@@ -366,11 +406,21 @@ def arms(lm: LM) -> list[Arm]:
         Arm("states fed back raw", latent_mas, {**chain, "align": "none"}, at_most=35),
         Arm("random map", latent_mas, {**chain, "align": "random"}, at_most=35),
         Arm("no memory, no question", latent_mas, {"team": blind, "transfer": "none"}, at_most=15),
-        *(Arm(f"{n} steps", latent_mas, {**chain, "latent_steps": n}) for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32)),
+        *(
+            Arm(f"{n} steps", latent_mas, {**chain, "latent_steps": n})
+            for n in (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32)
+        ),
         Arm("six operations: single", single, {}, operations=(6,)),
         Arm("six operations: text_mas", text_mas, chain, operations=(6,)),
-        Arm("six operations: latent_mas, 7 steps", latent_mas, {**chain, "latent_steps": 7}, operations=(6,)),
-        Arm("six operations: no memory", latent_mas, {**chain, "transfer": "none"}, operations=(6,)),
+        Arm(
+            "six operations: latent_mas, 7 steps",
+            latent_mas,
+            {**chain, "latent_steps": 7},
+            operations=(6,),
+        ),
+        Arm(
+            "six operations: no memory", latent_mas, {**chain, "transfer": "none"}, operations=(6,)
+        ),
         Arm("split facts: text_mas", text_mas, {}, at_least=90, split=True),
         Arm("split facts: latent_mas", latent_mas, {}, at_least=90, split=True),
         Arm("split facts: thoughts only", latent_mas, {"transfer": "latents"}, split=True),
@@ -390,10 +440,15 @@ def accuracy(lm: LM, arm: Arm, count: int) -> float:
             options["team"] = Team.from_dict(split_team([told.text for told in stories]), "split")
             told, questions = [asked], [asked.ask]
         else:
-            told = [story(rng, rng.choice(arm.operations), fresh=True) for _ in range(min(size, count - start))]
+            told = [
+                story(rng, rng.choice(arm.operations), fresh=True)
+                for _ in range(min(size, count - start))
+            ]
             questions = [one.question for one in told]
         results = arm.method(lm, questions, kind="math", sampling=GREEDY, **options)
-        right += sum(result.answer == str(one.totals[-1]) for result, one in zip(results, told, strict=True))
+        right += sum(
+            result.answer == str(one.totals[-1]) for result, one in zip(results, told, strict=True)
+        )
     return 100 * right / count
 
 
@@ -406,11 +461,17 @@ def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
     figures: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     as_shipped, wide = load(folder, device="cpu"), load(folder, device="cpu", dtype="float32")
     for arm in arms(as_shipped):
-        for lm, name in [(as_shipped, arm.name), (wide, f"{arm.name}, float32")][: 1 + bool(arm.at_least)]:
+        for lm, name in [(as_shipped, arm.name), (wide, f"{arm.name}, float32")][
+            : 1 + bool(arm.at_least)
+        ]:
             if name not in figures:
                 figures[name] = accuracy(lm, arm, count)
                 kept.write_text(json.dumps(figures, indent=1))
-                print(f"seed {seed}: {name}: {figures[name]:.1f} %  {arm.bar}", file=sys.stderr, flush=True)
+                print(
+                    f"seed {seed}: {name}: {figures[name]:.1f} %  {arm.bar}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return figures
 
 
@@ -447,13 +508,19 @@ def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: in
     table = [["", "bar", *(f"seed {seed}" for seed in runs)]]
     for arm in rows:
         if arm not in swept:
-            table.append([arm.name, arm.bar, *(f"{run.figures[arm.name]:.1f}" for run in runs.values())])
+            table.append(
+                [arm.name, arm.bar, *(f"{run.figures[arm.name]:.1f}" for run in runs.values())]
+            )
     blocks = {
         "asked": f"{count:,} questions a row. Shipped: seed {best}.",
         "table": markdown(table),
         "float32": "In float32: "
-        + "; ".join(f"{arm.name} {figures[f'{arm.name}, float32']:.1f}" for arm in rows if arm.at_least),
-        "steps": markdown([["steps", *map(str, counts)], ["right", *(f"{value:.0f}" for value in values)]]),
+        + "; ".join(
+            f"{arm.name} {figures[f'{arm.name}, float32']:.1f}" for arm in rows if arm.at_least
+        ),
+        "steps": markdown(
+            [["steps", *map(str, counts)], ["right", *(f"{value:.0f}" for value in values)]]
+        ),
         "runs": "\n".join(
             f"- seed {seed}: {took['steps']:,} steps, {took['tokens'] / 1e6:.1f} M tokens"
             for seed, (_, took, _) in runs.items()
@@ -476,11 +543,22 @@ def markdown(table: list[list[str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more; the best is shipped")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write the best model to")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "tiny", help="where runs are kept and resumed")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="one or more; the best is shipped"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder to write the best model to"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "build" / "tiny",
+        help="where runs are kept and resumed",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="length of the training")
-    parser.add_argument("--questions", type=int, default=1000, help="fresh questions for each row of the card")
+    parser.add_argument(
+        "--questions", type=int, default=1000, help="fresh questions for each row of the card"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # matrices are small: a second thread costs more than it brings
     runs: dict[int, Run] = {}
@@ -493,12 +571,16 @@ def main() -> int:
         runs[seed] = Run(folder, took, measure(folder, seed, args.questions))
     rows = arms(load(folder, device="cpu"))
     missed = {seed: misses(run.figures, rows) for seed, run in runs.items()}
-    best = min(runs, key=lambda seed: (len(missed[seed]), -runs[seed].figures["latent_mas, sequential"]))
+    best = min(
+        runs, key=lambda seed: (len(missed[seed]), -runs[seed].figures["latent_mas, sequential"])
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         shutil.copyfile(runs[best].folder / file, args.out / file)
     prose = CARD.read_text(encoding="utf-8")
-    (args.out / "README.md").write_text(card(prose, runs, best, rows, args.questions), encoding="utf-8")
+    (args.out / "README.md").write_text(
+        card(prose, runs, best, rows, args.questions), encoding="utf-8"
+    )
     for line in missed[best]:
         print(f"seed {best} misses a bar: {line}", file=sys.stderr)
     return 1 if missed[best] else 0

@@ -1,0 +1,13 @@
+"""LatentMAS without agents: the model, its working memory, the alignment W_a and the latent loop.
+
+This folder imports nothing of minimas but itself. Copied alone, it loads a folder of safetensors
+and runs the latent loop. Reading order: latent, cache, model, rotary, config, checkpoint, files.
+"""
+
+from .cache import KVCache
+from .checkpoint import load_model
+from .config import Config
+from .latent import Aligner, alignment_matrix, think
+from .model import Qwen3
+
+__all__ = ["Aligner", "Config", "KVCache", "Qwen3", "alignment_matrix", "load_model", "think"]

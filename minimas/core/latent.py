@@ -1,0 +1,176 @@
+"""Thinking without words: the alignment W_a, the map from a hidden state back to an input embedding, and the loop.
+
+An agent that has read its prompt does not decode. Its last hidden state h (last layer, after the final norm) becomes
+the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639, section 3.1):
+
+    e = rescale(h W_a)        W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
+
+W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in, so W_a is the
+identity up to λ, and only the rescaling is left. Does not know: tokens, prompts, agents, sampling.
+
+    B rows   D hidden   V vocabulary
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .model import Qwen3, finite
+
+LAMBDA = 1e-5  # the paper's
+ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
+EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # of --align
+
+
+def alignment_matrix(
+    w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: int = 16384
+) -> Tensor:
+    """The ridge map W_a (D, D) from output space to input space, for w_out and w_in (V, D) (paper, equation 3).
+
+    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is symmetric and positive
+    definite, hence Cholesky:
+
+        2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
+
+    The sums over V run in chunks in float32 (float64 for float64 weights), never on a whole copy; the solve and the
+    result are float64. Raises ValueError for unequal shapes or weights that are not finite.
+    """
+    if w_out.ndim != 2 or w_out.shape != w_in.shape:
+        raise ValueError(
+            f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, expected two equal (V, D)"
+        )
+    # With fewer rows than columns only λ makes it invertible, and float32 loses λ.
+    wide = (
+        torch.promote_types(w_out.dtype, torch.float32)
+        if len(w_out) > w_out.shape[1]
+        else torch.float64
+    )
+    gram = torch.zeros(
+        w_out.shape[1], w_out.shape[1], dtype=wide, device=w_out.device
+    )  # W_outᵀ W_out
+    cross = torch.zeros_like(gram)  # W_outᵀ W_in
+    for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
+        out = out.to(wide)
+        gram += out.T @ out
+        cross += out.T @ into.to(wide)
+    gram, cross = gram.double(), cross.double()
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    matrix = torch.cholesky_solve(cross, factor)
+    if int(failed) or not bool(torch.isfinite(matrix).all()):
+        raise ValueError(
+            "w_out, w_in: found NaN, infinity or numerical singularity, expected finite embeddings"
+        )
+    return matrix
+
+
+class Aligner:
+    """The map from a hidden state to an input embedding, (…, D) -> (…, D).
+
+        e = rescale((h · scale) W) + shift
+
+    `matrix` is W (D, D), `scale` (D,), `norm` the length of rescaled vectors, `shift` (D,). None
+    leaves out what it stands for. `model` is the model that the map is for: `save` needs it.
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor | None = None,
+        norm: float | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        model: Qwen3 | None = None,
+    ) -> None:
+        self.matrix, self.norm, self.scale, self.shift = matrix, norm, scale, shift
+        # Not the model itself: a map that is kept must not keep the weights in memory.
+        self.made_for = None if model is None else (model.name, model.fingerprint())
+
+    @classmethod
+    def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
+        """Compute one kind of map from the unquantized embeddings, once per model.
+
+        "ridge" (the paper's W_a), "identity", "prenorm" ((h ÷ g) W_a: the state before the gain g of the final norm),
+        "random" (W_a's singular values, random directions: a control), rescaled to the embeddings' mean norm; "none"
+        (h fed back raw). `rows` is how many embedding rows count (None: all); behind the tokenizer's last is padding.
+        Raises ValueError for another kind, or rows out of range.
+        """
+        if kind not in ALIGNMENTS:
+            raise ValueError(f"align (--align): found {kind!r}, {EXPECTED}")
+        w_in = model.model.embed_tokens.weight
+        w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
+        rows = len(w_in) if rows is None else rows
+        if not 1 <= rows <= len(w_in):
+            raise ValueError(
+                f"rows: found {rows}, expected 1 … {len(w_in)}, the rows of the embedding"
+            )
+        if kind == "none":
+            return cls(model=model)
+        w_in, w_out = w_in[:rows], w_out[:rows]
+        wide = torch.promote_types(w_in.dtype, torch.float32)
+        norm = (
+            sum(part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384))
+            / rows
+        )
+        if kind == "identity":
+            return cls(norm=norm, model=model)
+        matrix = alignment_matrix(w_out, w_in)
+        if (
+            kind == "random"
+        ):  # W_a's singular values between random orthogonal bases, the same at every call
+            seed = torch.Generator().manual_seed(0)
+            bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64).to(
+                matrix.device
+            )  # (2, D, D)
+            left, right = torch.linalg.qr(bases).Q
+            matrix = left * torch.linalg.svdvals(matrix) @ right.T
+        gain = model.model.norm.weight.to(wide)
+        scale = (
+            torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
+        )  # a gain of 0: nothing to divide
+        return cls(matrix.to(wide), norm, scale, model=model)
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a file; `files.write_aligner` says how, and what it raises."""
+        from .files import write_aligner  # here, so that this room works without that one
+
+        write_aligner(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Qwen3) -> "Aligner":
+        """Read a map saved by `save` for `model`; `files.read_aligner` says how, and what it raises."""
+        from .files import read_aligner
+
+        return cls(**read_aligner(path, model), model=model)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (…, D) to embeddings (…, D), in at least float32, cast back to their dtype."""
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        x = x if self.scale is None else x * self.scale
+        x = x if self.matrix is None else x @ self.matrix
+        if self.norm is not None:
+            x = x * (self.norm / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+        x = x if self.shift is None else x + self.shift
+        return x.to(hidden.dtype)
+
+
+def think(
+    model: Qwen3, align: Callable[[Tensor], Tensor], hidden: Tensor, cache: KVCache, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Roll `steps` latent thoughts out from `hidden` (B, 1, D), the state of each row's last valid position.
+
+    Each step maps the last hidden state to an embedding and feeds it; the memory `cache` grows by one slot a step.
+    Returns the embeddings fed, (B, steps, D), and the last hidden state, (B, 1, D), which is not fed. The first k
+    thoughts of a longer rollout are a k-step rollout; 0 steps leave memory and state as they are. `align` is any
+    callable from (B, 1, D) to (B, 1, D). Raises ValueError for negative steps, or a state that is not finite.
+    """
+    if steps < 0:
+        raise ValueError(f"latent_steps (--latent-steps): found {steps}, expected 0 or more")
+    thoughts = hidden.new_empty(hidden.shape[0], steps, hidden.shape[-1])  # (B, steps, D)
+    for step in range(steps):
+        embedding = align(hidden)
+        thoughts[:, step : step + 1] = embedding
+        hidden = model(embedding, cache)
+    return thoughts, finite(hidden, model.name)

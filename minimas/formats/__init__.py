@@ -1,0 +1,1 @@
+"""Checkpoint formats other than a Hugging Face folder."""

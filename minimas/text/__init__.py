@@ -1,0 +1,1 @@
+"""Text in and out: chat templates, tokens, sampling and streaming."""

@@ -1,0 +1,355 @@
+"""A memory is a value, and slot = position. The first half needs no model: random keys, rotated for their slots."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimas import KVCache, Qwen3
+from minimas.core.rotary import angles, rotate
+from minimas.text.generate import take_last
+
+from ..models import apart, distance, filled, random_ids, remember, tiny_config, tiny_model
+
+CONFIG = tiny_config()
+seeds = st.integers(0, 99)
+row_lengths = st.lists(st.integers(0, 5), min_size=1, max_size=3)
+
+
+def memory(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
+    """Random keys and values, appended in so many chunks; padding is large, so that it shows wherever it leaks."""
+    source = torch.Generator().manual_seed(seed)
+    shape = (
+        2,
+        CONFIG.num_hidden_layers,
+        len(lengths),
+        CONFIG.num_key_value_heads,
+        max(lengths),
+        CONFIG.head_dim,
+    )
+    raw_keys, values = torch.randn(shape, generator=source, dtype=torch.float64)
+    counts, cache = torch.tensor(lengths), KVCache(CONFIG, len(lengths), torch.float64)
+    edges = [max(lengths) * i // chunks for i in range(chunks + 1)]
+    for start, end in itertools.pairwise(edges):
+        taken = (counts - start).clamp(0, end - start)
+        place = cache.next_positions(len(lengths), end - start)
+        padding = (torch.arange(end - start) >= taken[:, None])[:, None, :, None]
+        for layer in range(CONFIG.num_hidden_layers):
+            key = rotate(
+                raw_keys[layer][:, :, start:end],
+                *angles(place, CONFIG.head_dim, 1e4, torch.float64),
+            )
+            value = values[layer][:, :, start:end]
+            cache.append(layer, key.masked_fill(padding, 1e30), value.masked_fill(padding, 1e30))
+        cache.advance(taken, most=end - start)
+    return cache
+
+
+def lengths_of(cache: KVCache) -> list[int]:
+    return [int(n) for n in cache.lengths]
+
+
+@given(row_lengths, st.integers(1, 4), seeds)
+def test_a_memory_does_not_know_how_it_was_cut(lengths: list[int], chunks: int, seed: int) -> None:
+    """Ragged rows have their first free slot each; transformers pads them all to the longest and then sees the pads."""
+    assert distance(memory(lengths, seed, chunks), memory(lengths, seed)) == 0
+    assert (
+        memory(lengths, seed, chunks).nbytes == sum(lengths) * 2 * 2 * 2 * 6 * 8
+    )  # k, v; layers; heads; d; float64
+
+
+def test_growing_keeps_what_is_there() -> None:
+    """Room is taken by half of what there is: a step that crosses the edge must not lose or shift a slot."""
+    assert distance(memory([300, 1, 170], chunks=300), memory([300, 1, 170])) == 0
+
+
+@given(row_lengths, st.data(), seeds)
+def test_selected_rows_are_those_rows(lengths: list[int], data: st.DataObject, seed: int) -> None:
+    """Repeated, reordered or alone: questions keep their own memory (control arms shuffle it on purpose)."""
+    cache = memory(lengths, seed)
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
+    chosen, whole = cache.select(rows), list(filled(cache))
+    assert lengths_of(chosen) == [lengths[row] for row in rows]
+    assert distance(chosen, cache.select(torch.tensor(rows))) == 0
+    for (_, keys, values), row in zip(filled(chosen), rows, strict=True):
+        assert torch.equal(keys, whole[row][1])
+        assert torch.equal(values, whole[row][2])
+
+
+@given(row_lengths, st.data(), seeds)
+def test_cutting_undoes_joining(lengths: list[int], data: st.DataObject, seed: int) -> None:
+    """truncate gives back what came first and keep_last what came last, at slot 0, with its keys turned back."""
+    others = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    first, second = memory(lengths, seed), memory(others, seed + 1)
+    joined = KVCache.concat([first, second])
+    assert distance(joined.truncate(first.lengths), first) == 0
+    assert distance(joined.keep_last(second.lengths), second) <= 1e-12
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=3), seeds)
+def test_joining_is_associative_and_has_a_unit(rows: list[tuple[int, int, int]], seed: int) -> None:
+    """(a + b) + c = a + (b + c), and an empty memory changes nothing: teams of any size, agents of any length."""
+    a, b, c = (memory([row[i] for row in rows], seed + i) for i in range(3))
+    together = KVCache.concat([a, b, c])
+    assert distance(KVCache.concat([KVCache.concat([a, b]), c]), together) <= 1e-12
+    assert distance(KVCache.concat([a, KVCache.concat([b, c])]), together) <= 1e-12
+    assert distance(KVCache.concat([memory([0] * len(rows)), a]), KVCache.concat([a])) == 0
+    assert distance(KVCache.concat([a]), a) == 0
+
+
+@given(row_lengths, st.integers(0, 6), st.integers(0, 6), seeds)
+def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, seed: int) -> None:
+    """Rows shorter than the cut stay as they are, whichever end is kept."""
+    cache, least = memory(lengths, seed), min(one, two)
+    assert distance(cache.truncate(one).truncate(two), cache.truncate(least)) == 0
+    assert distance(cache.keep_last(one).keep_last(two), cache.keep_last(least)) <= 1e-12
+    assert lengths_of(cache.keep_last(one)) == [min(one, n) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.fork(),
+        lambda cache: cache.select([0, 1]),
+        lambda cache: cache.truncate(9),
+        lambda cache: cache.keep_last(9),
+        lambda cache: KVCache.concat([cache]),
+    ],
+    ids=["fork", "select", "truncate", "keep_last", "concat"],
+)
+def test_what_comes_of_a_memory_does_not_write_into_it(
+    change: Callable[[KVCache], KVCache], model: Qwen3
+) -> None:
+    """Two continuations that share storage overwrite each other's thoughts (a view passed for a copy)."""
+    _, cache = remember(model, random_ids(model, 2, 4), [4, 2])
+    before, other = cache.truncate(9), change(cache)
+    for store in (*other.keys, *other.values):
+        store.fill_(7)
+    assert distance(cache, before) == 0
+    model(model.embed(random_ids(model, 2, 3)), other)
+    assert distance(cache, before) == 0
+    assert lengths_of(other) == [7, 5]
+
+
+def test_a_forward_that_fails_leaves_the_memory_as_it_was(
+    model: Qwen3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in layer 2: the same memory is tried again with a smaller batch of steps."""
+    ids = random_ids(model, 2, 4)
+    _, cache = remember(model, ids, [4, 2])
+    before, expected = cache.fork(), model(model.embed(ids), cache.fork())
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(
+            model.model.layers[1].mlp, "forward", lambda _: (_ for _ in ()).throw(MemoryError())
+        )
+        model(model.embed(ids + 0), cache)
+    assert distance(cache, before) == 0
+    assert torch.equal(model(model.embed(ids), cache), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "said"),
+    [
+        (lambda: KVCache(CONFIG, 0), ValueError, "batch_size: found 0"),
+        (lambda: memory([2]).select([]), IndexError, "rows: found"),
+        (lambda: memory([2]).select([1]), IndexError, "rows: found"),
+        (lambda: memory([2]).select([-1]), IndexError, "rows: found"),
+        (lambda: memory([2]).truncate(-1), ValueError, "length: found -1"),
+        (lambda: memory([2]).keep_last(-1), ValueError, "length: found -1"),
+        (lambda: KVCache.concat([]), ValueError, "caches: found "),
+        (lambda: KVCache.concat([memory([2]), memory([2, 2])]), ValueError, "2 rows"),
+        (lambda: KVCache.concat([memory([2]), KVCache(CONFIG, 1)]), ValueError, "float32"),
+        (
+            lambda: KVCache.concat([memory([2]), KVCache(tiny_config("llama"), 1, torch.float64)]),
+            ValueError,
+            "model",
+        ),
+        (lambda: memory([2, 2]).next_positions(3, 1), ValueError, "found 3 rows, expected 2"),
+    ],
+)
+def test_a_wrong_request_is_refused(
+    wrong: Callable[[], Any], kind: type[Exception], said: str
+) -> None:
+    """Each names what was found and what was expected."""
+    with pytest.raises(kind, match=said):
+        wrong()
+
+
+def test_memories_of_different_weights_are_not_joined() -> None:
+    """Equal shapes are not an equal model: keys mean nothing to other weights, in memory as in a file."""
+    one, two = (
+        remember(m, random_ids(m, 1, 3))[1] for m in (tiny_model(seed=0), tiny_model(seed=1))
+    )
+    with pytest.raises(ValueError, match="model"):
+        KVCache.concat([one, two])
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 2], [1, 4, 3]])
+def test_a_saved_memory_goes_on_as_if_it_had_stayed(
+    lengths: list[int], model: Qwen3, tmp_path: Path
+) -> None:
+    """mlx-lm's test of this is `assertTrue(len(a), len(b))`, which cannot fail: here the loaded memory is *used*."""
+    hidden, cache = remember(model, random_ids(model, len(lengths), 5), lengths)
+    last, path = take_last(hidden, cache.lengths), tmp_path / "memory.safetensors"
+    cache.save(path)
+    loaded = KVCache.load(path, model)
+    assert distance(loaded, cache) == 0
+    for _ in range(3):
+        expected, found = model(last, cache), model(last, loaded)
+        assert torch.equal(model.logits(found), model.logits(expected))
+        last = expected
+    loaded.save(path)
+    assert distance(KVCache.load(path, model), cache) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_padding_is_not_written_to_a_memory_file(model: Qwen3, tmp_path: Path) -> None:
+    """Room taken in advance would make every file 1.5 times as long."""
+    _, cache = remember(model, random_ids(model, 1, 5))
+    cache.save(tmp_path / "m")
+    with safe_open(tmp_path / "m", framework="pt") as file:
+        assert (
+            sum(file.get_tensor(name).nbytes for name in file.keys() if name != "lengths")
+            == cache.nbytes
+        )  # noqa: SIM118
+
+
+def test_a_memory_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
+    """Saved in float32, used in bf16: the same weights by their fingerprint."""
+    wide, narrow = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.bfloat16)
+    _, cache = remember(wide, random_ids(wide, 1, 5))
+    cache.save(tmp_path / "m")
+    loaded = KVCache.load(tmp_path / "m", narrow)
+    assert loaded.dtype == loaded.keys[0].dtype == torch.bfloat16
+    ids = random_ids(wide, 1, 2, seed=1)
+    assert apart(narrow(narrow.embed(ids), loaded).float(), wide(wide.embed(ids), cache)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"family": "llama"}, {"rope_theta": 1e6}, {"rms_norm_eps": 1e-5}]
+)
+def test_another_models_memory_is_refused_by_name(
+    other: dict[str, Any], model: Qwen3, tmp_path: Path
+) -> None:
+    """The same shapes and another meaning: no error would ever show, only nonsense."""
+    remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m")
+    stranger = tiny_model(**other)
+    stranger.name = "stranger"
+    with pytest.raises(ValueError, match=r"/m: model: .*'qwen3-0'.*expected .*'stranger'"):
+        KVCache.load(tmp_path / "m", stranger)
+
+
+def rewritten(
+    change: Callable[[dict[str, Tensor], dict[str, str]], None],
+) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = (
+                {name: file.get_tensor(name) for name in file.keys()},
+                file.metadata(),
+            )  # noqa: SIM118
+        change(tensors, metadata)
+        save_file(tensors, path, metadata=metadata)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "said"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "no such memory file"),
+        (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
+        (lambda path: path.write_bytes(b"\x80\x04}." * 99), ValueError, "not a readable"),
+        (lambda path: torch.save({}, path), ValueError, "not a readable"),
+        (lambda path: (path.unlink(), path.mkdir()), ValueError, "not a readable"),
+        (lambda path: save_file({"x": torch.zeros(2)}, path), ValueError, "format: found None"),
+        (
+            rewritten(lambda t, m: m.update(format="minimas-memory-9")),
+            ValueError,
+            "format: found 'minimas-memory-9'",
+        ),
+        (rewritten(lambda t, m: m.pop("fingerprint")), ValueError, "model"),
+        (rewritten(lambda t, m: t.pop("lengths")), ValueError, "lengths: found"),
+        (
+            rewritten(lambda t, m: t.update(lengths=torch.tensor([-1, 3]))),
+            ValueError,
+            "lengths: found",
+        ),
+        (rewritten(lambda t, m: t.update(lengths=torch.tensor(3))), ValueError, "lengths: found"),
+        (
+            rewritten(lambda t, m: t.update(lengths=torch.tensor([3.0]))),
+            ValueError,
+            "lengths: found",
+        ),
+        (
+            rewritten(lambda t, m: t.update(lengths=torch.tensor([2**40]))),
+            ValueError,
+            "keys.0: found",
+        ),
+        (rewritten(lambda t, m: t.pop("values.1")), ValueError, "values.1: found"),
+        (
+            rewritten(lambda t, m: t.update({"keys.1": torch.zeros(1, 2, 3, 7)})),
+            ValueError,
+            "keys.1: found",
+        ),
+        (
+            rewritten(lambda t, m: t.update({"keys.1": t["keys.1"].long()})),
+            ValueError,
+            "keys.1: found",
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_memory_file_is_refused(
+    damage: Callable[[Path], None], kind: type[Exception], said: str, model: Qwen3, tmp_path: Path
+) -> None:
+    """One line with the file's name, and nothing is ever unpickled."""
+    path = tmp_path / "memory"
+    remember(model, random_ids(model, 1, 3))[1].save(path)
+    damage(path)
+    with pytest.raises(kind, match=f"{path}: .*{said}"):
+        KVCache.load(path, model)
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr
+)
+def test_a_full_disk_leaves_the_older_memory(
+    failure: BaseException, model: Qwen3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written in place, a full disk would cost both memories, the old and the new."""
+    path = tmp_path / "memory"
+    _, cache = remember(model, random_ids(model, 1, 3))
+    cache.save(path)
+    before = path.read_bytes()
+
+    def half(tensors: Any, partial: Path, metadata: Any) -> None:
+        partial.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr("minimas.core.files.save_file", half)
+    with pytest.raises(
+        type(failure), match=f"{path}: cannot write" if isinstance(failure, OSError) else None
+    ):
+        cache.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_memory_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
+    """Nobody's memory has no fingerprint; a folder that is not there is named."""
+    with pytest.raises(ValueError, match="no model has written"):
+        memory([2]).save(tmp_path / "m")
+    with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
+        remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")

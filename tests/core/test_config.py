@@ -1,0 +1,204 @@
+"""A config.json is read whole or refused by field: a field that changes the mathematics is not passed over."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimas import Config
+from minimas.core.config import FAMILIES, UNSUPPORTED, read_json, token_ids
+
+from ..models import config_dict, tiny_config
+
+QWEN3 = config_dict(tiny_config())
+NUMBERS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+NUMBERS += ["max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta"]
+FIELDS = [
+    *QWEN3,
+    *UNSUPPORTED,
+    "torch_dtype",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "attention_bias",
+]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_says_what_its_json_says(family: str) -> None:
+    """Every field has one place to come from; head_dim overwritten by hidden_size // heads is gpt-fast's bug."""
+    config = tiny_config(family, tie_word_embeddings=True, eos_token_ids=(3, 5))
+    assert Config.from_dict(config_dict(config)) == config
+    assert config.head_dim != config.hidden_size // config.num_attention_heads
+
+
+@given(st.sampled_from(FIELDS), json_values)
+def test_any_value_is_read_or_refused_by_its_field(field: str, value: Any) -> None:
+    """A traceback from deep inside torch, or a number read as another, is what a wrong-typed field gave elsewhere."""
+    try:
+        config = Config.from_dict(QWEN3 | {field: value})
+    except ValueError as error:
+        assert str(error).startswith("config.json: ")
+        assert (
+            field in str(error) or field == "num_attention_heads"
+        )  # whose divisor is then num_key_value_heads
+    else:
+        assert all(
+            type(value) is type(getattr(tiny_config(), name))
+            for name, value in vars(config).items()
+        )
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize(
+    "value", [None, 0, -4, "16", True, float("nan"), float("inf"), [16], {}], ids=repr
+)
+def test_a_size_that_is_no_positive_number_is_refused(field: str, value: Any) -> None:
+    """`"16"` and true are numbers to Python's int(), and nan to every comparison but one."""
+    with pytest.raises(ValueError, match=rf"^here: {field}: found .*, expected a positive"):
+        Config.from_dict(QWEN3 | {field: value}, "here")
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "rms_norm_eps", "rope_theta"])
+def test_a_number_beyond_floating_point_is_refused(field: str) -> None:
+    """JSON writes integers of any length, and math.isfinite raises OverflowError for one that no float can hold."""
+    with pytest.raises(ValueError, match=f"{field}: found"):
+        Config.from_dict(QWEN3 | {field: 10**400})
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, "model_type"])
+def test_a_missing_field_is_named(field: str) -> None:
+    """A default in its place would be another model."""
+    with pytest.raises(ValueError, match=rf"{field}: found (nothing|None), expected"):
+        Config.from_dict({name: value for name, value in QWEN3.items() if name != field})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "mistral"),
+        ("model_type", "qwen3_moe"),
+        ("hidden_act", "gelu"),
+        ("mlp_bias", True),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("num_experts", 8),
+        ("num_local_experts", 8),
+        ("partial_rotary_factor", 0.5),
+        ("final_logit_softcapping", 30.0),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", "yarn"),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e6}),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e6},
+        ),
+        ("num_key_value_heads", 3),
+        ("head_dim", 7),
+        ("tie_word_embeddings", "no"),
+        ("dtype", "int8"),
+        ("torch_dtype", "int8"),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [-1]),
+    ],
+)
+def test_what_would_change_the_mathematics_is_refused_by_name(field: str, value: Any) -> None:
+    """mlx-lm drops keys it does not know, an unknown RoPE type among them, and computes something else."""
+    raw = QWEN3 | {field: value}
+    if field == "torch_dtype":
+        del raw["dtype"]
+    with pytest.raises(ValueError, match=f"^config.json: {field}: found .*, expected "):
+        Config.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},  # Qwen2.5
+        {"rope_scaling": None, "layer_types": ["full_attention"] * 2, "num_experts": None},
+        {"rope_scaling": {"type": "default"}, "mlp_bias": False, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_what_is_switched_off_is_not_refused(off: dict[str, Any]) -> None:
+    """Qwen2.5 says sliding_window 32768 and does not use it."""
+    assert Config.from_dict(QWEN3 | off) == tiny_config()
+
+
+def test_the_rotary_base_is_read_where_transformers_5_writes_it() -> None:
+    """Read at the top level only, a base of 1,000,000 silently becomes 10,000."""
+    raw = {name: value for name, value in QWEN3.items() if name != "rope_theta"}
+    block = {"rope_type": "default", "rope_theta": 1e6}
+    assert Config.from_dict(raw | {"rope_parameters": block}).rope_theta == 1e6
+    assert Config.from_dict(raw | {"model_type": "llama"}).rope_theta == 10000.0
+
+
+def test_defaults_of_the_older_families_are_theirs() -> None:
+    """Llama checkpoints may leave out the number of key-value heads, and Qwen2 and Llama the size of a head."""
+    raw = {
+        name: value
+        for name, value in QWEN3.items()
+        if name not in ("num_key_value_heads", "head_dim")
+    }
+    llama = Config.from_dict(raw | {"model_type": "llama"})
+    assert (llama.num_key_value_heads, llama.head_dim) == (4, 4)
+    assert Config.from_dict(raw | {"model_type": "qwen2", "num_key_value_heads": 2}).head_dim == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(True, True), ({"a": 1}, True), (None, False), (0, False)]
+)
+def test_an_unknown_field_is_said_unless_it_is_off(
+    value: Any, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A field of next year's models is no reason to refuse, nor one to keep quiet."""
+    with caplog.at_level(logging.WARNING):
+        assert Config.from_dict(QWEN3 | {"hyper_connection": value}) == tiny_config()
+    assert ("hyper_connection" in caplog.text) is said
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"config"', "3"])
+def test_json_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
+    """`[]` is valid JSON."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: found .*, expected a JSON object"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_config_is_a_value() -> None:
+    """A config that changes under a live memory changes what its slots mean."""
+    assert len({tiny_config(), tiny_config(), tiny_config(rope_theta=1e6)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().head_dim = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b"{} {}"])
+def test_a_broken_json_file_is_named(content: bytes, tmp_path: Path) -> None:
+    """Half a download is half a JSON; 100,000 brackets are a RecursionError in Python's parser."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        read_json(path)
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*nowhere\.json"):
+        read_json(tmp_path / "nowhere.json")
+
+
+@given(st.integers(0, 10**6) | st.lists(st.integers(0, 10**6)) | st.none())
+def test_end_tokens_are_one_or_many(value: Any) -> None:
+    """Llama 3 lists three end tokens; reading the first only never stops."""
+    assert list(token_ids(value, "x")) == (
+        [] if value is None else value if isinstance(value, list) else [value]
+    )

@@ -1,0 +1,405 @@
+"""W_a is the ridge solution, its relatives are what they say, and thinking is feeding thoughts by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimas import Aligner, Qwen3, alignment_matrix, think
+from minimas.core.latent import ALIGNMENTS, LAMBDA
+from minimas.text.generate import take_last
+
+from ..models import apart, distance, models, random_ids, reference, remember, tiny_model
+from ..test_cache import rewritten
+
+seeds = st.integers(0, 99)
+ragged = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
+def weights(model: Qwen3) -> tuple[Tensor, Tensor]:
+    state = model.state_dict()
+    return state.get("lm_head.weight", state["model.embed_tokens.weight"]), state[
+        "model.embed_tokens.weight"
+    ]
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
+
+
+# -- the map ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.floats(1e-5, 10), seeds)
+def test_the_map_is_the_ridge_solution(rows: int, size: int, ridge: float, seed: int) -> None:
+    """Against least squares on the rows stacked with sqrt(λ) I, which has the same minimum and no normal equations."""
+    w_out, w_in = gaussian(2, rows, size, seed=seed)
+    left = torch.cat([w_out, ridge**0.5 * torch.eye(size, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(
+        left, torch.cat([w_in, torch.zeros(size, size, dtype=torch.float64)])
+    ).solution
+    found = alignment_matrix(w_out, w_in, ridge)
+    assert apart(found, expected) <= 1e-6  # fewer rows than columns: conditioned by λ alone
+    residual = w_out.T @ (w_out @ found - w_in) + ridge * found
+    assert float(residual.abs().max()) <= 1e-9 * float((w_out.T @ w_in).abs().max() + 1)
+
+
+@given(models(), seeds)
+def test_tied_embeddings_make_the_map_an_identity(model: Qwen3, seed: int) -> None:
+    """Up to λ, by exactly λ / (σ² + λ): so on Qwen3-0.6B to 4B only the rescaling is left (LatentMAS #31)."""
+    w_in = gaussian(30, 8, seed=seed)
+    smallest = float(torch.linalg.svdvals(w_in).min())
+    off = torch.linalg.matrix_norm(
+        alignment_matrix(w_in, w_in) - torch.eye(8, dtype=torch.float64), 2
+    )
+    assert float(off) <= LAMBDA / smallest**2 * 1.01
+    assert (
+        float(
+            torch.linalg.matrix_norm(
+                alignment_matrix(w_in, -w_in) - torch.eye(8, dtype=torch.float64), 2
+            )
+        )
+        > 1.9
+    )
+
+
+@given(st.integers(1, 60), st.integers(1, 70), seeds)
+def test_the_sum_over_the_vocabulary_may_be_cut_anywhere(rows: int, chunk: int, seed: int) -> None:
+    """The last chunk is shorter; forgetting it drops the rarest tokens only and would pass by eye."""
+    w_out, w_in = gaussian(2, rows, 4, seed=seed)
+    assert (
+        apart(alignment_matrix(w_out, w_in, 0.1, chunk), alignment_matrix(w_out, w_in, 0.1))
+        <= 1e-10
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_sums_of_16_bit_weights_are_wide(dtype: torch.dtype) -> None:
+    """Summed in bf16, 5,000 squares stop growing at 256."""
+    w_out, w_in = gaussian(2, 5000, 6, dtype=dtype)
+    assert (
+        apart(alignment_matrix(w_out, w_in), alignment_matrix(w_out.double(), w_in.double()))
+        <= 1e-4
+    )
+
+
+@given(models(), st.integers(1, 41))
+def test_rows_beyond_the_tokenizer_do_not_count(model: Qwen3, rows: int) -> None:
+    """Qwen3 pads 151,669 rows to 151,936; the authors cut them in one backend and not in the other."""
+    full = {kind: Aligner.from_model(model, kind, rows) for kind in ALIGNMENTS}
+    for weight in weights(model):
+        weight[rows:] = 1e3
+    h = gaussian(2, 16)
+    for kind, align in full.items():
+        assert torch.equal(Aligner.from_model(model, kind, rows)(h), align(h))
+    if rows < 41:
+        assert apart(Aligner.from_model(model, "identity")(h), full["identity"](h)) > 1
+
+
+# -- its relatives ----------------------------------------------------------------------------------------------------
+
+
+@given(models(), seeds)
+def test_each_kind_is_what_it_says(model: Qwen3, seed: int) -> None:
+    """The map, then the mean norm of the embeddings; "none" is the state itself, "prenorm" starts before the gain."""
+    w_out, w_in = weights(model)
+    w_a, norm = alignment_matrix(w_out, w_in), w_in.norm(dim=-1).mean()
+    h = gaussian(2, 3, 16, seed=seed)
+    raw = {"ridge": h @ w_a, "identity": h, "prenorm": (h / model.model.norm.weight) @ w_a}
+    for kind, mapped in raw.items():
+        expected = mapped / mapped.norm(dim=-1, keepdim=True) * norm
+        assert apart(Aligner.from_model(model, kind)(h), expected) <= 1e-10
+    assert torch.equal(Aligner.from_model(model, "none")(h), h)
+
+
+@given(models())
+def test_the_random_map_has_the_ridges_singular_values(model: Qwen3) -> None:
+    """A control arm of another gain would say nothing about the directions; the same at every call, or runs differ."""
+    ridge, control, again = (
+        Aligner.from_model(model, kind) for kind in ("ridge", "random", "random")
+    )
+    assert ridge.matrix is not None
+    assert control.matrix is not None
+    assert again.matrix is not None
+    values = torch.linalg.svdvals(ridge.matrix)
+    torch.testing.assert_close(torch.linalg.svdvals(control.matrix), values, rtol=1e-9, atol=1e-12)
+    assert apart(control.matrix, ridge.matrix) > 0.1
+    assert torch.equal(control.matrix, again.matrix)
+    assert control.norm == ridge.norm
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 0, 16), (2, 3, 1, 16)])
+def test_any_leading_shape_and_dtype_come_back(
+    kind: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Mapped in float32 at least, handed back as it came: a float32 thought promotes every layer of a bf16 model."""
+    embedding = Aligner.from_model(tiny_model(dtype=dtype), kind)(gaussian(*shape, dtype=dtype))
+    assert embedding.shape == shape
+    assert embedding.dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_a_state_of_zeros_is_no_division_by_zero(kind: str, model: Qwen3) -> None:
+    """0 / 0 is NaN, and one NaN in a memory is in all that is read after it."""
+    assert torch.equal(
+        Aligner.from_model(model, kind)(torch.zeros(1, 1, 16).double()),
+        torch.zeros(1, 1, 16).double(),
+    )
+
+
+def test_a_gain_of_zero_is_not_divided_by() -> None:
+    """Such a channel holds 0 behind the norm whatever it held before it: nothing to restore."""
+    model = tiny_model()
+    model.model.norm.weight.data[3] = 0
+    hidden = model(model.embed(random_ids(model, 1, 3)))
+    assert bool(torch.isfinite(Aligner.from_model(model, "prenorm")(hidden)).all())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            lambda m: Aligner.from_model(m, "ridgy"),
+            "--align.*found 'ridgy', expected one of ridge, identity",
+        ),
+        (lambda m: Aligner.from_model(m, rows=0), "rows: found 0, expected 1 … 41"),
+        (lambda m: Aligner.from_model(m, rows=42), "rows: found 42"),
+        (lambda m: alignment_matrix(torch.ones(3, 2), torch.ones(4, 2)), "expected two equal"),
+        (lambda m: alignment_matrix(torch.ones(3), torch.ones(3)), "expected two equal"),
+        (
+            lambda m: alignment_matrix(torch.full((3, 2), torch.nan), torch.ones(3, 2)),
+            "w_out.*: found NaN",
+        ),
+        (
+            lambda m: alignment_matrix(torch.full((3, 2), torch.inf), torch.ones(3, 2)),
+            "w_out.*: found NaN",
+        ),
+        (
+            lambda m: alignment_matrix(torch.ones(3, 2), torch.full((3, 2), torch.nan)),
+            "w_in.*: found NaN",
+        ),
+        (
+            lambda m: think(m, Aligner(), torch.zeros(1, 1, 16).double(), m.new_cache(1), -1),
+            "--latent-steps.*found -1",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused(wrong: Callable[[Qwen3], Any], said: str, model: Qwen3) -> None:
+    """By the name of the flag where there is one; a damaged input embedding as much as a damaged head."""
+    with pytest.raises(ValueError, match=said):
+        wrong(model)
+
+
+# -- as a file --------------------------------------------------------------------------------------------------------
+
+PARTS = ("matrix", "norm", "scale", "shift")
+
+
+def whole_map(model: Qwen3) -> Aligner:
+    """A map with all parts, in the dtype that maps of this model have."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    scale, shift = gaussian(2, 16, seed=1, dtype=dtype).unbind()
+    return Aligner(gaussian(16, 16, dtype=dtype), 0.1, scale, shift, model)
+
+
+@pytest.mark.parametrize("kind", [*ALIGNMENTS, "all parts"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_saved_map_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """All parts, and no others: a scale that is lost makes prenorm the paper's map."""
+    model = tiny_model(dtype=dtype)
+    made = whole_map(model) if kind == "all parts" else Aligner.from_model(model, kind)
+    made.save(tmp_path / "m.safetensors")
+    loaded = Aligner.load(tmp_path / "m.safetensors", model)
+    for name in PARTS:
+        found, expected = getattr(loaded, name), getattr(made, name)
+        if isinstance(expected, Tensor):
+            assert (found.dtype, torch.equal(found, expected)) == (expected.dtype, True), name
+        else:
+            assert found == expected, name
+    assert loaded.made_for == made.made_for
+    hidden = gaussian(2, 3, 16, dtype=dtype)
+    # A matrix that is stored by rows may round otherwise in a product.
+    torch.testing.assert_close(loaded(hidden), made(hidden))
+
+
+def test_the_parts_of_a_map_are_its_equation(model: Qwen3) -> None:
+    """rescale((h · scale) W) + shift, row by row."""
+    align, h = whole_map(model), gaussian(2, 3, 16, seed=5)
+    assert align.matrix is not None
+    assert align.scale is not None
+    mapped = torch.stack([(row * align.scale) @ align.matrix for row in h.flatten(0, 1)])
+    expected = mapped / mapped.norm(dim=-1, keepdim=True) * 0.1 + align.shift
+    assert apart(align(h).flatten(0, 1), expected) <= 1e-12
+
+
+def test_a_map_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
+    """Saved in bf16, used in float64 and back: two dtypes cannot be multiplied."""
+    narrow, wide = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.float64)
+    for maker, reader, dtype in ((narrow, wide, torch.float64), (wide, narrow, torch.float32)):
+        made = Aligner.from_model(maker, "prenorm")
+        made.save(tmp_path / "m.safetensors")
+        loaded = Aligner.load(tmp_path / "m.safetensors", reader)
+        assert loaded.matrix is not None
+        assert loaded.matrix.dtype == dtype
+        hidden = gaussian(1, 1, 16, dtype=reader.dtype)
+        expected = Aligner.from_model(reader, "prenorm")(hidden)
+        torch.testing.assert_close(loaded(hidden), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"family": "llama"}, {"rms_norm_eps": 1e-5}])
+def test_another_models_map_is_refused_by_name(
+    other: dict[str, Any], model: Qwen3, tmp_path: Path
+) -> None:
+    """The same shapes and another meaning: no error would ever show, only worse thoughts."""
+    Aligner.from_model(model).save(tmp_path / "m.safetensors")
+    stranger = tiny_model(**other)
+    stranger.name = "stranger"
+    said = r"/m.safetensors: model: found .*'qwen3-0'.*expected .*'stranger'"
+    with pytest.raises(ValueError, match=said):
+        Aligner.load(tmp_path / "m.safetensors", stranger)
+
+
+def put(**tensors: Tensor) -> Callable[[Path], None]:
+    return rewritten(lambda there, metadata: there.update(tensors))
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "said"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "no such aligner file"),
+        (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
+        (lambda path: torch.save({}, path), ValueError, "not a readable"),
+        (lambda path: save_file({"matrix": torch.eye(16)}, path), ValueError, "format: found None"),
+        (
+            lambda path: remember(tiny_model(), random_ids(tiny_model(), 1, 3))[1].save(path),
+            ValueError,
+            "format: found 'minimas-memory-1', expected 'minimas-aligner-1'",
+        ),
+        (rewritten(lambda t, m: m.pop("fingerprint")), ValueError, "model: found"),
+        (put(matrix=torch.eye(15)), ValueError, r"matrix: found .*\(15, 15\), expected"),
+        (put(matrix=torch.ones(16)), ValueError, r"matrix: found .*\(16,\), expected"),
+        (put(scale=torch.ones(1)), ValueError, r"scale: found .*\(1,\), expected"),
+        (put(shift=torch.ones(16, 1)), ValueError, r"shift: found .*\(16, 1\), expected"),
+        (put(norm=torch.ones(1)), ValueError, r"norm: found .*\(1,\), expected"),
+        (put(scale=torch.ones(16).long()), ValueError, "scale: found torch.int64"),
+        (put(matrx=torch.eye(16)), ValueError, "matrx: found .*expected .*'matrix'"),
+        (put(matrix=torch.eye(16).log()), ValueError, "matrix: found NaN or infinity"),
+        (put(scale=torch.full((16,), torch.inf)), ValueError, "scale: found NaN or infinity"),
+        (put(norm=torch.tensor(torch.nan)), ValueError, "norm: found NaN or infinity"),
+    ],
+)
+def test_a_damaged_or_foreign_map_file_is_refused(
+    damage: Callable[[Path], Any], kind: type[Exception], said: str, model: Qwen3, tmp_path: Path
+) -> None:
+    """One line with the file's name, what was found and what was expected."""
+    path = tmp_path / "map.safetensors"
+    Aligner.from_model(model, "prenorm").save(path)
+    damage(path)
+    with pytest.raises(kind, match=f"^{path}: .*{said}") as caught:
+        Aligner.load(path, model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) -> None:
+    """Finite in the file's float64, infinite in float32: the first thought would be NaN."""
+    model = tiny_model(dtype=torch.float32)
+    Aligner(scale=torch.full((16,), 1e300, dtype=torch.float64), model=model).save(tmp_path / "m")
+    with pytest.raises(ValueError, match="scale: found NaN or infinity"):
+        Aligner.load(tmp_path / "m", model)
+
+
+def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
+    """Nobody's map has no fingerprint; a folder that is not there is named."""
+    with pytest.raises(ValueError, match="/m: found an Aligner of no model, expected"):
+        Aligner(norm=1.0).save(tmp_path / "m")
+    with pytest.raises(OSError, match="nowhere/m: cannot write the aligner"):
+        Aligner.from_model(model).save(tmp_path / "nowhere" / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@given(models(), ragged, st.integers(0, 4), st.sampled_from(ALIGNMENTS), seeds)
+def test_thinking_is_feeding_each_thought_by_hand(
+    model: Qwen3, lengths: list[int], steps: int, kind: str, seed: int
+) -> None:
+    """Row by row and without any memory: the whole sequence is read again for every thought."""
+    align, ids = (
+        Aligner.from_model(model, kind),
+        random_ids(model, len(lengths), max(lengths), seed),
+    )
+    hidden, cache = remember(model, ids, lengths)
+    thoughts, last = think(model, align, take_last(hidden, cache.lengths), cache, steps)
+    assert thoughts.shape == (len(lengths), steps, 16)
+    assert cache.lengths.tolist() == [length + steps for length in lengths]
+    for row, length in enumerate(lengths):
+        x = model.embed(ids[row, :length])
+        for step in range(steps):
+            x = torch.cat([x, align(reference(model, x)[-1:])])
+            assert apart(thoughts[row, step], x[-1]) <= 1e-9
+        assert apart(last[row], reference(model, x)[-1:]) <= 1e-9
+
+
+@given(models(), ragged, st.integers(0, 3), st.integers(0, 3), seeds)
+def test_a_rollouts_first_thoughts_are_a_shorter_rollout(
+    model: Qwen3, lengths: list[int], first: int, more: int, seed: int
+) -> None:
+    """Bit for bit, and going on from where it stopped is going on: steps are not planned ahead."""
+    align = Aligner.from_model(model)
+    hidden, cache = remember(model, random_ids(model, len(lengths), max(lengths), seed), lengths)
+    last, other = take_last(hidden, cache.lengths), cache.fork()
+    thoughts, end = think(model, align, last, cache, first + more)
+    prefix, middle = think(model, align, last, other, first)
+    rest, same_end = think(model, align, middle, other, more)
+    assert torch.equal(torch.cat([prefix, rest], 1), thoughts)
+    assert torch.equal(same_end, end)
+    assert distance(other, cache) == 0
+
+
+def test_zero_steps_leave_everything(model: Qwen3) -> None:
+    """The authors' default of 0 steps throws the memory away (#13); here nothing is thought and nothing is lost."""
+    hidden, cache = remember(model, random_ids(model, 2, 4), [4, 2])
+    before, last = cache.fork(), take_last(hidden, cache.lengths)
+    thoughts, same = think(model, Aligner.from_model(model), last, cache, 0)
+    assert thoughts.shape == (2, 0, 16)
+    assert same is last
+    assert distance(cache, before) == 0
+
+
+def test_any_callable_may_take_the_aligners_place(model: Qwen3) -> None:
+    """A learned map, a control, a tap that records: `think` asks for no class."""
+    seen: list[Tensor] = []
+
+    def tap(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return -hidden
+
+    hidden, cache = remember(model, random_ids(model, 2, 3))
+    thoughts, _ = think(model, tap, hidden[:, -1:], cache, 3)
+    assert torch.equal(thoughts, -torch.cat(seen, 1))
+    assert torch.equal(seen[0], hidden[:, -1:])
+
+
+@pytest.mark.parametrize(
+    "weight", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "norm.weight"]
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_damaged_weights_are_noticed_at_the_first_state(weight: str, steps: int) -> None:
+    """With the model's name, and with 0 steps too: an agent that only reads must not hand NaN on."""
+    model = tiny_model()
+    model.model.get_parameter(weight).data[0] = torch.nan
+    hidden, cache = remember(model, torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="qwen3-0: found a state that is not finite"):
+        think(model, Aligner(), hidden[:, -1:], cache, steps)

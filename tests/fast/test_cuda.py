@@ -1,0 +1,94 @@
+"""What only a GPU can break: devices mixed up, kernels that need another layout. Run with `pytest -m cuda`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimas import Aligner, KVCache, Sampling, latent_mas, load, single, text_mas, think
+from minimas.fast.quantize import QuantizedLinear
+from minimas.text.generate import read
+
+from ..models import TINY, apart, random_ids, remember, tiny_model
+
+pytestmark = pytest.mark.cuda
+QUESTIONS = [
+    "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?",
+    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. How many coins does Tom have?",
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
+    """Ragged rows, thoughts, cuts and joins in float64: a mask or a rotation left on the CPU would fail or differ."""
+    states = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(family).to(device)
+        cache = model.new_cache(2)
+        hidden = read(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk=3)
+        _, hidden = think(model, Aligner.from_model(model), hidden, cache, 3)
+        joined = KVCache.concat([cache.keep_last(4), cache.truncate(2)])
+        states.append(model(model.embed(torch.tensor([[8], [9]], device=device)), joined).cpu())
+    assert float((states[0] - states[1]).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("method", [single, text_mas, latent_mas])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_answers_are_the_cpus(method: object, temperature: float) -> None:
+    """Draws come from a CPU generator, so even sampled text must not depend on the device (float32)."""
+    sampling = Sampling(temperature=temperature, max_new_tokens=16)
+    texts = []
+    for device in ("cpu", "cuda"):
+        lm = load(TINY, device=device, dtype="float32")
+        texts.append([r.text for r in method(lm, QUESTIONS, sampling=sampling)])  # type: ignore[operator]
+    assert texts[0] == texts[1]
+
+
+def test_a_memory_file_travels_between_devices(tmp_path: Path) -> None:
+    """Saved on a GPU, read on a laptop."""
+    model = load(TINY, device="cuda", dtype="float32").model
+    cache = model.new_cache(1)
+    read(model, [[1, 2, 3]], cache)
+    cache.save(tmp_path / "memory.safetensors")
+    other = load(TINY, device="cpu", dtype="float32").model
+    again = KVCache.load(tmp_path / "memory.safetensors", other)
+    assert all(
+        torch.equal(a[:, :, :3].cpu(), b) for a, b in zip(cache.keys, again.keys, strict=True)
+    )
+
+
+def test_bf16_answers_on_a_gpu() -> None:
+    """The default dtype of every checkpoint, on the kernels that take a mask."""
+    lm = load(TINY, device="cuda")
+    assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == [
+        "6",
+        "9",
+    ]
+
+
+@pytest.mark.parametrize("name", ["q4", "q8", "nf4", "int8"])
+def test_quantized_layers_compute_what_they_store_on_a_gpu(name: str) -> None:
+    """Packed for the wrong device, values are silently wrong numbers."""
+    lm = load(TINY, device="cuda", quantize=name)
+    for layer in lm.model.modules():
+        if isinstance(layer, QuantizedLinear):
+            x = torch.randn(3, layer.in_features, device="cuda", dtype=torch.bfloat16)
+            assert (
+                apart(layer(x).double().cpu(), (x.double() @ layer.weight.double().T).cpu()) < 0.3
+            )
+    assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == [
+        "6",
+        "9",
+    ]
+
+
+def test_a_recorded_step_is_a_plain_one_on_a_gpu() -> None:
+    """A replay that reads stale positions or another memory's slots would differ from the second step on."""
+    states = []
+    for compile in (False, True):
+        model = load(TINY, device="cuda", dtype="float32", compile=compile).model
+        hidden, cache = remember(model, random_ids(model, 2, 7).cuda())
+        states.append(
+            think(model, Aligner.from_model(model), hidden[:, -1:], cache, 300)[0][:, :2].cpu()
+        )
+    assert apart(states[1], states[0]) <= 1e-3

@@ -1,0 +1,50 @@
+"""Few rows times a matrix, word by word, are that product; the compiler's loop of it is tested in test_speed.py."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimas.fast.few_rows import fits, product
+
+
+@given(
+    st.sampled_from([torch.bfloat16, torch.int8]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_rows_times_a_matrix_taken_from_its_words(
+    kind: torch.dtype, N: int, quarters: int, R: int, seed: int
+) -> None:
+    """Signs, the lowest byte, an odd number of outputs: exact, for whole numbers have no rounding to hide behind."""
+    torch.manual_seed(seed)
+    K = 4 * quarters
+    weight = torch.randint(-128, 128, (N, K)).to(kind)
+    x = torch.randint(-9, 10, (R, 1, K)).to(torch.bfloat16)
+    found = product(x, weight)
+    assert torch.equal(found.double(), x.double() @ weight.double().T)
+    assert found.is_contiguous(), (
+        "another layout than a plain layer's: the layers behind it compile anew"
+    )
+    if bool((weight[0] != weight[0].flip(0)).any()) and len(set(x[0, 0].tolist())) == K:
+        assert not torch.equal(found, product(x.flip(-1), weight)), "inputs in any order"
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight"),
+    [
+        ((13, 1), torch.zeros(4, 8, dtype=torch.bfloat16)),
+        ((1, 2), torch.zeros(4, 8, dtype=torch.int8)),
+        ((1, 1), torch.zeros(4, 7, dtype=torch.bfloat16)),
+        ((1, 1), torch.zeros(4, 6, dtype=torch.int8)),
+        ((1, 1), torch.zeros(4, 8, dtype=torch.float16)),
+        ((1, 1), torch.zeros(4, 8)),
+        ((1, 1), torch.zeros(4, 8, dtype=torch.bfloat16, device="meta")),
+    ],
+)
+def test_many_rows_and_half_words_are_left_alone(
+    rows: tuple[int, int], weight: torch.Tensor
+) -> None:
+    """float16 is not the upper half of a float32, and half a word would be the next row's."""
+    assert not fits(torch.zeros(*rows, weight.shape[1]), weight)
+    assert fits(torch.zeros(12, 1, 8), torch.zeros(4, 8, dtype=torch.bfloat16, device="cpu"))
+    assert fits(torch.zeros(1, 1, 8), torch.zeros(4, 8, dtype=torch.int8, device="cpu"))

@@ -1,0 +1,232 @@
+"""16-bit products on a CPU: packing changes no bit, and a CPU without matrix units multiplies in 32 bits."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minimas import Aligner, Qwen3, load
+from minimas.core.config import FAMILIES
+from minimas.fast import packed
+from minimas.fast.packed import CAN_PACK, FEW, HAS_UNITS, CPULinear, linear, pack
+
+from ..models import random_ids, remember, tiny_model, write_folder
+
+packing = pytest.mark.skipif(
+    not CAN_PACK, reason="this CPU or this torch cannot pack bf16 matrices"
+)
+
+
+@pytest.fixture
+def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU of most laptops, on any machine."""
+    monkeypatch.setattr(packed, "HAS_UNITS", dict.fromkeys(HAS_UNITS, False))
+    monkeypatch.setattr(packed, "CAN_PACK", False)
+
+
+# -- in the order of the matrix units ----------------------------------------------------------------------------------
+
+
+@packing
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
+def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
+    """Packing is a reordering: whatever it changed would be a change of the model."""
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 80, bias).to(torch.bfloat16).requires_grad_(False)
+    packed = CPULinear(plain)
+    for shape in ((rows, 48), (2, rows, 48)):
+        x = torch.randn(shape).to(torch.bfloat16)
+        assert torch.equal(packed(x), plain(x))
+    assert packed.packed is not None
+
+
+@packing
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: Path) -> None:
+    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be silent nonsense."""
+    plain = tiny_model(family, dtype=torch.bfloat16)
+    model = load(write_folder(tmp_path, plain)).model
+    layers = [module for module in model.modules() if isinstance(module, CPULinear)]
+    assert len(layers) == 7 * 2 + 1
+
+    def the_same(other: Qwen3) -> None:
+        x = other.embed(random_ids(other, 2, 5))
+        assert torch.equal(model.logits(model(x)), other.logits(other(x)))
+        assert all(
+            torch.equal(model.state_dict()[name], tensor)
+            for name, tensor in other.state_dict().items()
+        )
+        assert model.state_dict().keys() == other.state_dict().keys()
+        assert model.fingerprint() == other.fingerprint()
+        align, theirs = Aligner.from_model(model), Aligner.from_model(other)
+        assert torch.equal(align(x), theirs(x))
+
+    assert model.fingerprint() == plain.fingerprint()
+    the_same(plain)
+    for layer in layers:  # never two copies
+        assert layer.packed is not None
+        assert "weight" not in layer._parameters
+    the_same(copy.deepcopy(plain))
+    model.to(torch.float32)
+    the_same(copy.deepcopy(plain).to(torch.float32))
+    model.to(torch.bfloat16)
+    the_same(plain)
+
+
+@packing
+def test_other_weights_may_follow_packed_ones() -> None:
+    """A packed layer has no parameter named weight: load_state_dict must find it all the same."""
+    model, other = (tiny_model("qwen2", seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    pack(model)
+    ids = random_ids(model, 2, 5)
+    remember(model, ids)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(remember(model, ids)[0], remember(other, ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
+    """The operators are for bf16."""
+    model = tiny_model(dtype=dtype)
+    pack(model)
+    remember(model, random_ids(model, 2, 5))
+    assert not any(
+        isinstance(module, CPULinear) and module.packed is not None for module in model.modules()
+    )
+
+
+def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
+    """The packed operator has none: an optimized thought moved by the residuals and norms alone, without a word."""
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load(
+            write_folder(tmp_path / str(dtype), tiny_model(dtype=torch.bfloat16)), dtype=dtype
+        ).model
+        ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+        model(model.embed(ids))  # packs the bf16 one
+        inputs = model.embed(ids).float().requires_grad_(True)
+        model(inputs.to(dtype)).float().square().sum().backward()
+        assert inputs.grad is not None
+        gradients.append(inputs.grad)
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1
+
+
+# -- without units -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has the operator everywhere; on a laptop without AVX-512 it raised at the first forward of every model."""
+
+    def refuses(*args: Any) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+
+    assert packed._can_pack() == CAN_PACK
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuses, raising=False)
+    assert not packed._can_pack()
+
+
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.integers(0, 99)),
+    st.sampled_from(sorted(HAS_UNITS, key=str)), st.booleans(), st.sampled_from([1, 100, 1000]),
+)  # fmt: skip
+def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
+    size: tuple[int, ...], dtype: torch.dtype, biased: bool, piece: int
+) -> None:
+    """Pieces in another order, or a bias added twice, would be fluent nonsense on machines that CI seldom has."""
+    B, T, N, K, seed = size
+    torch.manual_seed(seed)
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((B, T, K), (N, K), (N,)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "HAS_UNITS", dict.fromkeys(HAS_UNITS, False))
+        patch.setattr(packed, "PIECE", piece)
+        found = linear(x, weight, bias if biased else None)
+    plain = F.linear(x, weight, bias if biased else None)
+    exact = F.linear(x.double(), weight.double(), bias.double() if biased else None)
+    assert found.shape == (B, T, N) and found.dtype == dtype
+    if B * T <= FEW:
+        assert torch.equal(found, plain)
+    else:  # one rounding of the sum, and those of 32 bits within it
+        within = (
+            F.linear(x.abs().double(), weight.abs().double(), bias.abs().double())
+            * torch.finfo(torch.float32).eps
+        )
+        assert bool(
+            (
+                (found.double() - exact).abs()
+                <= exact.abs() * torch.finfo(dtype).eps / 2 + 9 * within
+            ).all()
+        )
+
+
+def test_on_a_gpu_or_in_32_bits_nothing_is_widened(
+    no_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "PIECE", None)  # whoever widens stumbles
+    for x in (
+        torch.ones(9, 8),
+        torch.ones(9, 8).double(),
+        torch.ones(9, 8, dtype=torch.bfloat16, device="meta"),
+    ):
+        linear(x, torch.ones_like(x), None)
+    with pytest.raises(TypeError):
+        linear(torch.ones(9, 8).bfloat16(), torch.ones(9, 8).bfloat16())
+
+
+@pytest.mark.parametrize("quantize", [None, "q4", "q8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_units_no_product_of_many_rows_is_left_to_torch(
+    quantize: str | None, tied: bool, no_units: None, tmp_path: Path
+) -> None:
+    """Torch multiplies 512 rows in 512 times the time of one: a prompt would be read at a sixth of the speed."""
+    plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    folder, ids = write_folder(tmp_path, plain), random_ids(plain, 2, 300)
+    for model, narrow in ((plain, True), (load(folder, quantize=quantize).model, False)):
+        with NarrowProducts() as found:
+            model.logits(model(model.embed(ids)))
+        assert bool(found.rows) == narrow
+
+
+class NarrowProducts(TorchDispatchMode):
+    """The rows of each product of many rows in 16 bits."""
+
+    def __enter__(self) -> "NarrowProducts":
+        self.rows: list[int] = []
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        x = {"mm": 0, "addmm": 1, "bmm": 0}.get(operator.overloadpacket.__name__)
+        if x is not None and args[x].dtype.itemsize == 2 and args[x].shape[:-1].numel() > FEW:
+            self.rows.append(args[x].shape[:-1].numel())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_widening_model_is_the_plain_one_to_all_who_ask(
+    tied: bool, no_units: None, tmp_path: Path
+) -> None:
+    """state_dict, fingerprint, a copy and another dtype: nothing but the sums' rounding may tell them apart."""
+    plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    model = load(write_folder(tmp_path, plain)).model
+    assert sum(isinstance(module, CPULinear) for module in model.modules()) == 7 * 2 + (not tied)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.fingerprint() == plain.fingerprint()
+    ids = random_ids(plain, 2, 5)
+    same = copy.deepcopy(model)
+    same.load_state_dict(
+        {name: torch.zeros_like(tensor) for name, tensor in plain.state_dict().items()}
+    )
+    assert not bool(same.logits(same(same.embed(ids))).any()), (
+        "a copy that multiplies by the first one's weights"
+    )
+    wide, narrow = (m.to(torch.float32) for m in (model, plain))
+    assert torch.equal(wide.logits(remember(wide, ids)[0]), narrow.logits(remember(narrow, ids)[0]))

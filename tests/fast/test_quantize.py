@@ -1,0 +1,481 @@
+"""Four and eight bits: what is stored, what the kernels compute, what a quantized model promises and refuses."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimas import KVCache, Sampling, latent_mas, load
+from minimas.fast.order import ORDERS, Order, sums_are_wide, unpack4
+from minimas.fast.quantize import (
+    BOTH,
+    COARSE,
+    FORMATS,
+    GROUP,
+    Q8Linear,
+    QuantizedLinear,
+    check,
+    fit,
+    kept,
+    quantized,
+    round_rows,
+)  # fmt: skip
+
+from ..models import TINY, random_ids, random_model, remember, tiny_config, write_folder
+
+HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
+needs_bnb = pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
+NAMES = ["q4", "q8", *(pytest.param(name, marks=needs_bnb) for name in ("nf4", "int8"))]
+# Of Gaussian weights, relative: what each format's rounding loses, with a little room.
+LOSS = {"q4": 0.08, "q8": 0.012, "nf4": 0.11, "int8": 0.015}
+SIZES = st.tuples(
+    st.integers(1, 150), st.integers(1, 6).map(lambda groups: groups * GROUP), st.integers(0, 99)
+)
+
+
+def gaussian(N: int, K: int, seed: int) -> torch.Tensor:
+    return (torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) / K**0.5).bfloat16()
+
+
+def rows(R: int, K: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(R, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# -- from weights to values --------------------------------------------------------------------------------------------
+
+
+@given(SIZES)
+def test_fitting_is_never_worse_than_rounding_between_the_extremes(
+    size: tuple[int, int, int],
+) -> None:
+    """By the error that it minimizes, of what is stored, in every group."""
+    weight = gaussian(*size)
+    x = weight.float().view(-1, GROUP)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-30)
+    zero = ((low + high + scale) / 2).bfloat16().float()
+    scale = scale.bfloat16().float()
+    plain = ((x - zero) / scale).round().add(8).clamp(0, 15).sub(8) * scale + zero
+    values, scale, zero = fit(weight)
+    fitted = (values.float().view(len(x), GROUP) - 8) * scale.float().view(
+        -1, 1
+    ) + zero.float().view(-1, 1)
+    importance = x.square().mean(-1, keepdim=True).sqrt() + x.abs()
+    assert bool(
+        (
+            (importance * (fitted - x).square()).sum(-1)
+            <= (importance * (plain - x).square()).sum(-1)
+        ).all()
+    )
+    assert int(values.max()) <= 15
+
+
+@given(SIZES)
+def test_values_that_are_on_a_grid_are_found(size: tuple[int, int, int]) -> None:
+    """Weights that came out of four bits go back into them without loss: what GGUF files and AWQ folders hold."""
+    N, K, seed = size
+    source = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 16, (N, K // GROUP, GROUP), generator=source)
+    values[..., 0], values[..., 1] = 0, 15  # both ends of every grid are in use
+    scale = torch.randint(1, 9, (N, K // GROUP, 1), generator=source) / 64
+    weight = ((values - 8) * scale).view(N, K).bfloat16()
+    found = quantized("q4", weight, None)
+    assert isinstance(found, QuantizedLinear) and apart(found.weight, weight) < 5e-3 < apart(
+        weight, found.weight * 1.1
+    )
+
+
+def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
+    """A range of zero is no reason to divide by it."""
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    weight[1], weight[2] = 0.5, -3
+    for name in ("q4", "q8"):
+        layer = quantized(name, weight, None)
+        assert isinstance(layer, QuantizedLinear) and apart(layer.weight, weight) < 0.01
+        assert bool((layer.weight[0].abs() < 1e-20).all())
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+@needs_bnb
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes warns at every product of int8: 84 lines a token between a question and its answer."""
+    layer = quantized(name, gaussian(64, 64, 0), None)
+    assert layer is not None
+    caplog.clear()
+    layer(rows(3, 64))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> None:
+    weight, bias, x = gaussian(96, 128, 0), rows(1, 96, seed=2)[0], rows(count, 128)
+    layer = quantized(name, weight, bias)
+    assert layer is not None
+    found, expected = layer(x[None]), F.linear(x.float(), weight.float(), bias.float())
+    assert found.shape == (1, count, 96) and found.dtype == torch.bfloat16
+    narrow = (
+        name == "q8" and count > BOTH and not sums_are_wide()
+    )  # 7 bits, and one row: a step's share more
+    loss = (LOSS[name] ** 2 + COARSE**2 / 12) ** 0.5 if narrow else LOSS[name]
+    assert apart(found[0].float() - bias.float(), expected - bias.float()) < loss
+    assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input is another output
+
+
+@given(SIZES, st.sampled_from(["q4", "q8"]))
+def test_the_kernel_for_few_rows_computes_what_is_stored(
+    size: tuple[int, int, int], name: str
+) -> None:
+    """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only behind a short one."""
+    layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
+    assert isinstance(layer, QuantizedLinear)
+    expected = F.linear(x.double(), layer.weight.double())
+    assert apart(layer(x), expected) < 0.006
+    # Many rows in 8 bits: those without a second one are off by a step's share of their mean, evenly spread.
+    count, off = (
+        (BOTH, 0.006 + COARSE / 12**0.5) if layer.few == torch.inf else (int(layer.few), 0.006)
+    )
+    many = x.repeat(count // 3 + 1, 1)
+    assert len(many) > count
+    if (
+        isinstance(layer, Q8Linear) and layer.levels == 63
+    ):  # steps twice as large, and a sum's terms may cancel
+        terms = F.linear(x.double().square(), layer.weight.double().square()).sqrt()
+        assert float((layer(many)[:3].double() - expected).norm() / terms.norm()) < 0.1
+    else:
+        assert apart(layer(many)[:3], expected) < off
+
+
+ORDER = """
+import torch
+from minimas.fast.order import order_of_this_cpu
+from minimas.fast.quantize import quantized
+torch.manual_seed(0)
+layer = quantized("q4", torch.randn(150, 96).bfloat16(), None)
+through_the_kernel = layer.multiply(torch.eye(96).bfloat16()).T
+print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, torch.equal(through_the_kernel, layer.unpack()))
+"""
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="these are x86's"
+)
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_cpus_orders_are_known(capability: str) -> None:
+    """A CPU that packs otherwise than the one at hand would read every long prompt through another matrix."""
+    variables = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"{capability.upper()} 32 True\n", done.stderr
+
+
+@given(st.sampled_from(ORDERS), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_each_order_is_unpacked_by_its_formula(
+    order: Order, tiles: int, groups: int, seed: int
+) -> None:
+    """ARM's and others', which no machine of ours has, from the order that torch's source gives them."""
+    N, K, source = 64 * tiles, GROUP * groups, torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 16, (N, K), generator=source, dtype=torch.uint8)
+    scales = torch.randn(groups, N, 2, generator=source).bfloat16()
+    packed = torch.zeros(N // order.tile, K, order.tile // 2, dtype=torch.uint8)
+    for row in range(N):
+        at, place = divmod(row, order.tile)
+        high, lane = (
+            reversed(divmod(place, 2)) if order.alternate else divmod(place, order.tile // 2)
+        )
+        packed[at, :, lane] |= values[row] << 4 * high
+    scale, zero = scales.float().repeat_interleave(GROUP, 0).unbind(-1)  # (K, N)
+    expected = ((values.float() - 8).T * scale + zero).T
+    assert apart(unpack4(packed.view(N, K // 2), scales, order), expected) < 0.004
+
+
+def test_an_order_that_is_not_known_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new kernel in a later torch: slower, but the same matrix."""
+    known = quantized("q4", gaussian(150, 96, 0), None)
+    monkeypatch.setattr("minimas.fast.quantize.order_of_this_cpu", lambda: None)
+    unknown = quantized("q4", gaussian(150, 96, 0), None)
+    assert isinstance(known, QuantizedLinear) and isinstance(unknown, QuantizedLinear)
+    assert unknown.few == torch.inf
+    assert torch.equal(unknown.weight, known.weight)
+    assert torch.equal(unknown(rows(700, 96)), unknown.multiply(rows(700, 96)))
+
+
+@given(SIZES, st.sampled_from(["Q4_0", "Q4_1", "Q8_0"]))
+def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kind: str) -> None:
+    N, K, seed = size
+    source = torch.Generator().manual_seed(seed)
+    low, high = (-128, 128) if kind == "Q8_0" else (0, 16)
+    values = torch.randint(low, high, (N, K), generator=source).to(
+        torch.int8 if kind == "Q8_0" else torch.uint8
+    )
+    scale = (torch.rand(N, K // GROUP, generator=source) + 0.1).half().float()
+    minimum = torch.randn(N, K // GROUP, generator=source).half().float()
+    offset = {"Q4_0": -8 * scale, "Q4_1": minimum, "Q8_0": None}[kind]
+    layer, x = kept(values, scale, offset, None, torch.bfloat16), rows(2, K)
+    weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
+    weight = (weight if offset is None else weight + offset.double()[..., None]).view(N, K)
+    assert apart(layer.weight, weight) < 0.004  # bf16's own rounding
+    assert apart(layer(x), F.linear(x.double(), weight)) < 0.01
+
+
+def test_a_loud_row_does_not_coarsen_its_neighbours() -> None:
+    """With one scale for the whole batch, as the operator takes it, the answer to a question depends on the others."""
+    weight, quiet = gaussian(64, 64, 0), rows(1, 64)
+    layer = quantized("q8", weight, None)
+    assert isinstance(layer, QuantizedLinear)
+    both = torch.cat([quiet, 3000 * rows(1, 64, seed=5)])
+    assert apart(layer(both)[:1], layer(quiet)) < 0.003
+    coarse = (both / (both.abs().amax() / 127)).round() * (both.abs().amax() / 127)
+    assert apart(F.linear(coarse[:1], weight), F.linear(quiet, weight)) > 0.5
+
+
+def test_one_large_activation_does_not_drown_the_small_ones() -> None:
+    """Real models have outliers of a thousand times the rest; what rounding to whole numbers loses is a second row."""
+    weight, x = gaussian(64, 256, 0), rows(1, 256)
+    x[0, 7] = 1000
+    layer = quantized("q8", weight, None)
+    assert isinstance(layer, QuantizedLinear)
+    small = x.clone()
+    small[0, 7] = 0
+    found = layer(x).double() - 1000 * layer.weight[:, 7].double()
+    assert (
+        apart(found, F.linear(small.double(), layer.weight.double())) < 0.6
+    )  # bf16 rounds the sum
+    unit = 1000 / 127
+    assert bool(((small / unit).round() == 0).all())  # rounded once, nothing of them is left
+
+
+def test_of_many_rows_those_with_outliers_keep_their_second_one() -> None:
+    """Without it a long prompt in 8 bits would be read worse than a short one, by tens of times."""
+    weight, many = gaussian(64, 256, 0), rows(3 * BOTH, 256)
+    many[5::7, 3] = 1000
+    layer = quantized("q8", weight, None)
+    assert isinstance(layer, Q8Linear)
+    expected = F.linear(many.double(), layer.weight.double())
+    found = layer(many).double()
+    loud, quiet = many[:, 3] == 1000, many[:, 3] != 1000
+    small = many.clone()
+    small[:, 3] = 0
+    rest = found - many[:, 3:4].double() @ layer.weight[:, 3:4].double().T
+    assert (
+        apart(rest[loud], F.linear(small[loud].double(), layer.weight.double())) < 0.6
+    )  # bf16 rounds the sum
+    assert apart(found[quiet], expected[quiet]) < COARSE / 12**0.5
+    few = torch.cat([layer(part) for part in many.split(BOTH)]).double()
+    assert torch.equal(found[loud], few[loud]), (
+        "a row with a second one is computed as among few rows"
+    )
+    if layer.integer:
+        assert not torch.equal(found[quiet], few[quiet]), (
+            "a second row for all would cost a prefill its speed"
+        )
+
+
+def test_a_gradient_through_many_rows_unpacks_a_matrix_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not once for every piece of the rows: unpacking takes longer than the product."""
+    layer, x = quantized("q8", gaussian(64, 64, 0), None), rows(5 * BOTH, 64).requires_grad_()
+    assert isinstance(layer, Q8Linear)
+    calls, unpack = [], layer.unpack
+    monkeypatch.setattr(layer, "unpack", lambda: (calls.append(1), unpack())[1])
+    layer(x).float().sum().backward()
+    assert calls == [1]
+    assert x.grad is not None and bool(x.grad.any())
+
+
+@pytest.mark.parametrize("name", ["q4", "q8"])
+def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
+    """Through two layers: what the first one unpacked must not lie where the second one unpacks."""
+    first, second = (quantized(name, gaussian(64, 64, seed), None) for seed in (0, 1))
+    assert first is not None and second is not None
+    for count in (2, 200):
+        x = rows(count, 64).requires_grad_()
+        second(first(x)).float().sum().backward()
+        assert x.grad is not None and float(x.grad.abs().sum()) > 0
+        assert (
+            apart(x.grad, torch.ones(count, 64) @ second.weight.float() @ first.weight.float())
+            < 0.01
+        )
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied model in bf16 whose sizes divide into groups."""
+    config = tiny_config(
+        hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=True, vocab_size=97
+    )
+    return write_folder(
+        tmp_path_factory.mktemp("quantized"), random_model(config, dtype=torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("name", ["q4", "q8"])
+def test_a_quantized_model_is_the_model_of_its_unpacked_weights(folder: Path, name: str) -> None:
+    """Every matrix is at its own place, in the right order; states agree to what bf16 rounds."""
+    model = load(folder, device="cpu", quantize=name).model
+    plain = random_model(model.config, dtype=torch.float64)
+    state = model.state_dict()
+    head = state.pop("lm_head.weight")
+    plain.load_state_dict({key: value.double() for key, value in state.items()})
+    ids = random_ids(model, 2, 9)
+    hidden, expected = remember(model, ids)[0], remember(plain, ids)[0]
+    assert apart(hidden, expected) < 0.03 < 0.3 < apart(hidden, expected.flip(0))
+    assert apart(model.logits(hidden), hidden.double() @ head.double().T) < 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_matrix_is_quantized_and_the_embedding_is_not(folder: Path, name: str) -> None:
+    """W_a comes from exact embeddings, or a quantized model would think other thoughts by another map."""
+    exact, lm = load(folder, device="cpu"), load(folder, device="cpu", quantize=name)
+    assert not [key for key, module in lm.model.named_modules() if type(module) is torch.nn.Linear]
+    assert torch.equal(lm.model.model.embed_tokens.weight, exact.model.model.embed_tokens.weight)
+    found, expected = lm.aligner("ridge"), exact.aligner("ridge")
+    assert (
+        found.norm == expected.norm
+        and found.matrix is not None
+        and torch.equal(found.matrix, expected.matrix)
+    )
+
+
+def test_an_untied_head_keeps_its_bits() -> None:
+    """W_a needs W_out as it is, too."""
+    exact, lm = load(TINY, device="cpu"), load(TINY, device="cpu", quantize="q4")
+    assert torch.equal(lm.model.lm_head.weight, exact.model.lm_head.weight)
+    assert torch.equal(lm.aligner("ridge").matrix, exact.aligner("ridge").matrix)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_agents_answer_in_every_format(name: str) -> None:
+    """The embedded model survives any of them, thoughts included."""
+    lm = load(TINY, device="cpu", quantize=name)
+    eva = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
+    questions = [eva, "Tom has 3 coins. He loses 1. He gets 7 more. How many coins does Tom have?"]
+    results = latent_mas(lm, questions, sampling=Sampling(max_new_tokens=16))
+    assert [result.answer for result in results] == ["12", "9"]
+
+
+@pytest.mark.parametrize("name", ["q4", "q8"])
+def test_the_names_of_a_state_dict_are_still_hugging_faces(folder: Path, name: str) -> None:
+    exact = load(folder, device="cpu").model.state_dict()
+    found = load(folder, device="cpu", quantize=name).model.state_dict()
+    assert {key: value.shape for key, value in found.items() if key != "lm_head.weight"} == {
+        key: value.shape for key, value in exact.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_memory_file_belongs_to_its_format(folder: Path, tmp_path: Path, name: str) -> None:
+    """A fingerprint is the same before and after the first step, in the next process, and another format's is not."""
+    model = load(folder, device="cpu", quantize=name).model
+    before = model.fingerprint()
+    _, cache = remember(model, random_ids(model, 1, 5))
+    cache.save(tmp_path / "memory.safetensors")
+    assert model.fingerprint() == before
+    again = load(folder, device="cpu", quantize=name).model
+    assert KVCache.load(tmp_path / "memory.safetensors", again).lengths.tolist() == [5]
+    with pytest.raises(ValueError, match="model: found a memory of"):
+        KVCache.load(tmp_path / "memory.safetensors", load(folder, device="cpu").model)
+
+
+def test_a_matrix_that_does_not_divide_into_groups_keeps_its_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, with the number of them, and not a failure."""
+    config = tiny_config(hidden_size=64, intermediate_size=80, head_dim=16)
+    model = load(
+        write_folder(tmp_path, random_model(config, dtype=torch.bfloat16)),
+        device="cpu",
+        quantize="q4",
+    ).model
+    assert "2 matrices stay in 16 bits" in caplog.text
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Q4Linear"
+    assert not isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to("meta"), lambda m: m.float(), lambda m: m.to(torch.float64)]
+)
+def test_a_packed_model_cannot_be_moved(folder: Path, name: str, move: Any) -> None:
+    """Values packed for one device are silently wrong numbers on another; nothing may be half moved either."""
+    model = load(folder, device="cpu", quantize=name).model
+    before = model.fingerprint()
+    with pytest.raises(
+        ValueError, match="found a quantized model, packed for its device; expected load"
+    ):
+        move(model)
+    assert model.fingerprint() == before and model.dtype == torch.bfloat16
+
+
+def test_a_packed_model_cannot_be_overwritten(folder: Path) -> None:
+    model = load(folder, device="cpu", quantize="q4").model
+    with pytest.raises(ValueError, match=r"q_proj.weight: found a quantized layer"):
+        model.load_state_dict(load(folder, device="cpu").model.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("q5", None, r"quantize \(--quantize\): found 'q5', expected one of q4, q8, nf4, int8"),
+        ("", None, r"quantize \(--quantize\): found ''"),
+        ("q4", torch.float64, r"found 'q4' with float64, expected 16 or 32 bits"),
+    ],
+)
+def test_a_format_that_cannot_run_is_refused_before_anything_is_read(
+    name: str, dtype: Any, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        load("/nowhere/at/all", device="cpu", dtype=dtype or "auto", quantize=name)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [(None, r"pip install 'minimas\[bnb\]'"), ("0.41.3", "bitsandbytes 0.41.3, expected 0.46")],
+)
+def test_a_missing_or_old_package_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, said: str
+) -> None:
+    from minimas.fast import bnb
+
+    def fake(name: str) -> Any:
+        if version is None:
+            raise ImportError(name)
+        return type("module", (), {"__version__": version})
+
+    monkeypatch.setattr(bnb, "import_module", fake)
+    with pytest.raises(ImportError, match=said):
+        check("nf4", torch.device("cpu"), torch.bfloat16)
+
+
+def test_the_table_says_what_is_stored() -> None:
+    """`minimas info` computes sizes from it: bits a weight of what a layer really holds."""
+    weight = gaussian(256, 256, 0)
+    q4, q8 = quantized("q4", weight, None), quantized("q8", weight, None)
+    assert isinstance(q4, QuantizedLinear) and isinstance(q8, QuantizedLinear)
+    held = sum(t.numel() * t.element_size() for t in (q4.packed, q4.scales))
+    assert held * 8 / weight.numel() == FORMATS["q4"].bits
+    values, scale = round_rows(weight)
+    assert values.element_size() * 8 == FORMATS["q8"].bits and scale.dtype == torch.bfloat16

@@ -1,0 +1,898 @@
+"""A .gguf file gives the model, the tokenizer and the settings it was made of, or one line that says what is wrong."""
+
+import json
+import logging
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from minimas import Qwen3, Sampling, Tokenizer, latent_mas, load, single
+from minimas.core.config import FAMILIES
+from minimas.fast.quantize import QuantizedLinear
+from minimas.formats.gguf import CUTS, GGUF, LAYER, TOP, WORDS
+from minimas.formats.gguf_file import Stored
+
+from ..models import (
+    apart,
+    random_ids,
+    random_model,
+    remember,
+    tiny_config,
+    tiny_model,
+    write_folder,
+)
+
+numpy = pytest.importorskip("numpy")
+gguf = pytest.importorskip("gguf", reason="files are written with it")
+from gguf.quants import dequantize, quantize  # noqa: E402
+
+Kind = gguf.GGMLQuantizationType
+BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+BACK = {theirs: ours for ours, theirs in (TOP | LAYER).items()}
+
+
+# -- writing files ----------------------------------------------------------------------------------------------------
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py."""
+    return (
+        weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def gguf_name(name: str) -> str:
+    stem, leaf = name.removeprefix("model.layers.").rsplit(".", 1)
+    number, _, owner = stem.partition(".")
+    return f"blk.{number}.{BACK[owner]}.{leaf}" if number.isdigit() else f"{BACK[stem]}.{leaf}"
+
+
+def fields_of(model: Qwen3) -> dict[str, Any]:
+    """A model's metadata, by name without the architecture, as llama.cpp's converter writes it."""
+    c = model.config
+    return {
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": c.rope_theta,
+    }
+
+
+def tensors_of(model: Qwen3, permuted: bool = True) -> dict[str, Tensor]:
+    c, found = model.config, {}
+    for name, weight in model.state_dict().items():
+        if (
+            c.model_type == "llama"
+            and permuted
+            and name.endswith(("q_proj.weight", "k_proj.weight"))
+        ):
+            weight = permute(
+                weight, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads
+            )
+        found[gguf_name(name)] = weight.float()
+    return found
+
+
+def write(
+    path: Path,
+    model: Qwen3,
+    kinds: dict[str, str] | str = "F32",
+    extra: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """A file of a model by gguf's own writer; `kinds` by tensor or for all matrices, `extra` tensors and metadata."""
+    permuted = options.pop("permuted", True)
+    writer = gguf.GGUFWriter(path, model.config.model_type, **options)
+    more = extra or {}
+    fields = {
+        f"{model.config.model_type}.{name}": value for name, value in fields_of(model).items()
+    }
+    for name, value in (
+        fields | {key: value for key, value in more.items() if not isinstance(value, Tensor)}
+    ).items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
+            add[type(value)](name, value)
+    tensors = tensors_of(model, permuted) | {
+        key: value for key, value in more.items() if isinstance(value, Tensor)
+    }
+    for name, weight in tensors.items():
+        kind = kinds if isinstance(kinds, str) else kinds.get(name, "F32")
+        kind = Kind[kind if weight.ndim > 1 else "F32"]
+        writer.add_tensor(name, quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def filled(file: GGUF, dtype: torch.dtype = torch.float32) -> Qwen3:
+    """The model of a file, as load fills it."""
+    model = Qwen3(file.config).to(dtype)
+    assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == file.shapes
+    model.load_state_dict({name: file.read(name, dtype) for name in file.shapes})
+    return model.eval()
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def field(name: str, value: Any) -> bytes:
+    """One metadata entry, whatever it says: bytes are taken as they are."""
+    if isinstance(value, bytes):
+        return text(name) + value
+    number, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f"), str: (8, "")}[type(value)]
+    body = text(value) if isinstance(value, str) else struct.pack("<" + form, value)
+    return text(name) + struct.pack("<I", number) + body
+
+
+TINY_FIELDS = {"general.architecture": "qwen3"} | {
+    f"qwen3.{k}": v for k, v in fields_of(tiny_model()).items()
+}
+TINY_TENSORS: dict[str, tuple[tuple[int, ...], int, int]] = {"token_embd.weight": ((16, 41), 0, 0)}
+
+
+def raw_file(
+    fields: dict[str, Any] | None = None,
+    tensors: dict[str, tuple[tuple[int, ...], int, int]] | list[Any] | None = None,
+    head: tuple[bytes, int, int | None, int | None] = (b"GGUF", 3, None, None),
+    data: int = 41 * 16 * 4,
+) -> bytes:
+    """Any file at all, byte by byte: tensors are name -> (shape in the file's order, type, offset)."""
+    entries = {
+        key: value for key, value in (TINY_FIELDS | (fields or {})).items() if value is not None
+    }
+    infos = list(
+        (TINY_TENSORS | tensors).items()
+        if isinstance(tensors, dict)
+        else tensors or TINY_TENSORS.items()
+    )
+    counts = (
+        len(infos) if head[2] is None else head[2],
+        len(entries) if head[3] is None else head[3],
+    )
+    body = (
+        head[0]
+        + struct.pack("<IQQ", head[1], *counts)
+        + b"".join(field(*entry) for entry in entries.items())
+    )
+    for name, (shape, number, offset) in infos:
+        body += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+    return body + bytes(-len(body) % 32) + bytes(data)
+
+
+def opened(path: Path, content: bytes) -> GGUF:
+    path.write_bytes(content)
+    return GGUF(path)
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_becomes_the_model_it_was_made_of(family: str, tied: bool, tmp_path: Path) -> None:
+    """Q and K rows in the file's order give fluent nonsense: every tensor, its states, and a file read without that."""
+    model = tiny_model(
+        family, dtype=torch.float32, tie_word_embeddings=tied, rope_theta=5e4, rms_norm_eps=1e-5
+    )
+    file = GGUF(write(tmp_path / "a.gguf", model))
+    assert file.config == model.config
+    assert set(file.kinds.values()) == {"F32"}
+    again, ids = filled(file), random_ids(model, 2, 9)
+    assert all(
+        torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items()
+    )
+    expected = remember(model, ids)[0]
+    assert torch.equal(remember(again, ids)[0], expected)
+    unlike = remember(filled(GGUF(write(tmp_path / "b.gguf", model, permuted=False))), ids)[0]
+    assert (apart(unlike, expected) > 0.1) == (family == "llama")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
+def test_the_dtype_says_how_the_matrices_are_stored(kind: str, tmp_path: Path) -> None:
+    """Norms are float32 in every file: asking them would load every model in float32."""
+    model = tiny_model(dtype=torch.float32, hidden_size=32, intermediate_size=32, head_dim=8)
+    file = GGUF(write(tmp_path / "a.gguf", model, kind))
+    assert file.config.dtype == {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")
+    assert file.kinds["model.layers.0.mlp.up_proj.weight"] == kind
+    half = file.read("model.layers.0.mlp.up_proj.weight", torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert apart(half.float(), model.state_dict()["model.layers.0.mlp.up_proj.weight"]) < 0.2
+
+
+def test_metadata_that_old_files_leave_out_has_llamas_defaults(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32, head_dim=4, num_key_value_heads=4)
+    old = {
+        f"llama.{name}": None
+        for name in ("attention.key_length", "attention.head_count_kv", "rope.freq_base")
+    }
+    fields = {"general.architecture": "llama"} | {
+        f"llama.{k}": v for k, v in fields_of(model).items()
+    }
+    path = tmp_path / "a.gguf"
+    path.write_bytes(raw_file(dict.fromkeys(TINY_FIELDS) | fields | old))
+    assert GGUF(path).config == tiny_config(
+        "llama", head_dim=4, num_key_value_heads=4, tie_word_embeddings=True
+    )
+
+
+def test_no_field_of_the_config_is_foreign(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A field of ours that Config does not know would warn at every load."""
+    with caplog.at_level(logging.WARNING):
+        opened(tmp_path / "a.gguf", raw_file())
+    assert not caplog.records
+
+
+def stored(
+    path: Path, name: str, data: Any, kind: str, family: str = "qwen3", **fields: Any
+) -> GGUF:
+    """A file that holds one more matrix, given as bytes (rows, bytes)."""
+    model = tiny_model(family, dtype=torch.float32)
+    writer = gguf.GGUFWriter(path, family)
+    for key, value in fields_of(model).items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(
+            f"{family}.{key}", value
+        )
+    writer.add_tensor("token_embd.weight", numpy.zeros((41, 16), numpy.float32))
+    writer.add_tensor(name, data, raw_dtype=Kind[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUF(path)
+
+
+def finite_blocks(draw_bytes: bytes, rows: int, kind: str, at: tuple[int, ...]) -> Any:
+    """Random blocks of a type whose float16 numbers, at those bytes, are small: exponents of 15 and less."""
+    data = (
+        numpy.frombuffer(draw_bytes, numpy.uint8)
+        .copy()
+        .reshape(rows, -1, gguf.GGML_QUANT_SIZES[Kind[kind]][1])
+    )
+    for byte in at:
+        data[..., byte] &= 0b10111111
+    return data.reshape(rows, -1)
+
+
+@given(
+    data=st.data(),
+    kind=st.sampled_from(sorted(BLOCKS)),
+    rows=st.sampled_from([1, 8, 24]),
+    family=st.sampled_from(FAMILIES),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_are_the_files_own_numbers(
+    data: st.DataObject, kind: str, rows: int, family: str, tmp_path: Path
+) -> None:
+    """Halves swapped, a minimum of the wrong sign: each weight as the package gguf has it, no tolerance."""
+    rows = 24 if family == "llama" else rows
+    content = data.draw(
+        st.binary(min_size=2 * rows * BLOCKS[kind], max_size=2 * rows * BLOCKS[kind])
+    )
+    raw = finite_blocks(content, rows, kind, (1, 3) if kind == "Q4_1" else (1,))
+    file = stored(tmp_path / "a.gguf", "blk.0.attn_q.weight", raw, kind, family)
+    expected = torch.from_numpy(dequantize(raw, Kind[kind]))
+    if family == "llama":  # 4 heads of 6: undone by the rule itself, not by ours
+        expected = torch.stack(
+            [expected[(row // 6) * 6 + 2 * (row % 3) + (row % 6) // 3] for row in range(24)]
+        )
+    key = "model.layers.0.self_attn.q_proj.weight"
+    parts = file.blocks(key)
+    assert parts is not None
+    values, scale, minimum = parts
+    assert values.dtype == (torch.int8 if kind == "Q8_0" else torch.uint8) and values.shape == (
+        rows,
+        64,
+    )
+    assert scale.dtype == torch.float32 and scale.shape == (rows, 2)
+    assert (minimum is None) == (kind == "Q8_0")
+    weights = values.view(rows, 2, 32) * scale[..., None]
+    weights = weights if minimum is None else weights + minimum[..., None]
+    assert torch.equal(weights.flatten(1), expected)
+    assert torch.equal(file.read(key, torch.float32), expected)
+    assert torch.equal(file.read(key, torch.float64), expected.double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    {"Q5_0": (1,), "Q5_1": (1, 3), "Q2_K": (81, 83), "Q3_K": (109,), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,),
+     "IQ4_NL": (1,), "IQ4_XS": (1,)}.items(),
+)  # fmt: skip
+def test_other_types_come_through_the_package(
+    kind: str, at: tuple[int, ...], tmp_path: Path
+) -> None:
+    """In slabs as in one piece, in llama's order of rows too."""
+    block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    content = torch.randint(256, (24 * 2 * size,), generator=torch.Generator().manual_seed(0))
+    raw = finite_blocks(bytes(content.tolist()), 24, kind, at)
+    expected = torch.from_numpy(dequantize(raw, Kind[kind]))
+    for family in ("qwen2", "llama"):
+        file = stored(tmp_path / "a.gguf", "blk.0.attn_q.weight", raw, kind, family)
+        key = "model.layers.0.self_attn.q_proj.weight"
+        assert file.shapes[key] == (24, 2 * block) and file.kinds[key] == kind
+        assert file.blocks(key) is None
+        read = file.read(key, torch.float32)
+        assert torch.equal(permute(read, 4) if family == "llama" else read, expected)
+
+
+def test_slabs_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slab smaller than a row, slabs that do not divide the rows; a slab of everything would double the memory."""
+    sizes: list[int] = []
+    raw = Stored.raw
+
+    def counted(self: Stored, start: int, stop: int) -> Tensor:
+        sizes.append((stop - start) * self.width)
+        return raw(self, start, stop)
+
+    monkeypatch.setattr(Stored, "raw", counted)
+    model = tiny_model("llama", dtype=torch.float32)
+    file = GGUF(write(tmp_path / "a.gguf", model))
+    for slab in (1, 16 * 5, 16 * 7 + 3):
+        monkeypatch.setattr("minimas.formats.gguf.SLAB", slab)
+        sizes.clear()
+        assert all(
+            torch.equal(file.read(name, torch.float32), w) for name, w in model.state_dict().items()
+        )
+        assert max(sizes) <= max(slab, 24)
+
+
+def test_a_vocabulary_is_read_at_once(tmp_path: Path) -> None:
+    """gguf's own reader takes 7 seconds for the header of a Qwen file; this is one of that size."""
+    tokens = struct.pack("<IIQ", 9, 8, 300_000) + b"".join(text(f"t{i}") for i in range(300_000))
+    types = struct.pack("<IIQ", 9, 5, 300_000) + struct.pack("<300000i", *[1] * 300_000)
+    content = raw_file({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
+    began = time.perf_counter()
+    assert opened(tmp_path / "a.gguf", content).shapes
+    assert time.perf_counter() - began < 2
+
+
+def test_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    """Behind a mapping it would be a bus error that ends the process."""
+    file = GGUF(write(tmp_path / "a.gguf", tiny_model(dtype=torch.float32)))
+    (tmp_path / "a.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"a\.gguf: found its end inside a tensor"):
+        [file.read(name, torch.float32) for name in file.shapes]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
+    """A second reader of the same file, Q and K rows included."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"head_dim": 8, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 96}
+    model = tiny_model(family, dtype=torch.float32, **sizes)
+    words = {
+        "general.name": "tiny",
+        f"{family}.rope.dimension_count": 8,
+        f"{family}.vocab_size": 96,
+    }
+    file = GGUF(write(tmp_path / "a.gguf", model, "Q8_0", words))
+    raw = file.files["config.json"]
+    kind = transformers.Qwen2ForCausalLM if family == "qwen2" else transformers.LlamaForCausalLM
+    theirs = kind(kind.config_class(**raw)).eval()
+    reader = pytest.importorskip(
+        "transformers.modeling_gguf_pytorch_utils"
+    )  # from_pretrained asks for accelerate
+    read = reader.load_gguf_checkpoint(
+        str(tmp_path / "a.gguf"), return_tensors=True, model_to_load=theirs
+    )
+    assert theirs.load_state_dict(read["tensors"], strict=True)
+    assert all(
+        torch.equal(file.read(name, torch.float32), weight)
+        for name, weight in read["tensors"].items()
+    )
+    ours, ids = filled(file), random_ids(model, 1, 12)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert apart(ours.logits(remember(ours, ids)[0]), expected) < 1e-5
+
+
+# -- tied embeddings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"), [("Q4_0", "Q8_0"), ("Q8_0", "Q4_1"), ("F16", "Q5_0"), ("F32", "F32")]
+)
+def test_two_copies_of_one_matrix_are_tied_and_the_finer_one_counts(
+    embedding: str, head: str, tmp_path: Path
+) -> None:
+    """Taken as two matrices they would make W_a something else than the identity."""
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=True, hidden_size=32)
+    weight = model.model.embed_tokens.weight.data
+    kinds = {"token_embd.weight": embedding, "output.weight": head}
+    file = GGUF(write(tmp_path / "a.gguf", model, kinds, {"output.weight": weight}))
+    assert file.config.tie_word_embeddings
+    assert "lm_head.weight" not in file.shapes
+    bits = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q8_0": 8.5, "F16": 16.0, "F32": 32.0}
+    finer = max(embedding, head, key=lambda kind: bits[kind])
+    assert file.kinds["model.embed_tokens.weight"] == finer
+    expected = torch.from_numpy(
+        dequantize(quantize(weight.numpy(), Kind[finer]), Kind[finer])
+    ).view_as(weight)
+    assert torch.equal(file.read("model.embed_tokens.weight", torch.float32), expected)
+
+
+def test_a_head_of_its_own_is_not_taken_for_a_copy(tmp_path: Path) -> None:
+    """Also where it began as one and was trained on."""
+    model = tiny_model(dtype=torch.float32)
+    near = model.model.embed_tokens.weight.data + 0.4 * torch.randn(
+        41, 16, generator=torch.Generator().manual_seed(1)
+    )
+    model.lm_head.weight.data.copy_(near)
+    file = GGUF(write(tmp_path / "a.gguf", model))
+    assert not file.config.tie_word_embeddings
+    assert torch.equal(file.read("lm_head.weight", torch.float32), near)
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+def sharded(path: Path, model: Qwen3) -> list[Path]:
+    write(path / "m.gguf", model, split_max_tensors=9)
+    return sorted(path.glob("m-*.gguf"))
+
+
+def test_any_shard_stands_for_all(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    paths = sharded(tmp_path, model)
+    assert len(paths) == 3
+    for path in paths:
+        assert all(
+            torch.equal(w, filled(GGUF(path)).state_dict()[name])
+            for name, w in model.state_dict().items()
+        )
+
+
+def test_a_shard_that_is_missing_or_foreign_is_named(tmp_path: Path) -> None:
+    """Tensors of a shard that nobody read would stay as they were allocated."""
+    first, second, third = sharded(tmp_path, tiny_model("llama", dtype=torch.float32))
+    content = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"m-00002-of-00003\.gguf: split\.no.*found \[2, 3\], expected \[1, 3\]"
+    ):
+        GGUF(first)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf: no such file"):
+        GGUF(third)
+    second.write_bytes(content.replace(b"blk.0.", b"blk.1.").replace(b"blk.1.", b"blk.0."))
+    with pytest.raises(ValueError, match="found it in two shards"):
+        GGUF(first)
+    second.write_bytes(content)
+    with pytest.raises(
+        ValueError,
+        match=r"split\.count: found 3, expected a name such as model-00001-of-00003\.gguf",
+    ):
+        GGUF(first.rename(tmp_path / "renamed.gguf"))
+    (tmp_path / "renamed.gguf").rename(first)
+    first.write_bytes(first.read_bytes().replace(text("split.tensors.count") + struct.pack("<Ii", 5, 21),
+                                                 text("split.tensors.count") + struct.pack("<Ii", 5, 22)))  # fmt: skip
+    with pytest.raises(ValueError, match=r"split\.tensors\.count: found 21 tensors, expected 22"):
+        GGUF(first)
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+TEXTS = [
+    "",
+    "Hello  world\n\n\tit's 12345",
+    "naïve e\u0301 日本語 👩‍👩‍👧 \u00a0x",
+    "<|im_start|>user\nWe'LL<|im_end|>",
+    "ab<tool>12",
+]
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def trained(pre: str) -> Backend:
+    """A small tokenizer cut as `pre` says, written with the library's own classes."""
+    tokenizer, byte_level = (
+        Backend(models.BPE(ignore_merges=pre == "llama-bpe")),
+        pre_tokenizers.ByteLevel,
+    )
+    number = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}.get(pre)
+    if number:
+        words = Regex(WORDS.replace(r"\p{N}{1,3}", number))
+        steps = [
+            pre_tokenizers.Split(words, "isolated"),
+            byte_level(add_prefix_space=False, use_regex=False),
+        ]
+    else:
+        steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
+        steps += [byte_level(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.Sequence(steps),
+        decoders.ByteLevel(),
+    )
+    if pre == "qwen2":
+        from tokenizers.normalizers import NFC
+
+        tokenizer.normalizer = NFC()
+    alphabet = byte_level.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=CONTROLS if pre == "smollm" else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.add_special_tokens(CONTROLS)
+    tokenizer.add_tokens(["<tool>"])
+    return tokenizer
+
+
+def words_of(tokenizer: Backend, cut: str, **changes: Any) -> dict[str, Any]:
+    """The metadata that llama.cpp's converter makes of a tokenizer, with three tokens of padding."""
+    raw, added = json.loads(tokenizer.to_str()), tokenizer.get_added_tokens_decoder()
+    by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id[i] for i in range(len(by_id))] + [f"[PAD{i}]" for i in range(3)]
+    types = [
+        3 if i in added and added[i].special else 4 if i in added else 1 for i in range(len(by_id))
+    ] + [5] * 3
+    fields = {
+        "model": "gpt2",
+        "pre": cut,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [" ".join(pair) for pair in raw["model"]["merges"]],
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
+        "padding_token_id": tokenizer.token_to_id("<|endoftext|>"),
+    }
+    fields |= changes
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
+
+
+def with_words(path: Path, words: dict[str, Any], family: str = "qwen3") -> GGUF:
+    return GGUF(
+        write(path / "a.gguf", tiny_model(family, dtype=torch.float32, vocab_size=500), extra=words)
+    )
+
+
+@pytest.mark.parametrize("pre", sorted(CUTS))
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_tokenizer_is_the_one_the_file_was_made_of(
+    pre: str, family: str, tmp_path: Path
+) -> None:
+    """Added tokens inside the vocabulary (SmolLM) or behind it (Qwen): same ids, same text, same control tokens."""
+    original = trained(pre)
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    file = with_words(
+        tmp_path, words_of(original, pre) | {"tokenizer.chat_template": template}, family
+    )
+    assert file.no_tokenizer is None
+    for name, content in file.files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert file.files["tokenizer.json"]["model"]["ignore_merges"] == (pre == "llama-bpe")
+    ours = Tokenizer(tmp_path)
+    assert ours.backend.get_vocab(True) == original.get_vocab(True)
+    assert ours.size == original.get_vocab_size(True)
+    for sample in TEXTS:
+        assert ours.encode(sample) == original.encode(sample).ids
+        assert ours.decode(ours.encode(sample)) == original.decode(original.encode(sample).ids)
+    assert set(ours.control) == {*CONTROLS, "<tool>"}
+    end = original.token_to_id("<|im_end|>")
+    assert ours.end_ids == {end}
+    assert file.files["generation_config.json"]["eos_token_id"] == [
+        end,
+        original.token_to_id("<|endoftext|>"),
+    ]
+    config = file.files["tokenizer_config.json"]
+    assert config["chat_template"] == template
+    assert config.get("bos_token") == ("<|im_start|>" if family == "llama" else None)
+    assert (config["eos_token"], config["pad_token"], config["unk_token"]) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        None,
+    )
+
+
+def test_the_cuts_tell_tokenizers_apart() -> None:
+    """If every text were cut alike, the test above could not see a wrong cut."""
+    cuts = []
+    for pre in sorted(CUTS):
+        backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[pre]}, "post_processor": None, "decoder": None,
+            "model": {"type": "BPE", "vocab": {}, "merges": []}}))  # fmt: skip
+        cuts.append(
+            [
+                piece
+                for piece, _ in backend.pre_tokenizer.pre_tokenize_str("We'LL see 12345 ☃x!\n\n y")
+            ]
+        )
+    assert len({tuple(cut) for cut in cuts}) == len(CUTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, r"tokenizer\.ggml\.model: found nothing, expected a value of type str"),
+        ({"model": "llama"}, r"tokenizer\.ggml\.model: found 'llama', expected 'gpt2'"),
+        ({"pre": "default"}, r"tokenizer\.ggml\.pre: found 'default', expected one of .*smollm"),
+        ({"pre": None}, r"tokenizer\.ggml\.pre: found nothing"),
+        ({"merges": None}, r"tokenizer\.ggml\.merges: found nothing"),
+        (
+            {"merges": ["a b c"]},
+            r"tokenizer\.ggml\.merges: found .*, expected two tokens that make a third",
+        ),
+        ({"merges": ["☃ b"]}, r"tokenizer\.ggml\.merges: found"),
+        ({"token_type": [1, 1]}, r"tokenizer\.ggml\.token_type: found 2, expected 4"),
+        (
+            {"tokens": ["a", "a"], "token_type": [1, 1], "merges": ["a a"]},
+            r"tokenizer\.ggml\.tokens: found a token twice",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_be_a_guess_is_left_out_with_a_reason(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Nearly right ids give a model that reads badly and nobody knows why; the model itself still loads."""
+    file = with_words(
+        tmp_path, words_of(trained("gpt-2"), "gpt-2", **{"eos_token_id": 7} | changes)
+    )
+    assert file.no_tokenizer is not None
+    assert file.files.keys() == {"config.json", "generation_config.json"}
+    assert file.files["generation_config.json"]["eos_token_id"][0] == 7
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(file.no_tokenizer)
+    assert "a.gguf: " in file.no_tokenizer and "\n" not in file.no_tokenizer
+    filled(file)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def bad(
+    fields: dict[str, Any] | None = None, tensors: Any = None, **options: Any
+) -> Callable[[], bytes]:
+    return lambda: raw_file(fields, tensors, **options)
+
+
+def q(name: str, value: Any) -> Callable[[], bytes]:
+    return bad({f"qwen3.{name}": value})
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "nothing in it": (lambda: b"", "file: found 0 bytes, expected a GGUF header"),
+    "another format": (bad(head=(b"GGML", 3, None, None)), "magic: found b'GGML', expected b'GGUF'"),
+    "an old version": (bad(head=(b"GGUF", 1, None, None)), "version: found 0x1, expected 2 or 3"),
+    "big-endian": (bad(head=(b"GGUF", 3 << 24, None, None)), "version: found 0x3000000, expected .* little-endian"),
+    "a vast count of tensors": (bad(head=(b"GGUF", 3, 2**60, None)), "tensor count: found 1,152,.*, expected at most"),
+    "a vast count of fields": (bad(head=(b"GGUF", 3, None, 2**60)), "metadata count: found 1,152,.*, expected at most"),
+    "one field too many": (bad(head=(b"GGUF", 3, None, 13)), "found .*, expected"),
+    "half a header": (lambda: raw_file()[:200], "found a string up to byte 2|found the end of the file at byte 200"),
+    "half a tensor table": (lambda: raw_file(data=0)[:-48], "found .*, expected"),
+    "half the data": (lambda: raw_file()[:-1], r"tensor 'token_embd\.weight': found bytes up to .*, expected"),
+    "an unknown value": (bad({"x": struct.pack("<I", 13)}), "'x': found value type 13"),
+    "a nested array": (bad({"x": struct.pack("<IIQ", 9, 9, 1)}), "'x': found value type 9, .* no nested array"),
+    "a vast array": (bad({"x": struct.pack("<IIQ", 9, 0, 2**40)}), "'x': found 1,099,.* elements, expected at most"),
+    "an array too long": (bad({"x": struct.pack("<IIQ", 9, 4, 9**6)}), "'x': found the end of the file"),
+    "strings too many": (bad({"x": struct.pack("<IIQ", 9, 8, 9**6)}), "'x': found a string up to byte|'x'.*UTF-8"),
+    "a vast string": (bad({"x": struct.pack("<IQ", 8, 2**63)}), "'x': found a string up to byte 9,223,"),
+    "no UTF-8": (bad({"x": struct.pack("<IQ", 8, 1) + b"\xff"}), "'x': found .*, expected UTF-8"),
+    "a field twice": (lambda: raw_file({"a": 1, "b": 2}).replace(text("b"), text("a")), "'a': found it twice"),
+    "alignment zero": (bad({"general.alignment": 0}), r"general\.alignment: found 0, expected"),
+    "an alignment in words": (bad({"general.alignment": "32"}), r"general\.alignment: found '32', expected .* integer"),
+    "no dimensions": (bad(tensors={"output_norm.weight": ((), 0, 0)}), "tensor dimensions: found 0, expected 1 to 4"),
+    "a size of zero": (bad(tensors={"output_norm.weight": ((0,), 0, 0)}), r"found \(0,\), expected sizes of 1 to"),
+    "a vast size": (bad(tensors={"output_norm.weight": ((2**63, 2**63), 0, 0)}), "found .*, expected sizes of 1 to"),
+    "an offset beyond": (bad(tensors={"output_norm.weight": ((16,), 0, 2**60)}), "found bytes up to 1,152,"),
+    "half a block": (bad(tensors={"output.weight": ((16, 2), 8, 0)}), r"\(2, 16\), expected a multiple of 32.*Q8_0"),
+    "a tensor twice": (bad(tensors=[*TINY_TENSORS.items()] * 2), r"'token_embd\.weight': found it twice"),
+    "an unknown type": (bad(tensors={"output.weight": ((32, 2), 999, 0)}), r"'output\.weight': found type 999 \("),
+    "a type nobody decodes": (bad(tensors={"output.weight": ((32, 1), 9, 0)}), r"found type 9 \(.*Q8_1.*, expected"),
+    "whole numbers": (bad(tensors={"output.weight": ((32, 1), 26, 0)}), r"found type 26 \(.*I32.*, expected"),
+    "a tensor of nobody": (bad(tensors={"cls.weight": ((4,), 0, 0)}), r"tensor 'cls\.weight': found what belongs"),
+    "an expert": (bad(tensors={"blk.0.ffn_up_exps.weight": ((4,), 0, 0)}), r"ffn_up_exps.*found what"),
+    "a scaling": (bad(tensors={"rope_freqs.weight": ((4,), 0, 0)}), r"rope_freqs\.weight.*scaling.* not supported"),
+    "no embeddings": (bad(tensors=[("output.weight", ((16, 41), 0, 0))]), r"token_embd\.weight: found nothing"),
+    "a vector of embeddings": (bad(tensors=[("token_embd.weight", ((16,), 0, 0))]), r"found \(16,\), expected a ma"),
+    "another architecture": (bad({"general.architecture": "gemma3"}), r"found 'gemma3', expected one of qwen3"),
+    "no architecture": (bad({"general.architecture": None}), r"general\.architecture: found nothing, expected"),
+    "a missing size": (q("embedding_length", None), r"qwen3\.embedding_length: found nothing, expected .* integer"),
+    "a size in words": (q("block_count", "2"), r"qwen3\.block_count: found '2', expected .* integer"),
+    "a size that is true": (q("block_count", True), r"qwen3\.block_count: found True, expected .* integer"),
+    "no layers": (q("block_count", 0), "num_hidden_layers: found 0, expected a positive integer"),
+    "no heads": (q("attention.head_count", 0), "num_attention_heads: found 0, expected a positive integer"),
+    "heads by layer": (
+        q("attention.head_count_kv", struct.pack("<IIQ2i", 9, 5, 2, 2, 1)),
+        r"qwen3\.attention\.head_count_kv: found \[2, 1\], expected .* integer",
+    ),
+    "no base": (q("rope.freq_base", None), r"qwen3\.rope\.freq_base: found nothing, expected .* number"),
+    "a base of nan": (q("rope.freq_base", float("nan")), "rope_theta: found nan"),
+    "an epsilon in words": (q("attention.layer_norm_rms_epsilon", "x"), r"rms_epsilon: found 'x', expected .* number"),
+    "a part of the head turned": (q("rope.dimension_count", 4), r"rope\.dimension_count: found 4, expected 6"),
+    "values of another size": (q("attention.value_length", 4), r"attention\.value_length: found 4, expected 6"),
+    "yarn": (q("rope.scaling.type", "yarn"), r"qwen3\.rope\.scaling\.type: found 'yarn', expected 'none'"),
+    "a factor": (q("rope.scaling.factor", 4.0), r"qwen3\.rope\.scaling\.factor: found 4\.0, expected 0"),
+    "experts": (q("expert_count", 8), r"qwen3\.expert_count: found 8, expected 0"),
+    "a window": (q("attention.sliding_window", 4096), r"qwen3\.attention\.sliding_window: found 4096, expected 0"),
+    "both ways": (q("attention.causal", False), r"qwen3\.attention\.causal: found False, expected True"),
+    "an end beyond": (bad({"tokenizer.ggml.eos_token_id": 41}), r"eos_token_id: found 41, expected an id below 41"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_one_line(what: str, tmp_path: Path) -> None:
+    """A damaged or foreign file that gets through is a model of noise, or a process out of memory."""
+    content, message = BAD[what]
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=message) as caught:
+        opened(tmp_path / "bad.gguf", content())
+    assert time.perf_counter() - began < 2
+    assert str(caught.value).startswith(f"{tmp_path / 'bad.gguf'}: ") and "\n" not in str(
+        caught.value
+    )
+
+
+def test_the_file_that_all_bad_ones_are_made_of_is_good(tmp_path: Path) -> None:
+    """Else they could all be refused for the same wrong reason."""
+    ones = tiny_model("llama", dtype=torch.float32)
+    assert (
+        opened(tmp_path / "a.gguf", raw_file({"qwen3.rope.scaling.type": "none"})).config.vocab_size
+        == 41
+    )
+    assert opened(tmp_path / "a.gguf", raw_file(head=(b"GGUF", 2, None, None))).shapes
+    assert (
+        GGUF(write(tmp_path / "b.gguf", ones, extra={"rope_freqs.weight": torch.ones(3)})).config
+        == ones.config
+    )
+    with pytest.raises(FileNotFoundError, match=r"c\.gguf: no such file"):
+        GGUF(tmp_path / "c.gguf")
+
+
+def test_common_types_need_no_package_and_others_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(dtype=torch.float32, hidden_size=32, intermediate_size=32, head_dim=8)
+    for kind in ("F16", "Q4_0", "Q5_0"):
+        write(tmp_path / f"{kind}.gguf", model, kind)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for kind in ("F16", "Q4_0"):
+        file = GGUF(tmp_path / f"{kind}.gguf")
+        assert all(bool(file.read(name, torch.float32).isfinite().all()) for name in file.shapes)
+    with pytest.raises(
+        ImportError, match=r"Q5_0\.gguf: tensor '.*': found type 6, .*: pip install gguf"
+    ):
+        GGUF(tmp_path / "Q5_0.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small file with everything in it: three types of tensor, two copies of the embedding, a tokenizer."""
+    model = random_model(
+        tiny_config("llama", num_hidden_layers=1, hidden_size=32, vocab_size=64), 0, torch.float32
+    )
+    kinds = {"blk.0.attn_q.weight": "Q4_1", "output.weight": "Q8_0", "blk.0.ffn_up.weight": "Q5_0"}
+    tokens = [*"abcd", "ab", "<|im_end|>"]
+    words = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [1, 1, 1, 1, 1, 3],
+        "merges": ["a b"],
+    }
+    extra = {f"tokenizer.ggml.{name}": value for name, value in words.items()} | {
+        "tokenizer.ggml.eos_token_id": 5
+    }
+    path = write(tmp_path_factory.mktemp("whole") / "a.gguf", model, kinds, extra)
+    assert GGUF(path).no_tokenizer is None
+    return path.read_bytes()
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_an_error_or_another_model_never_a_crash(
+    data: st.DataObject, whole: bytes, tmp_path: Path
+) -> None:
+    """Bytes changed or cut off anywhere, most of them in the header."""
+    content = bytearray(whole)
+    header = whole.index(b"output.weight") + 400
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(whole) - 1)))
+        content[at] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))]
+    began = time.perf_counter()
+    try:
+        file = opened(tmp_path / "a.gguf", bytes(content))
+        expected = {name: tuple(w.shape) for name, w in Qwen3(file.config).state_dict().items()}
+        if file.shapes == expected:
+            for name in file.shapes:
+                file.read(name, torch.float32)
+                file.blocks(name)
+    except ValueError as error:
+        assert str(error).startswith(str(tmp_path / "a.gguf")) and "\n" not in str(error)
+    assert (
+        time.perf_counter() - began < 10
+    )  # on a busy machine; a vast count believed would take minutes
+
+
+# -- loaded -----------------------------------------------------------------------------------------------------------
+
+
+def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
+    """Config, tokenizer, template, end tokens and weights all come from one file, with nothing beside it."""
+    model = random_model(tiny_config(vocab_size=500, tie_word_embeddings=True), dtype=torch.float32)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+    )
+    words = words_of(trained("qwen2"), "qwen2") | {"tokenizer.chat_template": template}
+    path = write(tmp_path / "a.gguf", model, extra=words)
+    folder = write_folder(tmp_path / "folder", model)
+    for name, content in GGUF(path).files.items():
+        if name != "config.json":
+            (folder / name).write_text(json.dumps(content))
+    results = []
+    for where in (path, folder):
+        lm = load(where, device="cpu")
+        how = {"sampling": Sampling(max_new_tokens=12), "kind": "free"}
+        results.append([lm.end_ids, lm.model.fingerprint(), *(
+            [(r.text, r.agents[0].prompt) for r in method(lm, ["What is two and two?"], **how)]
+            for method in (single, latent_mas)
+        )])  # fmt: skip
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_stay_as_they_are_when_loaded(kind: str, family: str, tmp_path: Path) -> None:
+    """In the kernels' order, llama's queries and keys included; as 32-bit weights, or in other bits, where asked."""
+    config = tiny_config(family, hidden_size=64, intermediate_size=128, head_dim=16)
+    path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
+    exact = load(path, device="cpu", dtype="float32").model
+    assert not any(isinstance(module, QuantizedLinear) for module in exact.modules())
+    model = load(path, device="cpu").model
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {type(layer).__name__ for layer in layers} == {
+        "Q8GroupLinear" if kind == "Q8_0" else "Q4Linear"
+    }
+    for name, weight in exact.state_dict().items():
+        assert apart(model.state_dict()[name].double(), weight.double()) <= 0.02, (
+            name
+        )  # scales in bf16
+    ids = random_ids(model, 1, 6)
+    assert (
+        apart(remember(model, ids)[0].double(), remember(exact, ids)[0].double()) <= 0.2
+    )  # not nonsense
+    asked = load(path, device="cpu", quantize="q8").model.model.layers[0].self_attn.q_proj
+    assert type(asked).__name__ == ("Q8Linear" if kind == "Q8_0" else "Q4Linear")
+
+
+def test_a_file_without_a_known_tokenizer_says_why_when_it_is_needed(tmp_path: Path) -> None:
+    """The model can still be fed ids; a question cannot be read."""
+    words = words_of(trained("qwen2"), "qwen2", model="llama")
+    lm = load(
+        write(tmp_path / "a.gguf", tiny_model(dtype=torch.float32, vocab_size=500), extra=words)
+    )
+    assert lm.tokenizer is None
+    with pytest.raises(
+        ValueError, match=r"a\.gguf: tokenizer\.ggml\.model: found 'llama', expected"
+    ):
+        single(lm, ["hello"])

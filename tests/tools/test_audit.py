@@ -1,0 +1,515 @@
+"""The audit finds a planted effect, does not find a planted null, and its statistics and diagnostics are exact."""
+
+import json
+import math
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import LM, Aligner, Sampling, load
+from minimas.agents import Briefing, brief
+from minimas.nll import losses
+
+from ..models import TINY
+from ..test_evaluate import write_data
+from ..text import load_text_lm
+
+sys.path.insert(0, str(TINY.parents[2] / "tools"))
+
+import audit
+import evaluate
+from arms import Arm, Bench, plain_grader
+from feeders import Feeders
+from stats import bootstrap, mcnemar, mean_error, sign_flips, wilson
+
+Record = dict[str, Any]
+QUESTION = ["Eva has 2 cards. How many?"]
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Newcombe 1998, table I, method 3; the last by hand: z² / (n + z²).
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: float) -> None:
+    """The plain ± interval has no width at 0 of n, and reaches below 0 before."""
+    found = wilson(right, n)
+    assert found == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    mirrored = wilson(n - right, n)
+    assert mirrored == (pytest.approx(1 - found[1]), pytest.approx(1 - found[0]))
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_an_interval_holds_its_share() -> None:
+    """At 0 of 24 and at 10 of 10 it was rounded past it, and a picture of that has an error bar below nothing."""
+    for n in range(1, 200):
+        for right in range(n + 1):
+            low, high = wilson(right, n)
+            assert 0 <= low <= right / n <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 2 / 32),
+        (0, 10, 2 / 1024),
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+    ],
+)
+def test_mcnemar_is_exact(first: int, second: int, p: float) -> None:
+    """χ² with 5 discordant pairs is no test."""
+    assert mcnemar(first, second) == pytest.approx(p, abs=1e-15)
+
+
+def test_sign_flips_count_every_sign_of_few_pairs_and_draw_of_many() -> None:
+    """Of three positive differences, 2 of 8 signings are as far from 0; equal ones have p = 1, none is ever p = 0."""
+    assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8
+    assert sign_flips([1.0, -2.0, 3.0]) == 6 / 8  # |sum| ≥ 2: all but ±(1, −2, … ) that make 0
+    assert sign_flips([0.0, 0.0]) == 1.0
+    assert sign_flips([0.0] * 40) == 1.0
+    assert sign_flips([1.0] * 40) == pytest.approx(1 / 20001)
+    rng = random.Random(1)
+    some = [rng.gauss(0.5, 1) for _ in range(15)]
+    signings = (
+        sum(x if bits >> i & 1 else -x for i, x in enumerate(some)) for bits in range(2**15)
+    )
+    exact = sum(abs(total) >= abs(sum(some)) - 1e-9 for total in signings)
+    assert sign_flips(some) == pytest.approx(exact / 2**15, abs=0.01)
+
+
+def test_the_bootstrap_is_the_normal_interval_where_that_is_right_and_repeats() -> None:
+    rng = random.Random(0)
+    values = [rng.gauss(1, 2) for _ in range(400)]
+    mean, low, high = bootstrap(values)
+    error = mean_error(values)[1]
+    assert mean == pytest.approx(sum(values) / 400)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.02)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.02)
+    assert bootstrap(values) == (mean, low, high)
+    assert bootstrap([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_the_standard_error_divides_by_n_minus_one() -> None:
+    assert mean_error([1.0, 3.0]) == (2.0, 1.0)
+    assert mean_error([5.0]) == (5.0, 0.0)
+
+
+def test_chance_is_found_about_as_often_as_it_should_be() -> None:
+    """Of 300 comparisons of nothing, 1 % at p < 0.01: a test that finds more makes effects."""
+    rng = random.Random(0)
+    found = sum(sign_flips([rng.gauss(0, 1) for _ in range(12)]) < audit.ALPHA for _ in range(300))
+    assert found <= 9
+
+
+# -- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def records(metric: str, **arms: list[float]) -> list[Record]:
+    field = "nll" if metric == "nll" else "correct"
+    return [
+        {"arm": f"{metric}: {name.replace('_', ' ')}", "id": str(i), "seed": 0, field: value}
+        for name, values in arms.items()
+        for i, value in enumerate(values)
+    ]
+
+
+def test_the_verdict_says_harm_help_and_nothing() -> None:
+    """One sentence; help that another question's thoughts give as well is said to be in the slots."""
+    rng = random.Random(0)
+    none = [rng.gauss(1.3, 0.3) for _ in range(40)]
+
+    def moved(by: float) -> list[float]:
+        return [x + by + rng.gauss(0, 0.05) for x in none]
+
+    prompts = moved(-0.2)
+    cases = {
+        "the thoughts raised the loss of the right answer by 2.": {
+            "full": moved(2),
+            "shuffled": moved(2),
+        },
+        "no effect of the thoughts on the loss of the right answer is found": {
+            "full": moved(-0.2),
+            "shuffled": none,
+        },
+        "they help, and another question's memory does not so well": {
+            "full": moved(-0.5),
+            "shuffled": moved(-0.2),
+        },
+        "they help, but no difference to another question's memory is found": {
+            "full": moved(-0.5),
+            "shuffled": moved(-0.5),
+        },
+    }
+    for said, arms in cases.items():
+        sentence = audit.verdict(records("nll", none=none, prompts_only=prompts, **arms))
+        assert said in sentence
+        assert "the prompts' memory lowers it by 0.2" in sentence
+        assert sentence.startswith("On these 40 questions ")
+        assert sentence.count(". ") == 0
+    unknown = audit.verdict(records("nll", none=none, prompts_only=prompts, full=moved(-0.5)))
+    assert "with this model they help; the prompts' memory" in unknown, (
+        "of an arm that was not run nothing is said"
+    )
+    right = records("accuracy", full=[1.0] * 30 + [0.0] * 10, none=[1.0] * 10 + [0.0] * 30)
+    assert (
+        "with the memory 75% of the answers are right, without it 25%: it helps (p < 0.001)"
+        in audit.verdict(right)
+    )
+    wrong = records("accuracy", full=[0.0] * 40, none=[1.0] * 20 + [0.0] * 20)
+    assert "0% of the answers are right, without it 50%: it harms (p < 0.001)" in audit.verdict(
+        wrong
+    )
+    thoughts = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 20 + [0.0] * 20)
+    assert (
+        "with the thoughts 0% of the answers are right, without them 50%: they harm"
+        in audit.verdict(thoughts)
+    )
+    same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)
+    assert "no difference is found (p = 1)" in audit.verdict(same)
+    half = records("accuracy", full=[1.0, 1.0, 0.0], none=[1.0, 0.0, 0.0])
+    for record in half[::3]:
+        record["correct"] = None  # code, without leave to run it
+    assert "with the memory 50% of the answers are right, without it 0%" in audit.verdict(half)
+    assert "Nothing can be said" in audit.verdict([])
+
+
+def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
+    """weights/tiny, asked for a box that it never writes: more loss by thoughts, and two thirds more right answers."""
+    rng = random.Random(0)
+    losses = records(
+        "nll", full=[2.5 + rng.gauss(0, 0.1) for _ in range(40)], prompts_only=[2.0] * 40
+    )
+    better = records("accuracy", full=[1.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
+    assert "they harm" in audit.verdict(losses)
+    assert "harm" not in audit.verdict(losses + better)
+    assert "the answers say the opposite; with the thoughts 100% of" in audit.verdict(
+        losses + better
+    )
+    worse = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
+    assert audit.verdict(losses + worse).count("harm") == 2
+
+
+@pytest.mark.parametrize("flags", ["--latent-steps 0,6", "--team sequential,hierarchical", "--transfer latents",
+                                   "--method single", "--close yes,no", "--prefix a,b"])  # fmt: skip
+def test_an_audit_refuses_what_it_would_not_read(
+    flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with nothing."""
+    data = write_data(tmp_path / "rows.jsonl", 2)
+    assert (
+        evaluate.main(
+            ["--data", str(data), "--out", str(tmp_path / "run"), "--audit", *flags.split()]
+        )
+        == 1
+    )
+    error = capsys.readouterr().err
+    assert flags.split()[0] in error and "in an audit" in error
+
+
+def test_differences_are_paired_by_question_and_seed() -> None:
+    """Seeds of one question are one pair; a question that one arm lacks is no pair."""
+    some = records("nll", full=[1.0, 2.0, 9.0], none=[2.0, 2.5])
+    some += [
+        record | {"seed": 1, "nll": record["nll"] + 1.0}
+        for record in some
+        if record["arm"] == "nll: full"
+    ]
+    some += [
+        record | {"seed": 1, "nll": record["nll"]}
+        for record in some
+        if record["arm"] == "nll: none"
+    ]
+    line = audit.compare(some, "nll", "full", "none")
+    assert line is not None
+    assert (line["n"], line["mean"]) == (2, pytest.approx((-0.5 + 0.0) / 2))
+    assert audit.compare(some, "nll", "full", "shuffled") is None
+
+
+# -- planted effects --------------------------------------------------------------------------------------------------
+
+
+def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
+    """A small audit of weights/tiny: full under the first kind of map, and one other."""
+    data, out = write_data(tmp_path / "rows.jsonl", count), tmp_path / "run"
+    command = [
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--audit",
+        "--align",
+        align,
+        "--metric",
+        metric,
+    ]
+    command += [
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "6",
+        "--batch-size",
+        "24",
+        "--dtype",
+        "float32",
+        "--quiet",
+    ]
+    assert evaluate.main(command) == 0
+    summary: Record = json.loads((out / "summary.json").read_text())["audit"]
+    assert (out / "summary.md").read_text().rstrip().splitlines()[-1] == summary["verdict"]
+    return summary
+
+
+def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """weights/tiny answers by its thoughts: without them it is right in a third, with another's in 7 %."""
+    found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
+    assert (
+        "with this model they help, and another question's memory does not so well"
+        in found["verdict"]
+    )
+    assert "it helps (p < 0.001)" in found["verdict"]
+    assert found["comparisons"]["nll: none − full"]["p"] < 0.001
+    assert found["comparisons"]["nll: none − full"]["low"] > 1
+    assert abs(found["comparisons"]["nll: thoughts only − full"]["mean"]) < 0.1
+    moved = found["diagnostics"]["transplant"]
+    assert moved["host"] > 1 > 0.2 > moved["all layers"]
+    assert moved["all layers"] == pytest.approx(moved["donor"], abs=0.1)
+    geometry = found["diagnostics"]["geometry"]
+    assert geometry["pause"]["successive cosine"] == pytest.approx(1)
+    assert geometry["full"]["successive cosine"] < 0.9
+    table = capsys.readouterr().out
+    assert "| planner: thoughts |" in table
+
+
+def test_thoughts_that_harm_are_said_to_harm(tmp_path: Path) -> None:
+    """A random map in the place of the paper's: as many slots, and a loss above that of none at all."""
+    assert "they harm" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
+
+
+def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
+    """Two seeds of one noisy map, called two arms: large differences, question by question, that mean nothing."""
+    some = evaluate.read_rows(write_data(tmp_path / "rows.jsonl", 48))
+    bench = Bench(load(TINY, device="cpu"), some, 48, Sampling(), plain_grader)
+    arm = Arm("nll: full", metric="nll", align="gumbel:2", transfer="full")
+    full, other = bench.compute(0, arm, 0), bench.compute(0, arm, 1)
+    assert max(abs(a["nll"] - b["nll"]) for a, b in zip(full, other, strict=True)) > 1
+    found = [*full, *(record | {"arm": "nll: prompts only", "seed": 0} for record in other)]
+    found += [record | {"arm": "nll: none", "seed": 0} for record in other]
+    assert "no effect of the thoughts on the loss of the right answer is found" in audit.verdict(
+        found
+    )
+    assert "of the prompts' memory no effect is found" in audit.verdict(found)
+
+
+def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
+    """The gain is frozen at 1 in weights/tiny, so prenorm is the paper's map: the harness itself adds nothing."""
+    found = audited(tmp_path, "ridge,prenorm", 4, "nll")["comparisons"]["nll: prenorm − full"]
+    assert (found["mean"], found["p"]) == (0, 1)
+
+
+def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are timed once: a resumed run on a busier machine would be another run."""
+    command = [
+        "--data",
+        str(write_data(tmp_path / "rows.jsonl", 2)),
+        "--out",
+        str(tmp_path / "run"),
+        "--audit",
+    ]
+    command += [
+        "--metric",
+        "accuracy",
+        "--align",
+        "ridge,pause",
+        "--max-new-tokens",
+        "3",
+        "--quiet",
+    ]
+    assert evaluate.main(command) == 0
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    assert int(json.loads(before.splitlines()[-1])["samples"]) >= 2
+    monkeypatch.setattr(audit.time, "perf_counter", None)
+    monkeypatch.setattr(evaluate.Evaluation, "report", lambda self: True)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: 0.0)
+    assert evaluate.main(command) == 0
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+
+
+# -- diagnostics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return load_text_lm(TINY)
+
+
+def briefing(
+    lm: LM, team: str = "sequential", align: str = "ridge", close: bool = True
+) -> Briefing:
+    feeder = Feeders(lm)(align)
+    return brief(lm, QUESTION, team, latent_steps=2, align=feeder, sampling=Sampling(), close=close)
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
+    lm: LM, team: str, close: bool
+) -> None:
+    """In order, without overlap, thoughts right behind their prompt, and the closing of a turn in nobody's part."""
+    given = briefing(lm, team, close=close)
+    parts, end = audit.segments(given), 2 if close else 0
+    names = [agent.name for agent in lm.teams[team].agents[:-1]]
+    assert [name for name, _, _ in parts] == [
+        f"{name}: {what}" for name in names for what in ("prompt", "thoughts")
+    ]
+    at = 0
+    for i, (_, start, stop) in enumerate(parts):
+        assert (start, stop > start) == (at, True)
+        at = stop + (end if i % 2 else 0)
+    assert at == int(given.memory.lengths[0])
+
+
+def test_only_a_full_memory_has_parts(lm: LM) -> None:
+    with pytest.raises(ValueError, match="only a full memory has parts"):
+        audit.segments(brief(lm, QUESTION, latent_steps=2, transfer="latents", sampling=Sampling()))
+
+
+def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
+    """Queries of zero see everything alike: a position p gives a part of n slots n / (p + 1)."""
+    lm = LM(load(TINY, device="cpu", dtype="float64").model, TINY)
+    for block in lm.model.model.layers:
+        block.self_attn.q_proj.weight.data.zero_()
+    given = briefing(lm)
+    held, tokenizer = int(given.memory.lengths[0]), lm.tokenizer
+    assert tokenizer is not None
+    length = len(tokenizer.encode_turn(given.turns[0])) + len(tokenizer.encode(" 7"))
+    found = audit.attention(given, " 7")
+    assert int(given.memory.lengths[0]) == held
+    for name, start, end in audit.segments(given):
+        expected = sum((end - start) / (held + i + 1) for i in range(length)) / length
+        assert len(found[name]) == len(lm.model.model.layers)
+        assert found[name] == pytest.approx([expected] * len(found[name]), rel=1e-6)
+
+
+def test_watching_attention_does_not_change_it(lm: LM) -> None:
+    """And the function is put back, even when the model fails."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+    given = briefing(lm)
+    before = losses(given._replace(memory=given.memory.fork()), [[" 7"]])
+    audit.attention(given, " 7")
+    assert losses(given, [[" 7"]]) == before
+    with (
+        pytest.raises(RuntimeError),
+        audit.replaced(torch.nn.functional, "scaled_dot_product_attention", None),
+    ):
+        raise RuntimeError
+    assert torch.nn.functional.scaled_dot_product_attention is plain
+
+
+def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) -> None:
+    host, donor = briefing(lm, align="pause").memory, briefing(lm).memory
+    before = host.fork()
+    new = audit.transplant(host, donor, [3, 5], [1])
+    for layer in range(len(host.keys)):
+        for mine, old, theirs in (
+            (new.keys, host.keys, donor.keys),
+            (new.values, host.values, donor.values),
+        ):
+            for slot in range(int(host.lengths[0])):
+                source = theirs if layer == 1 and slot in (3, 5) else old
+                assert torch.equal(mine[layer][:, :, slot], source[layer][:, :, slot])
+        assert torch.equal(host.fork().keys[layer], before.keys[layer])
+    with pytest.raises(ValueError, match="memories: found"):
+        audit.transplant(host, donor.truncate(4), [3], [1])
+
+
+def test_geometry_is_what_it_says() -> None:
+    """By hand in two dimensions: two agents' two thoughts each; the step from one agent to the other does not count."""
+    tap = audit.Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
+    for state in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (3.0, 3.0)):
+        tap(torch.tensor([[state]], dtype=torch.float64))
+    found = audit.geometry(tap, 2, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    norm = (1 + 2 + 3 + math.sqrt(18)) / 4
+    assert found["state norm"] == pytest.approx(norm)
+    assert found["norm before rescaling"] == pytest.approx(3 * norm)
+    assert found["norm"] == pytest.approx(2)
+    assert found["cosine to the nearest token"] == pytest.approx((1 + 0 + 1 + math.sqrt(0.5)) / 4)
+    assert found["successive cosine"] == pytest.approx((0 + math.sqrt(0.5)) / 2)
+
+
+def test_a_map_that_does_not_rescale_has_one_norm() -> None:
+    """`mean` ends with a shift: the norm without it is that of another vector."""
+    tap = audit.Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
+    tap(torch.tensor([[[0.0, 4.0]]], dtype=torch.float64))
+    found = audit.geometry(tap, 1, torch.eye(2))
+    assert found["norm before rescaling"] == found["norm"] == pytest.approx(5)
+
+
+def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
+    """`--latent-steps 0`: nothing to look at, and no division by it."""
+    data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
+    command = [
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--audit",
+        "--latent-steps",
+        "0",
+        "--align",
+        "ridge,pause",
+    ]
+    assert evaluate.main([*command, "--metric", "nll", "--quiet"]) == 0
+    assert json.loads((out / "summary.json").read_text())["audit"]["diagnostics"] == {}
+
+
+def test_an_audit_of_chosen_arms_has_these_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its report, written again, does not compute its diagnostics again, which take minutes on a real model."""
+    data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
+    command = ["--data", str(data), "--out", str(out), "--audit", "--metric", "nll", "--quiet"]
+    assert evaluate.main([*command, "--arms", "full,none,prompts only,all"]) == 1
+    assert (
+        "arms (--arms): found 'all', expected some of full, prompts only, none"
+        in capsys.readouterr().err
+    )
+    command += ["--arms", "none,prompts only,full"]
+    assert evaluate.main(command) == 0
+    before = json.loads((out / "summary.json").read_text())
+    assert list(before["arms"]) == ["nll: full", "nll: prompts only", "nll: none"]
+    assert before["audit"]["diagnostics"]["transplant"]
+    monkeypatch.setattr(audit, "diagnose", None)
+    assert evaluate.main(command) == 0
+    assert json.loads((out / "summary.json").read_text()) == before
+
+
+def test_arms_differ_from_full_in_one_setting() -> None:
+    """Else a difference has two causes."""
+    asked = evaluate.parser().parse_args(
+        "--data x --out y --audit --metric nll --latent-steps 5".split()
+    )
+    holder: Any = type("Holder", (), {"args": asked})()
+    full, *others = audit.arms(holder)
+    for arm in others:
+        if arm.method == "latent_mas":
+            same = replace(arm, name=full.name)
+            assert sum(getattr(same, field) != getattr(full, field) for field in vars(full)) == 1, (
+                arm.name
+            )

@@ -1,0 +1,983 @@
+"""The harness loses nothing, guesses nothing, and measures what it says; on weights/tiny, in float32 or float64."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import LM, Sampling, latent_mas, load
+from minimas.agents import brief, brief_text
+from minimas.nll import losses
+from minimas.text.tokenizer import Turn
+
+from ..models import TINY, reference
+from ..text import load_text_lm
+
+ROOT = TINY.parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import arms as tool_arms  # noqa: E402
+import evaluate  # noqa: E402
+import ledger  # noqa: E402
+from arms import Arm, Bench, grid, plain_grader, vote  # noqa: E402
+from ledger import Key, Ledger, take_up, whole_units  # noqa: E402
+from tiny_task import split_stories, split_team, story  # noqa: E402
+
+Record = dict[str, Any]
+GRID = "--method single,latent_mas --latent-steps 2 --transfer full,shuffled --metric accuracy,nll --max-new-tokens 6"
+FIXED = f"{GRID} --dtype float32 --batch-size 3 --quiet".split()
+
+
+def write_data(path: Path, count: int) -> Path:
+    """Questions that weights/tiny was not trained on."""
+    rng, rows = random.Random("evaluate"), []
+    for i in range(count):
+        told = story(rng, rng.choice((3, 4, 5)), fresh=True)
+        gold = str(told.totals[-1])
+        rows.append(
+            {"id": f"q-{i}", "question": told.question, "answer": gold, "solution": f" {gold}"}
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "eight.jsonl", 8)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run; nobody may change it."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
+    return folder
+
+
+def lines(folder: Path, name: str = "results.jsonl") -> list[Record]:
+    """All records but the head, without what a clock said."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return [timeless(json.loads(line)) for line in (folder / name).read_text().splitlines()[1:]]
+
+
+def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Path:
+    """A run's folder with its results edited."""
+    to.mkdir()
+    (to / "results.jsonl").write_bytes(edit((folder / "results.jsonl").read_bytes()))
+    return to
+
+
+# -- nothing is lost --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: Path) -> None:
+    """With the exact prompts, the bill and the settings, so that a stranger can read the file alone."""
+    found = lines(finished)
+    assert len(found) == 8 * (2 + 4)
+    assert len({(r["id"], r["arm"], r["seed"]) for r in found}) == len(found)
+    head = json.loads((finished / "results.jsonl").read_text().splitlines()[0])
+    assert "id" not in head
+    assert {"settings", "torch", "python", "device", "model", "git", "math_verify"} <= head.keys()
+    said = next(r for r in found if r["method"] == "latent_mas" and r["metric"] == "accuracy")
+    assert [agent["name"] for agent in said["agents"]] == ["planner", "critic", "refiner", "judger"]
+    [again] = latent_mas(
+        load(TINY, device="cpu", dtype="float32"), [json.loads(data.read_text().splitlines()[0])["question"]],
+        latent_steps=2, sampling=Sampling(max_new_tokens=6),
+    )  # fmt: skip
+    assert (said["text"], said["answer"]) == (again.text, again.answer)
+    assert [agent["prompt"] for agent in said["agents"]] == [agent.prompt for agent in again.agents]
+    assert (said["read"], said["thought"]) == (again.usage.prompt_tokens, 6)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert len(summary["arms"]) == 6
+    assert not [
+        path
+        for path in finished.iterdir()
+        if path.name.startswith("results") and path.suffix != ".jsonl"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of any fork
+def test_ten_kills_and_a_resume_make_the_same_file(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """kill −9 at any moment; what the head of a run said stays, and no line is there twice."""
+    command, rng, unfinished = (
+        ["--data", str(data), "--out", str(tmp_path), *FIXED],
+        random.Random(0),
+        0,
+    )
+    start = time.perf_counter()
+    evaluate.main(["--data", str(data), "--out", str(tmp_path / "timed"), *FIXED])
+    whole = time.perf_counter() - start
+    for _ in range(10):
+        process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=(command,))
+        process.start()
+        time.sleep(rng.uniform(0.05, 0.4) * whole)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        unfinished += not (tmp_path / "summary.json").exists()
+    assert unfinished > 1, "the kills came too late to say anything"
+    assert evaluate.main(command) == 0
+    assert lines(tmp_path) == lines(finished)
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_a_file_cut_off_anywhere_is_finished(
+    cut: int, finished: Path, data: Path, tmp_path: Path
+) -> None:
+    """In the head, in a line, between two lines of a batch, behind a batch: half a batch is computed again."""
+
+    def cut_off(found: bytes) -> bytes:
+        ends = [i + 1 for i, byte in enumerate(found) if byte == 10]
+        return found[: [40, ends[0], ends[0] + 9, ends[1], ends[3], ends[25] + 200][cut]]
+
+    folder = copied(finished, tmp_path / "run", cut_off)
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
+    assert lines(folder) == lines(finished)
+
+
+def test_a_finished_run_is_left_alone(
+    finished: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished / "results.jsonl").read_bytes()
+    monkeypatch.setattr(Bench, "compute", None)
+    assert evaluate.main(["--data", str(data), "--out", str(finished), *FIXED]) == 0
+    assert (finished / "results.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_is_done(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command, compute, count = (
+        ["--data", str(data), "--out", str(tmp_path), *FIXED],
+        Bench.compute,
+        0,
+    )
+
+    def interrupted(*args: Any) -> list[Record]:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bench, "compute", interrupted)
+        assert evaluate.main(command) == 130
+    assert "keeps what is done" in capsys.readouterr().err
+    assert len(lines(tmp_path)) == 9
+    assert evaluate.main(command) == 0
+    assert lines(tmp_path) == lines(finished)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The half of a unit that still went to the disk is taken back."""
+    command, sync, count = ["--data", str(data), "--out", str(tmp_path), *FIXED], os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.os, "fsync", full)
+        assert evaluate.main(command) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full; what was done before is kept" in said
+    assert said.count("\n") == 1
+    assert len(lines(tmp_path)) == 6
+    assert evaluate.main(command) == 0
+    assert lines(tmp_path) == lines(finished)
+
+
+def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path: Path) -> None:
+    """Whole batches in turn, a file each, one table; shuffled pairs reach across ranks."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29631",
+    ]
+    command += ["tools/evaluate.py", "--data", str(data), "--out", str(tmp_path), *FIXED]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [lines(tmp_path, f"results-rank{rank}.jsonl") for rank in (0, 1)]
+    assert [{r["batch"] for r in found} for found in ranks] == [{0, 2}, {1}]
+    assert sorted(map(json.dumps, ranks[0] + ranks[1])) == sorted(map(json.dumps, lines(finished)))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: line["n"] for name, line in summary["arms"].items()} == dict.fromkeys(
+        summary["arms"], 8
+    )
+    assert (
+        evaluate.main(["--data", str(data), "--out", str(tmp_path), *FIXED]) == 0
+    )  # one process, nothing left to do
+    assert not lines(tmp_path)
+
+
+# -- nothing is guessed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--latent-steps", "3"], r"latent_steps (--latent-steps): found [2], expected [3]"),
+        (["--temperature", "0.5"], "temperature (--temperature): found 0.0, expected 0.5"),
+        (["--limit", "4"], "limit (--limit): found null, expected 4"),
+        (["--seeds", "0,1"], "seeds (--seeds): found [0], expected [0, 1]"),
+        (["--dtype", "float64"], 'dtype (--dtype): found "float32", expected "float64"'),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    flags: list[str], named: str, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs in one file are no run."""
+    before = (finished / "results.jsonl").read_bytes()
+    assert evaluate.main(["--data", str(data), "--out", str(finished), *FIXED, *flags]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "results.jsonl: line 1: " in said
+    assert named in said
+    assert (finished / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "edit", "said"),
+    [
+        (5, lambda line: line[:30], "line 5: not valid JSON"),
+        (
+            5,
+            lambda line: line.replace(b'"q-0"', b'"q-9"'),
+            "line 5: id: found 'q-9', expected 'q-0'",
+        ),
+        (
+            3,
+            lambda line: line.replace(b'"seed": 0', b'"seed": 7'),
+            "line 3: id: found 'q-1', expected 'q-1'",
+        ),
+        (2, lambda line: line.replace(b'"batch": 0', b'"batch": 77'), "line 2: found (77, "),
+        (1, lambda line: b"{}", "line 1: found b'{}"),
+        (5, lambda line: b"[]", "line 5: found b'[]"),
+    ],
+)
+def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
+    number: int, edit: Callable[[bytes], bytes], said: str, finished: Path, data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Cutting it off would throw good results away without a word; and nothing is cut before all is read."""
+
+    def corrupt(found: bytes) -> bytes:
+        parts = found.split(b"\n")
+        parts[number - 1] = edit(parts[number - 1])
+        return b"\n".join(parts)[:-50]
+
+    folder = copied(finished, tmp_path / "run", corrupt)
+    before = (folder / "results.jsonl").read_bytes()
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    error = capsys.readouterr().err
+    assert f"results.jsonl: {said}" in error
+    assert error.count("\n") == 1
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """In one file, or in two of them: the table would count it twice."""
+    units = {Key(0, "a", 0): ["x"], Key(1, "a", 0): ["y"]}
+    unit = [{"id": "x", "batch": 0, "arm": "a", "seed": 0}]
+    for name in ("results-rank0.jsonl", "results-rank1.jsonl"):
+        book = Ledger(tmp_path / name, {"settings": {}})
+        book.append(unit)
+        book.close()
+    with pytest.raises(
+        ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which is in another file"
+    ):
+        take_up(tmp_path, {}, units)
+    book = Ledger(tmp_path / "results-rank0.jsonl", {"settings": {}})
+    book.append(unit)
+    book.close()
+    with pytest.raises(ValueError, match=r"line 3: found \(0, 'a', 0\) a second time"):
+        whole_units(tmp_path / "results-rank0.jsonl", units)
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    """A second start of the same command, in another window."""
+    book = Ledger(tmp_path / "results.jsonl", {"settings": {}})
+    with pytest.raises(ValueError, match="another process is writing here"):
+        take_up(tmp_path, {}, {})
+    book.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (["--align", "rigde"], 2, "argument --align: found 'rigde', expected one of ridge"),
+        (
+            ["--method", "single,dual"],
+            2,
+            "argument --method: found 'dual', expected single, text_mas, latent_mas",
+        ),
+        (
+            ["--latent-steps", "1,-1"],
+            2,
+            "argument --latent-steps: found '-1', expected a whole number, 0 or more",
+        ),
+        (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--task", "gsm8k"], 1, "expected a task's name, or --data"),
+        (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    flags: list[str],
+    status: int,
+    said: str,
+    finished: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        found = evaluate.main(["--data", str(data), "--out", str(finished), *FIXED, *flags])
+    except SystemExit as stop:
+        found = int(str(stop.code))
+    error = capsys.readouterr().err
+    assert (found, error.count("\n")) == (status, 1)
+    assert said in error
+
+
+# -- a run again ------------------------------------------------------------------------------------------------------
+
+
+def test_replay_finds_the_same_answer_or_the_agent_that_differs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No flag but the folder and the question: all else is in the head."""
+    assert evaluate.main(["--out", str(finished), "--replay", "q-4"]) == 0
+    assert capsys.readouterr().out.count(": the same\n") == 6
+
+    def altered(found: bytes) -> bytes:
+        parts = found.decode().splitlines()
+        for i, part in enumerate(parts):
+            record = json.loads(part)
+            if (
+                record.get("id") == "q-4"
+                and record["metric"] == "accuracy"
+                and record["method"] == "latent_mas"
+            ):
+                agent = record["agents"][2] if record["transfer"] == "full" else record["agents"][3]
+                agent["mark"][0] *= 1.01
+                record["agents"][3]["text"] += "."
+                parts[i] = json.dumps(record)
+        return "\n".join(parts).encode() + b"\n"
+
+    folder = copied(finished, tmp_path / "run", altered)
+    assert evaluate.main(["--out", str(folder), "--replay", "q-4"]) == 1
+    said = capsys.readouterr().out
+    assert "differs at agent 3, refiner: memory" in said
+    assert "differs at agent 4, judger: text" in said
+    assert said.count("the same") == 4
+
+
+def test_regrade_judges_the_texts_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A better rule of grading needs no new run; and one without change changes nothing."""
+    wrong = copied(
+        finished,
+        tmp_path / "run",
+        lambda found: found.replace(b'"correct": true', b'"correct": false'),
+    )
+    assert evaluate.main(["--out", str(wrong), "--regrade"]) == 0
+    right = sum(r["correct"] is True for r in lines(finished))
+    assert f"{right} grades changed" in capsys.readouterr().err
+    assert lines(wrong) == lines(finished)
+    assert evaluate.main(["--out", str(wrong), "--regrade"]) == 0
+    assert "0 grades changed" in capsys.readouterr().err
+
+
+def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path) -> None:
+    """U+2028 in a text is no end of a line, and neither is half a line a record."""
+    odd = "one\u2028two\x85three\ud800"
+
+    def altered(found: bytes) -> bytes:
+        first, *rest = found.split(b"\n")[:-1]
+        texts = [json.loads(line) for line in rest]
+        for record in texts:
+            record |= {"text": odd} if record["metric"] == "accuracy" else {}
+        told = [
+            json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
+            for record in texts
+        ]
+        return b"\n".join([first, *told, b'{"id": "q'])
+
+    folder = copied(finished, tmp_path / "run", altered)
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+    found = [
+        json.loads(line) for line in (folder / "results.jsonl").read_bytes().split(b"\n")[1:-1]
+    ]
+    assert [r["correct"] for r in found if r["metric"] == "accuracy"] == [False] * 24
+    assert {r["text"] for r in found if r["metric"] == "accuracy"} == {odd}
+
+
+def test_regrade_does_not_take_the_file_from_a_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run appends to the file that it has opened; another one in its place would lose all that follows."""
+    folder = copied(finished, tmp_path / "run")
+    running = Ledger(folder / "results.jsonl", {})
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 1
+    assert "another process is writing here" in capsys.readouterr().err
+    running.close()
+    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+
+
+def test_code_may_be_run_when_it_is_graded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Leave to run programs is a setting of the grading, not of the texts; the head says how it was graded."""
+    data, out = tmp_path / "code.jsonl", tmp_path / "run"
+    data.write_text(
+        json.dumps(
+            {"id": "one", "question": "Write f.", "tests": "assert True", "entry_point": "f"}
+        )
+    )
+    short = ["--method", "single", "--max-new-tokens", "4", "--dtype", "float32", "--quiet"]
+    assert evaluate.main(["--data", str(data), "--out", str(out), *short]) == 0
+    assert lines(out)[0]["correct"] is None
+    assert evaluate.main(["--out", str(out), "--regrade", "--run-untrusted-code"]) == 0
+    assert lines(out)[0]["correct"] is not None
+    head = json.loads((out / "results.jsonl").read_text().splitlines()[0])
+    assert "sandbox" in head["code"]
+    same = ["--data", str(data), "--out", str(out), *short]
+    assert evaluate.main([*same, "--run-untrusted-code"]) == 0
+    assert evaluate.main(same) == 1
+    assert "run_untrusted_code" in capsys.readouterr().err
+
+
+def test_what_a_file_says_is_a_setting_too(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A team's file edited between two batches gave one file of results by two teams."""
+    team, out = tmp_path / "team.json", tmp_path / "run"
+    agents = [{"name": "a", "prompt": "Plan: {question}"}, {"name": "b", "prompt": "{question}"}]
+    team.write_text(json.dumps({"agents": agents}))
+    command = [
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--team",
+        str(team),
+        "--latent-steps",
+        "1",
+        "--quiet",
+    ]
+    command += ["--max-new-tokens", "2", "--limit", "2"]
+    assert evaluate.main(command) == 0
+    assert evaluate.main(command) == 0
+    agents[0]["prompt"] = "Plan nothing: {question}"
+    team.write_text(json.dumps({"agents": agents}))
+    assert evaluate.main(command) == 1
+    assert "teams: found" in capsys.readouterr().err
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    sampled = [
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "sampled"),
+        *command[4:],
+    ]
+    assert evaluate.main(sampled) == 0
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 3}))
+    assert evaluate.main(sampled) == 1
+    assert "sampling: found" in capsys.readouterr().err
+
+
+def test_a_table_of_a_part_is_not_a_success(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two ranks that do not see one folder each printed half of the questions, with status 0."""
+    folder = copied(
+        finished, tmp_path / "run", lambda found: b"\n".join(found.split(b"\n")[:4]) + b"\n"
+    )
+    monkeypatch.setattr(evaluate.Evaluation, "run", lambda self: None)
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert "found 1 of 18 units, 17 are missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        '"seed": [0]',
+        '"seed": "0"',
+        '"seconds": "x"',
+        '"correct": "yes"',
+        '"text": 3',
+        '"agents": {}',
+    ],
+)
+def test_a_record_of_the_wrong_type_is_refused_by_its_line(
+    edit: str, finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def altered(found: bytes) -> bytes:
+        parts = found.decode().splitlines()
+        field, value = json.loads("{" + edit + "}").popitem()
+        parts[3] = json.dumps(json.loads(parts[3]) | {field: value})
+        return "\n".join(parts).encode() + b"\n"
+
+    folder = copied(finished, tmp_path / "run", altered)
+    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert "results.jsonl: line 4" in capsys.readouterr().err
+
+
+def test_an_error_names_the_questions_of_its_batch(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its place in a batch alone, "question 2", is another question in the file."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[4]["question"] = "Eva has 2 cards. " * 3000
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate.main(["--data", str(long), "--out", str(tmp_path / "run"), *FIXED]) == 1
+    assert "questions q-3, q-4, q-5:" in capsys.readouterr().err
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return load_text_lm(TINY)
+
+
+QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1 more."]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
+    """Against one dense forward of everything that was fed, by another implementation; ragged rows and texts."""
+    texts = [[" 4 5", "9"], [" 7"], ["no <|im_end|> at all"]]
+    found = losses(brief(lm, QUESTIONS, latent_steps=steps, sampling=Sampling()), texts)
+    tokenizer, model, align = lm.tokenizer, lm.model, lm.aligner("ridge")
+    assert tokenizer is not None
+    for q, question in enumerate(QUESTIONS):
+        *before, last = lm.teams["sequential"].agents
+        x = model.embed(torch.tensor([], dtype=torch.int64))
+        for agent in before:
+            turn = tokenizer.turn(agent.prompt.replace("{question}", question))
+            x = torch.cat([x, model.embed(torch.tensor(tokenizer.encode_turn(turn)))])
+            for _ in range(steps):
+                x = torch.cat([x, align(reference(model, x)[-1:])])
+            x = torch.cat([x, model.embed(torch.tensor(tokenizer.encode(tokenizer.turn_end)))])
+        turn = tokenizer.turn(last.prompt.replace("{question}", question))
+        x = torch.cat([x, model.embed(torch.tensor(tokenizer.encode_turn(turn)))])
+        for text, loss in zip(texts[q], found[q], strict=True):
+            ids = tokenizer.encode_turn(Turn(text, ((0, len(text)),)))
+            hidden = reference(model, torch.cat([x, model.embed(torch.tensor(ids))]))[
+                len(x) - 1 : -1
+            ]
+            expected = -model.logits(hidden).log_softmax(-1)[range(len(ids)), ids].sum()
+            assert loss.tokens == len(ids)
+            assert abs(loss.total - float(expected)) <= 1e-9 * float(expected)
+
+
+def test_the_methods_that_pass_text_have_a_gold_nll_too(lm: LM) -> None:
+    """Of the same text behind a turn that holds the others' words, or nobody's."""
+    alone = losses(brief_text(lm, QUESTIONS, None), [[" 4"]] * 3)
+    team = losses(brief_text(lm, QUESTIONS, sampling=Sampling(max_new_tokens=3)), [[" 4"]] * 3)
+    assert all(abs(a[0].total - b[0].total) > 1e-6 for a, b in zip(alone, team, strict=True))
+
+
+@pytest.mark.parametrize("text", ["", " 1" * 5000])
+def test_a_solution_that_cannot_be_read_is_refused_by_its_question(lm: LM, text: str) -> None:
+    with pytest.raises(ValueError, match="question 2: found"):
+        losses(brief(lm, QUESTIONS, latent_steps=0), [["1"], [text], ["1"]])
+
+
+def test_what_arms_share_is_read_once_and_changes_nothing(lm: LM) -> None:
+    """The first agent's prompt is the same under every map and number of steps; its memory is forked."""
+    shared: Any = {}
+    for steps, align in ((0, "ridge"), (3, "ridge"), (3, "random"), (3, "ridge")):
+        plain, kept = (
+            losses(
+                brief(lm, QUESTIONS, latent_steps=steps, align=align, shared=memo), [["1 2"]] * 3
+            )
+            for memo in (None, shared)
+        )
+        assert plain == kept
+    assert len(shared) == 1
+
+
+def rows(count: int, tmp_path: Path) -> list[Record]:
+    return evaluate.read_rows(write_data(tmp_path / "rows.jsonl", count))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "nll"])
+def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_path: Path) -> None:
+    """Question i gets the memory of i + 1, across batches; within one batch of all it is what the library does."""
+    lm, some = load(TINY, device="cpu", dtype="float64"), rows(5, tmp_path)
+    arm = Arm("shuffled", metric=metric, latent_steps=3, align="ridge", transfer="shuffled")
+    found = []
+    for size in (1, 2, 5):
+        bench = Bench(lm, some, size, Sampling(max_new_tokens=4), plain_grader)
+        found.append(
+            [
+                record
+                for batch in range(len(bench.batches))
+                for record in bench.compute(batch, arm, 0)
+            ]
+        )
+    assert [record["id"] for record in found[0]] == [row["id"] for row in some]
+    for records in found[:2]:
+        for record, other in zip(records, found[2], strict=True):
+            if metric == "nll":
+                assert abs(record["nll"] - other["nll"]) < 1e-9
+            else:
+                assert record["text"] == other["text"]
+                assert [a["prompt"] for a in record["agents"]] == [
+                    a["prompt"] for a in other["agents"]
+                ]
+    if metric == "accuracy":
+        questions = [row["question"] for row in some]
+        expected = latent_mas(
+            lm, questions, latent_steps=3, transfer="shuffled", sampling=Sampling(max_new_tokens=4)
+        )
+        assert [record["text"] for record in found[2]] == [result.text for result in expected]
+
+
+def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
+    """Split facts, and shuffled ones: the memory is that of the next row's team, the question this row's."""
+    rng, some = random.Random(0), []
+    for i in range(3):
+        stories, asked = split_stories(rng, fresh=True)
+        team = split_team([told.text for told in stories])
+        row = {
+            "id": str(i),
+            "question": asked.ask,
+            "answer": str(asked.totals[-1]),
+            "kind": "math",
+            "team": team,
+        }
+        some.append(row)
+    bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=6), plain_grader)
+    full = [
+        r for b in (0, 1) for r in bench.compute(b, Arm("full", align="ridge", transfer="full"), 0)
+    ]
+    assert all(record["correct"] for record in full)
+    other = [
+        r
+        for b in (0, 1)
+        for r in bench.compute(b, Arm("shuffled", align="ridge", transfer="shuffled"), 0)
+    ]
+    for i, record in enumerate(other):
+        assert record["agents"][0]["prompt"] == full[(i + 1) % 3]["agents"][0]["prompt"]
+        assert record["agents"][-1]["prompt"] == full[i]["agents"][-1]["prompt"]
+
+
+@pytest.mark.parametrize("gold", ["b", "B", "(b)", "two"])
+@pytest.mark.parametrize("keys", ["ab", "AB"])
+def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
+    """The loss was of another text than the options', and the lowest option "wrong", where a letter was a capital."""
+    row = {
+        "id": "a",
+        "question": "Which?",
+        "answer": gold,
+        "choices": dict(zip(keys, ["one", "two"], strict=True)),
+    }
+    assert tool_arms.right_letter(row) == keys[1]
+    assert tool_arms.gold_text(row) == tool_arms.option_texts(row)[keys[1]]
+
+
+def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: LM) -> None:
+    """By letter where the options are shown, by text where they are not."""
+    shown = {
+        "id": "a",
+        "question": "Which?",
+        "answer": "b",
+        "choices": {"a": "one", "b": "two"},
+        "kind": "choice",
+    }
+    hidden = shown | {"id": "b", "answer": "two", "kind": "math"}
+    bench = Bench(lm, [shown, hidden], 2, Sampling(), plain_grader)
+    for row, record in zip(
+        (shown, hidden), bench.compute(0, Arm("single", "single", "nll"), 0), strict=True
+    ):
+        texts = [
+            rf"\boxed{{{letter if row is shown else text}}}"
+            for letter, text in row["choices"].items()
+        ]  # type: ignore[attr-defined]
+        kind = {"kind": row["kind"], "choices": row["choices"]}
+        [expected] = losses(brief_text(lm, ["Which?"], None, **kind), [texts])
+        for found, loss in zip(record["options"].values(), expected, strict=True):
+            assert abs(found - loss.total) < 1e-9
+        assert record["answer"] == min("ab", key=record["options"].__getitem__)
+        assert record["correct"] == (record["answer"] == "b")
+
+
+def test_a_grid_has_no_arm_twice() -> None:
+    """`single` reads no steps, so six settings of the others are one arm of it; 0 steps ask no map."""
+    lists = {"team": ["sequential"], "latent_steps": [0, 5], "align": ["ridge", "pause"]}
+    found = grid(method=["single", "text_mas", "latent_mas"], **lists)
+    assert [(arm.method, arm.latent_steps, arm.align) for arm in found] == [
+        ("single", None, None), ("text_mas", None, None), ("latent_mas", 0, None),
+        ("latent_mas", 5, "ridge"), ("latent_mas", 5, "pause"),
+    ]  # fmt: skip
+    assert len({arm.name for arm in found}) == 5
+
+
+def test_a_grid_of_layouts_has_an_arm_for_each_and_closes_no_turn_that_is_not_there() -> None:
+    """`--layout turn,chat --close yes,no`: three arms, and a last agent without memory is the same in both layouts."""
+    lists = {"transfer": ["full", "none"], "close": [True, False], "layout": ["turn", "chat"]}
+    found = grid(method=["latent_mas"], **lists)
+    full = [(arm.layout, arm.close) for arm in found if arm.transfer == "full"]
+    assert full == [("turn", None), ("chat", True), ("chat", False)]
+    assert [arm.name for arm in found if arm.transfer == "none"] == ["latent_mas transfer=none"]
+
+
+def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
+    rows = [{"id": "a", "question": QUESTIONS[0], "answer": "1"}]
+    bench = Bench(lm, rows, 1, Sampling(max_new_tokens=2), plain_grader)
+    for layout, turns in (("turn", 1), ("chat", 4)):
+        [record] = bench.compute(0, Arm("one", latent_steps=1, layout=layout), 0)
+        text = "".join(agent["prompt"] for agent in record["agents"])
+        assert record["layout"] == layout and text.count("<|im_start|>assistant") == turns
+
+
+def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
+    """`--transfer full,none` with four settings of thinking: four arms, and one control of them all."""
+    lists = {
+        "latent_steps": [0, 5],
+        "align": ["ridge", "pause"],
+        "transfer": ["full", "none"],
+        "close": [True, False],
+    }
+    found = grid(method=["latent_mas"], **lists)
+    [control] = [arm for arm in found if arm.transfer == "none"]
+    assert control.name == "latent_mas transfer=none"
+    assert len(found) == 1 + 2 * 3
+    # Who answers may think too, and then the map is one more cause.
+    assert (
+        len([arm for arm in grid(True, method=["latent_mas"], **lists) if arm.transfer == "none"])
+        == 2 * 3
+    )
+
+
+def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
+    """The first among equals; an unreadable text does not vote, and three of them win against nobody."""
+    bill = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
+
+    def sample(answer: str | None) -> Record:
+        return {"answer": answer, "text": str(answer), **bill}
+
+    won = vote([sample(answer) for answer in (None, "4", None, "5", None, "5")])
+    assert (won["answer"], won["written"], won["seconds"]) == ("5", 12, 3.0)
+    assert vote([sample("4"), sample("5")])["answer"] == "4"
+    assert vote([sample(None), sample(None)])["answer"] is None
+
+
+def test_samples_of_one_question_differ_and_repeat(tmp_path: Path) -> None:
+    """A vote over copies of one greedy answer is no vote; and a resumed one must be the same."""
+    sampling = Sampling(max_new_tokens=6, temperature=3.0)
+    bench = Bench(load(TINY, device="cpu"), rows(2, tmp_path), 2, sampling, plain_grader)
+    arm = Arm("single", "single", samples=6)
+    first, again = ([r["votes"] for r in bench.compute(0, arm, 0)] for _ in range(2))
+    assert first == again
+    assert any(len(votes) > 1 for votes in first)
+
+
+def test_a_seeds_repeats_are_no_further_questions() -> None:
+    """Ten seeds of one greedy run would make any interval three times too small."""
+    some: Sequence[Record] = [
+        {
+            "id": str(i),
+            "arm": "a",
+            "seed": seed,
+            "metric": "accuracy",
+            "correct": i < 5,
+            "memory_bytes": 0,
+        }
+        | {"read": 0, "thought": 0, "written": 0, "seconds": 0.0}
+        for i in range(10)
+        for seed in range(10)
+    ]
+    [line] = evaluate.summarize(some).values()
+    assert (line["n"], line["seeds"]) == (10, 10)
+    assert line["accuracy"][1] < 0.3
+
+
+def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> None:
+    """`--replay` says by them at which agent a run differs."""
+    some = evaluate.read_rows(data)[:2]
+    bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=2), plain_grader)
+    first, again, other = (
+        [
+            agent["mark"]
+            for record in bench.compute(0, Arm("x", align=align), 0)
+            for agent in record["agents"]
+        ]
+        for align in ("ridge", "ridge", "random")
+    )
+    for a, b, c in zip(first, again, other, strict=True):
+        assert tool_arms.same_mark(a, b)
+        assert not tool_arms.same_mark(a, c)
+
+
+def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
+    """Arms of these settings that are run alike would be found not to differ."""
+    some = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
+    bench = Bench(lm, some, 1, Sampling(), plain_grader)
+    plain = Arm("x", latent_steps=2, align="ridge")
+
+    def slots(arm: Arm) -> int:
+        return int(bench.brief([0], arm).memory.lengths[0])
+
+    closing = len(bench.brief([0], plain).run.closing)
+    assert closing > 0
+    assert slots(plain) - slots(tool_arms.replace(plain, close=False)) == 3 * closing
+    prefix = "Eva has"
+    assert slots(tool_arms.replace(plain, prefix=prefix)) - slots(plain) == 3 * len(
+        lm.tokenizer.encode(prefix)
+    )
+    last = bench.brief([0], tool_arms.replace(plain, prefix=prefix)).turns[0].text
+    assert last == bench.brief([0], plain).turns[0].text, "the one who answers has its own"
+
+
+def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
+    """And settings of a run: with another text, `fitted` is another map, and the run another run."""
+    text = tmp_path / "plain.txt"
+    text.write_text("Eva has 2 cards and Tom finds 3 coins in his box. " * 40)
+    command = [
+        "--data",
+        str(data),
+        "--limit",
+        "2",
+        "--metric",
+        "nll",
+        "--align",
+        "fitted",
+        "--latent-steps",
+        "2",
+    ]
+    command += [
+        "--close",
+        "yes,no",
+        "--prefix",
+        "Eva,Tom",
+        "--quiet",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert evaluate.main([*command, "--fit-text", str(text)]) == 0
+    found: dict[str, float] = {}
+    for record in lines(tmp_path / "run"):
+        found[record["arm"]] = found.get(record["arm"], 0) + record["nll"]
+    assert list(found) == [
+        f"latent_mas close={close} prefix={name}"
+        for close in (True, False)
+        for name in ("Eva", "Tom")
+    ]
+    assert len(set(found.values())) == 4
+    text.write_text("Ann doubles the 7 cards, and then she loses 4 of them. " * 40)
+    assert evaluate.main([*command, "--fit-text", str(text)]) == 1
+    assert evaluate.main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
+
+
+def test_a_saved_map_is_an_arm(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a list, as any kind. What is in the file is a setting of the run."""
+    path, lm = tmp_path / "map.safetensors", load(TINY)
+    lm.aligner("random").save(path)
+    command = ["--data", str(data), "--limit", "2", "--metric", "nll", "--latent-steps", "2"]
+    command += ["--quiet", "--out", str(tmp_path / "run")]
+    kinds = f"ridge,{path},random,mean"
+    assert evaluate.main([*command, "--align", kinds]) == 0
+    found: dict[str, list[float]] = {}
+    for record in lines(tmp_path / "run"):
+        found.setdefault(record["align"], []).append(record["nll"])
+    assert list(found) == kinds.split(",")
+    assert found[str(path)] == pytest.approx(found["random"])
+    assert found[str(path)] != pytest.approx(found["ridge"])
+    lm.aligner("identity").save(path)
+    assert evaluate.main([*command, "--align", kinds]) == 1
+    assert "maps: found" in capsys.readouterr().err
+    path.unlink()
+    assert evaluate.main([*command[:-1], str(tmp_path / "other"), "--align", kinds]) == 1
+    assert f"{path}: no such aligner file" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
+def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
+    """Without the flag it is neither right nor wrong, and no accuracy is made of it."""
+    row = {
+        "id": "c",
+        "question": "Double it.",
+        "answer": "x",
+        "tests": "assert f(2) == 4",
+        "kind": "code",
+    }
+    right, wrong = (f"```python\ndef f(x):\n    return {body}\n```" for body in ("x * 2", "x"))
+    assert [evaluate.grader(True)(row, text) for text in (right, wrong)] == [True, False]
+    assert evaluate.grader(False)(row, right) is None
+    record = {
+        "id": "c",
+        "arm": "a",
+        "seed": 0,
+        "metric": "accuracy",
+        "correct": None,
+        "memory_bytes": 0,
+    }
+    [line] = evaluate.summarize(
+        [record | {"read": 0, "thought": 0, "written": 0, "seconds": 0.0}]
+    ).values()
+    assert "accuracy" not in line
+
+
+def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
+    """The head of a run names its version; that is a lie unless grades come from it."""
+    row = {"id": "a", "question": "q", "answer": r"\frac{1}{\sqrt{2}}", "kind": "math"}
+    said = r"\boxed{\frac{\sqrt{2}}{2}}"
+    assert evaluate.grader(False)(row, said) is False
+    pytest.importorskip("math_verify")
+    assert evaluate.grader(False, verifies=True)(row, said) is True
+    assert evaluate.grader(False, verifies=True)(row, r"\boxed{\frac{\sqrt{3}}{2}}") is False

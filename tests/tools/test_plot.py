@@ -1,0 +1,325 @@
+"""Pictures show the runs' numbers: the right arms at the right places, nothing of other models or other questions."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import Aligner
+
+from ..models import TINY
+from ..test_evaluate import write_data
+from ..text import load_text_lm
+
+sys.path.insert(0, str(TINY.parents[2] / "tools"))
+
+import evaluate
+import figures
+import plot
+from figures import runs
+from stats import bootstrap, wilson
+
+Record = dict[str, Any]
+
+
+def record(
+    id_: str, nll: float | None = None, right: bool | None = None, **settings: Any
+) -> Record:
+    metric = "nll" if nll is not None else "accuracy"
+    made = {
+        "method": "latent_mas",
+        "latent_steps": 4,
+        "align": "ridge",
+        "transfer": "full",
+        "samples": 1,
+        "seed": 0,
+    }
+    made |= {
+        "id": id_,
+        "metric": metric,
+        "arm": "any",
+        "nll": nll,
+        "correct": right,
+        "model": "m",
+        "text": "x",
+    }
+    bill = {
+        "read": 1,
+        "thought": 2,
+        "written": 3,
+        "seconds": 4.0,
+        "memory_bytes": 5,
+        "finish_reason": "stop",
+    }
+    return made | bill | settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An audit of weights/tiny; nobody may change it."""
+    folder = tmp_path_factory.mktemp("plot")
+    command = [
+        "--data",
+        str(write_data(folder / "rows.jsonl", 4)),
+        "--out",
+        str(folder / "run"),
+        "--audit",
+        "--quiet",
+    ]
+    arms = "full,prompts only,none,one step,pause,single"
+    assert evaluate.main([*command, "--arms", arms, "--max-new-tokens", "3"]) == 0
+    return folder / "run"
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_paired_with_prompts_only() -> None:
+    """Unpaired, the questions' own differences of 10 would hide the arms' of 0.1."""
+    some = [record(f"q{i}", nll=10.0 * i + 0.1 * (i + 1), latent_steps=4) for i in range(3)]
+    some += [record(f"q{i}", nll=10.0 * i, latent_steps=0, align=None) for i in (2, 0, 1)]
+    lines = figures.steps(some)["panels"]["nll"]
+    zero, four = lines["ridge"]
+    assert (zero["steps"], zero["y"], zero["low"], zero["high"], zero["p"]) == (0, 0, 0, 0, 1)
+    assert (four["steps"], four["n"]) == (4, 3)
+    assert (four["y"], four["low"], four["high"]) == pytest.approx(bootstrap([0.1, 0.2, 0.3]))
+    assert list(lines) == ["ridge"]
+
+
+def test_a_control_arm_is_no_map() -> None:
+    """The memory of another question is thought with ridge, and no point of ridge's line."""
+    some = [
+        record("q", nll=1.0, latent_steps=0),
+        record("q", nll=2.0),
+        record("q", nll=5.0, transfer="shuffled"),
+    ]
+    lines = figures.steps(some)["panels"]["nll"]
+    assert [point["y"] for point in lines["ridge"]] == [0, 1]
+    assert [point["y"] for point in lines["another question's memory"]] == [4]
+
+
+def test_a_control_arm_without_thoughts_is_not_what_all_is_compared_with() -> None:
+    """`--transfer none,full --latent-steps 0,2`: "no memory" has 0 steps too, and came first."""
+    some = [
+        record("q", nll=7.0, latent_steps=0, transfer="none"),
+        record("q", nll=1.0, latent_steps=0),
+    ]
+    lines = figures.steps([*some, record("q", nll=2.0)])["panels"]["nll"]
+    assert {name: [point["y"] for point in points] for name, points in lines.items()} == {
+        "no memory": [6], "ridge": [0, 1],
+    }  # fmt: skip
+
+
+def test_arms_that_differ_in_a_rarer_setting_are_two_lines() -> None:
+    some = [record("q", nll=1.0, latent_steps=0, close=True), record("q", nll=2.0, close=True)]
+    lines = figures.steps([*some, record("q", nll=4.0, close=False)])["panels"]["nll"]
+    assert [point["y"] for point in lines["ridge, turns open"]][-1] == 3
+    assert [point["y"] for point in lines["ridge"]][-1] == 1
+    assert (
+        len(figures.costs([record("q", right=True, prefix=p) for p in (None, "Plan:")])["arms"])
+        == 2
+    )
+
+
+def test_seeds_are_no_further_questions() -> None:
+    some = [record("q", right=i < 3, seed=i) for i in range(4)] + [
+        record("p", right=False, seed=i) for i in range(4)
+    ]
+    [point] = figures.steps(some)["panels"]["accuracy"]["ridge"]
+    assert (point["n"], point["y"]) == (2, 0.375)
+
+
+def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
+    command = "import sys; sys.path.insert(0, 'tools'); import figures, json, pathlib; " + (
+        f"print(json.dumps(figures.steps(figures.runs([pathlib.Path({str(finished)!r})]))))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", command], cwd=TINY.parents[2], env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert len(said) == 1
+
+
+def test_a_forest_is_of_an_audit() -> None:
+    with pytest.raises(ValueError, match="found the arm 'any', expected a run with --audit"):
+        figures.forest([record("q", nll=1.0)])
+
+
+def test_a_loss_without_prompts_only_has_nothing_to_stand_beside() -> None:
+    with pytest.raises(ValueError, match="a loss needs 0 among them"):
+        figures.steps([record("q", nll=1.0)])
+
+
+def test_accuracy_has_the_interval_of_wilson() -> None:
+    some = [record(f"q{i}", right=i < 3) for i in range(4)]
+    [point] = figures.steps(some)["panels"]["accuracy"]["ridge"]
+    assert (point["y"], point["low"], point["high"]) == (0.75, *wilson(3, 4))
+
+
+def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
+    """Two runs call different arms "latent_mas": one point of both would be a picture of neither."""
+    some = [
+        record("a", right=True),
+        record("a", right=False, latent_steps=8),
+        record("a", right=True, method="single"),
+    ]
+    some += [
+        record("a", right=True, method="single", samples=4),
+        record("a", right=True, latent_steps=0),
+    ]
+    some += [
+        record("a", right=False, transfer="none"),
+        record("a", right=False, align="pause", transfer="latents"),
+    ]
+    names = [arm["name"] for arm in figures.costs(some)["arms"]]
+    assert names == [
+        "latent_mas, 4 × ridge", "latent_mas, 8 × ridge", "single", "single, vote of 4", "latent_mas, prompts only",
+        "latent_mas, no memory", "latent_mas, 4 × pause, thoughts only",
+    ]  # fmt: skip
+
+
+def test_the_papers_table_stands_beside_ours() -> None:
+    table = {"acc": {"4B": [50, 60, 70]}, "tokens": {"4B": [1, 2, 3]}, "seconds": {"4B": [4, 5, 6]}}
+    paper = {"sequential": {"X": table}}
+    theirs = figures.costs([record("a", right=True)], paper, "X")["paper"]
+    assert theirs[1] == {"name": "text_mas", "model": "4B", "y": 0.6, "written": 2, "seconds": 5}
+    with pytest.raises(ValueError, match="found no 'Y'"):
+        figures.costs([record("a", right=True)], paper, "Y")
+
+
+def test_runs_of_other_questions_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Paired by ids alone, q-1 of two data sets would be one question."""
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (finished / "results.jsonl").read_text(encoding="utf-8")
+    (other / "results.jsonl").write_text(
+        re.sub(r'"data": "\w{16}"', '"data": "0"', text, count=1), encoding="utf-8"
+    )
+    with pytest.raises(
+        ValueError, match=r"other/results\.jsonl: data: found 0, expected \w{16} as in"
+    ):
+        runs([finished, other])
+
+
+def test_a_line_that_is_being_written_is_left_out(finished: Path, tmp_path: Path) -> None:
+    """A picture of a run that goes on."""
+    (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes()[:-20])
+    assert len(runs([tmp_path])) == len(runs([finished])) - 1
+
+
+def test_thoughts_are_those_of_the_map_step_by_step() -> None:
+    """Pause thinks one token's embedding: all in one place, of its norm, each cosine 1; token's are tokens too."""
+    lm = load_text_lm(TINY)
+    found = figures.thoughts(lm, ["Eva has 2 cards.", "Tom has 3."], ["ridge", "pause", "token"], 5)
+    pause, ridge, token = (found["maps"][name] for name in ("pause", "ridge", "token"))
+    w_in = lm.model.model.embed_tokens.weight.float()
+    dot = w_in[lm.tokenizer.encode(".")[0]] if lm.tokenizer else w_in[0]
+    assert pause["norm"] == pytest.approx([float(dot.norm())] * 5, rel=1e-4)
+    assert pause["successive cosine"] == pytest.approx([1] * 4)
+    assert len({tuple(place) for question in pause["places"] for place in question}) == 1
+    assert token["cosine to the nearest token"] == pytest.approx([1] * 5)
+    assert min(ridge["cosine to the nearest token"]) < 0.99
+    aligner = lm.aligner("ridge")
+    assert isinstance(aligner, Aligner)
+    assert aligner.norm is not None
+    assert ridge["norm"] == pytest.approx([float(aligner.norm)] * 5, rel=1e-4)
+    assert [len(question) for question in ridge["places"]] == [5, 5]
+
+
+def test_a_plane_keeps_the_two_main_directions() -> None:
+    points = torch.tensor(
+        [
+            [3.0, 0, 0, 1],
+            [-3, 0, 0, 1],
+            [0, 2, 0, 1],
+            [0, -2, 0, 1],
+            [0, 0, 0.1, 1],
+            [0, 0, -0.1, 1],
+        ]
+    )
+    found = torch.tensor(figures.plane(points)(points)).abs()
+    assert torch.allclose(
+        found, torch.tensor([[3.0, 0], [3, 0], [0, 2], [0, 2], [0, 0], [0, 0]]), atol=1e-4
+    )
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["steps", "costs", "audit"])
+def test_each_picture_is_drawn_with_its_numbers_beside_it(
+    what: str, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / what
+    assert plot.main([what, str(finished), "--out", str(out)]) == 0
+    svg, numbers = (
+        (tmp_path / "new" / f"{what}.svg").read_text(encoding="utf-8"),
+        out.with_suffix(".json").read_text(),
+    )
+    assert svg.rstrip().endswith("</svg>")
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(numbers)["what"] in plot.DRAWN
+    again = tmp_path / "again"
+    assert plot.main(["again", str(out.with_suffix(".json")), "--out", str(again)]) == 0
+    assert again.with_suffix(".svg").read_text(encoding="utf-8") == svg, (
+        "the same numbers, another picture"
+    )
+    assert again.with_suffix(".json").read_text() == numbers
+
+
+def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:
+    data = finished.parent / "rows.jsonl"
+    command = [
+        "thoughts",
+        "--model",
+        str(TINY),
+        "--data",
+        str(data),
+        "--align",
+        "ridge,pause",
+        "--steps",
+        "3",
+    ]
+    assert plot.main([*command, "--limit", "2", "--out", str(tmp_path / "walk")]) == 0
+    assert (tmp_path / "walk.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["steps", "nowhere"], "nowhere: found no results*.jsonl"),
+        (
+            ["again", str(TINY / "config.json")],
+            "what: found no picture's name, expected one of steps",
+        ),
+        (["again", "nowhere.json"], "nowhere.json"),
+        (["thoughts", "--data", "nowhere.jsonl"], "nowhere.jsonl: found no such file"),
+    ],
+)
+def test_a_wrong_input_is_one_line(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plot.main([*args, "--out", str(tmp_path / "x")]) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_numbers_are_kept_and_the_command_is_named(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main(["audit", str(finished), "--out", str(tmp_path / "x")]) == 1
+    assert "pip install 'minimas[plot]'" in capsys.readouterr().err
+    assert (tmp_path / "x.json").exists()

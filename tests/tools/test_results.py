@@ -1,0 +1,63 @@
+"""Every figure in the tables of docs/results.md comes from the raw records beside it."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..models import TINY
+
+ROOT = TINY.parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import results  # noqa: E402
+
+PAGE = results.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_tables_say_what_the_records_say() -> None:
+    """A table that is typed by hand drifts from its run."""
+    assert results.BLOCK.search(PAGE), "there must be a table to compare"
+    assert results.rewritten(PAGE) == PAGE
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    """The negative control of the comparison above."""
+    wrong = re.sub(r"\d+\.\d+%", "99.9%", PAGE, count=1)
+    assert wrong != PAGE
+    assert results.rewritten(wrong) != wrong
+
+
+def test_every_stored_run_is_in_a_table_and_all_of_them_are_small() -> None:
+    """Raw records are read by people who clone the repository: at most 4 MB together."""
+    named = {
+        name.strip() for block in results.BLOCK.finditer(PAGE) for name in block["names"].split("+")
+    }
+    stored = {
+        path.name.removesuffix(".jsonl.gz"): path for path in results.RECORDS.glob("*.jsonl.gz")
+    }
+    assert named == set(stored)
+    assert sum(path.stat().st_size for path in stored.values()) <= 4e6
+
+
+def test_a_base_that_no_record_has_is_refused() -> None:
+    record = {"id": "a", "seed": 0, "arm": "single", "nll": 1.0}
+    with pytest.raises(ValueError, match=r"base: found 'team', expected one of single"):
+        results.table([record], "team")
+
+
+def test_what_is_stored_is_what_the_run_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "results")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.jsonl").write_text(
+        '{"settings": {}}\n{"id": "a", "arm": "single", "seed": 0}\n'
+    )
+    results.store("one", [run])
+    first = (tmp_path / "results" / "one.jsonl.gz").read_bytes()
+    results.store("one", [run])
+    assert (tmp_path / "results" / "one.jsonl.gz").read_bytes() == first
+    assert results.read_records("one") == [{"id": "a", "arm": "single", "seed": 0}]

@@ -1,0 +1,533 @@
+"""Rows, split evidence, programs and raw benchmark formats. Each test names the bug it prevents."""
+
+import collections
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimas import Team
+from minimas.answers import grade
+from tools import download, sandbox
+from tools.tasks import OPTIONS, TASKS, code_program, kind_of, load_task, read_rows, split_evidence
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
+LEVELS = (1, 2, 3)
+
+
+def written(folder: Path, *rows: Any) -> Path:
+    path = folder / "rows.jsonl"
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def row(number: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"id": f"q{number}", "question": "1 + 1?", "answer": "2"} | fields
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
+    """A gold that is the number 2 would make grading fail on its type in the middle of a run."""
+    [first, second] = read_rows(
+        written(tmp_path, row(0, solution="s", extra=[1]), "", row(1, id=7, answer=2))
+    )
+    assert first == row(0, solution="s", extra=[1])
+    assert second == row(1, id="7", answer="2")
+
+
+BAD = {  # rows, what is said
+    "bad JSON": ([*(row(i) for i in range(6)), '{"id": '], "line 7: found bad JSON"),
+    "no object": (["[1]"], "line 1: found list, expected an object"),
+    "a missing id": (
+        [row(0), {"question": "a", "answer": "b"}],
+        "line 2: id: found nothing, expected text",
+    ),
+    "a missing question": ([{"id": "a", "answer": "b"}], "line 1: question: found nothing"),
+    "a missing answer": ([{"id": "a", "question": "b"}], "line 1: answer: found nothing"),
+    "an empty question": (
+        [row(0, question=" \n")],
+        r"line 1: question: found ' \\n', expected one that is not empty",
+    ),
+    "an empty answer": ([row(0, answer="")], "line 1: answer: found ''"),
+    "no question": ([row(0, question=None)], "line 1: question: found nothing"),
+    "an id twice": (
+        [row(0), row(1), row(0)],
+        r"line 3: id: found 'q0' again, expected it once \(first in line 1\)",
+    ),
+    "an id twice, as a number": ([row(0, id=1), row(0, id="1")], "line 2: id: found '1' again"),
+    "a question of the wrong type": (
+        [row(0, question=["a"])],
+        r"line 1: question: found \['a'\], expected text",
+    ),
+    "an answer that is true": ([row(0, answer=True)], "line 1: answer: found True, expected text"),
+    "an answer that is no option": (
+        [row(0, choices={"a": "x", "b": "y"}, answer="c")],
+        "line 1: answer: found 'c', expected one of a, b",
+    ),
+    "choices as a list": (
+        [row(0, choices=["a"])],
+        r"line 1: choices: found \['a'\], expected an object",
+    ),
+    "no choices": ([row(0, choices={})], "line 1: choices: found {}"),
+    "a choice that is a number": (
+        [row(0, choices={"a": 1})],
+        "line 1: choices: found 'a': 1, expected a letter and a text",
+    ),
+    "an unknown kind": (
+        [row(0, kind="maths")],
+        "line 1: kind: found 'maths', expected one of math, choice, code, free",
+    ),
+    "nothing": ([""], "found no rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) -> None:
+    """ "KeyError: 'answer'" after an hour says nothing about which of 1,319 lines to mend."""
+    rows, said = BAD[name]
+    path = written(tmp_path, *rows)
+    with pytest.raises(ValueError, match=said) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
+    """The same for the file itself."""
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: found no such file"):
+        read_rows(tmp_path / "none.jsonl")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.jsonl: found bytes that are not UTF-8"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, "math"), ({"answer": "1,234.5"}, "math"), ({"answer": "-1/2"}, "math"), ({"answer": "Paris"}, "free"),
+        ({"answer": "a", "choices": {"a": "x"}}, "choice"), ({"tests": "assert f()"}, "code"),
+        ({"entry_point": "f"}, "code"), ({"test_list": ["assert f()"]}, "code"), ({"kind": "free"}, "free"),
+        ({"choices": {"a": "2"}, "kind": "math"}, "math"),
+    ],
+)  # fmt: skip
+def test_the_fields_of_a_row_say_its_kind(fields: dict[str, Any], kind: str) -> None:
+    """A kind of its own wins: options that are there for the loss are not shown."""
+    assert kind_of(row(0, **fields)) == kind
+
+
+def test_an_unknown_task_lists_the_names() -> None:
+    """One line, before a model is loaded."""
+    with pytest.raises(
+        ValueError, match=r"^--task: found 'gsm', expected one of gsm8k, .*split_evidence"
+    ):
+        load_task("gsm")
+
+
+def test_a_task_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
+    """And every benchmark of the paper has a name, a file and a source."""
+    with pytest.raises(FileNotFoundError, match=r"aime2025\.jsonl, .*tools/download\.py aime2025"):
+        load_task("aime2025", tmp_path)
+    assert {name for name, task in TASKS.items() if task.files} == set(download.SOURCES)
+    with pytest.raises(ValueError, match="--limit: found 0"):
+        load_task("gsm8k", tmp_path, limit=0)
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.files])
+def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
+    """A check that is too strict refuses the benchmark itself."""
+    if not any((DATA / file).exists() for file in TASKS[name].files):
+        pytest.skip(f"{name} is not here")
+    rows = load_task(name, DATA, limit=50)
+    assert rows and {kind_of(row) for row in rows} == {TASKS[name].kind}
+    if TASKS[name].kind != "code":
+        assert all(
+            grade(row["kind"], rf"\boxed{{{row['answer']}}}", row["answer"], row.get("choices"))
+            for row in rows
+        )
+
+
+# -- split evidence ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) -> None:
+    """A limit that changes the questions makes two runs incomparable."""
+    assert split_evidence(20, 3, level)[:5] == split_evidence(5, 3, level)
+    assert split_evidence(5, 3, level) != split_evidence(5, 4, level)
+    assert len({row["id"] for seed in (0, 1) for row in split_evidence(50, seed, level)}) == 100
+    assert load_task("split_evidence", limit=4, seed=3) == split_evidence(4, 3, 1)
+    assert load_task("split_evidence_3", limit=4, seed=3) == split_evidence(4, 3, 3)
+    with pytest.raises(ValueError, match="level: found 4"):
+        split_evidence(1, 0, 4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(level: int) -> None:
+    """An answer that the last agent can see, or that nobody can, proves nothing about the memory."""
+    for made in split_evidence(200, 1, level):
+        team = Team.from_dict(made["team"], "row")
+        *readers, last = team.agents
+        notes = " ".join(agent.prompt for agent in readers)
+        holds = dict(re.findall(r"The (\w+) box holds (\d+) coins\.", notes))
+        owners = dict(re.findall(r"(\w+) has the (\w+) box\.", notes))
+        asked = re.findall(r"the (\w+) box (?:and|hold)", made["question"])
+        if level == 2:
+            asked = [owners[re.findall(r"box of (\w+) hold", made["question"])[0]]]
+        assert len(asked) == (2 if level == 3 else 1)
+        assert sum(int(holds[colour]) for colour in asked) == int(made["answer"])
+        assert (
+            team.parallel
+            and "{question}" in last.prompt
+            and not re.search(r"\d", last.prompt + made["question"])
+        )
+        assert all("{question}" not in agent.prompt for agent in readers)
+        assert grade("math", made["solution"], made["answer"])
+        assert kind_of(made) == "math"
+        if level > 1:  # no reader can answer alone
+            for agent in readers:
+                known = re.findall(r"The (\w+) box holds", agent.prompt)
+                assert not set(asked) <= set(known) or (
+                    "has the" not in agent.prompt and level == 2
+                )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_options_alone_say_nothing(level: int) -> None:
+    """A fixed place, the largest or the smallest option: whatever is right more often than chance is a leak."""
+    rows = split_evidence(OPTIONS * 200, 2, level)
+    ranks, letters = collections.Counter[int](), collections.Counter[str]()
+    for made in rows:
+        values = sorted(map(int, made["choices"].values()))
+        assert len(set(values)) == OPTIONS and int(made["answer"]) in values
+        ranks[values.index(int(made["answer"]))] += 1
+        letters.update(k for k, v in made["choices"].items() if v == made["answer"])
+    assert set(letters.values()) == {200}  # exactly
+    assert all(abs(count - 200) < 5 * math.sqrt(200) for count in ranks.values()), ranks
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_best_guess_is_right_as_often_as_the_row_says(level: int) -> None:
+    """Of sums of two numbers drawn alike 109 comes most often, and a guesser beats the chance that is written down."""
+    rows = split_evidence(9000, 5, level)
+    expected = len(rows) * rows[0]["chance"]
+    counts = collections.Counter(made["answer"] for made in rows)
+    assert len(counts) == 90
+    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in counts.values())
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+needs_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the sandbox is made of Linux's parts"
+)
+HUMAN = {
+    "id": "HumanEval/0",
+    "question": "from math import floor\n\ndef helper(x):\n    return floor(x)\n\ndef f(x):\n    '''Round down.'''\n",
+    "answer": "def check(candidate):\n    assert candidate(1.5) == 1\n\ncheck(f)\n",
+    "entry_point": "f",
+}
+MBPP = {
+    "id": "Mbpp/0",
+    "question": "Write a function to add one.",
+    "answer": "assert isclose(g(1), 2)",
+    "test_list": ["assert g(1) == 2", "assert g(2) == 3"],
+    "test_imports": ["from math import isclose"],
+}
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("raw", "text", "passes"),
+    [
+        (
+            HUMAN,
+            "```python\ndef f(x):\n    return helper(x)\n```",
+            True,
+        ),  # imports and helpers of the question
+        (HUMAN, "```python\ndef f(x):\n    return round(x)\n```", False),
+        (HUMAN, "```python\n    return floor(x)\n```", True),  # a completion
+        (HUMAN, "```python\n    return x\n```", False),
+        (HUMAN, "```python\nf = lambda x: floor(x)\n```", True),
+        (HUMAN, "I do not know.", False),
+        (HUMAN, "", False),
+        (HUMAN, "```python\nraise SystemExit\n```", False),
+        (HUMAN, "```python\ndef f(x):\n    import os\n    os._exit(0)\n```", False),
+        (
+            HUMAN,
+            "```python\nfrom __future__ import annotations\ndef f(x):\n    return int(x)\n```",
+            True,
+        ),
+        (
+            MBPP,
+            "```python\ndef g(x):\n    return x + 1\n```\nIt works: ```python\nprint(g(1))\n```",
+            True,
+        ),
+        (MBPP, "```\ndef g(x):\n    return x\n```", False),
+        (MBPP, "```python\ndef h(x):\n    return x + 1\n```", False),
+    ],
+)
+def test_a_program_is_the_answer_and_the_tests(
+    raw: dict[str, Any], text: str, passes: bool, tmp_path: Path
+) -> None:
+    """An example that replaces the solution, an import that was in the question, an exit that counts as success."""
+    [made] = read_rows(written(tmp_path, raw))
+    assert sandbox.run(code_program(made, text)).passed == passes
+
+
+def test_the_question_of_mbpp_says_what_the_function_is_called(tmp_path: Path) -> None:
+    """Without it a right program fails for its name."""
+    [made] = read_rows(written(tmp_path, MBPP))
+    assert made["question"].endswith(
+        "It must pass these tests:\nassert g(1) == 2\nassert g(2) == 3"
+    )
+    assert made["tests"] == made["answer"] == MBPP["answer"]
+
+
+@needs_linux
+@pytest.mark.parametrize("name", ["humanevalplus", "mbppplus"])
+def test_the_solutions_at_hand_pass_and_a_wrong_one_fails(name: str) -> None:
+    """HumanEval/32 has a test that no program passes."""
+    if not any((DATA / file).exists() for file in TASKS[name].files):
+        pytest.skip(f"{name} is not here")
+    for made in load_task(name, DATA, limit=12):
+        outcome = sandbox.run(code_program(made, made["solution"]), timeout=60)
+        assert outcome.passed, (made["id"], outcome)
+        wrong = re.sub(r"(?m)^([ \t]+)return .*", r"\1return 'wrong'", made["solution"])
+        assert not sandbox.run(code_program(made, wrong), timeout=60).passed, made["id"]
+
+
+# -- raw formats ------------------------------------------------------------------------------------------------------
+
+RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, as we have it
+    "gsm8k": (
+        {"question": "Q?", "answer": "He has <<1+1=2>>2.\n#### 1,234"},
+        {"id": "gsm8k-test-0", "answer": "1234", "solution": "He has <<1+1=2>>2.\n#### 1,234"},
+    ),
+    "aime2024": (
+        {"id": 60, "problem": "Q?", "solution": "S", "answer": "025", "url": "u", "year": "2024"},
+        {"id": "aime2024-60", "answer": "25", "solution": "S", "url": "u"},
+    ),
+    "aime2025": ({"question": "Q?", "answer": "336^\\circ"}, {"id": "aime2025-0", "answer": "336"}),
+    "medqa": (
+        {
+            "question": "Q?",
+            "answer": "y",
+            "options": {"B": "y", "A": "x"},
+            "answer_idx": "B",
+            "meta_info": "step1",
+        },
+        {"id": "medqa-0", "answer": "b", "choices": {"a": "x", "b": "y"}},
+    ),
+    "arc_easy": (
+        {
+            "id": "M",
+            "question": "Q?",
+            "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]},
+            "answerKey": "3",
+        },
+        {"id": "arc-easy-test-0", "answer": "c", "choices": {"a": "x", "b": "y", "c": "z"}},
+    ),
+    "arc_challenge": (
+        {
+            "id": "M",
+            "question": "Q?",
+            "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        {"id": "arc-challenge-test-0", "answer": "a", "choices": {"a": "x", "b": "y"}},
+    ),
+    "mbppplus": (
+        {
+            "task_id": 2,
+            "code": "C",
+            "prompt": "Q?",
+            "test_imports": [],
+            "test_list": ["t"],
+            "test": "T",
+        },
+        {
+            "id": "Mbpp/2",
+            "answer": "T",
+            "test_list": ["t"],
+            "test_imports": [],
+            "canonical_solution": "C",
+        },
+    ),
+    "humanevalplus": (
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "Q?",
+            "canonical_solution": "C",
+            "entry_point": "f",
+            "test": "T",
+        },
+        {
+            "id": "HumanEval/0",
+            "answer": "T\ncheck(f)\n",
+            "entry_point": "f",
+            "canonical_solution": "C",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
+    """A comma in the gold, labels from 1 on, options out of order, a call of the test that is missing."""
+    raw, ours = RAW[name]
+    converted = download.SOURCES[name].convert(raw, 0)
+    assert converted == {"question": "Q?"} | ours
+    [read] = read_rows(written(tmp_path, converted))
+    assert kind_of(read) == TASKS[name].kind
+
+
+def test_the_options_of_gpqa_are_mixed_by_the_record_and_the_answer_moves_along(
+    tmp_path: Path,
+) -> None:
+    """In the raw file the right answer comes first, always."""
+    path, letters = tmp_path / "gpqa_diamond.csv", collections.Counter[str]()
+    wrong = ",".join(f'"Incorrect Answer {n}"' for n in (1, 2, 3))
+    head = f'"Record ID",Question,"Correct Answer",{wrong},Explanation'
+    path.write_text(
+        "\n".join([head, *(f'r{i},"Q, ""{i}""\n?",right ,x,y,z,' for i in range(200))]),
+        encoding="utf-8",
+    )
+    rows = download.convert(download.SOURCES["gpqa_diamond"], [path])
+    assert rows == download.convert(download.SOURCES["gpqa_diamond"], [path])
+    assert rows[7]["question"] == 'Q, "7"\n?' and len(rows) == 200
+    for made in rows:
+        assert made["choices"][made["answer"]] == "right" and sorted(made["choices"].values()) == [
+            "right",
+            "x",
+            "y",
+            "z",
+        ]
+        letters[made["answer"]] += 1
+    assert set(letters) == set("abcd") and min(letters.values()) > 30
+
+
+def test_a_call_that_the_test_has_already_is_not_made_twice() -> None:
+    """It costs the time of the tests again, and more than a limit on time allows."""
+    raw = RAW["humanevalplus"][0] | {"test": "T\n\ncheck(f)\n"}
+    assert download.humanevalplus(raw, 0)["answer"] == "T\n\ncheck(f)\n"
+
+
+def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -> None:
+    """AIME 2025 comes as two papers; a format that changed must not become a KeyError."""
+    first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    first.write_text('{"question": "a", "answer": "1"}\n')
+    second.write_text('{"question": "b", "answer": 2}\n\n')
+    assert [
+        made["id"] for made in download.convert(download.SOURCES["aime2025"], [first, second])
+    ] == [
+        "aime2025-0",
+        "aime2025-1",
+    ]
+    second.write_text('{"problem": "b", "answer": 2}\n')
+    with pytest.raises(ValueError, match=r"2\.jsonl: row 1: question: found problem, answer"):
+        download.convert(download.SOURCES["aime2025"], [first, second])
+    second.write_text("{\n")
+    with pytest.raises(ValueError, match=r"2\.jsonl: line 1: found bad JSON"):
+        download.convert(download.SOURCES["aime2025"], [second])
+
+
+def test_parquet_is_read_and_without_pyarrow_the_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback from an import does not say what to install."""
+    path = tmp_path / "x.parquet"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        list(download.raw_rows(path))
+    monkeypatch.delitem(sys.modules, "pyarrow")
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.Table.from_pylist([RAW["arc_easy"][0]]), path)
+    [raw] = download.raw_rows(path)
+    assert download.SOURCES["arc_easy"].convert(raw, 0)["choices"] == {"a": "x", "b": "y", "c": "z"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub that answers from a folder, or with an error."""
+    import huggingface_hub
+
+    state: dict[str, Any] = {"error": None, "folder": tmp_path / "hub" / "snapshots" / "abc123"}
+    state["folder"].mkdir(parents=True)
+
+    def hf_hub_download(repository: str, file: str, **options: Any) -> str:
+        assert options == {"repo_type": "dataset", "revision": state.get("revision", "main")}
+        if state["error"]:
+            raise state["error"]
+        return str(state["folder"] / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return state
+
+
+def test_a_download_prints_revision_and_hash_and_is_read_back(
+    hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody can say on which version of a benchmark a number was measured."""
+    for file in download.SOURCES["aime2025"].files:
+        (hub["folder"] / file).write_text('{"question": "a", "answer": "1"}\n')
+    assert download.main(["aime2025", "--out", str(tmp_path / "data")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("revision abc123 sha256 ") == 2 and "2 rows in" in said
+    assert [made["id"] for made in load_task("aime2025", tmp_path / "data")] == [
+        "aime2025-0",
+        "aime2025-1",
+    ]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["aime2025.jsonl"]
+
+
+def test_gated_missing_and_offline_are_one_line_each(
+    hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark that needs a login ends in forty lines of traceback; the tasks after it are fetched all the same."""
+    from huggingface_hub import errors
+
+    gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
+    missing = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+    missing.args = ("404 Client Error.\n\nRepository Not Found",)
+    offline = errors.LocalEntryNotFoundError("cannot find the file\non disk")
+    for error, task, expected in (
+        (
+            gated,
+            "gpqa_diamond",
+            "Idavidrein/gpqa is gated: accept its terms on that page, then run: hf auth login",
+        ),
+        (offline, "medqa", "the hub cannot be reached"),
+        (missing, "arc_easy", "ai2_arc: ARC-Easy"),
+    ):
+        hub["error"] = error
+        assert download.main([task, "--out", str(tmp_path)]) == 1
+        said = capsys.readouterr().err
+        assert (
+            said.startswith(f"download: error: {task}: ")
+            and expected in said
+            and said.count("\n") == 1
+        )
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_an_unknown_name_to_download_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is fetched."""
+    with pytest.raises(SystemExit) as stopped:
+        download.main(["gsm8k", "gsm"])
+    assert stopped.value.code == 2
+    assert "found 'gsm', expected all or some of gsm8k" in capsys.readouterr().err
+
+
+def test_the_scripts_run_as_files() -> None:
+    """`python tools/download.py` has tools/ on its path, and not the repository."""
+    command = [sys.executable, str(ROOT / "tools" / "download.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0 and "gpqa_diamond" in done.stdout

@@ -1,0 +1,114 @@
+"""The embedded model, end to end: the memory is what answers, and the control arms fall where they must."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimas import LM, Result, Sampling, Team, latent_mas, load, single, text_mas
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+from tiny_task import split_stories, split_team, story  # noqa: E402
+
+GREEDY = Sampling(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return load(ROOT / "weights" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Any]:
+    rng = random.Random("test")
+    return [story(rng, rng.choice((3, 4, 5)), fresh=True) for _ in range(100)]
+
+
+def right(results: list[Result], told: list[Any]) -> int:
+    return sum(r.answer == str(one.totals[-1]) for r, one in zip(results, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "team"), [(single, None), (text_mas, "sequential"), (text_mas, "hierarchical")]
+)
+def test_agents_that_write_solve_the_task(
+    lm: LM, told: list[Any], method: Any, team: str | None
+) -> None:
+    """A latent team that beats a broken text team has beaten nothing."""
+    options = {"team": team} if team else {}
+    assert right(method(lm, [one.question for one in told], sampling=GREEDY, **options), told) >= 90
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        ({}, 88, 100),
+        ({"transfer": "latents"}, 85, 100),
+        ({"team": "hierarchical"}, 88, 100),
+        ({"transfer": "none"}, 0, 50),
+        ({"transfer": "shuffled"}, 0, 25),
+        ({"latent_steps": 0}, 0, 50),
+        ({"align": "identity"}, 0, 50),
+        ({"align": "random"}, 0, 40),
+        ({"align": "none"}, 0, 50),
+    ],
+    ids=str,
+)
+def test_latent_thoughts_carry_the_answer(
+    lm: LM, told: list[Any], options: dict[str, Any], low: int, high: int
+) -> None:
+    """With memory and W_a the judger knows; without either it guesses (100 fresh questions; the card has 1,000)."""
+    assert (
+        low
+        <= right(latent_mas(lm, [one.question for one in told], sampling=GREEDY, **options), told)
+        <= high
+    )
+
+
+def test_a_judger_with_another_memory_answers_the_other_question(lm: LM, told: list[Any]) -> None:
+    """The strongest sign that the memory is read: its question is answered, not the one that was asked."""
+    results = latent_mas(lm, [one.question for one in told], sampling=GREEDY, transfer="shuffled")
+    assert right(results, told[1:] + told[:1]) >= 85
+
+
+def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
+    """The summarizer reads a question about facts that only the experts have seen."""
+    rng, found = random.Random("split"), {"full": 0, "none": 0}
+    for _ in range(40):
+        stories, asked = split_stories(rng, fresh=True)
+        team = Team.from_dict(split_team([one.text for one in stories]), "split")
+        for transfer in found:
+            results = latent_mas(lm, [asked.ask], team=team, sampling=GREEDY, transfer=transfer)
+            found[transfer] += right(results, [asked])
+    assert found["full"] >= 34
+    assert found["none"] <= 12
+
+
+def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
+    """A recipe that nobody runs rots: one round, a second call that finds it done, a folder that loads."""
+    command = [
+        sys.executable,
+        "tools/train_tiny.py",
+        "--seed",
+        "0",
+        "--rounds",
+        "1",
+        "--questions",
+        "2",
+    ]
+    command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")]
+    first, second = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        for _ in range(2)
+    )
+    assert "round 1 of 1" in first.stderr, first.stderr
+    assert "round 1 of 1" not in second.stderr, second.stderr
+    assert first.returncode == second.returncode == 1, (
+        "one round cannot reach the bars, and the command must say so"
+    )
+    assert load(tmp_path / "out").tokenizer is not None
+    assert "Shipped: seed 0" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
