@@ -16,12 +16,12 @@ from torch import Tensor
 from . import prompts
 from .core.cache import KVCache
 from .core.latent import think
+from .core.model import prefill
 from .layout import ChatLayout
 from .load import LM
 from .results import AgentTrace, Result, Watcher
 from .teams import Agent, Team, single_agent
-from .text.generate import Sampling, Written
-from .text.generate import read as prefill
+from .text.generate import GeneratedText, Sampling
 from .text.tokenizer import Turn
 from .turns import Run, Shared, choose_team, require_context, stages
 
@@ -180,7 +180,7 @@ def hand_over_all(
     align: Callable[[Tensor], Tensor],
     transfer: str,
     close: bool,
-) -> tuple[KVCache, Tensor, list[tuple[list[AgentTrace], list[Written]]]]:
+) -> tuple[KVCache, Tensor, list[tuple[list[AgentTrace], list[GeneratedText]]]]:
     """Let every agent but the last work. Returns the KV cache for the last one, how many slots of each row are the
     layout's head, and what each turn came to.
     """
@@ -306,7 +306,7 @@ class Briefing(NamedTuple):
     memory: KVCache
     steps: int
     align: Callable[[Tensor], Tensor] | None
-    acts: list[tuple[list[AgentTrace], list[Written]]]  # of each turn before
+    acts: list[tuple[list[AgentTrace], list[GeneratedText]]]  # of each turn before
     head: Tensor  # (B,) slots of the memory that are the layout's head
 
     def answer(self) -> list[Result]:
@@ -316,12 +316,12 @@ class Briefing(NamedTuple):
         )
         return self.run.results([*self.acts, (acted.traces, acted.written)])
 
-    def read(self) -> tuple[Tensor, KVCache]:
+    def prefill(self) -> tuple[Tensor, KVCache]:
         """The same but for the writing: each row's last state (B, 1, D) and the memory behind it."""
         ids = self.run.encoded(
             [self.agent], self.turns, self.memory, self.steps, writes=False, closes=False
         )
-        hidden, memory = self.run.read(ids, self.memory)
+        hidden, memory = self.run.prefill(ids, self.memory)
         if self.align is not None:
             _, hidden = think(
                 self.run.lm.model, self.run.drawing(self.align, 1), hidden, memory, self.steps

@@ -173,7 +173,7 @@ def check(
 def _measure(briefing: Briefing) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     run, lm = briefing.run, briefing.run.lm
-    hidden, cache = briefing.read()
+    hidden, cache = briefing.prefill()
     found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
     answers = generate(
         lm.model,

@@ -35,7 +35,7 @@ def losses(briefing: Briefing, texts: Sequence[Sequence[str]]) -> list[list[Loss
 
     Raises ValueError naming the question whose text has no token or does not fit into the context.
     """
-    hidden, memory = briefing.read()
+    hidden, memory = briefing.prefill()
     return losses_after(briefing.run, hidden, memory, texts)
 
 

@@ -21,11 +21,12 @@ from . import prompts
 from .answers import KINDS, extract
 from .core.cache import KVCache
 from .core.latent import think
+from .core.model import prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
 from .results import AgentTrace, Result, Watcher
 from .teams import TEAMS, Agent, Team
-from .text.generate import Sampling, Written, generator, read, stream
+from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
 
 # What was read into empty memory: the ids of all rows -> the last states and the memory.
@@ -154,7 +155,7 @@ class Run:
         model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
         ids = self.encoded(agents, turns, memory, steps, writes, closes)
         self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
-        hidden, memory = self.read(ids, memory)
+        hidden, memory = self.prefill(ids, memory)
         read_until = memory.lengths
         if align is not None:
             align = self.drawing(align, len(agents))
@@ -164,7 +165,10 @@ class Run:
                 return align(hidden)  # type: ignore[no-any-return]
 
             _, hidden = think(model, watched, hidden, memory, steps)
-        written, hands_over = [Written("", [], "stop")] * len(ids), align is not None and not final
+        written, hands_over = (
+            [GeneratedText("", [], "stop")] * len(ids),
+            align is not None and not final,
+        )
         if writes:
             how = self.sampling, self.end_ids, self.generators * len(agents)
             pieces = stream(model, self.tokenizer, hidden, memory, *how, ids, remember=hands_over)
@@ -175,7 +179,7 @@ class Run:
                     written[row] = done
         if closes:
             # Left open, the next agent's system message would stand inside this one's answer.
-            read(model, [self.closing] * len(ids), memory)
+            prefill(model, [self.closing] * len(ids), memory)
         seconds, ends = (self._clock() - start) / len(ids), len(self.closing) if closes else 0
         traces = []
         for row, (turn, read_ids, out) in enumerate(zip(turns, ids, written, strict=True)):
@@ -193,13 +197,13 @@ class Run:
         head = torch.zeros_like(held) if head is None else head
         return Acted(memory, held, head, read_until, steps, traces, written)
 
-    def read(self, ids: list[list[int]], memory: KVCache) -> tuple[Tensor, KVCache]:
+    def prefill(self, ids: list[list[int]], memory: KVCache) -> tuple[Tensor, KVCache]:
         """Each row's last state, and the memory that was read into: another one, where `shared` had it already."""
         if self.shared is None or bool(memory.lengths.any()):
-            return read(self.lm.model, ids, memory), memory
+            return prefill(self.lm.model, ids, memory), memory
         key = tuple(map(tuple, ids))
         if key not in self.shared:
-            self.shared[key] = read(self.lm.model, ids, memory), memory
+            self.shared[key] = prefill(self.lm.model, ids, memory), memory
         hidden, kept = self.shared[key]
         return hidden, kept.fork()
 
@@ -214,7 +218,7 @@ class Run:
             )  # kernels are queued, not done, when a call returns
         return time.perf_counter()
 
-    def results(self, acts: Sequence[tuple[list[AgentTrace], list[Written]]]) -> list[Result]:
+    def results(self, acts: Sequence[tuple[list[AgentTrace], list[GeneratedText]]]) -> list[Result]:
         """One result for each question, from all agents' turns in order."""
         B, results = len(self.questions), []
         for q, (question, out) in enumerate(zip(self.questions, acts[-1][1], strict=True)):
@@ -249,7 +253,7 @@ class Acted(NamedTuple):
     read_until: Tensor  # (rows,) slots after the prompt; the thoughts follow
     steps: int
     traces: list[AgentTrace]
-    written: list[Written]
+    written: list[GeneratedText]
 
     def hand_over(self, transfer: str) -> KVCache:
         """The memory as the next agent sees it."""

@@ -943,7 +943,7 @@ def test_a_briefing_can_be_answered_more_than_once(lm: LM, transfer: str) -> Non
     expected = latent_mas(
         lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT
     )
-    hidden, memory = told._replace(memory=told.memory.fork()).read()
+    hidden, memory = told._replace(memory=told.memory.fork()).prefill()
     assert hidden.shape == (2, 1, 16)
     assert memory.lengths.tolist() != told.memory.lengths.tolist()
     for _ in range(2):

@@ -130,7 +130,7 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
     def damage(folder: Path) -> None:
         with safe_open(folder / FILE, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {name: file.get_tensor(name) for name in file.keys()}
         change(found)
         save_file(found, folder / FILE)
 
@@ -285,7 +285,7 @@ BAD = {
     "a size beyond 64 bits": (config(vocab_size=10**30), "vocab_size|tensor model"),
     "a second, different head": (
         config(tie_word_embeddings=True),
-        "config.json: tie_word_embeddings: found true, but lm_head.weight",
+        "tie_word_embeddings: found true in config.json, but lm_head.weight",
     ),
     "broken index": (index("{"), f"{INDEX}: not valid JSON"),
     "index of a list": (index("[]"), f"{INDEX}: .*found (None|list), expected"),

@@ -6,8 +6,7 @@ Those of teams, text, scoring and transfer modes are in test_agents.py, test_tok
 import torch
 
 from minimas import Aligner, KVCache, Qwen3, think
-from minimas.core.model import Attention
-from minimas.text.generate import take_last
+from minimas.core.model import Attention, take_last
 
 from .models import TINY, apart, distance, random_ids, reference, remember, tiny_config, tiny_model
 

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import Aligner, Config, Qwen3, load, think
+from minimas.core.model import prefill
 from minimas.fast.quantize import FORMATS
-from minimas.text.generate import read
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
@@ -59,7 +59,7 @@ class Minimas:
     def start(self, ids: Tensor) -> None:
         """Read the context (B, T) into the memory that latent and decode steps continue."""
         self.cache = self.model.new_cache(len(ids))
-        self.hidden = read(self.model, ids.tolist(), self.cache)  # (B, 1, D)
+        self.hidden = prefill(self.model, ids.tolist(), self.cache)  # (B, 1, D)
         self.filled = self.cache.lengths
 
     def rewind(self) -> None:
@@ -83,7 +83,7 @@ class Minimas:
         return logits[:, -1]
 
     def prefill(self, ids: Tensor) -> Tensor:
-        return read(self.model, ids.tolist(), self.model.new_cache(len(ids)))[:, -1]
+        return prefill(self.model, ids.tolist(), self.model.new_cache(len(ids)))[:, -1]
 
 
 class Authors:
@@ -515,7 +515,7 @@ def write_gguf(folder: Path, out: Path) -> None:
     file.add_eos_token_id(c.vocab_size - 1)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 (not a dict)
+            for key in weights.keys():
                 if c.tie_word_embeddings and key == "lm_head.weight":
                     continue
                 tensor, name = (

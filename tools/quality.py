@@ -20,7 +20,7 @@ from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
-from minimas.text.generate import CHUNK, read
+from minimas.core.model import CHUNK, prefill
 
 WAYS = {"one by one": 1, "in chunks": CHUNK}
 AT = (1, 2, 5, 10, 20, 40, 80)  # thoughts at which the tables look
@@ -77,7 +77,7 @@ def roll_out(lm: LM, ids: list[int], align: Aligner, forced: Tensor | None = Non
         )
 
     cache = lm.model.new_cache(1)
-    think(lm.model, feed, read(lm.model, [ids], cache), cache, AT[-1])
+    think(lm.model, feed, prefill(lm.model, [ids], cache), cache, AT[-1])
     return Rollout(torch.cat(own).float(), cache)
 
 

@@ -327,7 +327,7 @@ def load_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor) -
     """Put a saved state into model, optimizers and `seen`; returns what the run took so far."""
     with safe_open(path, "pt") as file:
         took: dict[str, float] = json.loads(file.metadata()["took"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     seen.copy_(tensors.pop("seen"))
     model.load_state_dict({name: tensors.pop(f"model/{name}") for name in model.state_dict()})
     for kind, optimizer in optimizers._asdict().items():

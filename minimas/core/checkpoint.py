@@ -153,7 +153,7 @@ def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 def _contents(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     found = {}
     with _opened(path) as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
+        for key in file.keys():
             part = file.get_slice(key)
             if part.get_dtype() not in STORED:
                 raise ValueError(

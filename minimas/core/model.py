@@ -11,6 +11,7 @@ Sources: arXiv 2505.09388 (Qwen3), 1910.07467 (RMSNorm), 2305.13245 (grouped que
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .config import Config
 from .rotary import angles, rotate
+
+CHUNK = 512  # positions of one forward pass: bounds the (T, S) mask of a long prompt
 
 
 class RMSNorm(nn.Module):
@@ -233,3 +236,40 @@ def finite(x: Tensor, name: str) -> Tensor:
             f"{name}: found a state that is not finite: damaged weights, or --dtype float32 is needed"
         )
     return x
+
+
+def take_last(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The state of each row's last valid position, (B, T, D), lengths (B,) -> (B, 1, D); `hidden[:, -1:]` would
+    be a pad's state in a ragged batch (LatentMAS #26). Raises ValueError for lengths out of range.
+    """
+    if int(lengths.min()) < 1 or int(lengths.max()) > hidden.shape[1]:
+        raise ValueError(
+            f"lengths: found {lengths.tolist()}, expected 1 … {hidden.shape[1]} in every row"
+        )
+    index = (lengths.to(hidden.device) - 1)[:, None, None]  # (B, 1, 1)
+    return hidden.gather(1, index.expand(-1, 1, hidden.shape[2]))  # (B, 1, D)
+
+
+def prefill(
+    model: Qwen3, ids: Sequence[Sequence[int]], cache: KVCache, chunk: int = CHUNK
+) -> Tensor:
+    """Read one list of ids per row into the memory; returns each row's last hidden state, (B, 1, D), or raises
+    ValueError for a row without ids or a state that is not finite.
+    """
+    lengths = torch.tensor([len(row) for row in ids])
+    if int(lengths.min()) < 1:
+        raise ValueError("ids: found a row without tokens, expected at least one in every row")
+    width = int(lengths.max())
+    padded = torch.tensor(
+        [[*row, *[0] * (width - len(row))] for row in ids], device=model.device
+    )  # (B, T)
+    last = torch.zeros(
+        len(ids), 1, model.config.hidden_size, dtype=model.dtype, device=model.device
+    )
+    for start in range(0, width, chunk):
+        part = padded[:, start : start + chunk]
+        here = (lengths - start).clamp(0, part.shape[1])
+        hidden = model(model.embed(part), cache, here)
+        new = take_last(hidden, here.clamp(min=1))
+        last = torch.where((here > 0).to(model.device)[:, None, None], new, last)
+    return finite(last, model.name)

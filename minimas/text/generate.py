@@ -19,7 +19,6 @@ from ..core.model import Qwen3, finite
 from .tokenizer import TextStream, Tokenizer
 
 KEPT = 0.75  # a batch is made smaller once this share of its rows, or less, still runs
-CHUNK = 512  # positions read at once: bounds the (T, S) mask and the activations of a long prompt
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """What one row wrote: its text, the ids of it, and why it stopped, "stop" (an end token) or "length"."""
 
     text: str
@@ -85,42 +84,7 @@ def generator(seed: int, question: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def take_last(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """The state of each row's last valid position, (B, T, D), lengths (B,) -> (B, 1, D); `hidden[:, -1:]` would
-    be a pad's state in a ragged batch (LatentMAS #26). Raises ValueError for lengths out of range.
-    """
-    if int(lengths.min()) < 1 or int(lengths.max()) > hidden.shape[1]:
-        raise ValueError(
-            f"lengths: found {lengths.tolist()}, expected 1 … {hidden.shape[1]} in every row"
-        )
-    index = (lengths.to(hidden.device) - 1)[:, None, None]  # (B, 1, 1)
-    return hidden.gather(1, index.expand(-1, 1, hidden.shape[2]))  # (B, 1, D)
-
-
-def read(model: Qwen3, ids: Sequence[Sequence[int]], cache: KVCache, chunk: int = CHUNK) -> Tensor:
-    """Read one list of ids per row into the memory; returns each row's last hidden state, (B, 1, D), or raises
-    ValueError for a row without ids or a state that is not finite.
-    """
-    lengths = torch.tensor([len(row) for row in ids])
-    if int(lengths.min()) < 1:
-        raise ValueError("ids: found a row without tokens, expected at least one in every row")
-    width = int(lengths.max())
-    padded = torch.tensor(
-        [[*row, *[0] * (width - len(row))] for row in ids], device=model.device
-    )  # (B, T)
-    last = torch.zeros(
-        len(ids), 1, model.config.hidden_size, dtype=model.dtype, device=model.device
-    )
-    for start in range(0, width, chunk):
-        part = padded[:, start : start + chunk]
-        here = (lengths - start).clamp(0, part.shape[1])
-        hidden = model(model.embed(part), cache, here)
-        new = take_last(hidden, here.clamp(min=1))
-        last = torch.where((here > 0).to(model.device)[:, None, None], new, last)
-    return finite(last, model.name)
-
-
-def choose(
+def sample(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator | None]
 ) -> Tensor:
     """The next token of each row: logits (B, V), one generator a row (None: a row that has ended) -> (B,) int64."""
@@ -174,7 +138,7 @@ def decode(
                 scores[there] = torch.where(old > 0, old / penalty, old * penalty)
         # An ended row draws no more: how long its neighbours go on must not move its generator.
         drawing = [source if on else None for source, on in zip(generators, running, strict=True)]
-        tokens = choose(logits, sampling, drawing)  # (B,)
+        tokens = sample(logits, sampling, drawing)  # (B,)
         ids = tokens.tolist()
         running = [
             still and token not in end_ids for still, token in zip(running, ids, strict=True)
@@ -207,8 +171,8 @@ def stream(
     generators: Sequence[torch.Generator],
     prompts: Sequence[Sequence[int]],
     remember: bool = False,
-) -> Iterator[tuple[int, str, Written | None]]:
-    """Yield (row, piece of text, None) as text comes, and (row, last piece, Written) when a row is done.
+) -> Iterator[tuple[int, str, GeneratedText | None]]:
+    """Yield (row, piece of text, None) as text comes, and (row, last piece, GeneratedText) when a row is done.
 
     With `remember` all that was written is in memory afterwards; without, the cache is not to be used any more.
     """
@@ -224,7 +188,7 @@ def stream(
             if token is None or count == sampling.max_new_tokens:
                 running.discard(row)
                 piece += text.finish()
-                done = Written(text.text, text.ids, "stop" if token is None else "length")
+                done = GeneratedText(text.text, text.ids, "stop" if token is None else "length")
             yield row, piece, done
         if count == sampling.max_new_tokens:
             if remember:
@@ -232,7 +196,7 @@ def stream(
             return
 
 
-def generate(*args: Any, **kwargs: Any) -> list[Written]:
-    """What each row writes, as one Written a row; takes what `stream` takes: model, tokenizer, hidden, cache …"""
+def generate(*args: Any, **kwargs: Any) -> list[GeneratedText]:
+    """What each row writes, as one GeneratedText a row; takes what `stream` takes: model, tokenizer, hidden, cache …"""
     done = {row: written for row, _, written in stream(*args, **kwargs) if written is not None}
     return [done[row] for row in sorted(done)]

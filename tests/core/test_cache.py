@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import KVCache, Qwen3
+from minimas.core.model import take_last
 from minimas.core.rotary import angles, rotate
-from minimas.text.generate import take_last
 
 from ..models import apart, distance, filled, random_ids, remember, tiny_config, tiny_model
 
@@ -222,7 +222,7 @@ def test_padding_is_not_written_to_a_memory_file(model: Qwen3, tmp_path: Path) -
         assert (
             sum(file.get_tensor(name).nbytes for name in file.keys() if name != "lengths")
             == cache.nbytes
-        )  # noqa: SIM118
+        )
 
 
 def test_a_memory_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def rewritten(
             tensors, metadata = (
                 {name: file.get_tensor(name) for name in file.keys()},
                 file.metadata(),
-            )  # noqa: SIM118
+            )
         change(tensors, metadata)
         save_file(tensors, path, metadata=metadata)
 

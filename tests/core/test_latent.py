@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimas import Aligner, Qwen3, alignment_matrix, think
 from minimas.core.latent import ALIGNMENTS, LAMBDA
-from minimas.text.generate import take_last
+from minimas.core.model import take_last
 
 from ..models import apart, distance, models, random_ids, reference, remember, tiny_model
 from ..test_cache import rewritten

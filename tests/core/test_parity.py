@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minimas import Qwen3
 from minimas.core.config import FAMILIES
-from minimas.text.generate import take_last
+from minimas.core.model import take_last
 
 from ..models import LAYOUTS, apart, config_dict, random_ids, remember, tiny_model
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimas import Aligner, KVCache, Qwen3, think
 from minimas.core.config import FAMILIES
-from minimas.text.generate import take_last
+from minimas.core.model import take_last
 
 from ..models import LAYOUTS, apart, models, random_ids, reference, remember, tiny_model
 

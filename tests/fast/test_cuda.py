@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minimas import Aligner, KVCache, Sampling, latent_mas, load, single, text_mas, think
+from minimas.core.model import prefill
 from minimas.fast.quantize import QuantizedLinear
-from minimas.text.generate import read
 
 from ..models import TINY, apart, random_ids, remember, tiny_model
 
@@ -25,7 +25,7 @@ def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
     for device in ("cpu", "cuda"):
         model = tiny_model(family).to(device)
         cache = model.new_cache(2)
-        hidden = read(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk=3)
+        hidden = prefill(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk=3)
         _, hidden = think(model, Aligner.from_model(model), hidden, cache, 3)
         joined = KVCache.concat([cache.keep_last(4), cache.truncate(2)])
         states.append(model(model.embed(torch.tensor([[8], [9]], device=device)), joined).cpu())
@@ -48,7 +48,7 @@ def test_a_memory_file_travels_between_devices(tmp_path: Path) -> None:
     """Saved on a GPU, read on a laptop."""
     model = load(TINY, device="cuda", dtype="float32").model
     cache = model.new_cache(1)
-    read(model, [[1, 2, 3]], cache)
+    prefill(model, [[1, 2, 3]], cache)
     cache.save(tmp_path / "memory.safetensors")
     other = load(TINY, device="cpu", dtype="float32").model
     again = KVCache.load(tmp_path / "memory.safetensors", other)

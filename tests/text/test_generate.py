@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minimas import KVCache, Qwen3, Sampling
+from minimas.core.model import prefill, take_last
 from minimas.text import generate
-from minimas.text.generate import Written, choose, decode, generator, read, stream, take_last
+from minimas.text.generate import GeneratedText, decode, generator, sample, stream
 
 from ..models import distance, tiny_model
 from ..text import text_model, tiny_tokenizer
@@ -50,7 +51,7 @@ def naive(
             logits[token] = (
                 logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
             )
-        token = int(choose(logits[None], sampling, [source]))
+        token = int(sample(logits[None], sampling, [source]))
         if token in end_ids:
             break
         written.append(token)
@@ -62,7 +63,7 @@ def together(
 ) -> list[list[int]]:
     """The first `count` tokens of `decode` for all rows at once."""
     cache = model.new_cache(len(rows))
-    hidden = read(model, rows, cache)
+    hidden = prefill(model, rows, cache)
     steps = decode(
         model, hidden, cache, sampling, end_ids, [generator(7, str(row)) for row in rows], rows
     )
@@ -129,7 +130,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def drawn(logits: Tensor, sampling: Sampling, count: int) -> list[int]:
     sources = [generator(i, "draw") for i in range(count)]
-    return choose(logits.expand(count, -1), sampling, sources).tolist()
+    return sample(logits.expand(count, -1), sampling, sources).tolist()
 
 
 @given(LOGITS, st.floats(0.1, 5), st.integers(0, 12), st.floats(0.01, 1))
@@ -194,7 +195,7 @@ def test_the_ends_of_the_unit_interval_are_tokens_too(
         patch.setattr(
             torch, "rand", lambda *size, **kwargs: torch.tensor(draw, dtype=torch.float64)
         )
-        token = int(choose(logits, sampling, [generator(0, "")]))
+        token = int(sample(logits, sampling, [generator(0, "")]))
     assert 0 <= token < len(scores)
     if draw == 0.0:
         assert float(logits[0, token]) == float(logits.max())
@@ -206,7 +207,7 @@ def test_the_repetition_penalty_is_hugging_faces(rows: list[list[int]], penalty:
     transformers = pytest.importorskip("transformers")
     model = text_model()
     cache = model.new_cache(len(rows))
-    hidden = read(model, rows, cache)
+    hidden = prefill(model, rows, cache)
     sampling, sources = Sampling(repetition_penalty=penalty), [generator(0, "")] * len(rows)
     tokens = next(decode(model, hidden, cache, sampling, (), sources, rows))
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
@@ -289,7 +290,7 @@ def test_a_wrong_setting_of_a_model_is_refused_by_file_and_field() -> None:
 @given(ROWS)
 def test_a_rows_state_is_that_of_its_last_token(model: Qwen3, rows: list[list[int]]) -> None:
     """`hidden[:, -1:]` of a ragged batch is the state of a pad: thoughts started from padding (LatentMAS #26)."""
-    hidden = read(model, rows, model.new_cache(len(rows)))
+    hidden = prefill(model, rows, model.new_cache(len(rows)))
     for row, state in zip(rows, hidden, strict=True):
         assert float((model(model.embed(torch.tensor([row])))[0, -1] - state[0]).abs().max()) < 1e-9
 
@@ -316,8 +317,8 @@ def test_reading_in_chunks_is_reading(
     memories, states = [], []
     for size in (chunk, 10**6):
         memories.append(model.new_cache(B))
-        read(model, first[:B], memories[-1], chunk=size)
-        states.append(read(model, then[:B], memories[-1], chunk=size))
+        prefill(model, first[:B], memories[-1], chunk=size)
+        states.append(prefill(model, then[:B], memories[-1], chunk=size))
     assert float((states[0] - states[1]).abs().max()) < 1e-9
     assert distance(*memories) < 1e-9
     assert memories[0].lengths.tolist() == [
@@ -327,7 +328,7 @@ def test_reading_in_chunks_is_reading(
 
 def test_a_row_without_tokens_is_refused(model: Qwen3) -> None:
     with pytest.raises(ValueError, match="found a row without tokens, expected at least one"):
-        read(model, [[1], []], model.new_cache(2))
+        prefill(model, [[1], []], model.new_cache(2))
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
@@ -358,7 +359,7 @@ def write(
     """What `take` (stream or generate) makes of the three prompts, and the memory afterwards."""
     model = text_model()
     cache = model.new_cache(len(PROMPTS))
-    hidden = read(model, PROMPTS, cache)
+    hidden = prefill(model, PROMPTS, cache)
     sources = [generator(seed, str(ids)) for ids in PROMPTS]
     out = take(
         model,
@@ -394,7 +395,7 @@ def test_all_that_was_written_is_in_memory_and_no_end_token(
         full = len(ids) + len(out.ids)
         assert held == full if remember else len(ids) <= held <= full
         explicit = model.new_cache(1)
-        read(model, [(ids + out.ids)[:held]], explicit)
+        prefill(model, [(ids + out.ids)[:held]], explicit)
         assert distance(cache.select([row]).truncate(held), explicit) < 1e-9
 
 
@@ -430,6 +431,6 @@ def test_an_end_token_at_once_is_an_empty_text() -> None:
     written, cache = write(
         generate, Sampling(max_new_tokens=5), set(range(text_model().config.vocab_size))
     )
-    assert written == [Written("", [], "stop")] * 3 and cache.lengths.tolist() == [
+    assert written == [GeneratedText("", [], "stop")] * 3 and cache.lengths.tolist() == [
         len(ids) for ids in PROMPTS
     ]
