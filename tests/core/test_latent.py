@@ -16,7 +16,7 @@ from minimas.core.latent import ALIGNMENTS, LAMBDA
 from minimas.core.model import take_last
 
 from ..models import apart, distance, models, random_ids, reference, remember, tiny_model
-from ..test_cache import rewritten
+from .test_cache import rewritten
 
 seeds = st.integers(0, 99)
 ragged = st.lists(st.integers(1, 5), min_size=1, max_size=3)

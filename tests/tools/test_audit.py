@@ -16,8 +16,8 @@ from minimas.agents import Briefing, brief
 from minimas.nll import losses
 
 from ..models import TINY
-from ..test_evaluate import write_data
 from ..text import load_text_lm
+from .test_evaluate import write_data
 
 sys.path.insert(0, str(TINY.parents[2] / "tools"))
 

@@ -14,8 +14,8 @@ import torch
 from minimas import Aligner
 
 from ..models import TINY
-from ..test_evaluate import write_data
 from ..text import load_text_lm
+from .test_evaluate import write_data
 
 sys.path.insert(0, str(TINY.parents[2] / "tools"))
 
