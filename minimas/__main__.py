@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from . import prompts
-from .agents import TRANSFERS, latent_mas, single, text_mas
+from .agents import TRANSFERS, choose_team, latent_mas, single, text_mas
 from .answers import KINDS
 from .check import QUESTIONS, STEPS, check
 from .core.latent import ALIGNMENTS, EXPECTED
@@ -28,7 +28,6 @@ from .results import AgentTrace, Result, Usage, Watcher
 from .teams import LAYOUTS, Team
 from .text.generate import Sampling
 from .text.tokenizer import is_text, read_text
-from .turns import choose_team
 
 # Flags that only some methods read, with their defaults; with another method they would do nothing, and are refused.
 ONLY = {

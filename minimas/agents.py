@@ -1,16 +1,19 @@
-"""Teams of agents, all played by one model, and the three ways they can work: single, text_mas, latent_mas.
+"""Teams of agents, all played by one model, and three ways to work: single, text_mas, latent_mas.
 
-All three are one loop over agents: read the prompt behind the memory, think, write if it is one's turn to, close the
-turn, hand over. They differ in what is handed over: nothing, text, or the memory (LatentMAS, arXiv 2511.20639,
-section 3). Does not know: attention, cache layout, how a thought is made, printing.
+Each method is a loop over agents: prefill the prompt, think, hand over; the last agent decodes the
+answer. They differ in what is handed over: nothing, text, or the KV cache of everything before
+(LatentMAS, arXiv 2511.20639, section 3). `turns.Run.turn` is one step of each loop. Does not know:
+attention, how a thought is made, printing.
 
-    B questions   D hidden
+    B questions   R rows, B per agent   D hidden
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import prompts
@@ -19,11 +22,11 @@ from .core.latent import think
 from .core.model import prefill
 from .layout import ChatLayout
 from .load import LM
-from .results import AgentTrace, Result, Watcher
-from .teams import Agent, Team, single_agent
-from .text.generate import GeneratedText, Sampling
+from .results import Result, Watcher
+from .teams import TEAMS, Agent, Team, single_agent
+from .text.generate import Sampling
 from .text.tokenizer import Turn
-from .turns import Run, Shared, choose_team, require_context, stages
+from .turns import Align, Run, TurnResult
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
 
@@ -31,31 +34,34 @@ TRANSFERS = ("full", "latents", "last", "none", "shuffled")
 def single(
     lm: LM,
     questions: Sequence[str],
-    kind: str = "math",
+    kind: str = "free",
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     watcher: Watcher | None = None,
 ) -> list[Result]:
-    """One agent answers each question alone: the baseline. Parameters and errors as in `latent_mas`."""
-    return brief_text(lm, questions, None, kind, choices, sampling, seed, watcher).answer()
+    """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
+    run = Run(lm, questions, kind, choices, sampling, seed, watcher)
+    return hand_over_text(run, lm.teams.get("single") or single_agent()).answer()
 
 
 def text_mas(
     lm: LM,
     questions: Sequence[str],
     team: str | Team = "sequential",
-    kind: str = "math",
+    kind: str = "free",
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
     watcher: Watcher | None = None,
 ) -> list[Result]:
-    """The same agents pass text: each writes, and the next one reads it, where its prompt has `{context}`. A prompt
-    without one is put behind the earlier turns, as in a conversation. Parameters and errors as in `latent_mas`; that
-    a text is too long for the context is only known once it is written.
+    """Let the same agents pass text: each one's text goes where later prompts have `{context}`.
+
+    A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
+    errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    return brief_text(lm, questions, team, kind, choices, sampling, seed, watcher).answer()
+    run = Run(lm, questions, kind, choices, sampling, seed, watcher)
+    return hand_over_text(run, choose_team(lm, team)).answer()
 
 
 def latent_mas(
@@ -63,8 +69,8 @@ def latent_mas(
     questions: Sequence[str],
     team: str | Team = "sequential",
     latent_steps: int | None = None,
-    align: str | Callable[[Tensor], Tensor] = "ridge",
-    kind: str = "math",
+    align: str | Align = "ridge",
+    kind: str = "free",
     choices: Any = None,
     sampling: Sampling | None = None,
     transfer: str = "full",
@@ -73,257 +79,257 @@ def latent_mas(
     close: bool = True,
     layout: str | None = None,
 ) -> list[Result]:
-    """Answer each question by agents that think in latent space and hand their memory over; only the last one writes.
+    """Let agents think in latent space and hand their KV cache over; only the last one decodes.
 
-    `latent_steps` None: each agent's own, else the folder's, else 40. `align` is a kind of map (see
-    `latent`), the FILE.safetensors of one, or any callable from hidden states to embeddings.
-    `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one each)
-    pick the form and extraction of the answer; `sampling` None: the model's. `transfer` is
-    what the next agent sees: "full" (inputs and thoughts, the paper), "latents" (thoughts only), "last" (the previous
-    agent's only), and the control arms "none" and "shuffled" (question i gets the memory of question i + 1, the last
-    the first's). `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns
-    of agents who hand over open, as the authors' code does.
-    Raises ValueError naming the flag, question or file, what was found and what was expected, before any work starts.
+    `latent_steps` None is each agent's own number, else the folder's, else 40. `align` is a kind of
+    map (see `core.latent`), the FILE.safetensors of one, or any callable from hidden states to
+    embeddings. `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or
+    one per question) pick the form and the extraction of the answer. `sampling` None is the
+    model's. `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
+    "latents" (thoughts only), "last" (the previous agent's only), and the control arms "none" and
+    "shuffled" (question i gets the cache of question i + 1, the last one the first's). `layout` is
+    "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns of
+    agents who hand over open, as the authors' code does.
+
+    Raises ValueError naming the parameter, question or file, what was found and what was expected,
+    before any work starts.
     """
-    return brief(
-        lm,
-        questions,
-        team,
-        latent_steps,
-        align,
-        kind,
-        choices,
-        sampling,
-        transfer,
-        seed,
-        watcher,
-        close,
-        layout,
-    ).answer()
+    run = LatentRun(
+        lm, questions, kind, choices, sampling, seed, watcher,
+        team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
+        layout=layout,
+    )  # fmt: skip
+    # Another question's cache is the cache of agents who were asked another question.
+    working = run.rotated() if transfer == "shuffled" else run
+    return run.last_turn(hand_over(working)).answer()
 
 
-def brief(
-    lm: LM,
-    questions: Sequence[str],
-    team: str | Team = "sequential",
-    latent_steps: int | None = None,
-    align: str | Callable[[Tensor], Tensor] = "ridge",
-    kind: str = "math",
-    choices: Any = None,
-    sampling: Sampling | None = None,
-    transfer: str = "full",
-    seed: int = 0,
-    watcher: Watcher | None = None,
-    close: bool = True,
-    layout: str | None = None,
-    handed: "Briefing | None" = None,
-    shared: Shared | None = None,
-) -> "Briefing":
-    """`latent_mas` up to the last agent's turn: all others have worked. Parameters and errors as there.
-
-    With `handed`, another call's outcome, nobody works: the last agent gets that memory, a row a question. `shared`
-    keeps what agents read into empty memory, so that calls with the same questions and another map or number of
-    thoughts need not read it again; nobody can tell the difference but by the clock.
-    """
-    run = Run(
-        lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher(), shared
-    )
-    if transfer not in TRANSFERS:
-        raise ValueError(
-            f"transfer (--transfer): found {transfer!r}, expected one of {', '.join(TRANSFERS)}"
-        )
-    if transfer == "shuffled" and len(run.questions) == 1:
-        raise ValueError(
-            "transfer (--transfer): found 'shuffled' with one question, expected two or more to swap"
-        )
-    if latent_steps is not None and (not isinstance(latent_steps, int) or latent_steps < 0):
-        raise ValueError(
-            f"latent_steps (--latent-steps): found {latent_steps!r}, expected a whole number, 0 or more"
-        )
-
-    team, default = choose_team(lm, team).with_layout(layout), lm.default_steps
-    if not close and team.layout == "turn":
-        raise ValueError(
-            "close (--close): found no with layout 'turn', expected yes: no turn is closed there"
-        )
-
-    def steps(agent: Agent, final: bool) -> int:
-        if final and agent.latent_steps is None:
-            return 0  # the last agent answers: it thinks only if it says so itself
-        return next(
-            number for number in (latent_steps, agent.latent_steps, default) if number is not None
-        )
-
-    # Another question's memory is the memory of agents who were asked another question.
-    thinking = run.rolled() if transfer == "shuffled" else run
-    if handed is None:
-        require_context(run, thinking, team, steps, transfer)
-    align, last = align if callable(align) else lm.aligner(align), team.agents[-1]
-    layouts = run.layouts(team)
-    if handed is not None:
-        memory, head, acts = handed.memory, handed.head, handed.acts
-    else:
-        memory, head, acts = hand_over_all(run, thinking, team, steps, align, transfer, close)
-    first = not bool(memory.lengths.any())
-    foreign = handed is not None or thinking is not run
-    if foreign and not first and team.layout == "turn" and team.opening:
-        memory, head = swap_heads(run, layouts, memory, head)
-    turns = [layout.prompt(-1, first) for layout in layouts]
-    return Briefing(run, last, turns, memory, steps(last, True), align, acts, head)
-
-
-def hand_over_all(
-    run: Run,
-    thinking: Run,
-    team: Team,
-    steps: Callable[[Agent, bool], int],
-    align: Callable[[Tensor], Tensor],
-    transfer: str,
-    close: bool,
-) -> tuple[KVCache, Tensor, list[tuple[list[AgentTrace], list[GeneratedText]]]]:
-    """Let every agent but the last work. Returns the KV cache for the last one, how many slots of each row are the
-    layout's head, and what each turn came to.
-    """
-    new_cache, B, layouts = run.lm.model.new_cache, len(run.questions), thinking.layouts(team)
-    memory, head, acts = new_cache(B), torch.zeros(B, dtype=torch.int64), []
-    parts: list[tuple[KVCache, Tensor]] = []  # what parallel agents hand over, and its head
-    for numbers, alone, final in stages(
-        team, alike=lambda agent: (steps(agent, False), agent.writes)
-    ):
-        if final:
-            break
-        agents = [team.agents[i] for i in numbers]
-        cache = new_cache(B * len(agents)) if alone else memory
-        first = not bool(cache.lengths.any())
-        turns = [layout.prompt(i, first) for i in numbers for layout in layouts]
+def hand_over(run: "LatentRun") -> "HandOver":
+    """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
+    cache, head = run.new_cache(), [0] * len(run.questions)
+    turns: list[TurnResult] = []
+    experts: list[tuple[KVCache, list[int]]] = []  # what parallel agents hand over
+    for numbers in run.stages():
+        agents = [run.members.agents[i] for i in numbers]
+        if run.members.parallel:
+            cache = run.new_cache(len(agents))
+        first = not any(cache.lengths)
+        layouts = [(i, layout) for i in numbers for layout in run.placed]
         if first:
-            head = torch.tensor([layout.head_tokens(i) for i in numbers for layout in layouts])
-        closes = close and layouts[0].closes_turns
-        acted = thinking.act(
+            head = [layout.head_tokens(i) for i, layout in layouts]
+        turn = run.turn(
             agents,
-            turns,
+            [layout.prompt(i, first) for i, layout in layouts],
             cache,
-            steps(agents[0], False),
-            align,
-            agents[0].writes,
-            closes=closes,
+            run.steps(agents[0]),
+            run.feed,
+            decodes=agents[0].writes,
+            closes=run.closes_turns,
             head=head,
         )
-        acts.append((acted.traces, acted.written))
-        memory = acted.hand_over(transfer)
-        head = torch.minimum(
-            head, memory.lengths
-        )  # "none" drops it too: the next agent begins a turn of its own
-        if alone:
-            rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
-            parts += [(memory.select(mine), head[mine]) for mine in rows]
-    if parts:
-        memory, head = join(parts[-1:] if transfer == "last" else parts)
-    return memory, head, acts
+        cache, head = turn.hand_over(run.transfer)
+        turns.append(turn)
+        if run.members.parallel:
+            experts += split(cache, head, len(agents))
+    if experts:
+        cache, head = join(experts[-1:] if run.transfer == "last" else experts)
+    return HandOver(run, cache, head, turns)
 
 
-def join(parts: Sequence[tuple[KVCache, Tensor]]) -> tuple[KVCache, Tensor]:
-    """Join what parallel agents hand over, (cache, slots of its head) each; the common head is kept once."""
-    memory, head = parts[0]
-    rest = [cache.keep_last(cache.lengths - its_head) for cache, its_head in parts[1:]]
-    return KVCache.concat([memory, *rest]) if rest else memory, head
+def hand_over_text(run: Run, team: Team) -> "LastTurn":
+    """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
+    B, turns = len(run.questions), []
+    notes = [""] * B  # for prompts with {context}
+    talk = [Turn("")] * B  # the conversation so far, for prompts without it
 
-
-def swap_heads(
-    run: Run, layouts: Sequence[ChatLayout], memory: KVCache, head: Tensor
-) -> tuple[KVCache, Tensor]:
-    """Put each question's own head before what was handed over with another question's."""
-    ids = [run.tokenizer.encode_turn(layout.head) for layout in layouts]
-    own = run.lm.model.new_cache(len(ids))
-    prefill(run.lm.model, ids, own)
-    return KVCache.concat([own, memory.keep_last(memory.lengths - head)]), own.lengths
-
-
-def brief_text(
-    lm: LM,
-    questions: Sequence[str],
-    team: str | Team | None = "sequential",
-    kind: str = "math",
-    choices: Any = None,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    watcher: Watcher | None = None,
-    shared: Shared | None = None,
-) -> "Briefing":
-    """`text_mas` (`team` None: `single`) up to the last agent's turn: every agent writes, from empty memory, and the
-    next one reads it.
-    """
-    run = Run(
-        lm, questions, kind, choices, sampling or lm.sampling, seed, watcher or Watcher(), shared
-    )
-    chosen = choose_team(lm, team) if team else lm.teams.get("single") or single_agent()
-    B, acts = len(run.questions), []
-    work, talk = [""] * B, [Turn("")] * B  # for prompts with {context}, and for those without
-
-    def turn(agent: Agent, q: int, context: str = "") -> Turn:
+    def prompt(agent: Agent, q: int, context: str = "") -> Turn:
         filled = run.fill(agent.prompt, q, context)
-        return ChatLayout(
-            run.tokenizer, Team((agent,)), run.fill(chosen.opening, q), [filled]
-        ).prompt(0, first=True)
+        opening = run.fill(team.opening, q)
+        return ChatLayout(run.tokenizer, Team((agent,)), opening, [filled]).prompt(0, first=True)
 
-    for numbers, alone, final in stages(chosen, alike=lambda agent: None):
-        agents, turns = [chosen.agents[i] for i in numbers], []
-        for agent in agents:
-            for q in range(B):
-                asked = turn(
-                    agent, q, prompts.CONTEXT.format(work=work[q]) if work[q] and not alone else ""
-                )
-                turns.append(asked if alone or "{context}" in agent.prompt else talk[q] + asked)
-        if final:
-            break
-        acted = run.act(agents, turns, lm.model.new_cache(len(turns)))
-        acts.append((acted.traces, acted.written))
-        for row, out in enumerate(acted.written):
+    def prompts_of(agent: Agent, sees_others: bool) -> list[Turn]:
+        found = []
+        for q in range(B):
+            context = prompts.CONTEXT.format(work=notes[q]) if sees_others and notes[q] else ""
+            asked = prompt(agent, q, context)
+            alone = "{context}" in agent.prompt or not sees_others
+            found.append(asked if alone else talk[q] + asked)
+        return found
+
+    *earlier, last = team.agents
+    side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
+    for agents in side_by_side:
+        asked = [turn for agent in agents for turn in prompts_of(agent, not team.parallel)]
+        turn = run.turn(agents, asked, run.new_cache(len(agents)))
+        turns.append(turn)
+        for row, out in enumerate(turn.outputs):
             agent, q = agents[row // B], row % B
-            work[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
-            talk[q] = talk[q] + turn(agent, q) + run.tokenizer.written(out.text)
-    return Briefing(
-        run,
-        agents[0],
-        turns,
-        lm.model.new_cache(B),
-        0,
-        None,
-        acts,
-        torch.zeros(B, dtype=torch.int64),
-    )
+            notes[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
+            talk[q] = talk[q] + prompt(agent, q) + run.tokenizer.written(out.text)
+    return LastTurn(run, last, prompts_of(last, True), run.new_cache(), 0, None, turns)
 
 
-class Briefing(NamedTuple):
-    """The moment before the last agent's turn: the memory it gets, a row a question, and how that came about.
+class HandOver(NamedTuple):
+    """What all agents but the last hand over: a KV cache with one row per question."""
 
-    The memory is the last agent's own from then on: use `answer` or `read` once, or `fork` the memory before.
-    """
+    run: Run
+    cache: KVCache
+    head: list[int]  # slots per row that are the layout's head
+    turns: list[TurnResult]
+
+
+class LastTurn(NamedTuple):
+    """The last agent's turn before it is taken. It uses the cache up: take it once."""
 
     run: Run
     agent: Agent
-    turns: list[Turn]  # the last agent's on each question, up to the open assistant turn
-    memory: KVCache
+    prompts: list[Turn]  # one per question, up to the open assistant turn
+    cache: KVCache
     steps: int
-    align: Callable[[Tensor], Tensor] | None
-    acts: list[tuple[list[AgentTrace], list[GeneratedText]]]  # of each turn before
-    head: Tensor  # (B,) slots of the memory that are the layout's head
+    align: Align | None
+    turns: list[TurnResult]  # of the agents before
 
     def answer(self) -> list[Result]:
-        """Let the last agent read its turn, think if it says so itself, and write."""
-        acted = self.run.act(
-            [self.agent], self.turns, self.memory, self.steps, self.align, final=True
+        """Prefill, think if the agent says so itself, and decode the answers."""
+        turn = self.run.turn(
+            [self.agent], self.prompts, self.cache, self.steps, self.align, final=True
         )
-        return self.run.results([*self.acts, (acted.traces, acted.written)])
+        return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:
-        """The same but for the writing: each row's last state (B, 1, D) and the memory behind it."""
-        ids = self.run.encoded(
-            [self.agent], self.turns, self.memory, self.steps, writes=False, closes=False
-        )
-        hidden, memory = self.run.prefill(ids, self.memory)
+        """Do the same without decoding. Returns the last states (B, 1, D) and the KV cache."""
+        ids = self.run.encode([self.agent], self.prompts, self.cache, self.steps)
+        hidden, cache = self.run.prefill(self.run.lm.model, ids, self.cache)
         if self.align is not None:
-            _, hidden = think(
-                self.run.lm.model, self.run.drawing(self.align, 1), hidden, memory, self.steps
-            )
-        return hidden, memory
+            _, hidden = think(self.run.lm.model, self.align, hidden, cache, self.steps)
+        return hidden, cache
+
+
+@dataclass
+class LatentRun(Run):
+    """One call of `latent_mas`, with everything checked before any work starts."""
+
+    team: str | Team = "sequential"
+    latent_steps: int | None = None
+    align: str | Align = "ridge"
+    transfer: str = "full"
+    close: bool = True
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.transfer not in TRANSFERS:
+            found = f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
+            raise ValueError(f"transfer (--transfer): {found}")
+        if self.transfer == "shuffled" and len(self.questions) == 1:
+            found = "found 'shuffled' with one question, expected two or more to swap"
+            raise ValueError(f"transfer (--transfer): {found}")
+        steps = self.latent_steps
+        if steps is not None and (not isinstance(steps, int) or steps < 0):
+            found = f"found {steps!r}, expected a whole number, 0 or more"
+            raise ValueError(f"latent_steps (--latent-steps): {found}")
+        self.members = choose_team(self.lm, self.team).with_layout(self.layout)
+        if not self.close and self.members.layout == "turn":
+            found = "found no with layout 'turn', expected yes: no turn is closed there"
+            raise ValueError(f"close (--close): {found}")
+        self.placed = self.layouts(self.members)
+        self.closes_turns = self.close and self.placed[0].closes_turns
+        self._require_context_of_all()
+        self.feed = self.align if callable(self.align) else self.lm.aligner(self.align)
+
+    def steps(self, agent: Agent, final: bool = False) -> int:
+        """Return how many thoughts an agent thinks; the last one only if it says so itself."""
+        if final and agent.latent_steps is None:
+            return 0
+        given = (self.latent_steps, agent.latent_steps, self.lm.default_steps)
+        return next(number for number in given if number is not None)
+
+    def stages(self) -> Iterator[list[int]]:
+        """Yield the numbers of the agents of each batch, all but the last agent's.
+
+        Experts of a parallel team share a batch as long as they think and generate alike.
+        """
+        earlier = range(len(self.members.agents) - 1)
+        if not self.members.parallel:
+            yield from ([i] for i in earlier)
+            return
+        agents = self.members.agents
+        alike = itertools.groupby(earlier, lambda i: (self.steps(agents[i]), agents[i].writes))
+        yield from (list(group) for _, group in alike)
+
+    def rotated(self) -> "LatentRun":
+        """Return the same run with question i + 1 in place of question i, the first one last."""
+        other = copy.copy(self)
+        for field in ("questions", "choices", "generators", "placed"):
+            first, *rest = getattr(self, field)
+            setattr(other, field, [*rest, first])
+        return other
+
+    def last_turn(self, handed: HandOver) -> LastTurn:
+        """Return the last agent's turn on what was handed over, by this run or by another one."""
+        cache, last = handed.cache, self.members.agents[-1]
+        first = not any(cache.lengths)
+        foreign = handed.run is not self
+        if foreign and not first and self.members.layout == "turn" and self.members.opening:
+            cache = self._with_own_head(handed)
+        asked = [layout.prompt(-1, first) for layout in self.placed]
+        return LastTurn(
+            self, last, asked, cache, self.steps(last, final=True), self.feed, handed.turns
+        )
+
+    def _with_own_head(self, handed: HandOver) -> KVCache:
+        """Return the handed-over KV cache with this run's heads in place of the other run's."""
+        heads = [self.tokenizer.encode_turn(layout.head) for layout in self.placed]
+        own = self.new_cache()
+        prefill(self.lm.model, heads, own)
+        return KVCache.concat([own, without_head(handed.cache, handed.head)])
+
+    def _require_context_of_all(self) -> None:
+        """Raise ValueError if any turn, up to the last one, does not fit into the context."""
+        agents, parallel = self.members.agents, self.members.parallel
+        others = self.rotated().placed if self.transfer == "shuffled" else self.placed
+        for own, other in zip(self.placed, others, strict=True):
+            held = head = 0  # slots that are handed over, and those of them that are the head
+            for i, agent in enumerate(agents):
+                final = i == len(agents) - 1
+                layout = own if final else other
+                start = 0 if parallel and not final else held
+                tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first=start == 0)))
+                if start == 0:
+                    head = layout.head_tokens(i)
+                steps, closes = self.steps(agent, final), self.closes_turns and not final
+                decodes = final or agent.writes
+                end = self.require_context(agent, start, tokens, steps, decodes, closes)
+                added = steps if self.transfer == "latents" else end - max(start, head)
+                kept = head if self.transfer == "last" else max(held, head)
+                held = 0 if self.transfer == "none" else kept + added
+
+
+def choose_team(lm: LM, team: str | Team) -> Team:
+    """Return a team given by name: the folder's own first, then the generic one."""
+    if isinstance(team, Team):
+        return team
+    if team not in lm.teams.keys() | TEAMS.keys():
+        found = f"found {team!r}, expected a Team or one of {', '.join(TEAMS)}"
+        raise ValueError(f"team (--team): {found}")
+    return lm.teams.get(team) or TEAMS[team]()
+
+
+def split(cache: KVCache, head: list[int], agents: int) -> list[tuple[KVCache, list[int]]]:
+    """Return each parallel agent's rows of a KV cache, with their head."""
+    B = len(head) // agents
+    starts = range(0, len(head), B)
+    return [(cache.select(range(at, at + B)), head[at : at + B]) for at in starts]
+
+
+def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
+    """Join what parallel agents hand over; the head that all have in common is kept once."""
+    first, head = experts[0]
+    others = [without_head(cache, own_head) for cache, own_head in experts[1:]]
+    return KVCache.concat([first, *others]), head
+
+
+def without_head(cache: KVCache, head: Sequence[int]) -> KVCache:
+    """Return a KV cache without the first `head` slots of each row."""
+    rest = [int(n) - skipped for n, skipped in zip(cache.lengths, head, strict=True)]
+    return cache.keep_last(rest)

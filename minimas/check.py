@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from .agents import Briefing, brief
+from .agents import LastTurn, LatentRun, choose_team, hand_over
 from .load import LM
-from .nll import losses_after
+from .nll import PrefillOnce, losses_after
 from .results import Watcher
 from .text.generate import Sampling, generate
-from .turns import Shared, choose_team
 
 STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
 MAX_NEW_TOKENS = 24  # an answer with reasoning is longer, a bare number is shorter
@@ -139,15 +138,14 @@ def check(
         f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
     }
-    shared: Shared = {}  # the first agent's prompt is prefilled once for all settings
     how: dict[str, Any] = {
         "kind": "math",
         "sampling": GREEDY,
         "watcher": watcher,
-        "shared": shared,
+        "prefill": PrefillOnce(),  # of the first agent's prompt
         "team": team,
     }
-    found = {name: _measure(brief(lm, ASKED, **how | own)) for name, own in settings.items()}
+    found = {name: _measure(last_turn(lm, **how | own)) for name, own in settings.items()}
     base = found["prompts only"][0]
     arms = [
         ArmReport(
@@ -170,10 +168,16 @@ def check(
     )
 
 
-def _measure(briefing: Briefing) -> tuple[list[float], list[int]]:
+def last_turn(lm: LM, **options: Any) -> LastTurn:
+    """Return the last agent's turn on the built-in questions, after all others have worked."""
+    run = LatentRun(lm, ASKED, **options)
+    return run.last_turn(hand_over(run))
+
+
+def _measure(last: LastTurn) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    run, lm = briefing.run, briefing.run.lm
-    hidden, cache = briefing.prefill()
+    run, lm = last.run, last.run.lm
+    hidden, cache = last.prefill()
     found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
     answers = generate(
         lm.model,

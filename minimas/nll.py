@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .agents import Briefing
+from .agents import LastTurn
 from .core.cache import KVCache
 from .core.model import Qwen3
 from .text.tokenizer import Turn
-from .turns import Run
+from .turns import Run, prefill_prompts
 
 
 class Loss(NamedTuple):
@@ -30,13 +30,13 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def losses(briefing: Briefing, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
+def losses(last: LastTurn, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
     """For each question's texts the loss of each, as what the last agent would write; the briefing is used up.
 
     Raises ValueError naming the question whose text has no token or does not fit into the context.
     """
-    hidden, memory = briefing.prefill()
-    return losses_after(briefing.run, hidden, memory, texts)
+    hidden, memory = last.prefill()
+    return losses_after(last.run, hidden, memory, texts)
 
 
 def losses_after(
@@ -94,3 +94,26 @@ def _loss(logits: Tensor, row: list[int]) -> Loss:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (T, V)
     chosen = wide.gather(1, torch.tensor(row, device=wide.device)[:, None])
     return Loss(-float(chosen.double().sum()), len(row))
+
+
+class PrefillOnce:
+    """Prefill prompts into an empty KV cache once for several runs, as `LatentRun(prefill=)`.
+
+    Runs with the same questions and another map or number of thoughts begin with equal prompts.
+    Only the clock can tell the difference.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
+
+    def __call__(
+        self, model: Qwen3, ids: list[list[int]], cache: KVCache
+    ) -> tuple[Tensor, KVCache]:
+        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
+        if any(cache.lengths):
+            return prefill_prompts(model, ids, cache)
+        key = tuple(map(tuple, ids))
+        if key not in self._kept:
+            self._kept[key] = prefill_prompts(model, ids, cache)
+        hidden, kept = self._kept[key]
+        return hidden, kept.fork()

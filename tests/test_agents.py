@@ -33,7 +33,7 @@ from minimas import (
     text_mas,
     think,
 )
-from minimas.agents import TRANSFERS, Watcher, brief
+from minimas.agents import TRANSFERS, LatentRun, Watcher, hand_over
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import (
@@ -46,6 +46,7 @@ from .text import (
     text_model,
     tiny_tokenizer,
 )
+from .turns import last_turn
 
 QUESTIONS = [
     "How many cards does Eva have?",
@@ -937,27 +938,26 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(
 
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
-def test_a_briefing_can_be_answered_more_than_once(lm: LM, transfer: str) -> None:
-    """By forking its memory; each time as the method answers, whatever was done with the other fork."""
-    told = brief(lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT)
-    expected = latent_mas(
-        lm, QUESTIONS[:2], CHAIN, latent_steps=2, transfer=transfer, sampling=SHORT
-    )
-    hidden, memory = told._replace(memory=told.memory.fork()).prefill()
+def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfer: str) -> None:
+    """Each time as the method answers, whatever was done with the other copy."""
+    how: dict[str, Any] = {"latent_steps": 2, "transfer": transfer, "sampling": SHORT}
+    turn = last_turn(lm, QUESTIONS[:2], CHAIN, **how)
+    expected = latent_mas(lm, QUESTIONS[:2], CHAIN, **how)
+    hidden, cache = turn._replace(cache=turn.cache.fork()).prefill()
     assert hidden.shape == (2, 1, 16)
-    assert memory.lengths.tolist() != told.memory.lengths.tolist()
+    assert list(cache.lengths) != list(turn.cache.lengths)
     for _ in range(2):
-        results = told._replace(memory=told.memory.fork()).answer()
+        results = turn._replace(cache=turn.cache.fork()).answer()
         assert [r.text for r in results] == [r.text for r in expected]
         assert [len(r.agents) for r in results] == [len(CHAIN.agents)] * 2
 
 
-def test_a_briefing_can_be_handed_to_other_questions(lm: LM) -> None:
-    """What shuffled does within a call, over calls: the traces are those of who thought."""
-    sampling = {"latent_steps": 2, "sampling": SHORT}
-    other = brief(lm, QUESTIONS[1:2], CHAIN, **sampling)  # type: ignore[arg-type]
-    [found] = brief(lm, QUESTIONS[:1], CHAIN, handed=other, **sampling).answer()  # type: ignore[arg-type]
-    expected, _ = latent_mas(lm, QUESTIONS[:2], CHAIN, transfer="shuffled", **sampling)  # type: ignore[arg-type]
+def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
+    """What "shuffled" does within a call, over calls: the traces are those of who thought."""
+    how: dict[str, Any] = {"team": CHAIN, "latent_steps": 2, "sampling": SHORT}
+    own, other = (LatentRun(lm, [question], **how) for question in QUESTIONS[:2])
+    [found] = own.last_turn(hand_over(other)).answer()
+    expected, _ = latent_mas(lm, QUESTIONS[:2], transfer="shuffled", **how)
     assert found.text == expected.text
     assert [agent.prompt for agent in found.agents] == [agent.prompt for agent in expected.agents]
 

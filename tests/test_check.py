@@ -10,7 +10,6 @@ import pytest
 
 from minimas import LM, Agent, Team, latent_mas, sequential
 from minimas.__main__ import main
-from minimas.agents import brief
 from minimas.answers import grade
 from minimas.check import QUESTIONS, T_95, ArmReport, Interval, Report, check, interval, judge
 from minimas.nll import losses
@@ -18,6 +17,7 @@ from minimas.text.generate import Sampling
 
 from .models import tiny_model, write_folder
 from .text import load_text_lm, text_folder, text_model
+from .turns import last_turn
 
 ASKED = [question for question, _ in QUESTIONS]
 
@@ -42,7 +42,7 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     }
     assert [arm.name for arm in report.arms] == list(how)
     for arm, options in zip(report.arms, how.values(), strict=True):
-        found = losses(brief(lm, ASKED, kind="math", sampling=greedy, **options), texts)
+        found = losses(last_turn(lm, ASKED, kind="math", sampling=greedy, **options), texts)
         assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 6, rel=1e-9)
         results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
         assert arm.tokens == sum(result.usage.output_tokens for result in results) / 6

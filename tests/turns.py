@@ -1,0 +1,15 @@
+"""The last agent's turn after all others have worked, for tests that look at what it gets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minimas import LM
+from minimas.agents import LastTurn, LatentRun, hand_over
+
+
+def last_turn(
+    lm: LM, questions: Sequence[str], team: Any = "sequential", **options: Any
+) -> LastTurn:
+    run = LatentRun(lm, questions, team=team, **options)
+    working = run.rotated() if run.transfer == "shuffled" else run
+    return run.last_turn(hand_over(working))
