@@ -164,7 +164,7 @@ def brief(
         memory, head, acts = handed.memory, handed.head, handed.acts
     else:
         memory, head, acts = hand_over_all(run, thinking, team, steps, align, transfer, close)
-    first = not bool(memory.lengths.any())
+    first = not any(memory.lengths)
     foreign = handed is not None or thinking is not run
     if foreign and not first and team.layout == "turn" and team.opening:
         memory, head = swap_heads(run, layouts, memory, head)
@@ -194,7 +194,7 @@ def hand_over_all(
             break
         agents = [team.agents[i] for i in numbers]
         cache = new_cache(B * len(agents)) if alone else memory
-        first = not bool(cache.lengths.any())
+        first = not any(cache.lengths)
         turns = [layout.prompt(i, first) for i in numbers for layout in layouts]
         if first:
             head = torch.tensor([layout.head_tokens(i) for i in numbers for layout in layouts])
@@ -212,7 +212,7 @@ def hand_over_all(
         acts.append((acted.traces, acted.written))
         memory = acted.hand_over(transfer)
         head = torch.minimum(
-            head, memory.lengths
+            head, torch.as_tensor(memory.lengths)
         )  # "none" drops it too: the next agent begins a turn of its own
         if alone:
             rows = [range(i * B, (i + 1) * B) for i in range(len(agents))]
@@ -225,7 +225,9 @@ def hand_over_all(
 def join(parts: Sequence[tuple[KVCache, Tensor]]) -> tuple[KVCache, Tensor]:
     """Join what parallel agents hand over, (cache, slots of its head) each; the common head is kept once."""
     memory, head = parts[0]
-    rest = [cache.keep_last(cache.lengths - its_head) for cache, its_head in parts[1:]]
+    rest = [
+        cache.keep_last(torch.as_tensor(cache.lengths) - its_head) for cache, its_head in parts[1:]
+    ]
     return KVCache.concat([memory, *rest]) if rest else memory, head
 
 
@@ -236,7 +238,8 @@ def swap_heads(
     ids = [run.tokenizer.encode_turn(layout.head) for layout in layouts]
     own = run.lm.model.new_cache(len(ids))
     prefill(run.lm.model, ids, own)
-    return KVCache.concat([own, memory.keep_last(memory.lengths - head)]), own.lengths
+    kept = memory.keep_last(torch.as_tensor(memory.lengths) - head)
+    return KVCache.concat([own, kept]), torch.as_tensor(own.lengths)
 
 
 def brief_text(

@@ -133,7 +133,7 @@ class Run:
     ) -> list[list[int]]:
         """The ids of turns that take place side by side, all questions of the first agent, of the second …"""
         ids = [self.tokenizer.encode_turn(turn) for turn in turns]
-        for row, (held, row_ids) in enumerate(zip(memory.lengths.tolist(), ids, strict=True)):
+        for row, (held, row_ids) in enumerate(zip(memory.lengths, ids, strict=True)):
             self.require_room(
                 agents[row // len(self.questions)], held, len(row_ids), steps, writes, closes
             )
@@ -152,11 +152,16 @@ class Run:
         head: Tensor | None = None,
     ) -> "Acted":
         """Let `agents` take one turn side by side, as rows of one batch: all questions of the first, of the second …"""
-        model, B, start, held = self.lm.model, len(self.questions), self._clock(), memory.lengths
+        model, B, start, held = (
+            self.lm.model,
+            len(self.questions),
+            self._clock(),
+            torch.as_tensor(memory.lengths),
+        )
         ids = self.encoded(agents, turns, memory, steps, writes, closes)
         self.watcher.begin(" + ".join(agent.name for agent in agents), sum(map(len, ids)), steps)
         hidden, memory = self.prefill(ids, memory)
-        read_until = memory.lengths
+        read_until = torch.as_tensor(memory.lengths)
         if align is not None:
             align = self.drawing(align, len(agents))
 
@@ -199,7 +204,7 @@ class Run:
 
     def prefill(self, ids: list[list[int]], memory: KVCache) -> tuple[Tensor, KVCache]:
         """Each row's last state, and the memory that was read into: another one, where `shared` had it already."""
-        if self.shared is None or bool(memory.lengths.any()):
+        if self.shared is None or any(memory.lengths):
             return prefill(self.lm.model, ids, memory), memory
         key = tuple(map(tuple, ids))
         if key not in self.shared:
@@ -264,7 +269,7 @@ class Acted(NamedTuple):
             return KVCache.concat(
                 [
                     self.memory.truncate(self.head),
-                    self.memory.keep_last(self.memory.lengths - start),
+                    self.memory.keep_last(torch.as_tensor(self.memory.lengths) - start),
                 ]
             )
         if transfer == "latents":
