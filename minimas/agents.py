@@ -331,5 +331,5 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
 
 def without_head(cache: KVCache, head: Sequence[int]) -> KVCache:
     """Return a KV cache without the first `head` slots of each row."""
-    rest = [int(n) - skipped for n, skipped in zip(cache.lengths, head, strict=True)]
+    rest = [n - skipped for n, skipped in zip(cache.lengths, head, strict=True)]
     return cache.keep_last(rest)

@@ -57,7 +57,7 @@ class TurnResult(NamedTuple):
         if transfer == "none":
             return cache.truncate(0), [0] * len(start)
         if transfer == "last":
-            own = [int(n) - at for n, at in zip(cache.lengths, start, strict=True)]
+            own = [n - at for n, at in zip(cache.lengths, start, strict=True)]
             cache = KVCache.concat([cache.truncate(self.head), cache.keep_last(own)])
         if transfer == "latents":
             thoughts_end = [end + self.steps for end in self.prompt_end]
@@ -170,7 +170,7 @@ class Run:
         """Return the token ids of each row's prompt; raises ValueError if a turn does not fit."""
         ids = [self.tokenizer.encode_turn(turn) for turn in turns]
         for row, row_ids in enumerate(ids):
-            agent, start = agents[row // len(self.questions)], int(cache.lengths[row])
+            agent, start = agents[row // len(self.questions)], cache.lengths[row]
             self.require_context(agent, start, len(row_ids), steps, decodes, closes)
         return ids
 
@@ -192,13 +192,13 @@ class Run:
         to the watcher, and its cache is not used afterwards. `head` counts each row's head slots.
         """
         model, began = self.lm.model, self._clock()
-        start = [int(n) for n in cache.lengths]
+        start = list(cache.lengths)
         ids = self.encode(agents, turns, cache, steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
         self.told.begin(name, sum(map(len, ids)), steps)
 
         hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
-        prompt_end = [int(n) for n in cache.lengths]
+        prompt_end = list(cache.lengths)
         if align is not None:
             _, hidden = think(model, self._told_of_thoughts(align), hidden, cache, steps)
         outputs = [GeneratedText("", [], "stop")] * len(ids)

@@ -126,7 +126,7 @@ def remember(
 
 def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(row, keys, values) of every row's filled slots, each (layers, K, lengths[row], d)."""
-    for row, length in enumerate(cache.lengths.tolist()):
+    for row, length in enumerate(cache.lengths):
         pair = [
             torch.stack([store[row, :, :length] for store in stores])
             for stores in (cache.keys, cache.values)
@@ -136,7 +136,7 @@ def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 def distance(a: KVCache, b: KVCache) -> float:
     """The largest difference between the filled slots of two memories; infinite when their lengths differ."""
-    if a.lengths.tolist() != b.lengths.tolist():
+    if a.lengths != b.lengths:
         return float("inf")
     pairs = [
         (mine, theirs)

@@ -552,7 +552,7 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
         try:
             cache.save(path)
         except OSError as error:
-            named, kept = f"{path}: cannot write" in str(error), KVCache.load(path, model).lengths.tolist()
+            named, kept = f"{path}: cannot write" in str(error), KVCache.load(path, model).lengths
             print(named, kept, len(list(path.parent.iterdir())))
     """
     (tmp_path / "memories").mkdir()

@@ -361,7 +361,7 @@ class Marks(Watcher):
         self.turns: list[list[list[float]]] = []
 
     def memory(self, memory: KVCache) -> None:
-        last = (memory.lengths - 1).clamp(min=0).to(memory.device)
+        last = (torch.tensor(memory.lengths) - 1).clamp(min=0).to(memory.device)
         rows = torch.arange(len(last), device=memory.device)
         pairs = []
         for stores in (memory.keys, memory.values):

@@ -265,7 +265,7 @@ def transplant(
     host: KVCache, donor: KVCache, slots: Sequence[int], layers: Sequence[int]
 ) -> KVCache:
     """A copy of `host` with some slots of the donor's, in some layers; slot by slot, so that no key has to move."""
-    mine, theirs = host.lengths.tolist(), donor.lengths.tolist()
+    mine, theirs = host.lengths, donor.lengths
     if mine != theirs:
         raise ValueError(f"memories: found {mine} and {theirs} slots, expected the same")
     new = host.fork()

@@ -20,9 +20,9 @@ from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
-from minimas.core.model import CHUNK, prefill
+from minimas.core.model import prefill
 
-WAYS = {"one by one": 1, "in chunks": CHUNK}
+WAYS = {"one by one": 1, "in chunks": 512}
 AT = (1, 2, 5, 10, 20, 40, 80)  # thoughts at which the tables look
 ALIGNMENTS = ("ridge", "prenorm")
 QUESTION = (

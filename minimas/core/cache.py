@@ -1,26 +1,44 @@
 """KVCache: an agent's working memory, the keys and values of every layer (paper, section 3.2).
 
-The invariant is *slot = position*: row b's slots 0 … lengths[b]-1 are filled, and the key in slot p was rotated for
-position p. Ragged batches are padded on the right: no query sees what lies beyond lengths[b] (one at position p sees
-slots ≤ p), and the next append overwrites it. So there is no padding mask, a row does not depend on its neighbours, and
-whatever moves a slot must rotate its key. A memory is a value: only `append` and `advance`, which the model calls,
-change it. Does not know: models, tokens, agents.  B rows, K key-value heads, S slots, T new slots, d head size.
+The invariant is *slot = position*: slots 0 to lengths[b] - 1 of row b are filled, and the key in
+slot p was rotated for position p. A ragged batch is padded on the right. The slots from lengths[b]
+on are free: a query at position p sees only slots up to p, and the next append overwrites them.
+Therefore no padding mask is needed, and a row does not depend on the other rows. A method that
+moves a slot also rotates its key. All methods but `append` and `advance`, which the model calls,
+return a new cache. Does not know: models, tokens, agents.
+
+    B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import files
 from .config import Config
-from .rotary import move
+from .rotary import angles, move
+
+
+class Positions(NamedTuple):
+    """Where the T new positions of a forward pass are. Made once and used by every layer."""
+
+    cos: Tensor  # (B or 1, 1, T, d)
+    sin: Tensor  # (B or 1, 1, T, d)
+    mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all True
+    total: int  # S, the slots that attention reads
+    indices: tuple[Tensor, Tensor] | None  # rows (B, 1) and slots (B, T); None: the last T of the S
 
 
 class KVCache:
-    """Keys and values (B, K, S, d) of every layer; `lengths` (B,) int64 on the CPU counts each row's filled slots."""
+    """Keys and values (B, K, S, d) of every layer; `lengths` counts the filled slots of each row.
+
+    `lengths` is a list of B integers on the host, so that it never waits for a GPU.
+    """
 
     def __init__(
         self,
@@ -29,191 +47,215 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """An empty memory; room is taken as it is needed."""
+        """Create an empty cache. Slots are allocated when they are needed."""
         if batch_size < 1:
             raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
         self.config = config
-        self.owner: Any = None  # the model that writes here; it has a name and a fingerprint()
-        self.lengths = torch.zeros(
-            batch_size, dtype=torch.int64
-        )  # on the CPU: reading it never waits for a GPU
-        empty = torch.zeros(
-            batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device
-        )
+        self.owner: Any = None  # the model that computed the keys
+        self.lengths = [0] * batch_size
+        shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
+        empty = torch.zeros(shape, dtype=dtype, device=device)
         self.dtype, self.device = dtype, empty.device
-        self.keys, self.values = (
-            [empty] * config.num_hidden_layers,
-            [empty] * config.num_hidden_layers,
-        )
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
+
+    def __repr__(self) -> str:
+        layers = len(self.keys)
+        return f"KVCache(lengths={self.lengths}, {layers} layers, {self.dtype}, {self.device})"
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot of one row, keys and values of all layers."""
-        return (
-            2 * len(self.keys) * self.keys[0].shape[1] * self.keys[0].shape[3] * self.dtype.itemsize
-        )
+        """Bytes of one slot of one row: keys and values of all layers."""
+        c = self.config
+        vectors = 2 * c.num_hidden_layers * c.num_key_value_heads
+        return vectors * c.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all filled slots; room taken in advance is not counted."""
-        return int(self.lengths.sum()) * self.slot_nbytes
+        """Bytes of all filled slots; allocated slots that are free are not counted."""
+        return sum(self.lengths) * self.slot_nbytes
 
-    def next_positions(self, rows: int, new: int) -> Tensor:
-        """Positions of the next slots, (B, T), or (1, T) for rows of one length; ValueError if rows is not B."""
+    def next_positions(self, rows: int, new: int) -> Positions:
+        """Return the next `new` positions of every row; raises ValueError if `rows` is not B."""
         if rows != len(self.lengths):
-            raise ValueError(
-                f"inputs: found {rows} rows, expected {len(self.lengths)} as in the memory"
-            )
-        starts = self.lengths if bool((self.lengths != self.lengths[0]).any()) else self.lengths[:1]
-        return (starts[:, None] + torch.arange(new)).to(self.device)
+            found = f"found {rows} rows, expected {len(self.lengths)} as in the memory"
+            raise ValueError(f"inputs: {found}")
+        ragged = min(self.lengths) != max(self.lengths)
+        starts = self.lengths if ragged else self.lengths[:1]
+        slots = torch.tensor(starts)[:, None] + torch.arange(new)  # (B or 1, T)
+        return self.positions_at(slots.to(self.device), max(self.lengths) + new, ragged)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, d) behind each row's filled slots and return the layer's (B, K, S, d).
+    def positions_at(self, slots: Tensor, total: int, ragged: bool) -> Positions:
+        """Return new positions at `slots` (B, T) of `total` ones.
 
-        Keys come rotated for their positions. Nothing counts as filled before `advance`, so that a forward pass that
-        fails half-way leaves the memory as it was.
+        If not `ragged`, `slots` is (1, T): the last ones, the same for all rows.
         """
-        new = keys.shape[2]
-        start, total = int(self.lengths.min()), int(self.lengths.max()) + new
-        for stores, chunk in ((self.keys, keys), (self.values, values)):
-            store = stores[layer] = with_room(stores[layer], total, heads=chunk.shape[1])
-            if start + new == total:
-                store[:, :, start:total] = chunk
-            else:  # ragged rows: each has its own first free slot
-                slots = (self.lengths[:, None] + torch.arange(new)).to(store.device)  # (B, T)
-                rows = torch.arange(len(slots), device=store.device)[:, None]  # (B, 1)
-                store[rows, :, slots] = chunk.transpose(1, 2)  # indexed as (B, T, K, d)
+        c, mask, indices = self.config, None, None
+        if ragged or slots.shape[1] > 1:
+            # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.
+            mask = torch.arange(total, device=slots.device) <= slots[:, None, :, None]
+            groups = c.num_attention_heads // c.num_key_value_heads
+            mask = mask.repeat(1, 1, groups, 1)  # (B or 1, 1, H/K · T, S)
+        if ragged:
+            indices = torch.arange(len(slots), device=slots.device)[:, None], slots
+        return Positions(*angles(slots, c.head_dim, c.rope_theta, self.dtype), mask, total, indices)
+
+    def append(
+        self, layer: int, keys: Tensor, values: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, K, T, d) of one layer; returns all of its slots (B, K, S, d).
+
+        Keys are already rotated. The new slots count as filled only after `advance`, so a forward
+        pass that fails leaves the cache as it was.
+        """
+        total = positions.total
+        for stores, new in ((self.keys, keys), (self.values, values)):
+            store = stores[layer] = with_capacity(stores[layer], total, heads=new.shape[1])
+            if positions.indices is None:
+                store[:, :, total - new.shape[2] : total] = new
+            else:
+                rows, slots = positions.indices
+                store[rows, :, slots] = new.transpose(1, 2)  # (B, T, K, d)
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
-    def advance(self, lengths: Tensor, most: int) -> None:
-        """Count `lengths` (B,) of the `most` appended slots as filled; raises ValueError for any other number."""
-        if (
-            lengths.shape != self.lengths.shape
-            or int(lengths.min()) < 0
-            or int(lengths.max()) > most
-        ):
-            raise ValueError(
-                f"lengths: found {lengths.tolist()}, expected {len(self.lengths)} numbers, 0 … {most}"
-            )
-        self.lengths = self.lengths + lengths.to("cpu", torch.int64)
+    def advance(self, lengths: int | Sequence[int] | Tensor, most: int) -> None:
+        """Count the first `lengths` of `most` appended slots as filled, in all rows or per row.
+
+        Raises ValueError if a number is below 0 or above `most`.
+        """
+        counts = self._per_row(lengths, most)
+        self.lengths = [old + count for old, count in zip(self.lengths, counts, strict=True)]
 
     def sign(self, model: Any) -> None:
-        """Note which model writes here; raises ValueError if another one has: these keys mean nothing to it."""
-        other = self.owner not in (None, model) and self.owner.fingerprint() != model.fingerprint()
-        if other or (model is not None and model.dtype != self.dtype):
+        """Set the model that computes the keys; raises ValueError if another one has before."""
+        known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
+        if not known or model.dtype != self.dtype:
             found = f"a memory in {self.dtype} of model {getattr(self.owner, 'name', None)!r}"
-            raise ValueError(
-                f"cache: found {found}, expected {model.dtype} and {model.name!r}, with the same weights"
-            )
+            expected = f"{model.dtype} and {model.name!r}, with the same weights"
+            raise ValueError(f"cache: found {found}, expected {expected}")
         self.owner = model
 
     def fork(self) -> "KVCache":
-        """A copy, so that two continuations do not disturb each other."""
+        """Return a copy, so that two continuations do not overwrite each other."""
         return self.select(range(len(self.lengths)))
 
     def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
-        """A copy of `rows`, an index tensor or a list, with repeats; raises IndexError for one that does not exist."""
-        index = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows)).cpu()
-        there = (
-            index.ndim == 1
-            and index.dtype != torch.bool
-            and set(index.tolist()) <= set(range(len(self.lengths)))
-        )
-        if not there or len(index) == 0:
-            raise IndexError(
-                f"rows: found {index.tolist()}, expected a list of indices below {len(self.lengths)}"
-            )
-        filled, where = int(self.lengths[index].max()), index.to(self.device)
-        return self._with(
-            self.lengths[index], lambda store: store[:, :, :filled].index_select(0, where)
-        )
+        """Return a copy of `rows`, an index tensor or a list, which may repeat a row.
 
-    def truncate(self, length: int | Tensor) -> "KVCache":
-        """The first `length` slots of every row (an int, or one per row (B,)); shorter rows stay as they are."""
-        return self._slice(length, from_end=False)
+        Raises IndexError if there is no row, or one that does not exist.
+        """
+        rows = list(rows.tolist() if isinstance(rows, Tensor) else rows)
+        B = len(self.lengths)
+        if not rows or any(type(row) is not int or not 0 <= row < B for row in rows):
+            raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
+        lengths = [self.lengths[row] for row in rows]
+        index = torch.tensor(rows, device=self.device)
+        return self._map(lengths, lambda x: x[:, :, : max(lengths)].index_select(0, index))
 
-    def keep_last(self, length: int | Tensor) -> "KVCache":
-        """The last `length` slots of every row (an int, or one per row (B,)), moved to slot 0, keys re-rotated."""
-        return self._slice(length, from_end=True)
+    def truncate(self, lengths: int | Sequence[int] | Tensor) -> "KVCache":
+        """Return the first `lengths` slots, the same number for all rows or one for each row.
+
+        Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
+        """
+        kept = zip(self.lengths, self._per_row(lengths), strict=True)
+        return self._gather([range(min(pair)) for pair in kept])
+
+    def keep_last(self, lengths: int | Sequence[int] | Tensor) -> "KVCache":
+        """Return the last `lengths` slots, for all rows or for each, moved to slot 0.
+
+        Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
+        """
+        kept = zip(self.lengths, self._per_row(lengths), strict=True)
+        slots = [range(max(end - n, 0), end) for end, n in kept]
+        new, moves = self._gather(slots), [-row.start for row in slots]
+        if any(moves):
+            delta = torch.tensor(moves, device=self.device)
+            new.keys = [move(keys, delta, self.config.rope_theta) for keys in new.keys]
+        return new
 
     @classmethod
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
-        """Join memories of equal batch size row by row, each one's keys rotated by the length of those before it.
+        """Join caches of equal batch size row by row; keys move behind the caches before them.
 
-        Equals one forward in which no part sees another (a block mask), not a sequential one. Raises ValueError for
-        no caches, or caches of different models, dtypes, devices or batch sizes.
+        Equals one forward pass in which no part sees another (a block mask), not a sequential one.
+        Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.
         """
         kinds = {(c.config, len(c.lengths), c.dtype, c.device) for c in caches}
         if len(kinds) != 1:
             found = [f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds]
-            raise ValueError(
-                f"caches: found {found}, expected memories of one model, number of rows, dtype and device"
-            )
-        joined = cls(*kinds.pop())
+            expected = "memories of one model, number of rows, dtype and device"
+            raise ValueError(f"caches: found {found}, expected {expected}")
+        wide, start = cls(*kinds.pop()), 0  # all slots of one cache, then all of the next
+        slots: list[list[int]] = [[] for _ in wide.lengths]  # those that are filled
         for cache in caches:
-            width = int(cache.lengths.max())
+            delta = torch.tensor([len(row) for row in slots], device=wide.device)
+            width = max(cache.lengths)
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                moved = move(
-                    keys[:, :, :width], joined.lengths.to(keys.device), joined.config.rope_theta
-                )
-                joined.append(layer, moved, values[:, :, :width])
-            joined.advance(cache.lengths, most=width)
-            joined.sign(cache.owner or joined.owner)
-        return joined
+                keys = move(keys[:, :, :width], delta, wide.config.rope_theta)
+                wide.keys[layer] = torch.cat([wide.keys[layer], keys], 2)
+                wide.values[layer] = torch.cat([wide.values[layer], values[:, :, :width]], 2)
+            for row, length in zip(slots, cache.lengths, strict=True):
+                row += range(start, start + length)
+            start += width
+            if cache.owner is not None:
+                wide.sign(cache.owner)
+        return wide._gather(slots)
 
-    def _slice(self, length: int | Tensor, from_end: bool) -> "KVCache":
-        lengths = torch.minimum(self.lengths, torch.as_tensor(length, dtype=torch.int64).cpu())
-        if int(lengths.min()) < 0:
-            raise ValueError(f"length: found {int(lengths.min())}, expected 0 or more")
-        starts = self.lengths - lengths if from_end else torch.zeros_like(lengths)
-        slots = (starts[:, None] + torch.arange(int(lengths.max()))).clamp(
-            max=int(self.lengths.max()) - 1
-        )  # (B, S)
-        index = slots.to(self.device)[:, None, :, None]  # (B, 1, S, 1)
-        new = self._with(
-            lengths, lambda s: s.gather(2, index.expand(-1, s.shape[1], -1, s.shape[3]))
-        )  # (B, K, S, d)
-        if bool(starts.any()):
-            new.keys = [
-                move(keys, -starts.to(keys.device), self.config.rope_theta) for keys in new.keys
-            ]
-        return new
+    def _per_row(self, lengths: int | Sequence[int] | Tensor, most: float = math.inf) -> list[int]:
+        """Return one integer for each row."""
+        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        counts = [given] * len(self.lengths) if isinstance(given, int) else list(map(int, given))
+        if len(counts) != len(self.lengths) or min(counts) < 0 or max(counts) > most:
+            expected = f"{len(self.lengths)} numbers, 0 … {most}"
+            raise ValueError(f"lengths: found {counts}, expected {expected}")
+        return counts
 
-    def _with(self, lengths: Tensor, take: Callable[[Tensor], Tensor]) -> "KVCache":
+    def _gather(self, slots: Sequence[Sequence[int]]) -> "KVCache":
+        """Return a cache whose row b holds `slots[b]` of this one. Keys are not rotated."""
+        index = pad(slots, self.device)[:, None, :, None]  # (B, 1, S, 1)
+        return self._map(
+            [len(row) for row in slots],
+            lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])),  # (B, K, S, d)
+        )
+
+    def _map(self, lengths: list[int], change: Callable[[Tensor], Tensor]) -> "KVCache":
         new = copy.copy(self)
         new.lengths = lengths
-        new.keys, new.values = (
-            [take(keys) for keys in self.keys],
-            [take(values) for values in self.values],
-        )
+        new.keys = [change(keys) for keys in self.keys]
+        new.values = [change(values) for values in self.values]
         return new
 
     def save(self, path: str | Path) -> None:
-        """Write the filled slots to a file; `files.write_memory` says how, and what it raises."""
-        from .files import write_memory  # here, so that this room works without that one
-
-        write_memory(path, self)
+        """Write the filled slots to a file: see `files.write_memory`."""
+        files.write_memory(path, self)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "KVCache":
-        """Read a memory saved by `save` for `model`; `files.read_memory` says how, and what it raises."""
-        from .files import read_memory
-
-        lengths, keys, values = read_memory(path, model)
+        """Read a cache that `save` wrote for `model`: see `files.read_memory`."""
+        lengths, keys, values = files.read_memory(path, model)
         cache = cls(model.config, len(lengths), model.dtype, model.device)
         cache.owner, cache.lengths, cache.keys, cache.values = model, lengths, keys, values
         return cache
 
 
-def with_room(store: Tensor, slots: int, heads: int) -> Tensor:
-    """`store`, or a copy with room for `slots`; the first append brings the number of heads (of a shard: fewer)."""
-    B, _, room, d = store.shape
-    if (
-        slots < room
-    ):  # one to spare: filled to the brim it would be contiguous, another shape to a compiler
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return rows of integers as one tensor (B, T), padded with 0 on the right."""
+    width = max(map(len, rows))
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=device)
+
+
+def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
+    """Return `store`, or a copy with more than `slots` slots.
+
+    The first append sets the number of heads: a shard of a layer has fewer.
+    """
+    B, _, capacity, d = store.shape
+    # One slot stays free: a store that is read whole is contiguous, and compiled anew.
+    if slots < capacity:
         return store
     # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
-    grown = store.new_zeros(B, heads, max(slots + 1, room + room // 2 + 64), d)
-    if room:
-        grown[:, :, :room] = store
+    grown = store.new_zeros(B, heads, max(slots + 1, capacity + capacity // 2 + 64), d)
+    if capacity:
+        grown[:, :, :capacity] = store
     return grown

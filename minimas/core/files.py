@@ -1,12 +1,12 @@
-"""Files of a memory and of an aligner: safetensors with the fingerprint of the model they were made by.
+"""Files of a KV cache and of an aligner: safetensors with the fingerprint of the model.
 
-A file is written whole or not at all, and refused by every other model, because the same shapes mean something else to
-it. It holds, beside the format's and the model's name:
+A file is written whole or not at all. Another model refuses it, because the same shapes have
+another meaning there. It holds, beside the names of the format and the model:
 
-    memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, the filled slots only
+    memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only
     aligner    matrix (D, D), scale (D,), shift (D,), norm (): those that the map has
 
-Nothing here is unpickled. Does not know: what memories and maps are for; `KVCache` and `Aligner` call this room.
+Nothing here is unpickled. Does not know: what caches and maps are for.
 
     B rows   K key-value heads   S slots   d head size   D hidden
 """
@@ -22,93 +22,82 @@ from torch import Tensor
 
 
 def write_memory(path: str | Path, cache: Any) -> None:
-    """Write the filled slots of a `KVCache` and its model's fingerprint, whole or not at all.
+    """Write the filled slots of a `KVCache` and the fingerprint of its model.
 
-    Raises ValueError when no model has written to this memory, OSError naming a file that cannot be written.
+    Raises ValueError if no model has written to the cache, OSError if the file cannot be written.
     """
     if cache.owner is None:
-        raise ValueError(
-            f"{path}: no model has written to this memory, so there is nothing to save"
-        )
-    tensors, filled = {"lengths": cache.lengths}, int(cache.lengths.max())
-    for kind, stores in (("keys", cache.keys), ("values", cache.values)):
-        tensors |= {
-            f"{kind}.{i}": store[:, :, :filled].contiguous().cpu() for i, store in enumerate(stores)
-        }
-    write_file(path, "memory", tensors, (cache.owner.name, cache.owner.fingerprint()))
+        raise ValueError(f"{path}: no model has written to this memory: nothing to save")
+    filled, tensors = max(cache.lengths), {"lengths": torch.tensor(cache.lengths)}
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        tensors[f"keys.{layer}"] = keys[:, :, :filled]
+        tensors[f"values.{layer}"] = values[:, :, :filled]
+    _write(path, "memory", tensors, (cache.owner.name, cache.owner.fingerprint()))
 
 
-def read_memory(path: str | Path, model: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Read lengths (B,) and, onto the device and into the dtype of `model`, each layer's keys and values (B, K, S, d).
+def read_memory(path: str | Path, model: Any) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    """Read the lengths of the rows, and each layer's keys and values (B, K, S, d).
 
-    Raises FileNotFoundError, or ValueError naming a file that is damaged, foreign, or made by another model.
+    Tensors are on the device and in the dtype of `model`. Raises FileNotFoundError, or ValueError
+    if the file is damaged, of another format or of another model.
     """
-    tensors = read_file(path, "memory", model)
-    lengths, c = tensors.get("lengths", torch.empty(0)), model.config
-    if (
-        lengths.dtype != torch.int64
-        or lengths.ndim != 1
-        or not len(lengths)
-        or int(lengths.min()) < 0
-    ):
-        raise ValueError(
-            f"{path}: lengths: found {lengths.tolist()}, expected one count for each row"
-        )
+    tensors, c = _read(path, "memory", model), model.config
+    lengths = tensors.get("lengths", torch.empty(0))
+    countable = lengths.dtype == torch.int64 and lengths.ndim == 1 and len(lengths) > 0
+    if not countable or lengths.min() < 0:
+        raise ValueError(f"{path}: lengths: found {lengths}, expected one count for each row")
     shape = (len(lengths), c.num_key_value_heads, int(lengths.max()), c.head_dim)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    for kind, stores in (("keys", keys), ("values", values)):
-        for layer in range(c.num_hidden_layers):
-            found = tensors.get(f"{kind}.{layer}", torch.empty(0))
-            if found.shape != shape or not found.is_floating_point():
-                raise ValueError(
-                    f"{path}: {kind}.{layer}: found {tuple(found.shape)}, expected floats {shape}"
-                )
-            stores.append(found.to(model.device, model.dtype))
-    return lengths, keys, values
+
+    def stored(name: str) -> Tensor:
+        found = tensors.get(name, torch.empty(0))
+        if found.shape != shape or not found.is_floating_point():
+            raise ValueError(f"{path}: {name}: found {tuple(found.shape)}, expected floats {shape}")
+        return found.to(model.device, model.dtype)
+
+    keys = [stored(f"keys.{layer}") for layer in range(c.num_hidden_layers)]
+    values = [stored(f"values.{layer}") for layer in range(c.num_hidden_layers)]
+    return lengths.tolist(), keys, values
 
 
 def write_aligner(path: str | Path, align: Any) -> None:
-    """Write the parts of an `Aligner` and its model's fingerprint, whole or not at all.
+    """Write the parts of an `Aligner` and the fingerprint of its model.
 
-    Raises ValueError if the map was made without `model`, OSError naming a file that cannot be written.
+    Raises ValueError if the map was made without `model`, OSError if the file cannot be written.
     """
     if align.made_for is None:
         raise ValueError(f"{path}: found an Aligner of no model, expected one made with model=")
     parts = {"matrix": align.matrix, "scale": align.scale, "shift": align.shift}
-    tensors = {name: x.contiguous().cpu() for name, x in parts.items() if x is not None}
     if align.norm is not None:
-        tensors["norm"] = torch.tensor(align.norm, dtype=torch.float64)
-    write_file(path, "aligner", tensors, align.made_for)
+        parts["norm"] = torch.tensor(align.norm, dtype=torch.float64)
+    tensors = {name: part for name, part in parts.items() if part is not None}
+    _write(path, "aligner", tensors, align.made_for)
 
 
 def read_aligner(path: str | Path, model: Any) -> dict[str, Any]:
-    """Read the parts of a map by name, tensors onto the device of `model` and in at least float32.
+    """Read the parts of a map by name, on the device of `model` and in at least float32.
 
-    Raises FileNotFoundError, or ValueError naming a file that is damaged, of another format, or made for another model.
+    Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of another
+    model.
     """
     D = model.config.hidden_size
     shapes = {"matrix": (D, D), "scale": (D,), "shift": (D,), "norm": ()}
     parts: dict[str, Any] = {}
-    for name, read in read_file(path, "aligner", model).items():
-        if read.shape != shapes.get(name) or not read.is_floating_point():
-            found = f"{read.dtype} of shape {tuple(read.shape)}"
+    for name, part in _read(path, "aligner", model).items():
+        if part.shape != shapes.get(name) or not part.is_floating_point():
+            found = f"{part.dtype} of shape {tuple(part.shape)}"
             raise ValueError(f"{path}: {name}: found {found}, expected floats among {shapes}")
-        x = read.to(model.device, torch.promote_types(model.dtype, torch.float32))
-        if not bool(torch.isfinite(x).all()):
+        wide = part.to(model.device, torch.promote_types(model.dtype, torch.float32))
+        if not bool(torch.isfinite(wide).all()):
             raise ValueError(f"{path}: {name}: found NaN or infinity, expected finite values")
-        parts[name] = read.item() if name == "norm" else x
+        parts[name] = part.item() if name == "norm" else wide
     return parts
 
 
-def write_file(
+def _write(
     path: str | Path, what: str, tensors: dict[str, Tensor], made_by: tuple[str, str]
 ) -> None:
-    """Write contiguous CPU tensors to a safetensors file, whole or not at all.
-
-    `what` they are ("memory", "aligner") names the format, `made_by` is a model's name and
-    fingerprint. Raises OSError naming a file that cannot be written.
-    """
+    """Write tensors whole or not at all; `made_by` is the name and the fingerprint of a model."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {"format": f"minimas-{what}-1", "model": made_by[0], "fingerprint": made_by[1]}
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:
@@ -120,17 +109,12 @@ def write_file(
         partial.unlink(missing_ok=True)
 
 
-def read_file(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
-    """Read the tensors that `write_file` wrote for `model`, by name, on the CPU, unchecked.
-
-    Raises FileNotFoundError, or ValueError naming a file that is damaged, of another format, or
-    made by another model.
-    """
+def _read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
+    """Read the tensors that `_write` wrote for `model`, by name, on the CPU."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = file.keys()  # the file itself is no dict
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such {what} file") from error
     except (OSError, SafetensorError) as error:
@@ -139,10 +123,7 @@ def read_file(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     if found != expected:
         raise ValueError(f"{path}: format: found {found!r}, expected {expected!r}")
     made_by = metadata.get("model"), metadata.get("fingerprint")
-    article = "an" if what == "aligner" else "a"
     reader = model.name, model.fingerprint()
     if made_by[1] != reader[1]:
-        raise ValueError(
-            f"{path}: model: found {article} {what} of {made_by}, expected one of {reader}"
-        )
+        raise ValueError(f"{path}: model: found {what} of {made_by}, expected one of {reader}")
     return tensors

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimas import KVCache, Qwen3
 from minimas.core.model import take_last
-from minimas.core.rotary import angles, rotate
+from minimas.core.rotary import rotate
 
 from ..models import apart, distance, filled, random_ids, remember, tiny_config, tiny_model
 
@@ -40,15 +40,13 @@ def memory(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
     edges = [max(lengths) * i // chunks for i in range(chunks + 1)]
     for start, end in itertools.pairwise(edges):
         taken = (counts - start).clamp(0, end - start)
-        place = cache.next_positions(len(lengths), end - start)
+        positions = cache.next_positions(len(lengths), end - start)
         padding = (torch.arange(end - start) >= taken[:, None])[:, None, :, None]
         for layer in range(CONFIG.num_hidden_layers):
-            key = rotate(
-                raw_keys[layer][:, :, start:end],
-                *angles(place, CONFIG.head_dim, 1e4, torch.float64),
-            )
-            value = values[layer][:, :, start:end]
-            cache.append(layer, key.masked_fill(padding, 1e30), value.masked_fill(padding, 1e30))
+            key = rotate(raw_keys[layer][:, :, start:end], positions.cos, positions.sin)
+            key = key.masked_fill(padding, 1e30)
+            value = values[layer][:, :, start:end].masked_fill(padding, 1e30)
+            cache.append(layer, key, value, positions)
         cache.advance(taken, most=end - start)
     return cache
 
@@ -162,8 +160,16 @@ def test_a_forward_that_fails_leaves_the_memory_as_it_was(
         (lambda: memory([2]).select([]), IndexError, "rows: found"),
         (lambda: memory([2]).select([1]), IndexError, "rows: found"),
         (lambda: memory([2]).select([-1]), IndexError, "rows: found"),
-        (lambda: memory([2]).truncate(-1), ValueError, "length: found -1"),
-        (lambda: memory([2]).keep_last(-1), ValueError, "length: found -1"),
+        (
+            lambda: memory([2]).truncate(-1),
+            ValueError,
+            r"lengths: found \[-1\], expected 1 numbers",
+        ),
+        (
+            lambda: memory([2]).keep_last(-1),
+            ValueError,
+            r"lengths: found \[-1\], expected 1 numbers",
+        ),
         (lambda: KVCache.concat([]), ValueError, "caches: found "),
         (lambda: KVCache.concat([memory([2]), memory([2, 2])]), ValueError, "2 rows"),
         (lambda: KVCache.concat([memory([2]), KVCache(CONFIG, 1)]), ValueError, "float32"),

@@ -343,7 +343,7 @@ def test_thinking_is_feeding_each_thought_by_hand(
     hidden, cache = remember(model, ids, lengths)
     thoughts, last = think(model, align, take_last(hidden, cache.lengths), cache, steps)
     assert thoughts.shape == (len(lengths), steps, 16)
-    assert cache.lengths.tolist() == [length + steps for length in lengths]
+    assert cache.lengths == [length + steps for length in lengths]
     for row, length in enumerate(lengths):
         x = model.embed(ids[row, :length])
         for step in range(steps):

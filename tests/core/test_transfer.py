@@ -177,9 +177,10 @@ def test_joining_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
     memories = [remember(any_model, part)[1] for part in ids.split(1)]
     right, wrong = KVCache.concat(memories), any_model.new_cache(1)
     for memory in memories:
+        positions = wrong.next_positions(1, 5)
         for layer, (keys, values) in enumerate(zip(memory.keys, memory.values, strict=True)):
-            wrong.append(layer, keys[:, :, :5], values[:, :, :5])
-        wrong.advance(memory.lengths, most=int(memory.lengths.max()))
+            wrong.append(layer, keys[:, :, :5], values[:, :, :5], positions)
+        wrong.advance(memory.lengths, most=5)
     x = any_model.embed(ids[:1])
     assert apart(any_model(x, wrong), any_model(x, right)) > FAR
 

@@ -25,7 +25,7 @@ def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
     for device in ("cpu", "cuda"):
         model = tiny_model(family).to(device)
         cache = model.new_cache(2)
-        hidden = prefill(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk=3)
+        hidden = prefill(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk_tokens=3)
         _, hidden = think(model, Aligner.from_model(model), hidden, cache, 3)
         joined = KVCache.concat([cache.keep_last(4), cache.truncate(2)])
         states.append(model(model.embed(torch.tensor([[8], [9]], device=device)), joined).cpu())

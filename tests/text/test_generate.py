@@ -317,13 +317,11 @@ def test_reading_in_chunks_is_reading(
     memories, states = [], []
     for size in (chunk, 10**6):
         memories.append(model.new_cache(B))
-        prefill(model, first[:B], memories[-1], chunk=size)
-        states.append(prefill(model, then[:B], memories[-1], chunk=size))
+        prefill(model, first[:B], memories[-1], chunk_tokens=size)
+        states.append(prefill(model, then[:B], memories[-1], chunk_tokens=size))
     assert float((states[0] - states[1]).abs().max()) < 1e-9
     assert distance(*memories) < 1e-9
-    assert memories[0].lengths.tolist() == [
-        len(a) + len(b) for a, b in zip(first, then, strict=False)
-    ]
+    assert memories[0].lengths == [len(a) + len(b) for a, b in zip(first, then, strict=False)]
 
 
 def test_a_row_without_tokens_is_refused(model: Qwen3) -> None:
@@ -431,6 +429,6 @@ def test_an_end_token_at_once_is_an_empty_text() -> None:
     written, cache = write(
         generate, Sampling(max_new_tokens=5), set(range(text_model().config.vocab_size))
     )
-    assert written == [GeneratedText("", [], "stop")] * 3 and cache.lengths.tolist() == [
+    assert written == [GeneratedText("", [], "stop")] * 3 and cache.lengths == [
         len(ids) for ids in PROMPTS
     ]
