@@ -1,10 +1,13 @@
-"""minimas: latent collaboration between language-model agents (LatentMAS, arXiv 2511.20639) in plain PyTorch.
+"""minimas: latent collaboration between language-model agents in plain PyTorch.
 
-from minimas import load, latent_mas
+It implements LatentMAS (arXiv 2511.20639):
 
-lm = load("weights/tiny")
-[result] = latent_mas(lm, ["Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"])
-print(result.text, result.usage)
+    from minimas import load, latent_mas
+
+    lm = load("weights/tiny")
+    question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+    [result] = latent_mas(lm, [question])
+    print(result.text, result.usage)
 """
 
 from .agents import latent_mas, single, text_mas
@@ -19,7 +22,8 @@ from .text.generate import Sampling, generate
 from .text.tokenizer import Tokenizer
 
 __all__ = [
-    "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team", "Tokenizer", "Watcher",
-    "alignment_matrix", "generate", "hierarchical", "latent_mas", "load", "sequential", "single", "text_mas", "think",
+    "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team",
+    "Tokenizer", "Watcher", "alignment_matrix", "generate", "hierarchical", "latent_mas", "load",
+    "sequential", "single", "text_mas", "think",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,121 +1,142 @@
-"""The command line: `python -m minimas ask QUESTION` and `python -m minimas info MODEL`. Only parses and prints: the
-answer to stdout as it is written, everything else to stderr, an error in one line.
+"""The command line: `python -m minimas ask QUESTION`, `check MODEL` and `info MODEL`.
+
+The answer goes to stdout as it is generated, everything else to stderr, and an error is one line.
+This module only parses arguments and prints. Does not know: how anything is computed.
 """
 
 import argparse
 import dataclasses
 import errno
-import json
+import inspect
+import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import prompts
+from . import __version__, prompts
 from .agents import TRANSFERS, choose_team, latent_mas, single, text_mas
 from .answers import KINDS
 from .check import QUESTIONS, STEPS, check
+from .core.errors import ParameterError
 from .core.latent import ALIGNMENTS, EXPECTED
 from .fast.quantize import FORMATS
 from .info import describe
 from .load import TINY, load
-from .results import AgentTrace, Result, Usage, Watcher
+from .results import Result, Usage
+from .rows import batches, read_rows
+from .screen import Screen, print_bill, print_json
 from .teams import LAYOUTS, Team
 from .text.generate import Sampling
-from .text.tokenizer import is_text, read_text
+from .text.tokenizer import is_text
 
-# Flags that only some methods read, with their defaults; with another method they would do nothing, and are refused.
-ONLY = {
-    "team": "sequential",
-    "latent_steps": None,
-    "align": "ridge",
-    "transfer": "full",
-    "layout": None,
+# These flags belong to some methods only: those that have a parameter of this name.
+TEAM_FLAGS = ("team", "latent_steps", "align", "transfer", "layout")
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "max_new_tokens")
+METHODS: dict[str, Callable[..., list[Result]]] = {
+    "latent_mas": latent_mas,
+    "text_mas": text_mas,
+    "single": single,
 }
-METHODS: dict[str, Any] = {
-    "latent_mas": (latent_mas, ONLY),
-    "text_mas": (text_mas, ["team"]),
-    "single": (single, []),
-}
+OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
+
+
+# -- arguments -----------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """Print one line without the usage, and exit with status 2."""
         self.exit(2, f"minimas: error: {message}\n")
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A parser of a flag's value, a whole number not below `low`."""
+def whole_number(low: int) -> dict[str, Any]:
+    """Return the type and metavar of a flag whose value is a whole number, `low` or more."""
 
-    def number(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,18}", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(
-                f"found {text!r:.40}, expected a whole number, {low} or more"
-            )
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text) or int(text) < low:
+            expected = f"expected a whole number, {low} or more"
+            raise argparse.ArgumentTypeError(f"found {text!r:.40}, {expected}")
         return int(text)
 
-    return number
+    return {"type": parse, "metavar": "N"}
 
 
-def align(text: str) -> str:
-    """A flag's value: a kind of map, or the file of one."""
+def alignment(text: str) -> str:
+    """Parse the value of --align: a kind of map, or the file of one."""
     if text not in ALIGNMENTS and not text.endswith(".safetensors"):
         raise argparse.ArgumentTypeError(f"found {text!r}, {EXPECTED}")
     return text
 
 
-def parser() -> Parser:
-    top = Parser(
-        prog="minimas",
-        description="Agents that think in latent space and hand over memory (LatentMAS).",
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
-    ask = commands.add_parser(
-        "ask", help="answer a question with a team of agents", allow_abbrev=False
-    )
-    add = ask.add_argument
-    add("question", nargs="?", help="the question, or - to read it from standard input")
+def build_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    top = Parser(prog="minimas", description="Agents that share a KV cache, not text (LatentMAS).")
+    top.add_argument("--version", action="version", version=f"minimas {__version__}")
+    commands = top.add_subparsers(required=True, metavar="ask | check | info")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        parser = commands.add_parser(name, help=text, allow_abbrev=False)
+        parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        parser.set_defaults(run=run)
+        return parser
+
+    model = "folder, FILE.gguf, hub id or hub id:FILE.gguf"
+    ask = command("ask", run_ask, "answer a question with a team of agents")
+    add_question(ask)
+    ask.add_argument("--model", "-m", default=TINY, help=f"{model} (default: %(default)s)")
+    add_team(ask)
+    add_sampling(ask)
+    add_device(ask)
+    compile_help = "faster steps after a warm-up of up to a minute"
+    ask.add_argument("--compile", action="store_true", help=compile_help)
+    checker = command("check", run_check, "measure what a hand-over does to a model's answers")
+    checker.add_argument("model", help=model)
+    checker.add_argument("--layout", choices=LAYOUTS, help="(default: the team's)")
+    help_steps = "of each agent (default: %(default)s)"
+    checker.add_argument("--latent-steps", default=STEPS, help=help_steps, **whole_number(1))
+    add_device(checker)
+    info = command("info", run_info, "describe a model and the memory that it needs")
+    info.add_argument("model", help=model)
+    return top
+
+
+def add_question(parser: Parser) -> None:
+    """Add what is asked and how the answer is printed."""
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("question", metavar="QUESTION", nargs="?", help="text, or - to read stdin")
+    what.add_argument("--file", type=Path, help="JSON Lines, an object with a question per line")
+    add("--kind", choices=KINDS, help="of question (default: by a row's fields, else free)")
     add(
-        "--file",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="many questions: one JSON object with a question per line",
+        "--batch-size",
+        default=1,
+        help="rows of a file at once (default: %(default)s)",
+        **whole_number(1),
     )
-    add(
-        "--model",
-        "-m",
-        default=TINY,
-        help="folder, FILE.gguf, hub id or hub id:FILE.gguf (default: %(default)s)",
-    )
+
+
+def add_team(parser: Parser) -> None:
+    """Add who answers and what the agents hand over. None stands for the defaults of TEAM_FLAGS."""
+    add = parser.add_argument
+    kinds = f"{', '.join(ALIGNMENTS)} or FILE.safetensors (default: ridge, the paper's)"
     add("--method", choices=METHODS, default="latent_mas", help="(default: %(default)s)")
     add("--team", help="sequential, hierarchical or FILE.json (default: sequential)")
-    add(
-        "--latent-steps",
-        type=whole(0),
-        metavar="N",
-        help="thoughts of an agent (default: the model's, else 40)",
-    )
-    kinds = f"{', '.join(ALIGNMENTS)} or FILE.safetensors (default: ridge, the paper's)"
-    add("--align", type=align, metavar="KIND", help=kinds)
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        help="one user turn for all agents, or a chat turn each (default: the team's)",
-    )
-    add("--transfer", choices=TRANSFERS, help="what is handed over of the memory (default: full)")
-    add("--kind", choices=KINDS, help="of question (default: by the fields of a row, else free)")
-    add(
-        "--max-new-tokens",
-        "-n",
-        type=whole(1),
-        metavar="N",
-        help="an agent may write (default: the model's or 256)",
-    )
+    add("--latent-steps", help="(default: the model's, else 40)", **whole_number(0))
+    add("--align", type=alignment, metavar="KIND", help=kinds)
+    layouts = "one user turn, or a chat turn for each agent (default: the team's)"
+    add("--layout", choices=LAYOUTS, help=layouts)
+    add("--transfer", choices=TRANSFERS, help="what is kept of the KV cache (default: full)")
+
+
+def add_sampling(parser: Parser) -> None:
+    """Add how tokens are chosen. None stands for the model's own default."""
+    add = parser.add_argument
+    add("--max-new-tokens", "-n", help="(default: the model's, else 256)", **whole_number(1))
     add("--temperature", "--temp", type=float, metavar="T", help="0: greedy (default: the model's)")
     add(
         "--top-p",
@@ -123,73 +144,35 @@ def parser() -> Parser:
         metavar="P",
         help="keep the likeliest tokens up to this mass (default: the model's)",
     )
-    add("--top-k", type=whole(0), metavar="K", help="keep this many; 0: all (default: the model's)")
-    add("--seed", "-s", type=whole(0), default=0, metavar="N", help="(default: %(default)s)")
-    add(
-        "--batch-size",
-        type=whole(1),
-        default=1,
-        metavar="B",
-        help="questions of a file at once (default: 1)",
-    )
-    add(
-        "--compile",
-        action="store_true",
-        help="faster thoughts and tokens after a warm-up of up to a minute",
-    )
-    add(
-        "--json",
-        action="store_true",
-        help="one JSON object per question on stdout, and nothing else there",
-    )
-    inspect = commands.add_parser(
-        "check", help="say whether a hand-over does a model good", allow_abbrev=False
-    )
-    inspect.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
-    inspect.add_argument("--layout", choices=LAYOUTS, help="(default: the team's)")
-    inspect.add_argument(
-        "--latent-steps", type=whole(1), default=STEPS, metavar="N", help="(default: %(default)s)"
-    )
-    inspect.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, and nothing else there"
-    )
-    for command in (ask, inspect):
-        add = command.add_argument
-        add(
-            "--quantize",
-            choices=FORMATS,
-            help="weights in 4 or 8 bits (default: as the file has them)",
-        )
-        add(
-            "--dtype",
-            default="auto",
-            help="auto, bfloat16, float16, float32 or float64 (default: the checkpoint's)",
-        )
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-        add("--quiet", action="store_true", help="nothing on stderr but errors")
-    info = commands.add_parser(
-        "info", help="say what a model is and what it will need", allow_abbrev=False
-    )
-    info.add_argument("model", help="folder, FILE.gguf, hub id or hub id:FILE.gguf")
-    for command in (ask, inspect, info):
-        command.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    return top
+    add("--top-k", help="keep this many tokens; 0: all (default: the model's)", **whole_number(0))
+    add("--seed", "-s", default=0, help="(default: %(default)s)", **whole_number(0))
+
+
+def add_device(parser: Parser) -> None:
+    """Add where and how a model runs, and how much is printed."""
+    add = parser.add_argument
+    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as in the file)")
+    dtypes = "auto (as in the file), bfloat16, float16, float32 or float64"
+    add("--dtype", default="auto", help=f"{dtypes} (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--json", action="store_true", help="one JSON object per result on stdout")
+    add("--quiet", action="store_true", help="print nothing but errors on stderr")
+
+
+# -- commands ------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 2 usage (or SystemExit(2)), 130 stopped by Ctrl-C."""
-    args = parser().parse_args(argv)
+    """Run the command line.
+
+    Returns the exit status: 0 done, 1 failed, 2 wrong usage (or SystemExit(2)), 130 Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer is printed whatever the encoding
+            stream.reconfigure(errors="backslashreplace")
+    args = build_parser().parse_args(argv)
     try:
-        if args.command == "ask":
-            run_ask(args)
-        elif args.command == "check":
-            run_check(args)
-        else:
-            print(
-                "\n".join(
-                    f"{label + ':':<14} {text}" for label, text in describe(args.model).items()
-                )
-            )
+        args.run(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -198,239 +181,120 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
         if args.debug:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the flush at exit fails once more
-        full = isinstance(
-            error, MemoryError | torch.OutOfMemoryError
-        ) or "can't allocate memory" in str(error)
-        advice = (
-            "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
-            if full
-            else ""
-        )
-        print(
-            f"minimas: error: {advice}{' '.join(str(error).split()) or type(error).__name__}",
-            file=sys.stderr,
-        )
-        return (
-            2 if re.match(r"\w+ \(--", str(error)) else 1
-        )  # a flag's value, found wrong by what it is for
+        return report_error(error, args)
+
+
+def report_error(error: Exception, args: argparse.Namespace) -> int:
+    """Print an error in one line, and return the exit status that follows from it."""
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        # What is still buffered would fail once more when Python flushes it at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 0  # the reader of stdout, such as `head`, has enough
+    text = " ".join(str(error).split()) or type(error).__name__
+    old_form = re.match(r"\w+ \((--[\w-]+)\)(?=: )", text)  # until all raise ParameterError
+    status = 1
+    if isinstance(error, ParameterError) and hasattr(args, error.parameter):
+        flag = f"--{error.parameter.replace('_', '-')}"
+        text = f"{'QUESTION' if error.parameter == 'question' else flag}: {error.problem}"
+        status = 2
+    elif old_form:
+        text, status = old_form[1] + text[old_form.end() :], 2
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
+        text = OUT_OF_MEMORY + text
+    print(f"minimas: error: {text}", file=sys.stderr)
+    return status
 
 
 def run_ask(args: argparse.Namespace) -> None:
-    method, flags = METHODS[args.method]
-    for flag in ONLY.keys() - set(flags):
-        if getattr(args, flag) is not None:
-            parser().error(
-                f"--{flag.replace('_', '-')}: found with --method {args.method}, which does not read it"
-            )
-    options = {
-        flag: ONLY[flag] if getattr(args, flag) is None else getattr(args, flag) for flag in flags
-    }
-    rows = list(read_rows(args))
-    if args.transfer == "shuffled" and any(len(batch) == 1 for _, batch in batches(rows, args)):
-        parser().error(
-            "--transfer: found shuffled with one question, expected a --file with two or more of a kind"
-        )
-    given = {
-        k: v for k, v in vars(args).items() if k in Sampling.__dataclass_fields__ and v is not None
-    }
-    try:
-        Sampling(**given)
-    except ValueError as error:  # refused before a model is loaded
-        parser().error(str(error))
-    team = (
-        Team.from_json(args.team).with_layout(args.layout)
-        if str(args.team).endswith(".json")
-        else None
-    )
-    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
-    chosen: dict[str, Any] = {}  # in place of the options' names
-    if "team" in options:
-        chosen["team"] = team or choose_team(lm, str(options["team"]))
-    if "align" in options:
-        # Here, so that a wrong file is refused before any work.
-        chosen["align"] = lm.aligner(str(options["align"]))
-    if "layout" in options:
-        chosen["team"] = chosen["team"].with_layout(args.layout)
-        options["layout"] = chosen["team"].layout
+    """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
+    options = method_options(args)
+    changed = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
-        given["repetition_penalty"] = 1.0  # greedy is greedy
-    sampling = dataclasses.replace(lm.sampling, **given)
-    unknown = [
-        row for row in rows if not re.fullmatch(prompts.TINY_QUESTION, row["question"].strip())
-    ]
-    if args.model == TINY and unknown and not args.quiet:
+        changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
+    rows = read_rows(args.file) if args.file else [{"question": read_question(args.question)}]
+    shuffled = args.transfer == "shuffled"  # needs all questions of a kind in one batch
+    groups = list(batches(rows, args.kind, len(rows) if shuffled else args.batch_size))
+    if shuffled and any(len(batch) == 1 for _, batch in groups):
+        expected = "expected a --file with two or more of a kind"
+        raise ParameterError("transfer", f"found 'shuffled' with one question, {expected}")
+    team: str | Team | None = options.get("team")
+    if isinstance(team, str) and team.endswith(".json"):
+        team = Team.from_json(team)
+    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    settings = {"model": args.model, "method": args.method, **options, "seed": args.seed}
+    if team is not None:
+        options["team"] = choose_team(lm, team).with_layout(args.layout)
+    if "layout" in options:
+        settings["layout"] = options["team"].layout
+    known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
+    if args.model == TINY and not args.quiet and not all(known):
         print(f"minimas: {prompts.TINY_HINT}", file=sys.stderr)
+    options |= {"sampling": dataclasses.replace(lm.sampling, **changed), "seed": args.seed}
     bill: list[Usage] = []
-    for kind, batch in batches(rows, args):
-        screen = Screen(
-            args, batch, {"model": args.model, "method": args.method, **options, "seed": args.seed}
-        )
-        choices = [row.get("choices") for row in batch]
-        asked = {"kind": kind, "choices": choices, "sampling": sampling, "seed": args.seed}
+    for kind, batch in groups:
+        screen = Screen(args, batch, settings)
+        options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
+        results: list[Any] = [None] * len(batch)
         try:
             questions = [row["question"] for row in batch]
-            results = method(lm, questions, watcher=screen, **asked, **options | chosen)
-        except KeyboardInterrupt:
-            screen.show([None] * len(batch))
-            raise
+            results = METHODS[args.method](lm, questions, watcher=screen, **options)
         finally:
-            screen.close()
-        screen.show(results)
+            screen.show(results)  # after Ctrl-C, the text so far
         bill += [result.usage for result in results]
     if not args.quiet:
         print_bill("total", bill)
 
 
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the method's own options, given or default; refuse those of other methods."""
+    parameters = inspect.signature(METHODS[args.method]).parameters
+    options = {}
+    for name in TEAM_FLAGS:
+        given = getattr(args, name)
+        if name in parameters:
+            options[name] = parameters[name].default if given is None else given
+        elif given is not None:
+            problem = f"found with --method {args.method}, expected a method that uses it"
+            raise ParameterError(name, problem)
+    return options
+
+
+def read_question(text: str) -> str:
+    """Return the question of the command line, or of standard input if it is "-"."""
+    try:
+        question = sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        problem = f"found bytes on standard input ({error}), expected text"
+        raise ParameterError("question", problem) from error
+    if not question.strip() or not is_text(question):
+        raise ParameterError("question", f"found {question!a:.80}, expected a text, not empty")
+    return question
+
+
 def run_check(args: argparse.Namespace) -> None:
+    """Measure the hand-over with the built-in questions, and print a table and a verdict."""
     lm = load(args.model, args.device, args.dtype, args.quantize)
     if args.model == TINY and not args.quiet:
-        print(f"minimas: {prompts.TINY_HINT}; a check's questions are others", file=sys.stderr)
+        print(f"minimas: {prompts.TINY_HINT}; a check asks other ones", file=sys.stderr)
     screen = Screen(args, [{}] * len(QUESTIONS), {})
     try:
         report = check(lm, args.layout, args.latent_steps, screen)
     finally:
-        screen.close()
-    print(
-        json.dumps(dataclasses.asdict(report), ensure_ascii=False)
-        if args.json
-        else "\n".join(report.lines())
-    )
-
-
-def read_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The questions: one from the argument or standard input, or all of a file, checked line by line."""
-    if (args.question is None) == (args.file is None):
-        parser().error("expected a QUESTION (or - for standard input), or --file FILE.jsonl")
-    if args.file is None:
-        try:
-            lines = {
-                "QUESTION": json.dumps(
-                    {"question": sys.stdin.read() if args.question == "-" else args.question}
-                )
-            }
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input: not UTF-8 text ({error})") from error
+        screen.bar.close()
+    if args.json:
+        print_json(dataclasses.asdict(report))
     else:
-        numbered = enumerate(read_text(args.file).split("\n"), start=1)
-        lines = {f"{args.file}: line {number}": line for number, line in numbered if line.strip()}
-    for where, line in lines.items():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        question, choices = (
-            (row.get("question"), row.get("choices")) if isinstance(row, dict) else (None, None)
-        )
-        if not isinstance(question, str) or not question.strip() or not is_text(question):
-            blank = args.file is None and not str(question).strip()
-            problem = f"found {'an empty text' if blank else ascii(question)[:80]}, expected a text that is not empty"
-            raise (
-                ValueError(f"{where}: question: {problem}")
-                if args.file
-                else parser().error(f"{where}: {problem}")
-            )
-        if choices is not None and not (isinstance(choices, dict) and choices):
-            raise ValueError(
-                f"{where}: choices: found {choices!r:.80}, expected an object, letter: text"
-            )
-        yield row
-    if not lines:
-        raise ValueError(
-            f"{args.file}: found an empty file, expected one JSON object with a question per line"
-        )
+        print("\n".join(report.lines()))
 
 
-def batches(
-    rows: list[dict[str, Any]], args: argparse.Namespace
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Runs of rows of one kind, --batch-size at a time; shuffled memories need all of them at once."""
-
-    def kind(row: dict[str, Any]) -> str:
-        if args.kind or row.get("choices"):
-            return args.kind or "choice"
-        if row.keys() & {"tests", "test_list", "entry_point"}:
-            return "code"
-        return (
-            "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
-        )
-
-    for name, run in groupby(rows, key=kind):
-        group = list(run)
-        size = len(group) if args.transfer == "shuffled" else args.batch_size
-        for start in range(0, len(group), size):
-            yield name, group[start : start + size]
-
-
-def print_bill(name: str, usages: Sequence[Usage]) -> None:
-    total = Usage.total(usages)
-    tokens = f"read {total.prompt_tokens:,}, thought {total.latent_steps:,}, wrote {total.output_tokens:,}"
-    spent = f"in {total.seconds:.2f} s, memory {total.memory_bytes / 1e6:,.2f} MB"
-    print(f"{name:>14}: {tokens} {spent}", file=sys.stderr, flush=True)
-
-
-class Screen(Watcher):
-    """Shows one batch: the answer as it is written on stdout, the agents' progress and bills on stderr."""
-
-    def __init__(
-        self, args: argparse.Namespace, batch: list[dict[str, Any]], settings: dict[str, Any]
-    ) -> None:
-        self.args, self.batch, self.settings, self.pieces = args, batch, settings, [""] * len(batch)
-        self.bar: Any = None
-
-    def begin(self, agent: str, reads: int, thinks: int) -> None:
-        if sys.stderr.isatty() and not self.args.quiet:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=thinks, desc=f"{agent}: reads {reads}", leave=False, file=sys.stderr
-            )
-
-    def thought(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def text(self, question: int, piece: str) -> None:
-        self.close()
-        self.pieces[question] += piece
-        if len(self.batch) == 1 and not self.args.json:
-            print(piece, end="", flush=True)
-
-    def end(self, traces: Sequence[AgentTrace]) -> None:
-        self.close()
-        if any(self.pieces) and len(self.batch) == 1 and not self.args.json:
-            print(flush=True)  # the answer is complete
-        if not self.args.quiet:
-            print_bill(traces[0].name, traces)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def show(self, results: Sequence[Result | None]) -> None:
-        """Print what is not on stdout yet: of a question that was interrupted (None), the text so far."""
-        for row, text, result in zip(self.batch, self.pieces, results, strict=True):
-            if self.args.json and (text or result):
-                done: dict[str, Any] = {
-                    "question": row["question"],
-                    "text": text,
-                    "finish_reason": "interrupted",
-                }
-                if result:
-                    done = dataclasses.asdict(result) | {"usage": dataclasses.asdict(result.usage)}
-                print(
-                    json.dumps({"id": row.get("id")} | self.settings | done, ensure_ascii=False),
-                    flush=True,
-                )
-            elif len(self.batch) > 1 and (text or result):
-                print(text, flush=True)
-            if result and result.finish_reason == "length" and not self.args.quiet:
-                print(
-                    f"{'':>14}  cut off at --max-new-tokens {result.agents[-1].output_tokens}",
-                    file=sys.stderr,
-                )
+def run_info(args: argparse.Namespace) -> None:
+    """Print what a model is and what it needs, one line for each fact."""
+    for label, text in describe(args.model).items():
+        print(f"{label + ':':<14} {text}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ pipes, devices) starts one, and there are few of those.
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from minimas import Sampling, latent_mas, load
+from minimas import Sampling, __version__, latent_mas, load
 from minimas.__main__ import main
+from minimas.core.errors import ParameterError
 
 from .models import TINY, tiny_model, write_folder
 from .text import text_model, tiny_tokenizer
@@ -89,7 +91,8 @@ def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> Non
     assert (status, out) == (0, result.text + "\n")
     for trace in [*result.agents, result.usage]:
         name = getattr(trace, "name", "total")
-        counts = rf"read {trace.prompt_tokens:,}, thought {trace.latent_steps}, wrote {trace.output_tokens} .*in \d"
+        tokens = f"{trace.prompt_tokens:,} prompt tokens, {trace.latent_steps} latent steps, "
+        counts = rf"{tokens}{trace.output_tokens} generated, \d+\.\d\d s, KV cache \d"
         assert re.search(rf"^ *{name}: .*{counts}", err, re.M), err
     assert "--max-new-tokens" in err, "an answer that was cut off says so"
 
@@ -322,10 +325,46 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
     ]
     path = tmp_path / "team.json"
     path.write_text(json.dumps({"agents": agents}))
-    wrong = "layout .--layout.: found 'turn' with agent 'a', writes: found true, expected 'chat'"
-    assert_one_line(run("ask", "-m", folder, "hi", "--team", path, "--layout", "turn"), 2, wrong)
+    wrong = "found 'turn' with agent 'a', writes: found true, expected 'chat'"
+    assert_one_line(
+        run("ask", "-m", folder, "hi", "--team", path, "--layout", "turn"), 2, f"--layout: {wrong}"
+    )
     path.write_text(json.dumps({"agents": agents, "layout": "turn"}))
-    assert_one_line(run("ask", "-m", folder, "hi", "--team", path), 1, f"team.json: {wrong}")
+    assert_one_line(
+        run("ask", "-m", folder, "hi", "--team", path), 1, f"team.json: layout.*: {wrong}"
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_answer_is_printed_whatever_the_encoding_of_stdout(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """A generated "é" ended in a UnicodeEncodeError where stdout is ASCII, and the text was lost."""
+    argv = ["ask", "-m", str(folder), "naïve 🙂?", "-n", "40", "--quiet", "--latent-steps", "1"]
+    text = {}
+    for encoding in ("utf-8", "ascii"):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main([*argv, *(["--json"] if as_json else [])]) == 0
+        text[encoding] = stdout.buffer.getvalue().decode(encoding)
+    if as_json:
+        found, expected = json.loads(text["ascii"]), json.loads(text["utf-8"])
+        assert (found["question"], found["text"]) == ("naïve 🙂?", expected["text"])
+    else:
+        assert text["ascii"] == text["utf-8"].encode("ascii", "backslashreplace").decode()
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run("--version") == (0, f"minimas {__version__}\n", "")
+
+
+def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command explains itself; a stray "%" in a help text is an error of argparse."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for command in ([], ["ask"], ["check"], ["info"]):
+        status, out, err = run(*command, "--help")
+        assert (status, err) == (0, "") and out.startswith("usage: minimas")
+        assert max(map(len, out.splitlines())) <= 100
 
 
 # -- what is wrong with the command -----------------------------------------------------------------------------------
@@ -338,13 +377,13 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
         (["aks", "q"], "aks"),
         (["ask"], "QUESTION"),
         (["ask", "q", "--file", "q.jsonl"], "--file"),
-        (["ask", ""], "QUESTION: found an empty text, expected"),
-        (["ask", " \n"], "QUESTION: found an empty text, expected"),
+        (["ask", ""], "QUESTION: found '', expected"),
+        (["ask", " \n"], r"QUESTION: found ' \\n', expected"),
         (["ask", "q", "r"], "r"),
         (["ask", "q", "--quantize", "q5"], "--quantize: .*q5.*q4.*nf4"),
         (
             ["ask", "q", "--quantize", "q4", "--dtype", "float64"],
-            "--quantize.: found 'q4' with float64",
+            "--quantize: found 'q4' with float64",
         ),
         (["ask", "q", "--latentsteps", "3"], "--latentsteps"),
         (["ask", "q", "--latent-steps"], "--latent-steps"),
@@ -456,7 +495,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
             r"line 2: choices: found .*expected",
         ),
         "half a character as argument": (lambda tmp: ["\udcff?"], r"(question|QUESTION)"),
-        "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team\): found 'trio', expected"),
+        "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team: found 'trio', expected"),
         "no such team file": (
             lambda tmp: ["q", "--team", tmp / "t.json"],
             r"No such file or directory: .*t\.json",
@@ -477,11 +516,11 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
         "no such dtype": (
             lambda tmp: ["q", "--dtype", "float8"],
-            r"--dtype\): found 'float8', expected",
+            r"--dtype: found 'float8', expected",
         ),
         "no such device": (
             lambda tmp: ["q", "--device", "tpu"],
-            r"--device\): found 'tpu', expected",
+            r"--device: found 'tpu', expected",
         ),
         "no such model": (lambda tmp: ["q", "--model", tmp / "none"], r"none: no such folder"),
         "a file as model": (
@@ -511,7 +550,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         ),
         "a wrong setting": (
             file("generation_config.json", b'{"do_sample": true, "top_p": 5}'),
-            r"generation_config\.json: top_p .*found 5, expected",
+            r"generation_config\.json: top_p.*: found 5, expected",
         ),
         "a wrong end token": (
             file("generation_config.json", b'{"eos_token_id": "x"}'),
@@ -567,7 +606,7 @@ def test_a_map_of_another_model_is_refused_with_status_1(
 
 
 def test_debug_shows_where_it_happened(run: Run, folder: Path) -> None:
-    with pytest.raises(ValueError, match="--team"):
+    with pytest.raises(ValueError, match="team.*: found 'trio'"):
         run("ask", "-m", folder, "q", "--team", "trio", "--debug")
 
 
@@ -610,6 +649,21 @@ def test_a_quantized_model_answers(run: Run, name: str) -> None:
 def test_info_of_the_embedded_model(run: Run) -> None:
     status, out, _ = run("info", "weights/tiny")
     assert status == 0 and "teams.json" in out
+
+
+def test_a_parameter_is_named_by_its_flag_and_its_error_is_a_value_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 2 is for a flag of this command; a parameter without a flag is a failure like others."""
+    assert str(ParameterError("top_p", "found 5, expected 1")) == "top_p: found 5, expected 1"
+    assert pickle.loads(pickle.dumps(ParameterError("a", "b"))).parameter == "a"
+    for parameter, status, shown in (("top_p", 2, "--top-p"), ("close", 1, "close")):
+
+        def fails(*_: Any, name: str = parameter) -> None:
+            raise ParameterError(name, "found 5, expected 1")
+
+        monkeypatch.setattr("minimas.__main__.load", fails)
+        assert run("ask", "q") == (status, "", f"minimas: error: {shown}: found 5, expected 1\n")
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
@@ -677,14 +731,16 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
 
 
 def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
-    """`minimas ask … | head -1` ended in two tracebacks, the second from the flush at exit."""
+    """`minimas ask … | head -1` ended in two tracebacks, the second from the flush at exit.
+
+    Whoever closes a pipe has read enough: this is no error.
+    """
     with start("ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 0, "--quiet") as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
         process.stdout.close()
         err = process.stderr.read()
-    assert process.returncode in (1, 141)
-    assert len(err.splitlines()) <= 1 and "Traceback" not in err and "Exception" not in err
+    assert (process.returncode, err) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -1,0 +1,16 @@
+"""The error for a wrong parameter. Does not know: the command line, which names its flag."""
+
+
+class ParameterError(ValueError):
+    """A parameter of a public function has a value that cannot work.
+
+    `parameter` is its name and `problem` the text "found X, expected Y". The message is
+    "parameter: found X, expected Y".
+    """
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        super().__init__(parameter, problem)
+        self.parameter, self.problem = parameter, problem
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: {self.problem}"
