@@ -51,8 +51,8 @@ def arms(lm: LM) -> list[Arm]:
     blind = Team((*team.agents[:-1], unasked))
     chain, experts = {"team": "sequential"}, {"team": "hierarchical"}
 
-    def latent(name: str, team: dict[str, Any], **bar: int) -> Arm:
-        return Arm(name, latent_mas, team, **bar)
+    def latent(name: str, options: dict[str, Any], at_least: int = 0, at_most: int = 100) -> Arm:
+        return Arm(name, latent_mas, options, at_least, at_most)
 
     return [
         Arm("single", single, {}, at_least=95),
