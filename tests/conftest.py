@@ -1,4 +1,7 @@
-"""One profile for all property tests, and one thread: a tiny model spends more time waking threads than multiplying."""
+"""One hypothesis profile for all property tests, and one thread.
+
+A tiny model spends more time on starting threads than on computing.
+"""
 
 from collections.abc import Iterator
 
@@ -19,7 +22,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def model() -> Iterator[Qwen3]:
-    """The untied Qwen3 in float64 that most tests use; nobody may change it."""
+    """Return the untied Qwen3 in float64 that most tests use. No test may change it."""
     shared = tiny_model()
     before = shared.fingerprint()
     yield shared

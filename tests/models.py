@@ -1,7 +1,7 @@
-"""Tiny random models of the three families, model folders made of them, and ragged chunks: shared by all rooms' tests.
+"""Tiny random models of the three families, and model folders made of them, for all tests.
 
-Weights are about 1/sqrt(fan_in), norm gains and biases random: tiny initialisations and gains of 1 hide bugs under any
-tolerance.
+Weights are about 1/sqrt(fan_in), norm gains and biases are random. Smaller weights and gains of 1
+hide bugs below any tolerance.
 """
 
 import dataclasses
@@ -20,13 +20,16 @@ from minimas import Config, KVCache, Qwen3
 from minimas.core.config import FAMILIES
 
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
-# (num_attention_heads, num_key_value_heads, head_dim): grouped, one head each, one for all; hidden_size is 16, so that
-# head_dim is hidden_size // heads in the second only.
+# (num_attention_heads, num_key_value_heads, head_dim): grouped heads, one key-value head per query
+# head, one for all. hidden_size is 16, so head_dim is hidden_size // heads in the second only.
 LAYOUTS = ((4, 2, 6), (4, 4, 4), (4, 1, 8))
 
 
 def tiny_config(family: str = "qwen3", **overrides: Any) -> Config:
-    """A config of two layers, by default untied, with grouped heads and a head size that hidden_size does not tell."""
+    """Return a config of two layers with grouped heads, by default untied.
+
+    Its head_dim is not hidden_size // heads.
+    """
     heads, kv_heads, head_dim = LAYOUTS[0]
     fields = {
         "model_type": family,
@@ -49,12 +52,15 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Config:
 def tiny_model(
     family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> Qwen3:
-    """A random model of `tiny_config(family, **overrides)`, the same for the same seed whatever the dtype."""
+    """Return a random model of `tiny_config`, the same for the same seed in every dtype."""
     return random_model(tiny_config(family, **overrides), seed, dtype)
 
 
 def random_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float64) -> Qwen3:
-    """A model whose every parameter is random: matrices about 1/sqrt(fan_in), gains 0.5 to 1.5, biases about 1."""
+    """Return a model with random parameters.
+
+    Matrices are about 1/sqrt(fan_in), gains 0.5 to 1.5, biases about 1.
+    """
     model = Qwen3(config, name=f"{config.model_type}-{seed}").to(torch.float64)
     source = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -68,14 +74,17 @@ def random_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """The config.json of a config, in Hugging Face's field names."""
+    """Return the config.json of a config, with the field names of Hugging Face."""
     raw = dataclasses.asdict(config)
     raw["eos_token_id"] = list(raw.pop("eos_token_ids")) or None
     return raw | {"hidden_act": "silu"}
 
 
 def write_folder(path: Path, model: Qwen3, shards: int = 1, tokenizer: Path | None = None) -> Path:
-    """A model folder as Hugging Face lays it out; `tokenizer` is a folder whose tokenizer files are copied."""
+    """Write a model folder in the layout of Hugging Face.
+
+    `tokenizer` is a folder whose tokenizer files are copied.
+    """
     path.mkdir(parents=True, exist_ok=True)
     raw = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(raw))
@@ -89,7 +98,7 @@ def write_folder(path: Path, model: Qwen3, shards: int = 1, tokenizer: Path | No
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    """model.safetensors, or so many shards and their index."""
+    """Write model.safetensors, or the given number of shards and their index."""
     if shards == 1:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         return
@@ -105,11 +114,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> No
     )
 
 
-# -- inputs -----------------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 
 
 def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
-    """Token ids (rows, length), the same for the same seed."""
+    """Return token ids (rows, length), the same for the same seed."""
     return torch.randint(
         model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
@@ -118,15 +127,18 @@ def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
 def remember(
     model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Hidden states and memory of ids (B, T) read from empty memory; `lengths` where rows are right-padded."""
+    """Return hidden states and cache of ids (B, T) after an empty cache.
+
+    `lengths` counts the valid ids of right-padded rows.
+    """
     cache = model.new_cache(len(ids))
     counts = None if lengths is None else torch.tensor(lengths)
     return model(model.embed(ids), cache, counts), cache
 
 
 def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, keys, values) of every row's filled slots, each (layers, K, lengths[row], d)."""
-    for row, length in enumerate(cache.lengths):
+    """Yield (row, keys, values) of the filled slots, each (layers, K, lengths[row], d)."""
+    for row, length in enumerate(map(int, cache.lengths)):
         pair = [
             torch.stack([store[row, :, :length] for store in stores])
             for stores in (cache.keys, cache.values)
@@ -135,8 +147,11 @@ def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def distance(a: KVCache, b: KVCache) -> float:
-    """The largest difference between the filled slots of two memories; infinite when their lengths differ."""
-    if a.lengths != b.lengths:
+    """Return the largest difference between the filled slots of two caches.
+
+    It is infinite if their lengths differ.
+    """
+    if list(map(int, a.lengths)) != list(map(int, b.lengths)):
         return float("inf")
     pairs = [
         (mine, theirs)
@@ -150,7 +165,7 @@ def distance(a: KVCache, b: KVCache) -> float:
 
 @st.composite
 def models(draw: st.DrawFn) -> Qwen3:
-    """A float64 model: any family, tied or not, any head layout, one to three layers."""
+    """Draw a float64 model: any family, tied or not, any head layout, one to three layers."""
     heads, kv_heads, head_dim = draw(st.sampled_from(LAYOUTS))
     config = tiny_config(
         draw(st.sampled_from(FAMILIES)),
@@ -163,15 +178,16 @@ def models(draw: st.DrawFn) -> Qwen3:
     return random_model(config, draw(st.integers(0, 99)))
 
 
-# -- a second opinion -------------------------------------------------------------------------------------------------
+# -- a second implementation -----------------------------------------------------------------------
 
 
 def reference(
     model: Qwen3, x: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
 ) -> Tensor:
-    """Hidden states of one row x (T, D), written from the papers with complex rotations and a dense softmax.
+    """Return the hidden states of one row x (T, D).
 
-    `positions` (T,) and `visible` (T, T) are free, so that block masks and shifted positions can be asked for.
+    Written from the papers with complex rotations and a dense softmax. `positions` (T,) and
+    `visible` (T, T) may be given, for block masks and shifted positions.
     """
     c, weights, length = model.config, model.state_dict(), len(x)
     positions = torch.arange(length) if positions is None else positions
@@ -216,5 +232,5 @@ def reference(
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference between two tensors, relative to the largest entry of the second."""
+    """Return the largest difference of two tensors, relative to the largest entry of the second."""
     return float((a - b).abs().max() / b.abs().max())

@@ -1,7 +1,7 @@
-"""What agents hand to each other, compared with the same built by hand from the model, `think` and memories.
+"""What agents hand over, compared with the same built by hand from the model, `think` and caches.
 
-The traps are those of the authors' repository, by issue number: memory thrown away at zero steps (#13), thoughts seeded
-from padding (#25, #26), experts that see each other (#32), turns left open.
+The bugs are those of the authors' repository, by issue number: no memory at zero steps (#13),
+thoughts that start from padding (#25, #26), experts that see each other (#32), open turns.
 """
 
 import dataclasses
@@ -51,7 +51,8 @@ from .turns import last_turn
 QUESTIONS = [
     "How many cards does Eva have?",
     "2 + 2?",
-    "Tom has 3 apples. He eats 1. He buys 4 more. How many apples does Tom have, and how many did he eat in all?",
+    "Tom has 3 apples. He eats 1. He buys 4 more. "
+    "How many apples does Tom have, and how many did he eat in all?",
     "a",
     "Why is the sky blue 🙂?",
     "Write a function that adds two numbers.\nThen test it.",
@@ -79,7 +80,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
 
 @contextmanager
 def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tensor]]]:
-    """What is given to a model meanwhile: token ids, memories and, before the LM head, hidden states."""
+    """Record what a model is given: token ids, caches, and hidden states before the LM head."""
     ids: list[Any] = []
     caches: list[KVCache] = []
     states: list[Tensor] = []
@@ -107,12 +108,12 @@ def chatml(agent: Agent, question: str) -> str:
 
 
 def encoded(text: str) -> Tensor:
-    """Token ids (1, T) of a text as any Hugging Face tokenizer gives them."""
+    """Return the token ids (1, T) of a text from a plain Hugging Face tokenizer."""
     return torch.tensor([plain_tokenizer(TINY).encode(text, add_special_tokens=False).ids])
 
 
 def greedy(lm: LM, hidden: Tensor, memory: KVCache, limit: int) -> list[int]:
-    """The ids written from hidden (1, 1, D); all of them are in memory afterwards."""
+    """Return the ids generated from hidden (1, 1, D); all of them are then in the cache."""
     ids: list[int] = []
     while len(ids) < limit and (token := int(lm.model.logits(hidden).argmax())) not in lm.end_ids:
         ids.append(token)
@@ -130,7 +131,7 @@ def by_hand(
     align: Any,
     limit: int,
 ) -> tuple[KVCache, str]:
-    """What the last agent gets as memory, and its greedy text, built agent by agent for one question.
+    """Return the memory that the last agent gets and its greedy text, for one question.
 
     `remembered` is the question that the agents before it were asked.
     """
@@ -154,7 +155,7 @@ def by_hand(
     return handed, tiny_tokenizer().decode(greedy(lm, hidden, memory, limit))
 
 
-# -- the method -------------------------------------------------------------------------------------------------------
+# -- the method ------------------------------------------------------------------------------------
 
 AGENTS = st.builds(
     Agent,
@@ -184,7 +185,7 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
     align: str,
     limit: int,
 ) -> None:
-    """Agents in any number, with unequal steps, side by side or in a row, writing or not: slots, counts and text."""
+    """Any number of agents, unequal steps, parallel or not, writing or not: slots, counts, text."""
     team = Team(agents, parallel)
     if transfer == "shuffled":
         questions = [*questions, "one more"]
@@ -220,10 +221,11 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
 def test_six_ragged_questions_answer_as_they_do_alone(
     lm: LM, method: str, team: str, transfer: str, temperature: float
 ) -> None:
-    """Accuracy fell from 0.621 to 0.219 with the batch size (#25): no neighbour and no order may matter."""
+    """Accuracy fell from 0.621 to 0.219 with the batch size (#25): rows must be independent."""
     options: dict[str, Any] = {"sampling": Sampling(temperature, max_new_tokens=5)}
     options |= {} if method == "single" else {"team": team}
-    # In one turn a random model forgets a question that stands so far back (tests/test_layout.py has that layout).
+    # With all agents in one turn, a random model forgets a question that is so far back
+    # (tests/test_layout.py has that layout).
     options |= {"transfer": transfer, "latent_steps": 2, "layout": "chat"} if transfer else {}
     if method == "single" or transfer:
         options["kind"] = "free" if team == "hierarchical" else "math"
@@ -245,7 +247,7 @@ def test_six_ragged_questions_answer_as_they_do_alone(
 
 
 def test_only_the_last_agent_decodes(lm: LM) -> None:
-    """The claim of the method: three of four agents never touch the LM head."""
+    """The claim of the method: three of four agents never use the LM head."""
     with watched(lm.model) as (_, _, states):
         [result] = latent_mas(lm, QUESTIONS[:1], latent_steps=3, sampling=SHORT)
     assert len(states) == result.usage.output_tokens + (result.finish_reason == "stop")
@@ -254,14 +256,14 @@ def test_only_the_last_agent_decodes(lm: LM) -> None:
 
 
 def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
-    """What the last agent starts to write from."""
+    """Return the state from which the last agent starts to generate."""
     with watched(lm.model) as (_, _, states):
         latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT, **options)
     return states[0]
 
 
 def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
-    """The authors' default of 0 steps throws the memory away, so their quick start hands nothing over (#13)."""
+    """With the authors' default of 0 steps the memory is lost: nothing is handed over (#13)."""
     full, none = (
         first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none")
     )
@@ -272,7 +274,7 @@ def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last"])
 def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
-    """With another map the thoughts are others, and the answer must notice."""
+    """Another map gives other thoughts, and the last agent must have another state."""
     states = [
         first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align)
         for align in ("ridge", "random")
@@ -297,7 +299,7 @@ def second_agents_memory(lm: LM, team: Team) -> KVCache:
 
 
 def test_experts_do_not_see_each_other(lm: LM) -> None:
-    """The authors' hierarchical changes the prompts only: its experts run on one chained cache (#32)."""
+    """The authors' "hierarchical" only changes prompts: its experts share one cache (#32)."""
     other = (dataclasses.replace(CHAIN.agents[0], prompt="Sing."), *CHAIN.agents[1:])
     parallel = [
         second_agents_memory(lm, Team(agents, parallel=True)) for agents in (CHAIN.agents, other)
@@ -324,7 +326,7 @@ def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -> None:
-    """Whatever their flags say: in a parallel team only the last agent reads what others wrote."""
+    """In a parallel team only the last agent has the text of the others, whatever flags say."""
     agents = (
         Agent("one", "{question}{context}", writes=True),
         Agent("two", "{question}{context}"),
@@ -344,7 +346,7 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
     ]
 
 
-# -- steps ------------------------------------------------------------------------------------------------------------
+# -- steps -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["named", "value", "file"])
@@ -355,7 +357,7 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
 def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
     tmp_path: Path, argument: int | None, own: int | None, folder: int | None, form: str
 ) -> None:
-    """The folder's default holds for any team; what an agent says itself is stronger, what is asked for strongest."""
+    """The argument comes before the agent's own number, and that before the folder's default."""
     agents = [
         {"name": "a", "prompt": "{question}", "latent_steps": own},
         {"name": "b", "prompt": "{question}"},
@@ -372,7 +374,7 @@ def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
 
 
 def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
-    """`latent_steps` is for those who hand over; an answer would start from a thought, not from its header."""
+    """Otherwise an answer would start from a thought in place of the assistant header."""
     thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
     for team, asked, thought in (
         (CHAIN, 1, [1, 1, 0]),
@@ -384,7 +386,7 @@ def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
 
 
 def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
-    """Some chat templates end in `<think>`: text cut off inside that thought was graded as the answer."""
+    """Some templates end in `<think>`: text cut off inside it was graded as the answer."""
     thinking = Team((Agent("solo", "{question}", prefix="<think>\n"),))
     [result] = latent_mas(lm, QUESTIONS[:1], thinking, sampling=SHORT)
     assert "</think>" not in result.text
@@ -392,14 +394,14 @@ def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
 
 
 def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
-    """`align=None` thought nothing, and billed the thoughts."""
+    """`align=None` computed no thoughts and counted them."""
     expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
     with pytest.raises(ValueError, match=rf"^align \(--align\): found None, {expected}$"):
         latent_mas(lm, QUESTIONS[:1], CHAIN, align=None, sampling=SHORT)  # type: ignore[arg-type]
 
 
 def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
-    """The authors' code never closes a turn; two slots of memory tell."""
+    """The authors' code never closes a turn; the difference is two slots."""
     closed, left = (
         latent_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT, close=close)[0]
         for close in (True, False)
@@ -408,11 +410,11 @@ def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
     assert closed.agents[0].memory_bytes - left.agents[0].memory_bytes == 2 * slot
 
 
-# -- teams ------------------------------------------------------------------------------------------------------------
+# -- teams -----------------------------------------------------------------------------------------
 
 
 def test_a_folders_own_teams_come_first(tmp_path: Path) -> None:
-    """By name the folder's, `single` too; `sequential()` and `hierarchical()` are always the generic ones."""
+    """A name is the folder's team first, `single` too; `sequential()` is always the generic one."""
     own = {"agents": [{"name": "mine", "prompt": "Mine: {question}"}]}
     lm = load_text_lm(text_folder(tmp_path, {"single": own, "sequential": own, "trio": own}))
     named = [
@@ -484,7 +486,7 @@ def test_a_team_is_read_from_json(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_wrong_team_is_refused_by_file_and_field(tmp_path: Path, raw: Any, field: str) -> None:
-    """What was found and what was expected: a typo in an optional field would otherwise do nothing at all."""
+    """With found and expected: a typo in an optional field would otherwise have no effect."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=rf"^{path}: .*{field}") as caught:
@@ -522,11 +524,11 @@ def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None
         latent_mas(lm, ["a"])
 
 
-# -- prompts and text -------------------------------------------------------------------------------------------------
+# -- prompts and text ------------------------------------------------------------------------------
 
 
 def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
-    """Once, under its author's name, and to nobody before."""
+    """Once, after its author's name, and in no earlier prompt."""
     team = Team(
         (
             Agent("one", "A {context} {question}"),
@@ -545,7 +547,7 @@ def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
 
 
 def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
-    """A prompt with no place for it follows the earlier turns, each of them closed."""
+    """A prompt without `{context}` follows the earlier turns, each of them closed."""
     [result] = text_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT)
     talk = ""
     for agent, trace in zip(CHAIN.agents, result.agents, strict=True):
@@ -558,7 +560,7 @@ def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
     "word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL]
 )
 def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
-    """Filled in one after the other, a question that holds `{context}` would be given the work so far."""
+    """If placeholders are filled one by one, `{context}` in a question is filled too."""
     question = f"What is {word} in {word}?"
     for method in METHODS.values():
         [result] = method(lm, [question], sampling=SHORT)
@@ -572,7 +574,7 @@ def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
     [("single", ""), ("text_mas", ""), ("latent_mas", "chat"), ("latent_mas", "turn")],
 )
 def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> None:
-    """The prompt is the exact text that was read: any Hugging Face tokenizer gives exactly the ids that were fed."""
+    """A plain Hugging Face tokenizer makes the ids that were prefilled from the trace's prompt."""
     options: dict[str, Any] = {"layout": layout} if layout else {}
     for question in QUESTIONS:
         with watched(lm.model) as (ids, _, _):
@@ -620,12 +622,12 @@ def test_one_dict_of_choices_serves_all_questions(lm: LM) -> None:
     assert all("(A) blue" in r.agents[0].prompt for r in one)
 
 
-# -- the bill ---------------------------------------------------------------------------------------------------------
+# -- usage -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
 def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -> None:
-    """The authors count generated text only, so prompts and thoughts look free."""
+    """The authors count generated tokens only, as if prompts and thoughts cost nothing."""
     results = latent_mas(lm, QUESTIONS, team, latent_steps=3, sampling=SHORT)
     slot = lm.model.new_cache(1).slot_nbytes
     for result, question in zip(results, QUESTIONS, strict=True):
@@ -650,7 +652,7 @@ def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -
 
 
 class Notes(Watcher):
-    """Writes down what it is told."""
+    """A watcher that records its calls."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -670,7 +672,7 @@ class Notes(Watcher):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_watcher_sees_the_answer_as_it_is_written(lm: LM, method: str) -> None:
-    """Only the last agent's text is the answer: what others write must not reach a terminal as if it were."""
+    """Only the last agent's text is the answer; the text of others must not be shown as such."""
     notes, extra = Notes(), {"latent_steps": 2} if method == "latent_mas" else {}
     results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, watcher=notes, **extra)
     for i, result in enumerate(results):
@@ -682,11 +684,11 @@ def test_a_watcher_sees_the_answer_as_it_is_written(lm: LM, method: str) -> None
     assert notes.events.count("thought") == (6 if method == "latent_mas" else 0)
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: LM) -> None:
-    """A penalty of generation_config.json in a greedy run made a difference that nobody had asked for."""
+    """A penalty in generation_config.json changed the results of a greedy run."""
     folder = text_folder(tmp_path)
     own = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 9.0, "max_new_tokens": 2}
     (folder / "generation_config.json").write_text(json.dumps(own))
@@ -694,16 +696,7 @@ def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: 
     for method in METHODS.values():
         plain, mine = (method(model, QUESTIONS[:2], sampling=SHORT) for model in (lm, other))
         assert [r.text for r in plain] == [r.text for r in mine]
-        assert {r.usage.output_tokens for r in method(other, QUESTIONS[:1])} <= {
-            1,
-            2,
-            3,
-            4,
-            5,
-            6,
-            7,
-            8,
-        }
+        assert {r.usage.output_tokens for r in method(other, QUESTIONS[:1])} <= set(range(1, 9))
         assert method(other, QUESTIONS[:1])[0].agents[-1].output_tokens <= 2
 
 
@@ -711,13 +704,13 @@ def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: 
     "where", ["generation_config.json", "config.json", "tokenizer_config.json"]
 )
 def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
-    """Instruct checkpoints name two end tokens in two files; reading one of them lets an answer run to the limit."""
+    """Some checkpoints name two end tokens in two files; with one, answers run to the limit."""
     one = Sampling(max_new_tokens=1)
     with watched(lm.model) as (_, _, states):
         single(lm, QUESTIONS[:1], sampling=one)
 
     def wants_to_end(**overrides: Any) -> Qwen3:
-        """A model that writes token 0, `<|endoftext|>`, first."""
+        """Return a model that generates token 0, `<|endoftext|>`, first."""
         model = tiny_model(vocab_size=lm.model.config.vocab_size, **overrides)
         model.lm_head.weight.data[0] = 100 * states[0][0, 0]
         return model
@@ -735,7 +728,7 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
     assert (ended.text, ended.finish_reason, ended.usage.output_tokens) == ("", "stop", 0)
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -766,7 +759,7 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
 def test_a_wrong_argument_is_refused_before_any_work(
     lm: LM, options: dict[str, Any], message: str
 ) -> None:
-    """By flag, found and expected; and before the first forward pass, which may take minutes."""
+    """With flag, found and expected, before the first forward pass, which may take minutes."""
     with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=message):
         latent_mas(lm, **({"questions": ["a", "b", "c"]} | options))
     assert caches == []
@@ -777,7 +770,7 @@ def test_a_wrong_argument_is_refused_before_any_work(
 
 
 def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
-    """Found when its turn comes, the agents before it have thought for nothing."""
+    """Found at its turn, the error would waste the work of all agents before it."""
     with pytest.raises(
         ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"
     ):
@@ -798,7 +791,7 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) -> None:
-    """An id behind the last row would crash a GPU for good, or read foreign memory."""
+    """An id after the last row would crash a GPU, or read other memory."""
     lm = LM(tiny_model(vocab_size=tiny_tokenizer().size - 1), text_folder(tmp_path))
     with pytest.raises(ValueError, match=r"tokenizer\.json: found .*expected .*vocab_size"):
         single(lm, ["a"])
@@ -807,7 +800,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
 def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, transfer: str) -> None:
-    """At the exact size it fits; one slot less is refused at the door, with the flags that would help."""
+    """The exact size fits; one slot less is refused at the start, with the flags that help."""
     sampling, closing, steps = Sampling(max_new_tokens=5), encoded("<|im_end|>\n").shape[1], 3
     reads = [encoded(chatml(agent, QUESTIONS[0])).shape[1] for agent in team.agents]
     turns = [read + steps + closing for read in reads[:-1]]
@@ -838,7 +831,7 @@ def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, tran
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, method: str) -> None:
-    """One long question among short ones too: the short ones' answers would be lost half-way."""
+    """One long question in a batch too: the answers of the short ones would be lost half-way."""
     with (
         watched(lm.model) as (_, caches, _),
         pytest.raises(ValueError, match=r"--max-new-tokens.*expected .*4096"),
@@ -847,7 +840,7 @@ def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, m
     assert caches == []
 
 
-# -- against transformers ---------------------------------------------------------------------------------------------
+# -- against transformers --------------------------------------------------------------------------
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -871,7 +864,7 @@ def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
 
 
 class Theirs:
-    """A memory of transformers' own, and a greedy loop over it."""
+    """A cache of transformers, and a greedy loop that uses it."""
 
     def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
@@ -908,7 +901,7 @@ def test_single_writes_what_transformers_writes(pair: tuple[LM, Any]) -> None:
 def test_latent_mas_writes_what_a_loop_over_transformers_writes(
     pair: tuple[LM, Any], layout: str
 ) -> None:
-    """Eight prenorm thoughts an agent: W_a by least squares, the memory transformers' own cache."""
+    """Eight prenorm thoughts per agent: W_a by least squares, the cache of transformers."""
     lm, model = pair
     w_in, w_out = model.get_input_embeddings().weight.data, model.lm_head.weight.data
     padded = torch.cat(
@@ -934,7 +927,7 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(
         assert theirs.write(theirs.read(result.agents[-1].prompt), 12) == result.text
 
 
-# -- the moment before the last turn ----------------------------------------------------------------------------------
+# -- before the last turn --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
@@ -963,7 +956,7 @@ def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
 
 
 def test_a_watcher_sees_each_agents_memory(lm: LM) -> None:
-    """A row for each trace, after its turn: to be marked, measured or saved."""
+    """One row per trace, after its turn, to be measured or saved."""
     seen: list[list[int]] = []
 
     class Eye(Watcher):

@@ -562,3 +562,13 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
 def test_apart_can_tell() -> None:
     """The measure that all parity tests use: relative, and far from zero for other tensors."""
     assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+
+
+def test_the_methods_count_the_tokenizers_rows() -> None:
+    """`lm.aligner` asks the tokenizer: padded rows of the embedding matrix are not in W_a."""
+    lm = load(TINY)
+    assert lm.tokenizer is not None
+    h = torch.ones(1, lm.model.config.hidden_size)
+    expected = Aligner.from_model(lm.model, "ridge", lm.tokenizer.size)
+    assert torch.equal(lm.aligner("ridge")(h), expected(h))
+    assert lm.aligner("ridge") is lm.aligner("ridge")

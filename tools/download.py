@@ -1,11 +1,12 @@
-"""Fetch benchmarks from the Hugging Face hub as rows to evaluate on: `python tools/download.py TASK… [--out DIR]`.
+"""Download benchmarks from the Hugging Face hub as rows for tools/evaluate.py.
 
-Raw files come by huggingface_hub, each printed with its revision and SHA-256, and become DIR/TASK.jsonl in the form
-that tasks.py reads. Where a repository has only parquet, pyarrow reads it (pip install pyarrow); no other data library.
-GPQA is gated, and its authors ask that its questions are not published: accept their terms on its page, log in, and
-keep the file to yourself.
+    python tools/download.py TASK… [--out DIR]
 
-Does not know: how rows are used.
+huggingface_hub downloads the raw files. The command prints the revision and SHA-256 of each, and
+writes DIR/TASK.jsonl in the form that tasks.py reads. If a repository has only parquet files,
+pyarrow reads them (pip install pyarrow). GPQA is gated, and its authors ask that its questions
+are not published: accept the terms on its page, log in, and do not publish the file. This file
+does not know how rows are used.
 """
 
 import argparse
@@ -23,7 +24,7 @@ Raw = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """A task's repository, its raw files, how one raw row becomes one of ours, and the revision."""
+    """The repository of a task, its raw files, the conversion of one raw row, and the revision."""
 
     repository: str
     files: tuple[str, ...]
@@ -31,11 +32,11 @@ class Source(NamedTuple):
     revision: str = "main"
 
 
-# -- one raw row, and its number, to one of ours ----------------------------------------------------------------------
+# -- conversions: a raw row and its number -> a row ------------------------------------------------
 
 
 def gsm8k(raw: Raw, i: int) -> Raw:
-    """{"question", "answer": "…\\n#### 1,234"}: the number behind the marks is the answer."""
+    """{"question", "answer": "…\\n#### 1,234"}: the number after the marks is the answer."""
     answer = raw["answer"].rpartition("####")[2].strip().replace(",", "")
     return {
         "id": f"gsm8k-test-{i}",
@@ -61,12 +62,15 @@ def aime2025(raw: Raw, i: int) -> Raw:
 
 
 def _whole(answer: Any) -> str:
-    """The whole number without leading zeros, and without the degree sign that one of 2025's answers carries."""
+    """Return the number without leading zeros and without a degree sign (one answer of 2025)."""
     return str(int(re.sub(r"\^\{?\\circ\}?|°|\$", "", str(answer))))
 
 
 def arc(name: str) -> Callable[[Raw, int], Raw]:
-    """{"question", "choices": {"label": ["A", …] or ["1", …], "text": […]}, "answerKey"}; letters from a on."""
+    """Return the conversion of {"question", "choices": {"label", "text"}, "answerKey"}.
+
+    Labels are ["A", …] or ["1", …]; ours are letters from a.
+    """
 
     def convert(raw: Raw, i: int) -> Raw:
         labels, texts = list(raw["choices"]["label"]), list(raw["choices"]["text"])
@@ -93,7 +97,10 @@ def medqa(raw: Raw, i: int) -> Raw:
 
 
 def gpqa(raw: Raw, i: int) -> Raw:
-    """{"Question", "Correct Answer", "Incorrect Answer 1" … 3, "Explanation", "Record ID"}; the id gives the order."""
+    """{"Question", "Correct Answer", "Incorrect Answer 1" … 3, "Explanation", "Record ID"}.
+
+    The id is the seed of the order of the choices.
+    """
     texts = [raw["Correct Answer"], *(raw[f"Incorrect Answer {n}"] for n in (1, 2, 3))]
     texts = [text.strip() for text in texts]
     order = list(range(len(texts)))
@@ -110,7 +117,10 @@ def gpqa(raw: Raw, i: int) -> Raw:
 
 
 def humanevalplus(raw: Raw, i: int) -> Raw:
-    """{"task_id", "prompt", "canonical_solution", "entry_point", "test"}; the test defines check(candidate)."""
+    """{"task_id", "prompt", "canonical_solution", "entry_point", "test"}.
+
+    The test defines check(candidate).
+    """
     call = f"check({raw['entry_point']})"
     test = (
         raw["test"]
@@ -161,11 +171,14 @@ SOURCES = {
 }
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def raw_rows(path: Path) -> Iterator[Raw]:
-    """The rows of a .jsonl, .csv or .parquet file; raises ValueError naming the line, ImportError naming pyarrow."""
+    """Yield the rows of a .jsonl, .csv or .parquet file.
+
+    Raises ValueError with the number of a bad line, ImportError if pyarrow is missing.
+    """
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             try:
@@ -181,14 +194,17 @@ def raw_rows(path: Path) -> Iterator[Raw]:
             yield from csv.DictReader(file)
     else:
         try:
-            from pyarrow import parquet
+            from pyarrow import parquet  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError(f"{path.name}: parquet needs pyarrow: pip install pyarrow") from error
         yield from parquet.read_table(path).to_pylist()
 
 
 def convert(source: Source, paths: list[Path]) -> list[Raw]:
-    """All raw rows of some files as ours; a field that a raw row lacks is named with its file and row."""
+    """Convert all raw rows of some files.
+
+    Raises ValueError with file, row and field if a raw row lacks a field.
+    """
     rows: list[Raw] = []
     for path in paths:
         for number, raw in enumerate(raw_rows(path), start=1):
@@ -203,7 +219,10 @@ def convert(source: Source, paths: list[Path]) -> list[Raw]:
 
 
 def download(task: str, out: Path) -> Path:
-    """Fetch a task's files, print where each is from, and write `out`/TASK.jsonl; raises OSError in one line."""
+    """Download the files of a task, print their source, and write `out`/TASK.jsonl.
+
+    Raises OSError with a text of one line.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -230,7 +249,7 @@ def download(task: str, out: Path) -> Path:
     rows = convert(source, paths)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{task}.jsonl"
-    partial = path.with_suffix(".partial")  # a file that is there is whole
+    partial = path.with_suffix(".partial")  # an interrupted write leaves no TASK.jsonl
     partial.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
@@ -240,13 +259,13 @@ def download(task: str, out: Path) -> Path:
 
 
 def _revision(path: Path) -> str:
-    """The commit that a file of the hub's cache belongs to: …/snapshots/COMMIT/folder/file."""
+    """Return the commit of a file in the hub's cache: …/snapshots/COMMIT/folder/file."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0 if all tasks are there, 1 if one is not; the others are fetched all the same."""
+    """Download all tasks, also after one has failed; return 1 if one has failed, otherwise 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "tasks", nargs="+", metavar="TASK", help=f"all, or of: {', '.join(SOURCES)}"

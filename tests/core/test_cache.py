@@ -359,3 +359,14 @@ def test_a_memory_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) ->
         memory([2]).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")
+
+
+def test_two_live_memories_do_not_disturb_each_other(model: Qwen3) -> None:
+    """A position stored in the model, not in the cache, corrupts the other one (as in gpt-fast)."""
+    ids, other = random_ids(model, 2, 6).split(1)
+    expected = remember(model, ids)[1]
+    one, two = model.new_cache(1), model.new_cache(1)
+    for at in range(0, 6, 2):
+        model(model.embed(ids[:, at : at + 2]), one)
+        model(model.embed(other[:, : at + 1]), two)
+    assert distance(one, expected) <= 1e-12

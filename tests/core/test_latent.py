@@ -403,3 +403,14 @@ def test_damaged_weights_are_noticed_at_the_first_state(weight: str, steps: int)
     hidden, cache = remember(model, torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="qwen3-0: found a state that is not finite"):
         think(model, Aligner(), hidden[:, -1:], cache, steps)
+
+
+def test_left_padding_is_not_taken_for_right_padding(model: Qwen3) -> None:
+    """A row that is padded on the left is another text here: nothing guesses the side."""
+    ids = random_ids(model, 1, 3)
+    left = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], 1)
+    found = []
+    for row in (left, ids):
+        hidden, cache = remember(model, row)
+        found.append(think(model, Aligner.from_model(model), hidden[:, -1:], cache, 3)[0])
+    assert apart(found[0], found[1]) > 1e-3

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +154,43 @@ def test_inputs_for_another_number_of_rows_are_refused(
     """One row would be broadcast over all memories in silence."""
     with pytest.raises(ValueError, match="expected 2 as in the memory"):
         model(torch.zeros(shape, dtype=torch.float64), model.new_cache(2))
+
+
+def test_random_models_are_not_so_small_that_nothing_shows() -> None:
+    """With weights of 0.02 an attention adds 1e-4 to its residual, below many tolerances."""
+    model = tiny_model()
+    one, two = (remember(model, random_ids(model, 1, 5, seed))[0] for seed in (0, 1))
+    assert apart(one, two) > 0.1
+    x = model.embed(random_ids(model, 1, 5))[0]
+    alone = reference(model, x, visible=torch.eye(5).bool())
+    assert apart(alone[1:], reference(model, x)[1:]) > 0.05
+
+
+def test_head_size_is_the_configs() -> None:
+    """It is not hidden_size // heads in Qwen3; gpt-fast overwrites it with that."""
+    model = tiny_model(hidden_size=16, num_attention_heads=4, head_dim=10)
+    assert tuple(model.model.layers[0].self_attn.q_proj.weight.shape) == (40, 16)
+
+
+def test_a_shard_of_a_layer_is_still_a_layer(model: Qwen3) -> None:
+    """The number of heads comes from the weights: shards by key-value heads have a partial sum."""
+    x = model.embed(random_ids(model, 2, 5))
+    layer = model.model.layers[0].self_attn
+    at = model.places(torch.arange(5)[None], 5)
+    parts = []
+
+    def attention(layer: Any) -> torch.Tensor:
+        q, k, v = layer.project(x, at.cos, at.sin)
+        keys, values = model.new_cache(2).append(0, k, v)
+        found: torch.Tensor = layer.attend(q, keys, values, at.mask)
+        return found
+
+    for half in range(2):
+        shard = tiny_model().model.layers[0].self_attn
+        for name, rows in (("q_proj", 12), ("k_proj", 6), ("v_proj", 6)):
+            part = getattr(layer, name).weight[half * rows : (half + 1) * rows]
+            getattr(shard, name).weight = torch.nn.Parameter(part, requires_grad=False)
+        part = layer.o_proj.weight[:, half * 12 : (half + 1) * 12]
+        shard.o_proj.weight = torch.nn.Parameter(part, requires_grad=False)
+        parts.append(attention(shard))
+    assert apart(parts[0] + parts[1], attention(layer)) <= 1e-12

@@ -225,3 +225,17 @@ def test_padding_that_is_seen_changes_the_output(any_model: Qwen3) -> None:
     )
     assert torch.equal(hidden[0], seen[0]) or apart(hidden[0], seen[0]) <= CLOSE
     assert apart(seen[1], hidden[1]) > FAR
+
+
+def test_a_causal_mask_is_aligned_to_the_memorys_end(model: Qwen3) -> None:
+    """is_causal=True aligns its triangle to the top left, which is right for T = S only.
+
+    T new tokens on a memory would then see too few slots.
+    """
+    ids = random_ids(model, 1, 9)
+    whole, _ = remember(model, ids)
+    _, cache = remember(model, ids[:, :6])
+    assert apart(model(model.embed(ids[:, 6:]), cache), whole[:, 6:]) <= 1e-12
+    visible = torch.ones(9, 9).bool().tril()
+    visible[6:] = torch.ones(3, 9).bool().tril()
+    assert apart(reference(model, model.embed(ids)[0], visible=visible)[6:], whole[0, 6:]) > FAR

@@ -1,4 +1,7 @@
-"""tools/benchmark.py: what it refuses, what it counts, and that every mode prints its tables (tiny models, seconds)."""
+"""tools/benchmark.py: what it refuses, what it counts, and that every mode prints its tables.
+
+The models are tiny, so that a run takes seconds.
+"""
 
 import json
 import subprocess
@@ -12,10 +15,9 @@ from minimas import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-import benchmark  # noqa: E402
-import contenders as cast  # noqa: E402
-import end_to_end  # noqa: E402
-import quality  # noqa: E402
+
+from tools.benchmarking import contenders as cast  # noqa: E402
+from tools.benchmarking import end_to_end, quality, race  # noqa: E402
 
 CONFIG = Config.from_dict(cast.QWEN3_06B)
 
@@ -27,10 +29,10 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_results_that_differ_are_an_error() -> None:
     one = torch.ones(2, 3)
-    assert benchmark.agree(one, one, 0, "it") == 0
+    assert race.agree(one, one, 0, "it") == 0
     for wrong in (one * 1.1, one * float("nan")):
         with pytest.raises(ValueError, match="it: found a relative difference"):
-            benchmark.agree(wrong, one, 0.05, "it")
+            race.agree(wrong, one, 0.05, "it")
 
 
 def test_patterns_choose_contenders_and_keep_the_two_that_all_are_measured_against() -> None:
@@ -47,25 +49,24 @@ def test_patterns_choose_contenders_and_keep_the_two_that_all_are_measured_again
 
 def test_bytes_read_are_those_of_the_format() -> None:
     exact, four, theirs = (cast.weight_bytes(CONFIG, format) for format in ("bf16", "q4", "Q4_0"))
-    assert (
-        exact["trunk"] + exact["head"] == 2 * 596_049_920
-    )  # every parameter of the tied model, in 16 bits
+    # Every parameter of the tied model, in 16 bits.
+    assert exact["trunk"] + exact["head"] == 2 * 596_049_920
     assert four["trunk"] / exact["trunk"] == pytest.approx(5 / 16, rel=1e-3)
     assert theirs["trunk"] / exact["trunk"] == pytest.approx(4.5 / 16, rel=1e-3)
-    assert benchmark.slot_bytes(CONFIG) == 2 * 28 * 8 * 128 * 2
+    assert race.slot_bytes(CONFIG) == 2 * 28 * 8 * 128 * 2
 
 
 def test_contenders_that_do_not_fit_into_memory_are_left_out_or_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = list(cast.FIELD)
-    for there, left in ((2**50, set()), (23 * 2**30, set(cast.SPARE[:2])), (2**30, None)):
-        monkeypatch.setattr(benchmark, "kilobytes", lambda *_, there=there: there)
+    for free, left in ((2**50, set()), (23 * 2**30, set(cast.SPARE[:2])), (2**30, None)):
+        monkeypatch.setattr(race, "proc_bytes", lambda *_, free=free: free)
         if left is None:
             with pytest.raises(ValueError, match=r"found 1\.0 GiB of free memory"):
-                benchmark.fitting(names, CONFIG, 8, 512)
+                race.fitting(names, CONFIG, 8, 512)
         else:
-            assert left == set(names) - set(benchmark.fitting(names, CONFIG, 8, 512))
+            assert left == set(names) - set(race.fitting(names, CONFIG, 8, 512))
 
 
 def test_a_ratio_of_perplexities_has_the_error_of_a_paired_difference() -> None:
@@ -86,19 +87,9 @@ def test_latent_mas_is_compared_with_the_others() -> None:
 def test_the_race_prints_a_table_and_writes_every_sample(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     names = ["minimas-q?", "trunk*"]
-    options = [
-        "--context",
-        "8",
-        "--rounds",
-        "2",
-        "--batch-sizes",
-        "1",
-        "--contenders",
-        *names,
-        "--out",
-        str(out),
-    ]
-    done = run("--model", "weights/tiny", "--only", "latent", "decode", *options)
+    options = "--context 8 --rounds 2 --batch-sizes 1 --only latent decode".split()
+    options += ["--contenders", *names, "--out", str(out)]
+    done = run("--model", "weights/tiny", *options)
     assert done.returncode == 0, done.stderr
     assert "| latent step, ms | 1 | trunk-bf16 |" in done.stdout
     samples = json.loads(out.read_text(encoding="utf-8"))
@@ -110,10 +101,13 @@ def test_every_other_question_is_answered(mode: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     row = {"id": 1, "question": "How many is two and three?", "answer": "5"}
     rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    q8 = ["--formats", "q8"]
+    short = ["--max-new-tokens", "4", "--batch-sizes", "1"]
     given = {
-        "--memory-error": ["--formats", "q8"], "--perplexity": ["--text", str(rows), "--formats", "q8"],
-        "--end-to-end": ["--questions", str(rows), "--max-new-tokens", "4", "--batch-sizes", "1"],
-    }  # fmt: skip
+        "--memory-error": q8,
+        "--perplexity": ["--text", str(rows), *q8],
+        "--end-to-end": ["--questions", str(rows), *short],
+    }
     done = run(mode, "weights/tiny", *given[mode])
     assert done.returncode == 0, done.stderr
     wanted = {

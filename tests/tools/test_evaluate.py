@@ -33,7 +33,8 @@ import evaluate  # noqa: E402
 import ledger  # noqa: E402
 from arms import Arm, Bench, grid, plain_grader, vote  # noqa: E402
 from ledger import Key, Ledger, take_up, whole_units  # noqa: E402
-from tiny_task import split_stories, split_team, story  # noqa: E402
+
+from tools.training.tiny_task import split_stories, split_team, story  # noqa: E402
 
 Record = dict[str, Any]
 GRID = "--method single,latent_mas --latent-steps 2 --transfer full,shuffled --metric accuracy,nll --max-new-tokens 6"

@@ -1,4 +1,7 @@
-"""The embedded model, end to end: the memory is what answers, and the control arms fall where they must."""
+"""weights/tiny end to end: the answer comes from the working memory.
+
+The control arms have the accuracy that they must have.
+"""
 
 import random
 import subprocess
@@ -9,11 +12,9 @@ from typing import Any
 import pytest
 
 from minimas import LM, Result, Sampling, Team, latent_mas, load, single, text_mas
+from tools.training.tiny_task import split_stories, split_team, story
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-from tiny_task import split_stories, split_team, story  # noqa: E402
-
 GREEDY = Sampling(max_new_tokens=24)
 
 
@@ -38,7 +39,7 @@ def right(results: list[Result], told: list[Any]) -> int:
 def test_agents_that_write_solve_the_task(
     lm: LM, told: list[Any], method: Any, team: str | None
 ) -> None:
-    """A latent team that beats a broken text team has beaten nothing."""
+    """A comparison of a latent team with a broken text team means nothing."""
     options = {"team": team} if team else {}
     assert right(method(lm, [one.question for one in told], sampling=GREEDY, **options), told) >= 90
 
@@ -61,22 +62,23 @@ def test_agents_that_write_solve_the_task(
 def test_latent_thoughts_carry_the_answer(
     lm: LM, told: list[Any], options: dict[str, Any], low: int, high: int
 ) -> None:
-    """With memory and W_a the judger knows; without either it guesses (100 fresh questions; the card has 1,000)."""
-    assert (
-        low
-        <= right(latent_mas(lm, [one.question for one in told], sampling=GREEDY, **options), told)
-        <= high
-    )
+    """With working memory and W_a the judger is right, without either it guesses.
+
+    This test has 100 new questions, the model card has 1,000.
+    """
+    questions = [one.question for one in told]
+    results = latent_mas(lm, questions, sampling=GREEDY, **options)
+    assert low <= right(results, told) <= high
 
 
 def test_a_judger_with_another_memory_answers_the_other_question(lm: LM, told: list[Any]) -> None:
-    """The strongest sign that the memory is read: its question is answered, not the one that was asked."""
+    """The judger answers the question in the memory, not the one in its prompt."""
     results = latent_mas(lm, [one.question for one in told], sampling=GREEDY, transfer="shuffled")
     assert right(results, told[1:] + told[:1]) >= 85
 
 
 def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
-    """The summarizer reads a question about facts that only the experts have seen."""
+    """The summarizer's question is about facts that only the experts have in their prompts."""
     rng, found = random.Random("split"), {"full": 0, "none": 0}
     for _ in range(40):
         stories, asked = split_stories(rng, fresh=True)
@@ -89,17 +91,12 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
 
 
 def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
-    """A recipe that nobody runs rots: one round, a second call that finds it done, a folder that loads."""
-    command = [
-        sys.executable,
-        "tools/train_tiny.py",
-        "--seed",
-        "0",
-        "--rounds",
-        "1",
-        "--questions",
-        "2",
-    ]
+    """One round, a second call that finds it finished, and a folder that can be loaded.
+
+    A training script that no test runs stops working unnoticed.
+    """
+    command = [sys.executable, "tools/train_tiny.py"]
+    command += "--seed 0 --rounds 1 --questions 2".split()
     command += ["--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")]
     first, second = (
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -107,8 +104,7 @@ def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
     )
     assert "round 1 of 1" in first.stderr, first.stderr
     assert "round 1 of 1" not in second.stderr, second.stderr
-    assert first.returncode == second.returncode == 1, (
-        "one round cannot reach the bars, and the command must say so"
-    )
+    # One round cannot reach the bars.
+    assert first.returncode == second.returncode == 1
     assert load(tmp_path / "out").tokenizer is not None
     assert "Shipped: seed 0" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

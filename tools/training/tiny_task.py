@@ -1,11 +1,11 @@
-"""What weights/tiny is taught: word problems with running totals, told as the transcripts of teams.
+"""The task of weights/tiny: word problems with running totals, as transcripts of teams.
 
     Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?
 
-Every agent's reasoning is the running totals, ` 2 9 6`, one token each, so that one latent thought can carry one step.
-A transcript is what a team would have *written*; nothing here, and nothing in training, rolls out a latent thought.
-
-Does not know: models, training, measuring.
+The reasoning of every agent is the running totals, ` 2 9 6`. Each total is one token, so that one
+latent step can carry one step of the reasoning. A transcript is the text that a team would have
+generated. Neither this file nor the training computes latent steps. This file does not know
+models, training and measuring.
 """
 
 import json
@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-LARGEST = 15  # totals stay in 0 … 15
-LONGEST, SPLIT_LONGEST = (
-    6,
-    3,
-)  # operations in the longest question, and in the longest story of a split one
+LARGEST_TOTAL = 15  # totals stay in 0 … 15
+MAX_OPERATIONS = 6  # in a question
+MAX_SPLIT_OPERATIONS = 3  # in each of the three stories of a split question
 NAMES = (
     ("Tom", "He"),
     ("Ann", "She"),
@@ -34,7 +32,7 @@ THINGS = ("apples", "pears", "plums", "coins", "books", "cards")
 GAINS = ("gets", "finds", "buys")
 LOSSES = ("loses", "sells", "eats")
 
-# name -> its turn; `{question}` is the question. These are the contract with whoever uses the checkpoint (teams.json).
+# The user message of each agent. Users of the checkpoint find the same prompts in teams.json.
 PROMPTS = {
     "solver": "Solve it step by step. {question}",
     "planner": "Planner: work it out. {question}",
@@ -48,25 +46,29 @@ PROMPTS = {
 }
 CHAIN = ("planner", "critic", "refiner")
 EXPERTS = ("math", "science", "code")
-NO_QUESTION = "How many?"  # what a judger is asked when only the memory has the question
+NO_QUESTION = "How many?"  # for a judger that knows the question from working memory only
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
 END = "<|im_end|>\n"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LATENT_STEPS = 6  # five operations have six totals
 
-PROMPT_WEIGHT = 0.1  # of a prompt's tokens in the loss: enough to learn what a turn looks like
+PROMPT_WEIGHT = 0.1  # weight of prompt tokens in the loss: enough to learn the form of a turn
 
 
-# -- questions ---------------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 
 class Story(NamedTuple):
-    """Someone's belongings after each sentence: `totals` starts with what they have and ends with the answer."""
+    """A person and how many things they have: `totals` has one number per sentence.
+
+    The last total is the answer.
+    """
 
     name: str
     thing: str
@@ -75,10 +77,12 @@ class Story(NamedTuple):
 
     @property
     def question(self) -> str:
+        """The story and the question about it."""
         return f"{self.text} {self.ask}"
 
     @property
     def ask(self) -> str:
+        """The question without the story."""
         return f"How many {self.thing} does {self.name} have?"
 
 
@@ -89,9 +93,10 @@ def story(
     thing: str | None = None,
     fresh: bool = False,
 ) -> Story:
-    """A story of `operations` sentences after the first, about `who` (name, pronoun) and `thing`, else drawn.
+    """Draw a story of `operations` sentences after the first.
 
-    One text in eight is kept out of the training, by its checksum; `fresh` draws only from those.
+    It is about `who` (name, pronoun) and `thing`; None: drawn as well. One text in eight, chosen
+    by its checksum, is not used in the training. `fresh` draws only these texts.
     """
     while True:
         told = _story(rng, operations, who or rng.choice(NAMES), thing or rng.choice(THINGS))
@@ -111,23 +116,26 @@ def _story(rng: random.Random, operations: int, who: tuple[str, str], thing: str
 
 
 def _operation(rng: random.Random, total: int, thing: str) -> tuple[str, int]:
-    """A phrase that keeps the total in range, and the new total: a third are doublings and halvings."""
+    """Draw a phrase that keeps the total in range; return it with the new total.
+
+    About a third of the operations double or halve.
+    """
     while True:
         scale, up, n = rng.random() < 0.35, rng.random() < 0.5, rng.randint(1, 7)
-        if scale and up and 0 < total <= LARGEST // 2:
+        if scale and up and 0 < total <= LARGEST_TOTAL // 2:
             return f"doubles the {thing}", total * 2
         if scale and not up and total > 1 and total % 2 == 0:
             return "gives away half", total // 2
-        if not scale and up and total + n <= LARGEST:
+        if not scale and up and total + n <= LARGEST_TOTAL:
             return f"{rng.choice(GAINS)} {n} more", total + n
         if not scale and not up and total - n >= 0:
             return f"{rng.choice(LOSSES)} {n}", total - n
 
 
 def split_stories(
-    rng: random.Random, shortest: int = 1, longest: int = SPLIT_LONGEST, fresh: bool = False
+    rng: random.Random, shortest: int = 1, longest: int = MAX_SPLIT_OPERATIONS, fresh: bool = False
 ) -> tuple[list[Story], Story]:
-    """Three stories about three people and one thing, and the one of them that the summarizer is asked about."""
+    """Draw three stories about three people and one thing, and the one that is asked about."""
     thing = rng.choice(THINGS)
     stories = [
         story(rng, rng.randint(shortest, longest), who, thing, fresh)
@@ -137,15 +145,15 @@ def split_stories(
 
 
 def numbers(totals: Sequence[int]) -> str:
-    """Running totals as written: one token each, with its space."""
+    """Return running totals as text: one token per total, with its space."""
     return "".join(f" {total}" for total in totals)
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of the grammar's words: any text encodes, and every total is one token."""
+    """Train a byte-level BPE on the grammar: any text can be encoded, every total is one token."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s")
@@ -158,8 +166,8 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     corpus = ["system\n", "user\n", "assistant\n"] * 100
     for _ in range(2000):
-        told = story(rng, LONGEST)
-        corpus += [told.question, numbers(range(LARGEST + 1)), NO_QUESTION, f" {told.name}"]
+        told = story(rng, MAX_OPERATIONS)
+        corpus += [told.question, numbers(range(LARGEST_TOTAL + 1)), NO_QUESTION, f" {told.name}"]
         corpus += [prompt.format(question=told.question) for prompt in PROMPTS.values()]
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
@@ -171,13 +179,14 @@ def make_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    # As in Qwen3: text, not control, so that they survive decoding and a grader can see where the thinking ends.
+    # As in Qwen3, these tokens are text, not control tokens: they stay in the decoded text, where a
+    # grader sees the end of the thinking.
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
     return tokenizer
 
 
 def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
-    """The files of the model's folder that say how to talk to it: tokenizer, chat template, sampling, teams."""
+    """Write the text files of the model's folder: tokenizer, chat template, sampling, teams."""
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     added = {
         tokenizer.token_to_id(text): {
@@ -219,13 +228,16 @@ def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def team(*names: str, parallel: bool = False) -> dict[str, Any]:
-    """A team as teams.json has it."""
+    """Return a team in the form of teams.json."""
     agents = [{"name": name, "prompt": PROMPTS[name]} for name in names]
     return {"parallel": parallel, "layout": "chat", "agents": agents}
 
 
 def split_team(texts: Sequence[str]) -> dict[str, Any]:
-    """A team whose experts each hold a text of their own, and whose summarizer holds the question alone."""
+    """Return a team whose experts each have a text of their own.
+
+    Only the summarizer has the question.
+    """
     members = team(*EXPERTS, "summarizer", parallel=True)
     for agent, text in zip(members["agents"], texts, strict=False):
         agent["prompt"] = agent["prompt"].format(question=text)
@@ -233,32 +245,36 @@ def split_team(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def split_example() -> tuple[list[Story], Story]:
-    """The stories of split.json, and the one to ask about."""
+    """Return the stories of split.json, and the one that is asked about."""
     return split_stories(random.Random(0), fresh=True)
 
 
-# -- transcripts -------------------------------------------------------------------------------------------------------
+# -- transcripts -----------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
-    """Tokens and the weight of predicting each of them."""
+    """Token ids, and the weight in the loss of each of them."""
 
     ids: list[int]
     weights: list[float]
 
     def __add__(self, other: Any) -> "Piece":
+        """Return this piece followed by another."""
         return Piece(self.ids + other.ids, self.weights + other.weights)
 
 
 class Transcript(NamedTuple):
-    """`experts` each start from empty memory; `tail` follows on the joined memory of them all."""
+    """The turns of a team: each of `experts` starts from an empty KV cache.
+
+    `tail` follows the joined caches of the experts.
+    """
 
     experts: list[Piece]
     tail: Piece
 
 
 class Teller:
-    """Draws transcripts from one random generator."""
+    """Draws transcripts from a random generator."""
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self.rng = rng
@@ -266,7 +282,10 @@ class Teller:
         self._known: dict[str, list[int]] = {}
 
     def draw(self, kinds: dict[str, float], longest: int) -> Transcript:
-        """One transcript of a kind drawn by weight: "single", "chain", "direct", "experts" or "split"."""
+        """Draw a transcript of at most `longest` operations.
+
+        `kinds` has the weights of "single", "chain", "direct", "experts" and "split".
+        """
         kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
         told = story(self.rng, self.rng.randint(1, longest))
         if kind == "single":
@@ -274,66 +293,70 @@ class Teller:
             return Transcript([], self._turn("solver", told.question, answer))
         if kind == "chain":
             return self._chain(told)
-        if (
-            kind == "direct"
-        ):  # so that a judger without memory is a trained baseline, not a surprised one
+        if kind == "direct":  # a judger without memory is trained as well, as a fair baseline
             role = self.rng.choice(("judger", "judger", "summarizer"))
             return Transcript([], self._turn(role, told.question, f" {told.totals[-1]}"))
         if kind == "experts":
             asked = [(told.question, f" {told.totals[-1]}")]
             return self._experts([told.question] * 3, [numbers(told.totals)] * 3, asked)
-        stories, _ = split_stories(self.rng, 0, min(SPLIT_LONGEST, longest - 1))
-        # What an expert hands over ends with whose total it is, and the summarizer says whose it gives. It is asked
-        # about all three, in any order: one question a transcript teaches too little of looking things up.
-        read = [told.text for told in stories]
-        written = [f"{numbers(told.totals)} {told.name} {told.totals[-1]}" for told in stories]
-        asked = [
-            (told.ask, f" {told.name} {told.totals[-1]}") for told in self.rng.sample(stories, 3)
-        ]
-        return self._experts(read, written, asked)
+        return self._split(min(MAX_SPLIT_OPERATIONS, longest - 1))
+
+    def _split(self, longest: int) -> Transcript:
+        """Three experts with a story each.
+
+        The text of an expert ends with the name and the total, and the answer of the summarizer
+        has the name too. The summarizer is asked about all three stories in any order, because
+        one question per transcript teaches retrieval too slowly.
+        """
+        stories, _ = split_stories(self.rng, 0, longest)
+        texts = [told.text for told in stories]
+        answers = [f"{numbers(told.totals)} {told.name} {told.totals[-1]}" for told in stories]
+        in_any_order = self.rng.sample(stories, 3)
+        asked = [(told.ask, f" {told.name} {told.totals[-1]}") for told in in_any_order]
+        return self._experts(texts, answers, asked)
 
     def _chain(self, told: Story) -> Transcript:
+        """One to three agents in a row, then the judger."""
         count = self.rng.choices((1, 2, 3), (0.5, 0.2, 0.3))[0]
         roles = sorted(self.rng.sample(CHAIN, count), key=CHAIN.index)
         cut = self._cut()
         tail = Piece([], [])
         for role in roles:
             if cut is None and role != roles[-1] and self.rng.random() < 0.15:
-                tail += self._mistaken_turn(role, told)  # later agents repair it
+                tail += self._mistaken_turn(role, told)  # a later agent corrects it
             else:
                 tail += self._turn(role, told.question, numbers(told.totals), cut)
         asked = NO_QUESTION if self.rng.random() < 0.25 else told.question
         return Transcript([], tail + self._turn("judger", asked, f" {told.totals[-1]}"))
 
     def _experts(
-        self, read: list[str], written: list[str], asked: list[tuple[str, str]]
+        self, questions: list[str], answers: list[str], asked: list[tuple[str, str]]
     ) -> Transcript:
-        """Three experts, and a summarizer's answers to one or more questions."""
+        """Three experts, and the summarizer's answers to one or more questions."""
         cut = self._cut()
-        turns = [
-            self._turn(role, q, a, cut) for role, q, a in zip(EXPERTS, read, written, strict=True)
-        ]
+        texts = zip(EXPERTS, questions, answers, strict=True)
+        turns = [self._turn(role, question, answer, cut) for role, question, answer in texts]
         tail = Piece([], [])
         for question, answer in asked:
             tail += self._turn("summarizer", question, answer)
-        if (
-            self.rng.random() < 0.25
-        ):  # text_mas: the summarizer reads the three turns one after the other
+        if self.rng.random() < 0.25:  # as in text_mas: the three turns are in one sequence
             return Transcript([], turns[0] + turns[1] + turns[2] + tail)
         return Transcript(turns, tail)
 
     def _cut(self) -> int | None:
-        """After how many tokens a team's turns are closed, ready or not, as latent steps are; None: when ready."""
+        """Draw the number of tokens after which all turns end; None: they end after the answer."""
         return self.rng.randint(0, 8) if self.rng.random() < 0.4 else None
 
     def _turn(self, role: str, question: str, answer: str, cut: int | None = None) -> Piece:
-        prompt = f"<|im_start|>user\n{PROMPTS[role].format(question=question)}<|im_end|>\n<|im_start|>assistant\n"
+        message = PROMPTS[role].format(question=question)
+        prompt = f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
         before, said, end = self._encode(prompt), self._encode(answer), self._encode(END)
         weights = [1.0] * (len(said) + 1) + [PROMPT_WEIGHT]
         if cut is None:
             return Piece(before + said + end, [PROMPT_WEIGHT] * len(before) + weights)
-        # A bounded amount of thought. Too little: the turn is closed early, and closing there is not taught. Too much:
-        # the agent runs on into what follows a turn, and is closed once more.
+        # A fixed number of tokens, as a latent rollout has a fixed number of steps. If it is too
+        # small, the turn ends early and that end is not taught. If it is too large, the agent
+        # continues with what follows a turn, and the turn is ended once more.
         run = said + end + self._encode("<|im_start|>user\n")
         weights += [PROMPT_WEIGHT] * 3
         closing = [1.0 if cut == len(said) else 0.0, PROMPT_WEIGHT]
@@ -343,17 +366,14 @@ class Teller:
         )
 
     def _mistaken_turn(self, role: str, told: Story) -> Piece:
-        """A turn with a slip that shifts all later totals; only what was right is taught."""
+        """A turn with an error that shifts all later totals; only the right totals are taught."""
         slip = self.rng.randrange(1, len(told.totals))
-        wrong = self.rng.choice([n for n in range(LARGEST + 1) if n != told.totals[slip]])
+        wrong = self.rng.choice([n for n in range(LARGEST_TOTAL + 1) if n != told.totals[slip]])
         shift = wrong - told.totals[slip]
-        shifted = [max(0, min(LARGEST, n + shift)) for n in told.totals[slip:]]
+        shifted = [max(0, min(LARGEST_TOTAL, n + shift)) for n in told.totals[slip:]]
         turn = self._turn(role, told.question, numbers([*told.totals[:slip], *shifted]))
-        untaught = slice(
-            len(turn.ids) - len(self._encode(END)) - len(shifted),
-            len(turn.ids) - len(self._encode(END)),
-        )
-        turn.weights[untaught] = [0.0] * len(shifted)
+        end = len(turn.ids) - len(self._encode(END))
+        turn.weights[end - len(shifted) : end] = [0.0] * len(shifted)
         return turn
 
     def _encode(self, text: str) -> list[int]:

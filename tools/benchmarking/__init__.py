@@ -1,0 +1,1 @@
+"""Parts of the command `python tools/benchmark.py`."""
