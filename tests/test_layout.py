@@ -96,19 +96,19 @@ def by_hand(
     head, parts, prompts = lm.model.new_cache(1), [lm.model.new_cache(1)], []
     for i in range(last):
         cache = lm.model.new_cache(1) if team.parallel else KVCache.concat([head, *parts])
-        held = int(cache.lengths)
+        held = int(cache.lengths[0])
         prompts.append(prompt_of(team, i, remembered, first=held == 0))
         hidden = prefill(lm, prompts[-1], cache)
         offsets = plain_tokenizer(TINY).encode(prompts[-1], add_special_tokens=False).offsets
         size = (
             sum(start < len(head_of(team, remembered)) for start, _ in offsets)
             if held == 0
-            else int(head.lengths)
+            else int(head.lengths[0])
         )
         think(lm.model, align, hidden, cache, steps[i])
         head = cache.truncate(size) if held == 0 and (i == 0 or not team.parallel) else head
         own = {"latents": cache.keep_last(steps[i])}.get(
-            transfer, cache.keep_last(int(cache.lengths) - max(held, size))
+            transfer, cache.keep_last(int(cache.lengths[0]) - max(held, size))
         )
         parts = [own] if transfer == "last" else [*parts, own]
         if transfer == "none":
@@ -117,7 +117,7 @@ def by_hand(
         head = lm.model.new_cache(1)
         prefill(lm, head_of(team, question), head)
     handed = KVCache.concat([head, *parts])
-    prompts.append(prompt_of(team, last, question, first=int(handed.lengths) == 0))
+    prompts.append(prompt_of(team, last, question, first=int(handed.lengths[0]) == 0))
     cache = handed.fork()
     hidden = prefill(lm, prompts[-1], cache)
     _, hidden = think(lm.model, align, hidden, cache, team.agents[-1].latent_steps or 0)
@@ -162,7 +162,7 @@ def test_any_team_in_one_turn_equals_the_same_by_hand(
         assert [trace.prompt_tokens for trace in result.agents] == [
             encoded(prompt).shape[1] for prompt in prompts
         ]
-        assert distance(caches[-1].select([i]).truncate(int(handed.lengths)), handed) < 1e-9
+        assert distance(caches[-1].select([i]).truncate(int(handed.lengths[0])), handed) < 1e-9
         assert result.text == text
 
 
@@ -221,7 +221,7 @@ def test_every_transfer_leaves_the_last_agent_a_whole_user_turn(lm: LM, transfer
     header = lm.model.new_cache(1)
     prefill(lm, "<|im_start|>user\n", header)
     for row in range(len(results)):
-        assert distance(caches[-1].select([row]).truncate(int(header.lengths)), header) < 1e-9
+        assert distance(caches[-1].select([row]).truncate(int(header.lengths[0])), header) < 1e-9
 
 
 @given(st.lists(hostile_texts(), min_size=3, max_size=3))
@@ -280,7 +280,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
     lm = load_text_lm(text_folder(tmp_path, chat_template=chat))
     with pytest.raises(
         ValueError,
-        match=r"tokenizer_config\.json: chat_template: found one that changes.*, expected",
+        match=r"tokenizer_config\.json: chat_template: found one that .*changes.*, expected",
     ):
         latent_mas(lm, QUESTIONS[:1], TURN, sampling=SHORT)
 
@@ -293,7 +293,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
     [
         ({"writes": True}, "writes"),
         ({"prefix": "<think>\n"}, "prefix"),
-        ({"system": "Be brief."}, "system message"),
+        ({"system": "Be brief."}, "system"),
     ],
 )
 def test_what_cannot_be_in_one_turn_is_refused_by_name(
@@ -303,8 +303,7 @@ def test_what_cannot_be_in_one_turn_is_refused_by_name(
     agents = (replace(TURN.agents[0], **change), *TURN.agents[1:])
     with pytest.raises(
         ValueError,
-        match=rf"layout \(--layout\): found 'turn' with .*{field}.*'first'.*expected 'chat'|"
-        rf"layout \(--layout\): found 'turn' with agent 'first', {field}.*expected 'chat'",
+        match=rf"layout \(--layout\): found 'turn' with agent 'first', {field}.*expected 'chat'",
     ):
         Team(agents, layout="turn")
     with pytest.raises(ValueError, match=r"layout \(--layout\)"):
@@ -373,7 +372,7 @@ def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -
         texts("shuffled", QUESTIONS[:2])
     own = lm.model.new_cache(1)
     prefill(lm, head_of(team, QUESTIONS[0]), own)
-    assert distance(caches[-1].select([0]).truncate(int(own.lengths)), own) < 1e-9
+    assert distance(caches[-1].select([0]).truncate(int(own.lengths[0])), own) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["single", "sequential", "hierarchical"])
