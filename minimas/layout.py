@@ -1,11 +1,12 @@
-"""Where the agents' prompts stand in the conversation: a chat turn for each agent, or one user turn for all of them.
+"""Where the agents' prompts stand in the conversation: a chat turn per agent, or one user turn.
 
-    chat   system · user: P1 · assistant: ⟨thoughts⟩ · end of turn · system · user: P2 · assistant: ⟨thoughts⟩ · …
-    turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … Pn · assistant: (the last agent answers)
+    chat   system · user: P1 · assistant: ⟨thoughts⟩ · end of turn · system · user: P2 · …
+    turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … Pn · assistant: (last agent answers)
 
-In layout "turn" no earlier assistant turn is empty, so the last agent has no empty answer to imitate (docs/results.md).
-The part up to the opening is the *head*. Every cut of the KV cache keeps it, so that a paragraph always stands in
-a well-formed user turn. Does not know: models, thoughts, the order in which agents work.
+In layout "turn" there is no empty assistant turn before the last agent's, so the last agent has no
+empty answer to imitate (docs/results.md). The part up to the opening is the *head*. Every cut of
+the KV cache keeps the head, so that a paragraph always stands in a well-formed user turn. This
+file does not know models, thoughts, or the order in which agents work.
 """
 
 from collections.abc import Sequence
@@ -17,35 +18,33 @@ SEPARATOR = "\n\n"  # between two paragraphs
 
 
 class ChatLayout:
-    """Each agent's prompt is a chat turn of its own."""
+    """Each agent's prompt is a chat turn of its own.
+
+    `head` is what the prompts of all agents have in common and what hand-overs keep.
+    """
 
     closes_turns = True
 
     def __init__(
         self, tokenizer: Tokenizer, team: Team, opening: str, prompts: Sequence[str]
     ) -> None:
-        """`opening` and `prompts` are the team's and its agents', for one question, with everything filled in."""
+        """`opening` and `prompts` are those of the team for one question, completely filled in."""
         self.tokenizer, self.team, self.opening, self.prompts = tokenizer, team, opening, prompts
+        self.head = Turn("")
 
     def prompt(self, agent: int, first: bool) -> Turn:
-        """Return the prompt of agent number `agent`; `first`: it is prefilled into an empty KV cache."""
+        """Return the prompt of agent number `agent`; `first`: the KV cache before it is empty."""
         text = SEPARATOR.join(filter(None, [self.opening, self.prompts[agent]]))
-        return self.tokenizer.turn(
-            text, self.team.agents[agent].system, self.team.agents[agent].prefix
-        )
-
-    @property
-    def head(self) -> Turn:
-        """Return what the prompts of all agents have in common and hand-overs keep."""
-        return Turn("")
+        role = self.team.agents[agent]
+        return self.tokenizer.turn(text, role.system, role.prefix)
 
     def head_tokens(self, agent: int) -> int:
-        """Return how many tokens of the agent's prompt, prefilled into an empty KV cache, belong to the head."""
+        """Return how many tokens of the agent's prompt, as the first one, belong to the head."""
         return self.tokenizer.tokens_before(self.prompt(agent, first=True), len(self.head.text))
 
 
 class TurnLayout(ChatLayout):
-    """All prompts are paragraphs of one user turn. Thoughts follow a paragraph and precede the next one."""
+    """All prompts are paragraphs of one user turn; an agent's thoughts follow its paragraph."""
 
     closes_turns = False
 
@@ -54,26 +53,23 @@ class TurnLayout(ChatLayout):
     ) -> None:
         super().__init__(tokenizer, team, opening, prompts)
         parts = [opening]
-        for number, prompt in enumerate(prompts):
-            # The last agent is asked as a single agent is: the opening, then its paragraph.
-            again = opening if 0 < number == len(prompts) - 1 else ""
-            parts += [SEPARATOR if any(parts) else "", again, SEPARATOR if again else "", prompt]
+        for prompt in prompts:
+            parts += [SEPARATOR if any(parts) else "", prompt]
+        # The last agent's prompt is that of a single agent: the opening, then its paragraph.
+        again = opening + SEPARATOR if opening and len(prompts) > 1 else ""
+        parts.insert(-1, again)
         last = team.agents[-1]
-        before, opening_piece, *pieces = tokenizer.user_turn(parts, last.system, last.prefix)
-        self._head = before + opening_piece
-        self._again = pieces[-3] + pieces[-2]
-        self._paragraphs = pieces[3::4]  # the last one ends with the assistant header
+        before, first, *pieces = tokenizer.user_turn(parts, last.system, last.prefix)
+        self.head = before + first
+        *earlier, again_piece, final = pieces
+        self._paragraphs = [*earlier[1::2], final]  # the last one ends with the assistant header
+        self._later = [*earlier[1::2], again_piece + final]
 
     def prompt(self, agent: int, first: bool) -> Turn:
-        paragraph = self._paragraphs[agent]
         if first:
-            return self._head + Turn(SEPARATOR if self.opening else "") + paragraph
-        again = self._again if agent in (-1, len(self.prompts) - 1) else Turn("")
-        return Turn(SEPARATOR) + again + paragraph
-
-    @property
-    def head(self) -> Turn:
-        return self._head
+            separator = Turn(SEPARATOR if self.opening else "")
+            return self.head + separator + self._paragraphs[agent]
+        return Turn(SEPARATOR) + self._later[agent]
 
 
 LAYOUTS: dict[str, type[ChatLayout]] = {"chat": ChatLayout, "turn": TurnLayout}

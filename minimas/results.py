@@ -1,4 +1,7 @@
-"""What a team reports: each agent's bill, each question's result, what happens on the way. Does not know: printing."""
+"""What a team reports: each agent's usage, each question's result, and what happens on the way.
+
+This file does not know printing.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,8 +12,10 @@ from .core.cache import KVCache
 
 @dataclass
 class Usage:
-    """The bill: tokens read, thought and written, seconds (this question's share of its batch's, so that sums over
-    questions are wall time), and the largest memory in bytes.
+    """Tokens, seconds and bytes of one agent on one question.
+
+    `seconds` is this question's share of its batch's time, so that sums over questions are wall
+    time. `memory_bytes` is the size of the KV cache at its largest.
     """
 
     prompt_tokens: int = 0
@@ -21,19 +26,19 @@ class Usage:
 
     @classmethod
     def total(cls, usages: Sequence["Usage"]) -> "Usage":
-        """Several bills added up; memory is the largest of them."""
-        total = cls(
-            *(
-                sum(getattr(usage, field.name) for usage in usages)
-                for field in dataclasses.fields(Usage)
-            )
-        )
-        return dataclasses.replace(total, memory_bytes=max(usage.memory_bytes for usage in usages))
+        """Return the sum of several usages; `memory_bytes` is that of the largest."""
+        names = [field.name for field in dataclasses.fields(Usage)]
+        total = cls(*(sum(getattr(usage, name) for usage in usages) for name in names))
+        total.memory_bytes = max(usage.memory_bytes for usage in usages)
+        return total
 
 
 @dataclass
 class AgentTrace(Usage):
-    """What one agent did on one question. `prompt` is its turn as read, `text` what it wrote ("" if it did not)."""
+    """What one agent did on one question.
+
+    `prompt` is the text that was prefilled, `text` what the agent generated ("" if it did not).
+    """
 
     name: str = ""
     prompt: str = ""
@@ -42,7 +47,7 @@ class AgentTrace(Usage):
 
 @dataclass
 class Result:
-    """The outcome of one question: `text` as the last agent wrote it, `answer` as extracted from it, or None."""
+    """The outcome of one question: the last agent's `text`, and the `answer` in it, or None."""
 
     question: str
     text: str
@@ -52,27 +57,30 @@ class Result:
 
     @property
     def usage(self) -> Usage:
-        """The agents' bills added up."""
+        """Return the agents' usage in total."""
         return Usage.total(self.agents)
 
 
 class Watcher:
-    """Told what happens while a team works; override what you want to see. `question` counts from 0 in the call."""
+    """Is told what happens while a team works; override the methods of interest.
+
+    `question` is the number of the question in the call, from 0.
+    """
 
     def begin(self, agent: str, reads: int, thinks: int) -> None:
-        """An agent starts: how many tokens it will read, and how many thoughts it will think."""
+        """An agent starts, with `reads` prompt tokens and `thinks` latent steps to do."""
 
     def thought(self) -> None:
         """One latent step begins."""
 
     def text(self, question: int, piece: str) -> None:
-        """The last agent wrote a piece of text."""
+        """The last agent has generated a piece of text."""
 
     def memory(self, memory: KVCache) -> None:
-        """An agent's turn is over, and this is its memory, a row for each trace of `end`: to look at, not to keep.
+        """An agent's turn is over, with this KV cache, one row per trace of `end`; do not keep it.
 
-        Of an agent who hands no memory over, the last tokens that it generated may be missing.
+        The last generated tokens may be missing if the agent does not hand its KV cache over.
         """
 
     def end(self, traces: Sequence[AgentTrace]) -> None:
-        """An agent is done, one trace per question."""
+        """An agent is done; there is one trace per question."""

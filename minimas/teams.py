@@ -1,4 +1,7 @@
-"""Agents and teams as values: the paper's two, and anybody's own from JSON. Does not know: models, how a team works."""
+"""Agents and teams as values: the two of the paper, and a user's own from JSON.
+
+This file does not know models, or how a team works.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,11 +16,14 @@ LAYOUTS = ("turn", "chat")
 
 @dataclass(frozen=True)
 class Agent:
-    """One role: `prompt` is the user's turn, with `{question}`, `{context}` and `{form}` filled in where they stand.
+    """One role in a team.
 
-    `latent_steps` None: the method's or folder's number. `writes` lets an agent in mid-chain write text into its
-    memory before it hands over. `prefix` is text put after the assistant header, such as "<think>\\n". The last agent
-    of a team always writes, and thinks only if its own `latent_steps` says so.
+    `prompt` is the user message, in which `{question}`, `{context}` and `{form}` are filled in.
+    `latent_steps` is how many thoughts the agent thinks; None is the number of the method or the
+    model folder. `writes` makes an agent before the last one generate text into its KV cache
+    before it hands over. `prefix` is text after the assistant header, such as "<think>\\n". The
+    last agent always generates text, and thinks only if its own `latent_steps` says so. Raises
+    ValueError if `latent_steps` is negative.
     """
 
     name: str
@@ -30,23 +36,27 @@ class Agent:
     def __post_init__(self) -> None:
         if self.latent_steps is not None and self.latent_steps < 0:
             raise ValueError(
-                f"latent_steps: found {self.latent_steps}, expected 0 or more for agent {self.name!r}"
+                f"latent_steps: found {self.latent_steps}, "
+                f"expected 0 or more for agent {self.name!r}"
             )
 
 
 @dataclass(frozen=True)
 class Team:
-    """Agents in order, the last of which answers.
+    """Agents in order; the last one answers.
 
-    `parallel`: the agents before the last work side by side, each from an empty KV cache. `layout` says where the
-    prompts of `latent_mas` stand in the conversation:
+    `parallel`: the agents before the last one work side by side, each from an empty KV cache.
+    `layout` says where the prompts of `latent_mas` stand in the conversation:
 
-    - "chat": every agent has a chat turn of its own, which is closed before the hand-over (the paper's form).
-    - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the last agent opens an
-      assistant turn. On real models answers survive this layout and not the other one (docs/results.md).
+    - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).
+    - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the
+      last agent opens an assistant turn. On real models answers survive this layout and not the
+      other one (docs/results.md).
 
-    `opening` is text that every agent's prompt begins with; {question} may stand there. In layout "turn" it stands at
-    the start of the user turn, where every `transfer` keeps it, and again before the last agent's paragraph.
+    `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
+    layout "turn" it stands at the start of the user turn, where every `transfer` keeps it, and
+    again before the last agent's paragraph. Raises ValueError naming what an agent has that its
+    layout cannot have.
     """
 
     agents: tuple[Agent, ...]
@@ -63,102 +73,103 @@ class Team:
                 f"layout (--layout): found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
             )
         if self.layout == "turn":
-            self._require_one_turn()
-
-    def _require_one_turn(self) -> None:
-        """Raise ValueError naming the agent and field that cannot be in a user turn shared by all agents."""
-        *earlier, last = self.agents
-        for agent in earlier:
-            problem = {
-                "writes": "writes: found true" if agent.writes else "",
-                "prefix": f"prefix: found {agent.prefix!r:.40}" if agent.prefix else "",
-            }
-            for found in filter(None, problem.values()):
-                raise ValueError(
-                    f"layout (--layout): found 'turn' with agent {agent.name!r}, {found}, expected 'chat': before the "
-                    "last agent there is no assistant turn"
-                )
-            if agent.system != last.system:
-                raise ValueError(
-                    f"layout (--layout): found 'turn' with the system message {agent.system!r:.40} of agent "
-                    f"{agent.name!r} and {last.system!r:.40} of agent {last.name!r}, expected 'chat', or one system "
-                    "message for all agents"
-                )
+            # One user turn has one system message, and no assistant turn before the last agent's.
+            needed = {"writes": False, "prefix": "", "system": self.agents[-1].system}
+            for agent in self.agents[:-1]:
+                for field, value in needed.items():
+                    found = getattr(agent, field)
+                    if found != value:
+                        raise ValueError(
+                            f"layout (--layout): found 'turn' with agent {agent.name!r}, {field}: "
+                            f"{found!r:.40}, expected 'chat', or {field}: {value!r:.40}"
+                        )
 
     def with_layout(self, layout: str | None) -> "Team":
-        """Return the same team in another layout; None keeps its own. Raises ValueError where that cannot work."""
+        """Return the same team in another layout; None keeps its own.
+
+        Raises ValueError if the team cannot have that layout.
+        """
         return self if layout is None else replace(self, layout=layout)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Team":
-        """Read {"parallel": false, "agents": [{"name": …, "prompt": …}, …]}; errors name the file and the field."""
+        """Read a file such as {"parallel": false, "agents": [{"name": …, "prompt": …}, …]}.
+
+        Raises FileNotFoundError, or ValueError naming the file and the field.
+        """
         return cls.from_dict(read_json(Path(path)), str(path))
 
     @classmethod
     def from_dict(cls, raw: Any, source: str) -> "Team":
-        """Read a team from a parsed JSON object; `source` is named in errors."""
-        _check(
-            raw,
-            {"parallel": bool, "agents": list, "layout": str, "opening": str},
-            {"agents"},
-            source,
-        )
-        types = {
-            "name": str,
-            "prompt": str,
-            "system": str,
-            "latent_steps": int,
-            "writes": bool,
-            "prefix": str,
-        }
+        """Read a team from a parsed JSON object.
+
+        Raises ValueError naming `source` and the field.
+        """
+        _check(raw, TEAM_FIELDS, {"agents"}, source)
         for i, fields in enumerate(raw["agents"]):
-            _check(fields, types, {"name", "prompt"}, f"{source}: agents[{i}]")
+            _check(fields, AGENT_FIELDS, {"name", "prompt"}, f"{source}: agents[{i}]")
         agents = tuple(Agent(**fields) for fields in raw["agents"])
         try:
-            return cls(agents, **{name: value for name, value in raw.items() if name != "agents"})
-        except ValueError as error:  # a layout that is unknown, or that these agents cannot have
+            return cls(**raw | {"agents": agents})
+        except ValueError as error:  # the layout is unknown, or these agents cannot have it
             raise ValueError(f"{source}: {error}") from error
 
 
 def sequential() -> Team:
-    """Planner → critic → refiner → judger, each on the KV cache of all before it (paper, figure 2 left)."""
+    """Return planner → critic → refiner → judger (paper, figure 2 left).
+
+    Each agent works on the KV cache of all agents before it.
+    """
     agents = tuple(Agent(name, prompt) for name, prompt in prompts.SEQUENTIAL.items())
     return Team(agents, layout="turn", opening=prompts.OPENING)
 
 
 def hierarchical(chained: bool = False) -> Team:
-    """Three experts who work side by side and do not see each other, then a summarizer with their memories (paper,
-    figure 2 right). `chained` runs them one after the other on one memory, as the authors' code does (LatentMAS #32).
+    """Return three experts and a summarizer, who gets all their KV caches (paper, figure 2 right).
+
+    The experts work side by side and do not see each other. `chained` makes them work one after the
+    other on one KV cache, as in the authors' code (LatentMAS #32).
     """
     agents = tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items())
     return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)
 
 
 def single_agent() -> Team:
-    """One agent, for `single`: the same question and the same form of the answer as the teams'."""
+    """Return one agent, for `single`, with the teams' question and form of the answer."""
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
-EXPECTED = {
-    int: "a whole number, 0 or more",
-    list: "a list, not empty",
-    str: "text",
-    bool: "true or false",
-}
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
 
+TEAM_FIELDS = {"parallel": bool, "agents": list, "layout": str, "opening": str}
+AGENT_FIELDS = {
+    "name": str,
+    "prompt": str,
+    "system": str | None,
+    "latent_steps": int | None,
+    "writes": bool,
+    "prefix": str,
+}
+EXPECTED = {
+    bool: "true or false",
+    list: "a list, not empty",
+    str: "text",
+    str | None: "text",
+    int | None: "a whole number, 0 or more",
+}
 
-def _check(raw: Any, types: Mapping[str, type], needed: set[str], where: str) -> None:
-    """Raise ValueError unless `raw` is an object with all `needed` fields, and no field but those of `types`."""
+
+def _check(raw: Any, fields: Mapping[str, Any], needed: set[str], where: str) -> None:
+    """Raise ValueError unless `raw` is an object with all `needed` fields and only known ones."""
     if not isinstance(raw, dict) or not needed <= raw.keys():
-        raise ValueError(
-            f"{where}: found {raw!r:.80}, expected an object with {' and '.join(sorted(needed))}"
-        )
+        names = " and ".join(sorted(needed))
+        raise ValueError(f"{where}: found {raw!r:.80}, expected an object with {names}")
     for field, value in raw.items():
-        wanted = types.get(field)
-        wrong = type(value) is not wanted and not (
-            value is None and field in ("system", "latent_steps")
-        )
-        if wrong or value == [] or (field == "latent_steps" and value is not None and value < 0):
-            expected = EXPECTED[wanted] if wanted else f"one of the fields {', '.join(types)}"
-            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")
+        if field not in fields:
+            known = ", ".join(fields)
+            raise ValueError(f"{where}: {field}: found an unknown field, expected one of {known}")
+        kind = fields[field]
+        is_flag = type(value) is bool  # an int in Python
+        good = isinstance(value, kind) and is_flag == (kind is bool)
+        if not good or value == [] or (type(value) is int and value < 0):
+            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[kind]}")

@@ -280,7 +280,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
     lm = load_text_lm(text_folder(tmp_path, chat_template=chat))
     with pytest.raises(
         ValueError,
-        match=r"tokenizer_config\.json: chat_template: found one that changes.*, expected",
+        match=r"tokenizer_config\.json: chat_template: found one that .*changes.*, expected",
     ):
         latent_mas(lm, QUESTIONS[:1], TURN, sampling=SHORT)
 
@@ -293,7 +293,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
     [
         ({"writes": True}, "writes"),
         ({"prefix": "<think>\n"}, "prefix"),
-        ({"system": "Be brief."}, "system message"),
+        ({"system": "Be brief."}, "system"),
     ],
 )
 def test_what_cannot_be_in_one_turn_is_refused_by_name(
@@ -303,8 +303,7 @@ def test_what_cannot_be_in_one_turn_is_refused_by_name(
     agents = (replace(TURN.agents[0], **change), *TURN.agents[1:])
     with pytest.raises(
         ValueError,
-        match=rf"layout \(--layout\): found 'turn' with .*{field}.*'first'.*expected 'chat'|"
-        rf"layout \(--layout\): found 'turn' with agent 'first', {field}.*expected 'chat'",
+        match=rf"layout \(--layout\): found 'turn' with agent 'first', {field}.*expected 'chat'",
     ):
         Team(agents, layout="turn")
     with pytest.raises(ValueError, match=r"layout \(--layout\)"):

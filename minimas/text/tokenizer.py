@@ -1,12 +1,13 @@
-"""Text ↔ token ids, and the chat template that makes an agent's turn out of a message.
+"""Text to token ids and back, and the chat template that makes an agent's turn from a message.
 
-A user's text can never become a control token: `encode_turn` cuts every control token that touches user text in two
-before encoding it, so that the ids spell the same characters in ordinary tokens. All else is encoded in one piece, so
-any Hugging Face tokenizer gives the same ids. The template is the model's own, run in a sandbox; ChatML where it
-has none. Does not know: torch, models, roles.
+A user's text can never become a control token. Where a control token would touch user text,
+`encode_turn` cuts the text inside that token before encoding, so that the ids spell the same
+characters in ordinary tokens. All other text is encoded in one piece, so that any Hugging Face
+tokenizer gives the same ids. The template is the model's own, rendered in a sandbox, or ChatML if
+the model has none. This file does not know torch, models or roles.
 """
 
-import bisect
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
@@ -23,36 +24,43 @@ from tokenizers.decoders import DecodeStream
 from ..core.config import read_json
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-HOLE = "\ue0f1minimas{}\ue0f2"  # stands for a message, to see what a template puts around it; no text holds it
+# Stands for a message in a rendered template, to see what the template puts around it. The two
+# private-use characters make sure that no template holds this text.
+PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
+# What compiling or rendering a faulty template raises.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    SyntaxError,
+)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """An agent's turn as text, and the spans of it, (start, end) in characters, that are not to be trusted."""
+    """The text of an agent's turn, and its untrusted spans as (start, end) in characters."""
 
     text: str
     untrusted: tuple[tuple[int, int], ...] = ()
 
     def __add__(self, other: "Turn") -> "Turn":
         shift = len(self.text)
-        return Turn(
-            self.text + other.text,
-            self.untrusted + tuple((a + shift, b + shift) for a, b in other.untrusted),
-        )
-
-    def cut(self, start: int, end: int) -> "Turn":
-        """Return the characters from `start` up to `end`, with the spans that lie in them."""
-        spans = [(max(a, start) - start, min(b, end) - start) for a, b in self.untrusted]
-        return Turn(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
+        moved = tuple((start + shift, end + shift) for start, end in other.untrusted)
+        return Turn(self.text + other.text, self.untrusted + moved)
 
 
 class Tokenizer:
-    """The tokenizer.json of a model folder, or of the `files` that a GGUF file holds, with its chat template.
+    """The tokenizer and chat template of a model folder, or of the `files` that a GGUF file holds.
 
-    `size` is the highest id + 1; `end_ids` are the tokens that end a turn; `turn_end` is the text that closes one.
+    `size` is the highest id + 1; `end_ids` are the tokens that end a turn; `turn_end` is the text
+    that the template puts after an assistant's message.
     """
 
     def __init__(
@@ -60,223 +68,204 @@ class Tokenizer:
     ) -> None:
         """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
         self.path = Path(folder) / "tokenizer.json"
-        text = read_text(self.path) if files is None else json.dumps(files["tokenizer.json"])
+        if files is None:
+            data = self.path.read_bytes()
+            settings = read_json(Path(folder) / "tokenizer_config.json", needed=False)
+        else:
+            data = json.dumps(files["tokenizer.json"]).encode()
+            settings = files.get("tokenizer_config.json", {})
         try:
-            self.backend = Backend.from_str(text)
-            self.backend.encode("\ue000 a")  # fails where unknown characters have no token
-        except Exception as error:  # the library raises nothing narrower
+            self.backend = Backend.from_buffer(data)
+        except ValueError as error:
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
-        # Padding or truncation set for training would add or drop tokens without a word.
+        # Padding or truncation set for training would add or drop tokens silently.
         self.backend.no_padding()
         self.backend.no_truncation()
-        self._read_template(Path(folder), files)
-        self.control = {
-            token.content: i for i, token in self.backend.get_added_tokens_decoder().items()
-        }
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.size:
             raise ValueError(f"{self.path}: found an empty vocabulary, expected tokens")
-        self.turn_end = self._turn_end()
+        added = self.backend.get_added_tokens_decoder()
+        self.control = {token.content: i for i, token in added.items()}
+        self._find_template(Path(folder), settings)
+        end_token = self._special.get("eos_token", "<|im_end|>")
         self.end_ids = frozenset(
-            self.control[name] for name in {self._eos, "<|im_end|>"} & self.control.keys()
+            i for name, i in self.control.items() if name in (end_token, "<|im_end|>")
         )
+        self.turn_end = self._around("user", "assistant", generation_prompt=False)[-1] or end_token
 
     def encode(self, text: str) -> list[int]:
-        """Ids of trusted text: control tokens in it are control tokens; nothing is added."""
+        """Return the ids of trusted text, in which control tokens count as such; adds no token."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_turn(self, turn: Turn) -> list[int]:
-        """Ids of a turn in which no control token comes from an untrusted span; ValueError if that cannot be."""
-        return self._encode(turn)[0]
+        """Return the ids of a turn in which no control token comes from an untrusted span.
+
+        Raises ValueError if an untrusted span holds a control token of a single character.
+        """
+        return [token for token, _, _ in self._encode(turn)]
 
     def tokens_before(self, turn: Turn, end: int) -> int:
         """Return how many of the turn's tokens begin before character `end`."""
-        return bisect.bisect_left(self._encode(turn)[1], end)
+        return sum(start < end for _, start, _ in self._encode(turn))
 
-    def _encode(self, turn: Turn) -> tuple[list[int], list[int]]:
-        """Return the ids of a turn, and the character at which each of them begins."""
+    def _encode(self, turn: Turn) -> list[tuple[int, int, int]]:
+        """Return the tokens of a turn as (id, start, end), with the characters that they cover."""
         cuts, control = {0, len(turn.text)}, set(self.control.values())
         while True:
-            ids: list[int] = []
-            starts: list[int] = []
-            wrong: set[int] = set()
+            tokens: list[tuple[int, int, int]] = []
             for start, end in itertools.pairwise(sorted(cuts)):
                 piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
-                ids += piece.ids
-                starts += [start + a for a, _ in piece.offsets]
-                for i, (a, b) in zip(piece.ids, piece.offsets, strict=True):
-                    if (
-                        i in control
-                    ):  # cut at the border if it only reaches over, as one that eats spaces does
-                        wrong |= {
-                            max(start + a + 1, x)
-                            for x, y in turn.untrusted
-                            if start + a < y and x < start + b
-                        }
+                for token, (a, b) in zip(piece.ids, piece.offsets, strict=True):
+                    tokens.append((token, start + a, start + b))
+            # A control token may begin in trusted text and only reach into untrusted text, as one
+            # that includes the spaces after it does. It is cut where the untrusted text begins.
+            wrong = {
+                max(start + 1, first)
+                for token, start, end in tokens
+                if token in control
+                for first, last in turn.untrusted
+                if start < last and first < end
+            }
             if not wrong:
-                return ids, starts
-            if wrong <= cuts:  # one character, not to be cut
+                return tokens
+            if wrong <= cuts:  # a control token of one character cannot be cut
                 raise ValueError(
-                    f"question: found a character that is a control token of {self.path}, expected text"
+                    f"question: found a character that is a control token of {self.path}, "
+                    "expected text"
                 )
             cuts |= wrong
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Return the text of generated ids, without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)
 
     def turn(self, user: str, system: str | None = None, prefix: str = "") -> Turn:
-        """The turn of one user message, behind a system message if given, up to `prefix` in the open assistant turn;
-        ValueError names a template that cannot be rendered. Both messages are untrusted, `prefix` is not.
+        """Return the turn of one user message, up to `prefix` in the open assistant turn.
+
+        A system message comes first if one is given. Both messages are untrusted, `prefix` is
+        trusted. Raises ValueError naming the template's file if it cannot be rendered or changes a
+        message.
         """
-        contents = [system, user] if system is not None else [user]
-        roles, holes = (
-            ["system", "user"][-len(contents) :],
-            [HOLE.format(i) for i in range(len(contents))],
-        )
-        text = self._render(roles, contents)
-        # What surrounds the messages, seen with stand-ins for them, tells where they are in the text.
-        frame = self._render(roles, holes)
-        for stripped in itertools.product(
-            (False, True), repeat=len(contents)
-        ):  # as some templates do
-            turn, rest = Turn(""), frame
-            for content, hole, strip in zip(contents, holes, stripped, strict=True):
-                before, _, rest = rest.partition(hole)
-                body = content.strip() if strip else content
-                turn += Turn(before) + Turn(body, ((0, len(body)),))
-            if turn.text + rest == text:
-                return turn + Turn(rest + prefix)
+        messages = {"user": user} if system is None else {"system": system, "user": user}
+        text = self._render(messages)
+        around = self._around(*messages)
+        # Some templates strip some of the messages.
+        for bodies in itertools.product(*((m, m.strip()) for m in messages.values())):
+            turn = Turn(around[0])
+            for body, after in zip(bodies, around[1:], strict=True):
+                turn += Turn(body, ((0, len(body)),)) + Turn(after)
+            if turn.text == text:
+                return turn + Turn(prefix)
         raise ValueError(
-            f"{self.template_path}: chat_template: found one that changes, drops or repeats a message, or depends on"
-            " what it says, expected every message once and as it is"
+            f"{self.template_path}: chat_template: found one that changes a message or depends on "
+            "what it says, expected every message as it is"
         )
 
     def user_turn(
         self, parts: Sequence[str], system: str | None = None, prefix: str = ""
     ) -> list[Turn]:
-        """Cut the turn of one user message made of `parts`; returns what comes before the message, then every part.
+        """Return the turn of one user message, cut before the message and between its `parts`.
 
-        The last one includes the rest of the turn, up to `prefix` in the open assistant turn. Raises ValueError as
-        `turn` does.
+        The result is what comes before the message, then every part. The last part includes the
+        rest of the turn, up to `prefix` in the open assistant turn. Raises ValueError as `turn`
+        does.
         """
         message = "".join(parts)
         turn = self.turn(message, system, prefix)
         start, end = turn.untrusted[-1]
-        whole = end - start == len(message)
-        at = (
-            start if whole else start - (len(message) - len(message.lstrip()))
-        )  # the template stripped the message
-        edges = [0, start]
-        for part in parts[:-1]:
-            at += len(part)
-            edges.append(min(max(at, start), end))
-        return [turn.cut(a, b) for a, b in itertools.pairwise([*edges, len(turn.text)])]
+        unstripped = start - message.index(turn.text[start:end])
+        ends = itertools.accumulate(len(part) for part in parts)
+        edges = [start, *(min(max(unstripped + length, start), end) for length in ends)]
+        pieces = [
+            Turn(turn.text[a:b], ((0, b - a),) if a < b else ())
+            for a, b in itertools.pairwise(edges)
+        ]
+        pieces[-1] += Turn(turn.text[end:])
+        return [Turn(turn.text[:start], turn.untrusted[:-1]), *pieces]
 
     def written(self, text: str) -> Turn:
-        """What an agent wrote and the end of its turn, to be put behind the turn it answered."""
+        """Return an agent's generated text and the end of its turn, which follow its prompt."""
         return Turn(text, ((0, len(text)),)) + Turn(self.turn_end)
 
-    def _turn_end(self) -> str:
-        """What the template puts behind an assistant's text: `<|im_end|>\\n` in ChatML."""
-        hole = HOLE.format(1)
-        text = self._render(["user", "assistant"], [HOLE.format(0), hole], generation_prompt=False)
-        if hole not in text:
-            raise ValueError(f"{self.template_path}: the template drops the assistant message")
-        return text.rpartition(hole)[2] or self._eos
+    def _around(self, *roles: str, generation_prompt: bool = True) -> list[str]:
+        """Return what the template puts before, between and after messages of these roles."""
+        messages = dict.fromkeys(roles, PLACEHOLDER)
+        around = self._render(messages, generation_prompt).split(PLACEHOLDER)
+        if len(around) != len(roles) + 1:
+            raise ValueError(
+                f"{self.template_path}: chat_template: found one that drops, repeats or changes a "
+                f"message, expected each of {', '.join(roles)} once and as it is"
+            )
+        return around
 
-    def _render(self, roles: list[str], contents: list[str], generation_prompt: bool = True) -> str:
-        messages = [
-            {"role": role, "content": content}
-            for role, content in zip(roles, contents, strict=True)
-        ]
+    def _render(self, messages: Mapping[str, str], generation_prompt: bool = True) -> str:
+        """Return the template's text for messages given as role -> content."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=generation_prompt, **self._names
+                messages=[{"role": role, "content": text} for role, text in messages.items()],
+                add_generation_prompt=generation_prompt,
+                **self._special,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"{self.template_path}: the chat template cannot be rendered ({error})"
             ) from error
 
-    def _read_template(self, folder: Path, files: Mapping[str, dict[str, Any]] | None) -> None:
-        settings_path, template_path = (
-            folder / "tokenizer_config.json",
-            folder / "chat_template.jinja",
-        )
-        settings = (
-            read_json(settings_path, needed=False)
-            if files is None
-            else files.get("tokenizer_config.json", {})
-        )
-        source, self.template_path = settings.get("chat_template"), settings_path
-        if template_path.is_file():
-            source, self.template_path = read_text(template_path), template_path
+    def _find_template(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Find the template and the texts of special tokens that it may use."""
+        source, self.template_path = settings.get("chat_template"), folder / "tokenizer_config.json"
+        own_file = folder / "chat_template.jinja"
+        if own_file.is_file():
+            source, self.template_path = read_text(own_file), own_file
         if isinstance(source, list):  # several templates by name
-            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get(
-                "default"
-            )
-        fields = {
-            field: settings.get(field)
-            for field in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
-        names = {
-            field: name.get("content") if isinstance(name, dict) else name
-            for field, name in fields.items()
-        }
-        self._names = {field: name for field, name in names.items() if isinstance(name, str)}
-        self._eos = self._names.get("eos_token", "<|im_end|>")
-        # What transformers gives to a template, and nothing more.
-        extensions = ["jinja2.ext.loopcontrols"]
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
+        self._source = CHATML if source is None else source
+        self._special = {}  # the text of the special tokens, such as eos_token
+        for field, token in settings.items():
+            name = token.get("content") if isinstance(token, dict) else token
+            if field.endswith("_token") and isinstance(name, str):
+                self._special[field] = name
+
+    @functools.cached_property
+    def _template(self) -> Template:
+        """Compile the template, with what transformers gives to one and nothing more."""
         sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        sandbox.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
-        try:
-            self._template = sandbox.from_string(CHATML if source is None else source)
-        except (TemplateError, TypeError, SyntaxError, RecursionError) as error:
-            raise ValueError(
-                f"{self.template_path}: not a readable chat template ({error})"
-            ) from error
+        sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        return sandbox.from_string(self._source)
 
 
 class TextStream:
-    """Text of ids that come one by one; never half a character, never a control token."""
+    """The text of ids that come one at a time, in pieces of whole characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self._given = 0  # characters handed out so far
+        self._returned = 0  # characters returned so far
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" while a character is unfinished."""
+        """Return the text that `token` completes, "" while a character is unfinished."""
         self.ids.append(token)
         piece: str = self._stream.step(self._tokenizer.backend, token) or ""
-        self._given += len(piece)
+        self._returned += len(piece)
         return piece
 
     def finish(self) -> str:
-        """What is left when no more ids come, such as the first bytes of a character cut off by the limit."""
-        return self.text[self._given :]
+        """Return the rest of the text, such as the first bytes of an unfinished character."""
+        return self.text[self._returned :]
 
     @property
     def text(self) -> str:
+        """Return the text of all ids so far."""
         return self._tokenizer.decode(self.ids)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises FileNotFoundError or ValueError naming it."""
+    """Read a UTF-8 file; raises FileNotFoundError or ValueError naming it."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -284,7 +273,7 @@ def read_text(path: Path) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` can be encoded: half of a surrogate pair, as from a broken command line, cannot."""
+    """Return whether `text` can be encoded; half of a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

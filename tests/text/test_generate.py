@@ -6,7 +6,7 @@ from one generator, so that an answer depends on its neighbours.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from minimas import KVCache, Qwen3, Sampling
 from minimas.core.model import prefill, take_last
-from minimas.text import generate
-from minimas.text.generate import GeneratedText, decode, generator, sample, stream
+from minimas.text.generate import GeneratedText, decode, generate, generator, sample, stream
 
 from ..models import distance, tiny_model
 from ..text import text_model, tiny_tokenizer
@@ -317,11 +316,12 @@ def test_reading_in_chunks_is_reading(
     memories, states = [], []
     for size in (chunk, 10**6):
         memories.append(model.new_cache(B))
-        prefill(model, first[:B], memories[-1], chunk_tokens=size)
-        states.append(prefill(model, then[:B], memories[-1], chunk_tokens=size))
+        prefill(model, first[:B], memories[-1], size)
+        states.append(prefill(model, then[:B], memories[-1], size))
     assert float((states[0] - states[1]).abs().max()) < 1e-9
     assert distance(*memories) < 1e-9
-    assert memories[0].lengths == [len(a) + len(b) for a, b in zip(first, then, strict=False)]
+    lengths = [len(a) + len(b) for a, b in zip(first, then, strict=False)]
+    assert list(map(int, memories[0].lengths)) == lengths
 
 
 def test_a_row_without_tokens_is_refused(model: Qwen3) -> None:
@@ -347,30 +347,27 @@ PROMPTS = [
 ]
 
 
-def write(
-    take: Callable[..., Any],
-    sampling: Sampling,
-    end_ids: set[int],
-    remember: bool = False,
-    seed: int = 0,
-) -> tuple[Any, KVCache]:
-    """What `take` (stream or generate) makes of the three prompts, and the memory afterwards."""
+def events_of(
+    sampling: Sampling, end_ids: set[int], remember: bool = False, seed: int = 0
+) -> tuple[list[tuple[int, str, GeneratedText | None]], KVCache]:
+    """What `stream` yields for the three prompts, and the KV cache afterwards."""
     model = text_model()
     cache = model.new_cache(len(PROMPTS))
     hidden = prefill(model, PROMPTS, cache)
     sources = [generator(seed, str(ids)) for ids in PROMPTS]
-    out = take(
-        model,
-        tiny_tokenizer(),
-        hidden,
-        cache,
-        sampling,
-        end_ids,
-        sources,
-        PROMPTS,
-        remember=remember,
+    events = stream(
+        model, tiny_tokenizer(), hidden, cache, sampling, end_ids, sources, PROMPTS, remember
     )
-    return (list(out) if isinstance(out, Iterator) else out), cache
+    return list(events), cache
+
+
+def texts_of(
+    sampling: Sampling, end_ids: set[int], remember: bool = False, seed: int = 0
+) -> tuple[list[GeneratedText], KVCache]:
+    """The finished texts of the three prompts, and the KV cache afterwards."""
+    events, cache = events_of(sampling, end_ids, remember, seed)
+    done = {row: text for row, _, text in events if text is not None}
+    return [done[row] for row in range(len(PROMPTS))], cache
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 200), st.booleans())
@@ -386,8 +383,8 @@ def test_all_that_was_written_is_in_memory_and_no_end_token(
         Sampling(temperature=2.0, max_new_tokens=limit),
         set(range(ends)),
     )
-    written, cache = write(generate, hot, end_ids, remember, seed)
-    assert write(generate, hot, end_ids, not remember, seed)[0] == written
+    written, cache = texts_of(hot, end_ids, remember, seed)
+    assert texts_of(hot, end_ids, not remember, seed)[0] == written
     for row, (ids, out) in enumerate(zip(PROMPTS, written, strict=True)):
         held = int(cache.lengths[row])
         full = len(ids) + len(out.ids)
@@ -401,8 +398,8 @@ def test_all_that_was_written_is_in_memory_and_no_end_token(
 def test_a_text_ends_at_an_end_token_or_at_the_limit(limit: int, seed: int, ends: int) -> None:
     """`finish_reason` tells which, and an end token is never part of the text; any of several ends it."""
     hot, end_ids = Sampling(temperature=2.0, max_new_tokens=limit), set(range(ends))
-    written, _ = write(generate, hot, end_ids, seed=seed)
-    endless, _ = write(generate, hot, set(), seed=seed)
+    written, _ = texts_of(hot, end_ids, seed=seed)
+    endless, _ = texts_of(hot, set(), seed=seed)
     for out, whole in zip(written, endless, strict=True):
         place = next((i for i, token in enumerate(whole.ids) if token in end_ids), None)
         assert out.ids == whole.ids[:place]
@@ -414,21 +411,24 @@ def test_a_text_ends_at_an_end_token_or_at_the_limit(limit: int, seed: int, ends
 def test_the_streamed_pieces_are_the_text(limit: int, seed: int, ends: int) -> None:
     """The last piece comes with the result; bytes of an unfinished character come then or never."""
     hot, end_ids = Sampling(temperature=2.0, max_new_tokens=limit), set(range(5, ends))
-    events, _ = write(stream, hot, end_ids, seed=seed)
+    events, _ = events_of(hot, end_ids, seed=seed)
     pieces, results = [""] * len(PROMPTS), {}
     for row, piece, written in events:
         assert row not in results, "nothing comes after the result"
         pieces[row] += piece
         if written is not None:
             results[row] = written
-    assert results == dict(enumerate(write(generate, hot, end_ids, seed=seed)[0]))
+    model = text_model()
+    cache = model.new_cache(len(PROMPTS))
+    hidden = prefill(model, PROMPTS, cache)
+    sources = [generator(seed, str(ids)) for ids in PROMPTS]
+    texts = generate(model, tiny_tokenizer(), hidden, cache, hot, end_ids, sources, PROMPTS)
+    assert results == dict(enumerate(texts))
     assert pieces == [results[row].text for row in range(len(PROMPTS))]
 
 
 def test_an_end_token_at_once_is_an_empty_text() -> None:
-    written, cache = write(
-        generate, Sampling(max_new_tokens=5), set(range(text_model().config.vocab_size))
-    )
-    assert written == [GeneratedText("", [], "stop")] * 3 and cache.lengths == [
-        len(ids) for ids in PROMPTS
-    ]
+    every_id = set(range(text_model().config.vocab_size))
+    written, cache = texts_of(Sampling(max_new_tokens=5), every_id)
+    assert written == [GeneratedText("", [], "stop")] * 3
+    assert list(map(int, cache.lengths)) == [len(ids) for ids in PROMPTS]
