@@ -73,6 +73,17 @@ def test_a_folder_becomes_the_model_it_was_made_of(
     assert lm.model.fingerprint() == model.fingerprint()
 
 
+def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
+    """In a notebook the address of an object says nothing."""
+    model = tiny_model()
+    lm = load(write_folder(tmp_path, model), device="cpu", dtype="float32")
+    count = sum(weight.numel() for weight in model.parameters())
+    assert repr(lm).startswith(f"LM({tmp_path}: {count:,} parameters, torch.float32, ")
+    assert repr(lm).endswith(", cpu)")
+    quantized = repr(load(TINY, device="cpu", quantize="q8"))
+    assert "Q8Linear" in quantized and "LM(" in quantized
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("asked", ["auto", "float32", "bf16", "fp16", torch.float64])
 def test_tensors_come_in_the_dtype_asked_for(
