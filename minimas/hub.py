@@ -13,7 +13,7 @@ def download(repo: str, needed: list[str], optional: list[str]) -> Path:
     FileNotFoundError naming what is needed, where it was looked for, and how to get it.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # requests' or httpx's
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = needed + optional

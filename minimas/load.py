@@ -186,12 +186,12 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         )
     if str(name) == TINY:
         inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
-        for folder in (inside, inside.parents[2] / TINY):
-            if folder.is_dir():
-                return folder
-        raise FileNotFoundError(
-            f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
-        )
+        folder = inside if inside.is_dir() else inside.parents[2] / TINY
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
+            )
+        return folder
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
     if hub_id is None:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
@@ -199,9 +199,12 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     if gguf:
         every_shard = re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)
         return download(repo, [gguf], [every_shard]) / gguf
-    needed = ["config.json"] if only_config else ["config.json", f"{WEIGHTS}*"]
+    needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
-    return download(repo, needed, optional if only_config else [*optional, "*.safetensors"])
+    if not only_config:
+        needed.append(f"{WEIGHTS}*")
+        optional.append("*.safetensors")
+    return download(repo, needed, optional)
 
 
 def _device(name: str | torch.device) -> torch.device:

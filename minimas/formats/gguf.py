@@ -35,7 +35,6 @@ PARTS = {  # of a model or a layer, by GGUF's names and by Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-DTYPES = {"F32": "float32", "F16": "float16"}  # of a file with matrices of this type only
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIZES = {  # a config.json's field -> a GGUF's
     "hidden_size": "embedding_length",
@@ -195,7 +194,7 @@ class GGUF:
             value = self._value(name, int, head_dim)
             expected = f"{head_dim}, the size of a head"
             self._header.require(value == head_dim, f"{self._family}.{name}", value, expected)
-        kinds = {tensor.kind for tensor in self.tensors.values() if len(tensor.shape) > 1}
+        kinds = {tensor.kind for tensor in self.tensors.values() if tensor.rows > 1}
         epsilon = self._value("attention.layer_norm_rms_epsilon", float)
         theta = 1e4 if self._family == "llama" else None
         return raw | {
@@ -206,7 +205,11 @@ class GGUF:
             "head_dim": head_dim,
             "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-06 is stored as 9.99999997e-07
             "rope_theta": self._value("rope.freq_base", float, theta),
-            "dtype": DTYPES.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16",
+            "dtype": "float32"
+            if kinds == {"F32"}
+            else "float16"
+            if kinds == {"F16"}
+            else "bfloat16",
         }
 
     def _token_id(self, name: str) -> int:

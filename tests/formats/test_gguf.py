@@ -1,4 +1,6 @@
-"""A .gguf file gives the model, the tokenizer and the settings it was made of, or one line that says what is wrong."""
+"""A .gguf file gives the model, the tokenizer and the settings it was made of, or one line that
+says what is wrong.
+"""
 
 import json
 import logging
@@ -42,7 +44,7 @@ BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 BACK = {theirs: ours for ours, theirs in PARTS.items()}
 
 
-# -- writing files ----------------------------------------------------------------------------------------------------
+# -- writing files ---------------------------------------------------------------------------------
 
 
 def permute(weight: Tensor, heads: int) -> Tensor:
@@ -96,7 +98,9 @@ def write(
     extra: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """A file of a model by gguf's own writer; `kinds` by tensor or for all matrices, `extra` tensors and metadata."""
+    """A file of a model by gguf's own writer; `kinds` by tensor or for all matrices, `extra`
+    tensors and metadata.
+    """
     permuted = options.pop("permuted", True)
     writer = gguf.GGUFWriter(path, model.config.model_type, **options)
     more = extra or {}
@@ -163,7 +167,9 @@ def raw_file(
     head: tuple[bytes, int, int | None, int | None] = (b"GGUF", 3, None, None),
     data: int = 41 * 16 * 4,
 ) -> bytes:
-    """Any file at all, byte by byte: tensors are name -> (shape in the file's order, type, offset)."""
+    """Any file at all, byte by byte: tensors are name -> (shape in the file's order, type,
+    offset).
+    """
     entries = {
         key: value for key, value in (TINY_FIELDS | (fields or {})).items() if value is not None
     }
@@ -191,13 +197,15 @@ def opened(path: Path, content: bytes) -> GGUF:
     return GGUF(path)
 
 
-# -- what comes out ---------------------------------------------------------------------------------------------------
+# -- what comes out --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_file_becomes_the_model_it_was_made_of(family: str, tied: bool, tmp_path: Path) -> None:
-    """Q and K rows in the file's order give fluent nonsense: every tensor, its states, and a file read without that."""
+    """Q and K rows in the file's order give fluent nonsense: every tensor, its states, and a file
+    read without that.
+    """
     model = tiny_model(
         family, dtype=torch.float32, tie_word_embeddings=tied, rope_theta=5e4, rms_norm_eps=1e-5
     )
@@ -271,7 +279,9 @@ def stored(
 
 
 def finite_blocks(draw_bytes: bytes, rows: int, kind: str, at: tuple[int, ...]) -> Any:
-    """Random blocks of a type whose float16 numbers, at those bytes, are small: exponents of 15 and less."""
+    """Random blocks of a type whose float16 numbers, at those bytes, are small: exponents of 15
+    and less.
+    """
     data = (
         numpy.frombuffer(draw_bytes, numpy.uint8)
         .copy()
@@ -292,7 +302,9 @@ def finite_blocks(draw_bytes: bytes, rows: int, kind: str, at: tuple[int, ...]) 
 def test_blocks_are_the_files_own_numbers(
     data: st.DataObject, kind: str, rows: int, family: str, tmp_path: Path
 ) -> None:
-    """Halves swapped, a minimum of the wrong sign: each weight as the package gguf has it, no tolerance."""
+    """Halves swapped, a minimum of the wrong sign: each weight as the package gguf has it, no
+    tolerance.
+    """
     rows = 24 if family == "llama" else rows
     content = data.draw(
         st.binary(min_size=2 * rows * BLOCKS[kind], max_size=2 * rows * BLOCKS[kind])
@@ -344,7 +356,9 @@ def test_other_types_come_through_the_package(
 
 
 def test_slabs_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slab smaller than a row, slabs that do not divide the rows; a slab of everything would double the memory."""
+    """A slab smaller than a row, slabs that do not divide the rows; a slab of everything would
+    double the memory.
+    """
     sizes: list[int] = []
     raw = StoredTensor.read_bytes
 
@@ -414,7 +428,7 @@ def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
     assert apart(ours.logits(remember(ours, ids)[0]), expected) < 1e-5
 
 
-# -- tied embeddings --------------------------------------------------------------------------------------------------
+# -- tied embeddings -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -451,7 +465,7 @@ def test_a_head_of_its_own_is_not_taken_for_a_copy(tmp_path: Path) -> None:
     assert torch.equal(file.read("lm_head.weight", torch.float32), near)
 
 
-# -- shards -----------------------------------------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------------------
 
 
 def sharded(path: Path, model: Qwen3) -> list[Path]:
@@ -496,7 +510,7 @@ def test_a_shard_that_is_missing_or_foreign_is_named(tmp_path: Path) -> None:
         GGUF(first)
 
 
-# -- tokenizers -------------------------------------------------------------------------------------------------------
+# -- tokenizers ------------------------------------------------------------------------------------
 
 
 TEXTS = [
@@ -579,7 +593,9 @@ def with_words(path: Path, words: dict[str, Any], family: str = "qwen3") -> GGUF
 def test_the_tokenizer_is_the_one_the_file_was_made_of(
     pre: str, family: str, tmp_path: Path
 ) -> None:
-    """Added tokens inside the vocabulary (SmolLM) or behind it (Qwen): same ids, same text, same control tokens."""
+    """Added tokens inside the vocabulary (SmolLM) or behind it (Qwen): same ids, same text, same
+    control tokens.
+    """
     original = trained(pre)
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     file = with_words(
@@ -651,7 +667,9 @@ def test_the_cuts_tell_tokenizers_apart() -> None:
 def test_a_tokenizer_that_would_be_a_guess_is_left_out_with_a_reason(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Nearly right ids give a model that reads badly and nobody knows why; the model itself still loads."""
+    """Nearly right ids give a model that reads badly and nobody knows why; the model itself still
+    loads.
+    """
     file = with_words(
         tmp_path, words_of(trained("gpt-2"), "gpt-2", **{"eos_token_id": 7} | changes)
     )
@@ -664,7 +682,7 @@ def test_a_tokenizer_that_would_be_a_guess_is_left_out_with_a_reason(
     filled(file)
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def bad(
@@ -678,60 +696,177 @@ def q(name: str, value: Any) -> Callable[[], bytes]:
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "nothing in it": (lambda: b"", "GGUF header: found the end of the file at byte 0, expected 24 bytes"),
-    "another format": (bad(head=(b"GGML", 3, None, None)), "magic: found b'GGML', expected b'GGUF'"),
+    "nothing in it": (
+        lambda: b"",
+        "GGUF header: found the end of the file at byte 0, expected 24 bytes",
+    ),
+    "another format": (
+        bad(head=(b"GGML", 3, None, None)),
+        "magic: found b'GGML', expected b'GGUF'",
+    ),
     "an old version": (bad(head=(b"GGUF", 1, None, None)), "version: found 0x1, expected 2 or 3"),
-    "big-endian": (bad(head=(b"GGUF", 3 << 24, None, None)), "version: found 0x3000000, expected .* little-endian"),
-    "a vast count of tensors": (bad(head=(b"GGUF", 3, 2**60, None)), "counts: found 1,152,.* tensors and .* fields, expected at most"),
-    "a vast count of fields": (bad(head=(b"GGUF", 3, None, 2**60)), "counts: found 1 tensors and 1,152,.* fields, expected at most"),
+    "big-endian": (
+        bad(head=(b"GGUF", 3 << 24, None, None)),
+        "version: found 0x3000000, expected .* little-endian",
+    ),
+    "a vast count of tensors": (
+        bad(head=(b"GGUF", 3, 2**60, None)),
+        "counts: found 1,152,.* tensors and .* fields, expected at most",
+    ),
+    "a vast count of fields": (
+        bad(head=(b"GGUF", 3, None, 2**60)),
+        "counts: found 1 tensors and 1,152,.* fields, expected at most",
+    ),
     "one field too many": (bad(head=(b"GGUF", 3, None, 13)), "found .*, expected"),
     "half a header": (lambda: raw_file()[:200], "found the end of the file at byte 200"),
     "half a tensor table": (lambda: raw_file(data=0)[:-48], "found .*, expected"),
-    "half the data": (lambda: raw_file()[:-1], r"tensor 'token_embd\.weight': found bytes up to .*, expected"),
+    "half the data": (
+        lambda: raw_file()[:-1],
+        r"tensor 'token_embd\.weight': found bytes up to .*, expected",
+    ),
     "an unknown value": (bad({"x": struct.pack("<I", 13)}), "'x': found value type 13"),
-    "a nested array": (bad({"x": struct.pack("<IIQ", 9, 9, 1)}), "'x': found value type 9, .* no nested array"),
-    "a vast array": (bad({"x": struct.pack("<IIQ", 9, 0, 2**40)}), "'x': found the end of the file .*, expected 1,099,"),
-    "an array too long": (bad({"x": struct.pack("<IIQ", 9, 4, 9**6)}), "'x': found the end of the file"),
-    "strings too many": (bad({"x": struct.pack("<IIQ", 9, 8, 9**6)}), "'x': found the end of the file|'x'.*UTF-8"),
-    "a vast string": (bad({"x": struct.pack("<IQ", 8, 2**63)}), "'x': found the end of the file .*, expected 9,223,"),
+    "a nested array": (
+        bad({"x": struct.pack("<IIQ", 9, 9, 1)}),
+        "'x': found value type 9, .* no nested array",
+    ),
+    "a vast array": (
+        bad({"x": struct.pack("<IIQ", 9, 0, 2**40)}),
+        "'x': found the end of the file .*, expected 1,099,",
+    ),
+    "an array too long": (
+        bad({"x": struct.pack("<IIQ", 9, 4, 9**6)}),
+        "'x': found the end of the file",
+    ),
+    "strings too many": (
+        bad({"x": struct.pack("<IIQ", 9, 8, 9**6)}),
+        "'x': found the end of the file|'x'.*UTF-8",
+    ),
+    "a vast string": (
+        bad({"x": struct.pack("<IQ", 8, 2**63)}),
+        "'x': found the end of the file .*, expected 9,223,",
+    ),
     "no UTF-8": (bad({"x": struct.pack("<IQ", 8, 1) + b"\xff"}), "'x': found .*, expected UTF-8"),
-    "a field twice": (lambda: raw_file({"a": 1, "b": 2}).replace(text("b"), text("a")), "'a': found it twice"),
+    "a field twice": (
+        lambda: raw_file({"a": 1, "b": 2}).replace(text("b"), text("a")),
+        "'a': found it twice",
+    ),
     "alignment zero": (bad({"general.alignment": 0}), r"general\.alignment: found 0, expected"),
-    "an alignment in words": (bad({"general.alignment": "32"}), r"general\.alignment: found '32', expected .* type int"),
-    "no dimensions": (bad(tensors={"output_norm.weight": ((), 0, 0)}), "tensor dimensions: found 0, expected 1 to 4"),
-    "a size of zero": (bad(tensors={"output_norm.weight": ((0,), 0, 0)}), r"found \(0,\), expected sizes above 0"),
-    "a vast size": (bad(tensors={"output_norm.weight": ((2**63, 2**63), 0, 0)}), "found bytes up to 340,282,.*, expected at most"),
-    "an offset beyond": (bad(tensors={"output_norm.weight": ((16,), 0, 2**60)}), "found bytes up to 1,152,"),
-    "half a block": (bad(tensors={"output.weight": ((16, 2), 8, 0)}), r"\(2, 16\), expected .* a multiple of 32 for Q8_0"),
-    "a tensor twice": (bad(tensors=[*TINY_TENSORS.items()] * 2), r"'token_embd\.weight': found it twice, expected it once"),
-    "an unknown type": (bad(tensors={"output.weight": ((32, 2), 999, 0)}), r"'output\.weight': found type 999 \("),
-    "a type nobody decodes": (bad(tensors={"output.weight": ((32, 1), 9, 0)}), r"found type 9 \(.*Q8_1.*, expected"),
-    "whole numbers": (bad(tensors={"output.weight": ((32, 1), 26, 0)}), r"found type 26 \(.*I32.*, expected"),
-    "a scaling": (bad(tensors={"rope_freqs.weight": ((4,), 0, 0)}), r"rope_freqs\.weight': found RoPE scaling, expected .* not supported"),
-    "no embeddings": (bad(tensors=[("output.weight", ((16, 41), 0, 0))]), r"token_embd\.weight: found nothing, expected a matrix"),
-    "another architecture": (bad({"general.architecture": "gemma3"}), r"found 'gemma3', expected one of qwen3"),
-    "no architecture": (bad({"general.architecture": None}), r"general\.architecture: found nothing, expected"),
-    "a missing size": (q("embedding_length", None), r"qwen3\.embedding_length: found nothing, expected .* type int"),
-    "a size in words": (q("block_count", "2"), r"qwen3\.block_count: found '2', expected .* type int"),
-    "a size that is true": (q("block_count", True), r"qwen3\.block_count: found True, expected .* type int"),
+    "an alignment in words": (
+        bad({"general.alignment": "32"}),
+        r"general\.alignment: found '32', expected .* type int",
+    ),
+    "no dimensions": (
+        bad(tensors={"output_norm.weight": ((), 0, 0)}),
+        "tensor dimensions: found 0, expected 1 to 4",
+    ),
+    "a size of zero": (
+        bad(tensors={"output_norm.weight": ((0,), 0, 0)}),
+        r"found \(0,\), expected sizes above 0",
+    ),
+    "a vast size": (
+        bad(tensors={"output_norm.weight": ((2**63, 2**63), 0, 0)}),
+        "found bytes up to 340,282,.*, expected at most",
+    ),
+    "an offset beyond": (
+        bad(tensors={"output_norm.weight": ((16,), 0, 2**60)}),
+        "found bytes up to 1,152,",
+    ),
+    "half a block": (
+        bad(tensors={"output.weight": ((16, 2), 8, 0)}),
+        r"\(2, 16\), expected .* a multiple of 32 for Q8_0",
+    ),
+    "a tensor twice": (
+        bad(tensors=[*TINY_TENSORS.items()] * 2),
+        r"'token_embd\.weight': found it twice, expected it once",
+    ),
+    "an unknown type": (
+        bad(tensors={"output.weight": ((32, 2), 999, 0)}),
+        r"'output\.weight': found type 999 \(",
+    ),
+    "a type nobody decodes": (
+        bad(tensors={"output.weight": ((32, 1), 9, 0)}),
+        r"found type 9 \(.*Q8_1.*, expected",
+    ),
+    "whole numbers": (
+        bad(tensors={"output.weight": ((32, 1), 26, 0)}),
+        r"found type 26 \(.*I32.*, expected",
+    ),
+    "a scaling": (
+        bad(tensors={"rope_freqs.weight": ((4,), 0, 0)}),
+        r"rope_freqs\.weight': found RoPE scaling, expected .* not supported",
+    ),
+    "no embeddings": (
+        bad(tensors=[("output.weight", ((16, 41), 0, 0))]),
+        r"token_embd\.weight: found nothing, expected a matrix",
+    ),
+    "another architecture": (
+        bad({"general.architecture": "gemma3"}),
+        r"found 'gemma3', expected one of qwen3",
+    ),
+    "no architecture": (
+        bad({"general.architecture": None}),
+        r"general\.architecture: found nothing, expected",
+    ),
+    "a missing size": (
+        q("embedding_length", None),
+        r"qwen3\.embedding_length: found nothing, expected .* type int",
+    ),
+    "a size in words": (
+        q("block_count", "2"),
+        r"qwen3\.block_count: found '2', expected .* type int",
+    ),
+    "a size that is true": (
+        q("block_count", True),
+        r"qwen3\.block_count: found True, expected .* type int",
+    ),
     "no layers": (q("block_count", 0), "num_hidden_layers: found 0, expected a positive integer"),
-    "no heads": (q("attention.head_count", 0), "num_attention_heads: found 0, expected a positive integer"),
+    "no heads": (
+        q("attention.head_count", 0),
+        "num_attention_heads: found 0, expected a positive integer",
+    ),
     "heads by layer": (
         q("attention.head_count_kv", struct.pack("<IIQ2i", 9, 5, 2, 2, 1)),
         r"qwen3\.attention\.head_count_kv: found \[2, 1\], expected .* type int",
     ),
-    "no base": (q("rope.freq_base", None), r"qwen3\.rope\.freq_base: found nothing, expected .* type float"),
+    "no base": (
+        q("rope.freq_base", None),
+        r"qwen3\.rope\.freq_base: found nothing, expected .* type float",
+    ),
     "a base of nan": (q("rope.freq_base", float("nan")), "rope_theta: found nan"),
-    "an epsilon in words": (q("attention.layer_norm_rms_epsilon", "x"), r"rms_epsilon: found 'x', expected .* type float"),
-    "a part of the head turned": (q("rope.dimension_count", 4), r"rope\.dimension_count: found 4, expected 6"),
-    "values of another size": (q("attention.value_length", 4), r"attention\.value_length: found 4, expected 6"),
-    "yarn": (q("rope.scaling.type", "yarn"), r"qwen3\.rope\.scaling\.type: found 'yarn', expected 'none'"),
-    "a factor": (q("rope.scaling.factor", 4.0), r"qwen3\.rope\.scaling\.factor: found 4\.0, expected 0"),
+    "an epsilon in words": (
+        q("attention.layer_norm_rms_epsilon", "x"),
+        r"rms_epsilon: found 'x', expected .* type float",
+    ),
+    "a part of the head turned": (
+        q("rope.dimension_count", 4),
+        r"rope\.dimension_count: found 4, expected 6",
+    ),
+    "values of another size": (
+        q("attention.value_length", 4),
+        r"attention\.value_length: found 4, expected 6",
+    ),
+    "yarn": (
+        q("rope.scaling.type", "yarn"),
+        r"qwen3\.rope\.scaling\.type: found 'yarn', expected 'none'",
+    ),
+    "a factor": (
+        q("rope.scaling.factor", 4.0),
+        r"qwen3\.rope\.scaling\.factor: found 4\.0, expected 0",
+    ),
     "experts": (q("expert_count", 8), r"qwen3\.expert_count: found 8, expected 0"),
-    "a window": (q("attention.sliding_window", 4096), r"qwen3\.attention\.sliding_window: found 4096, expected 0"),
-    "both ways": (q("attention.causal", False), r"qwen3\.attention\.causal: found False, expected True"),
-    "an end beyond": (bad({"tokenizer.ggml.eos_token_id": 41}), r"eos_token_id: found 41, expected an id below 41"),
-}  # fmt: skip
+    "a window": (
+        q("attention.sliding_window", 4096),
+        r"qwen3\.attention\.sliding_window: found 4096, expected 0",
+    ),
+    "both ways": (
+        q("attention.causal", False),
+        r"qwen3\.attention\.causal: found False, expected True",
+    ),
+    "an end beyond": (
+        bad({"tokenizer.ggml.eos_token_id": 41}),
+        r"eos_token_id: found 41, expected an id below 41",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -809,7 +944,9 @@ def test_common_types_need_no_package_and_others_name_it(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small file with everything in it: three types of tensor, two copies of the embedding, a tokenizer."""
+    """A small file with everything in it: three types of tensor, two copies of the embedding, a
+    tokenizer.
+    """
     model = random_model(
         tiny_config("llama", num_hidden_layers=1, hidden_size=32, vocab_size=64), 0, torch.float32
     )
@@ -857,11 +994,13 @@ def test_damage_is_an_error_or_another_model_never_a_crash(
     )  # on a busy machine; a vast count believed would take minutes
 
 
-# -- loaded -----------------------------------------------------------------------------------------------------------
+# -- loaded ----------------------------------------------------------------------------------------
 
 
 def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
-    """Config, tokenizer, template, end tokens and weights all come from one file, with nothing beside it."""
+    """Config, tokenizer, template, end tokens and weights all come from one file, with nothing
+    beside it.
+    """
     model = random_model(tiny_config(vocab_size=500, tie_word_embeddings=True), dtype=torch.float32)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
@@ -886,7 +1025,9 @@ def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_stay_as_they_are_when_loaded(kind: str, family: str, tmp_path: Path) -> None:
-    """In the kernels' order, llama's queries and keys included; as 32-bit weights, or in other bits, where asked."""
+    """In the kernels' order, llama's queries and keys included; as 32-bit weights, or in other
+    bits, where asked.
+    """
     config = tiny_config(family, hidden_size=64, intermediate_size=128, head_dim=16)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
     exact = load(path, device="cpu", dtype="float32").model
