@@ -13,8 +13,10 @@ def download(repo: str, needed: list[str], optional: list[str]) -> Path:
     FileNotFoundError naming what is needed, where it was looked for, and how to get it.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     patterns = needed + optional
     try:

@@ -31,6 +31,7 @@ def describe(name: str | Path) -> dict[str, str]:
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
     count = sum(weight.numel() for weight in model.parameters())
+    share = c.vocab_size * c.hidden_size / count
     team = TEAM_TOKENS * slot
     sizes = weight_bytes(model)
     fits = []
@@ -40,14 +41,17 @@ def describe(name: str | Path) -> dict[str, str]:
         fits.append(f"{gigabytes} GB: {', '.join(formats) or 'none'}")
     with_teams = ", with teams.json" if (folder / "teams.json").is_file() else ""
     tied = "tied: W_a is the identity up to λ, only the rescaling is left"
-    untied = f"untied: W_a is a {c.hidden_size} × {c.hidden_size} map"
+    square = (
+        f"{c.hidden_size} × {c.hidden_size} map, {c.hidden_size**2 * 4 / 1e6:,.0f} MB in float32"
+    )
+    untied = f"untied: W_a is a {square}"
     return {
         "model": f"{name} in {folder}, {c.dtype}{with_teams}",
         "architecture": f"{c.model_type}, {c.num_hidden_layers} layers, "
         f"hidden size {c.hidden_size:,}, {c.num_attention_heads} query and "
         f"{c.num_key_value_heads} key-value heads of {c.head_dim}",
         "vocabulary": f"{c.vocab_size:,} tokens, context {c.max_position_embeddings:,}",
-        "parameters": f"{count:,} ({c.vocab_size * c.hidden_size / count:.0%} in the token embedding)",
+        "parameters": f"{count:,} ({share:.0%} in the token embedding)",
         "weights": ", ".join(f"{form} {size / 1e6:,.1f} MB" for form, size in sizes.items()),
         "memory": f"{slot / 1024:,.1f} KiB a token; {team / 1e6:,.1f} MB for 4 agents of 200 "
         "prompt tokens and 40 latent steps",
