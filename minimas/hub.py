@@ -1,31 +1,35 @@
-"""The hub: a repository's files in the local cache, downloaded if need be. Does not know what is in them."""
+"""Find a model repository's files in the hub's local cache, or download them.
 
-from collections.abc import Callable
+Does not know what is in them.
+"""
+
 from pathlib import Path
 
 
-def download(repo: str, patterns: list[str], complete: Callable[[Path], bool], needed: str) -> Path:
-    """The local folder of the hub's `repo` with its files of these `patterns`.
+def download(repo: str, needed: list[str], optional: list[str]) -> Path:
+    """Return the local folder of the hub's `repo` with its files of these patterns.
 
-    A cached copy that is `complete` is used without a word to the network. Raises FileNotFoundError naming what is
-    `needed`, where it was looked for, and how to get it.
+    A cached copy that has what is `needed` is used without a network connection. Raises
+    FileNotFoundError naming what is needed, where it was looked for, and how to get it.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
+    patterns = needed + optional
     try:
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        if complete(cached):
+        if all(any(cached.glob(pattern)) for pattern in needed):
             return cached
     except LocalEntryNotFoundError:
         pass
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (
-        Exception
-    ) as error:  # offline, gated (hf auth login), misspelt: what a hub raises has no common base
-        missing = f"{repo}: no such folder here, {needed} not in the cache {constants.HF_HUB_CACHE}"
-        why = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, HTTPError) as error:  # offline, gated, or no such repository
+        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{missing}; when online: hf download {repo} (the hub: {why})"
+            f"{repo}: no such folder here, and no {' and '.join(needed)} in the cache "
+            f"{constants.HF_HUB_CACHE}; when online: hf download {repo} (the hub: {reason})"
         ) from error

@@ -1,9 +1,9 @@
-"""A name → a model on its device, tensor by tensor: a folder or hub id in Hugging Face's layout, or a GGUF file.
+"""Load a model by name: a folder or hub id in Hugging Face's layout, or a GGUF file.
 
-Every file is checked before the first tensor is read, every tensor goes straight to its final dtype and device, every
-tensor is claimed and none is missing: `load` ends with a whole model or an exception. Nothing is ever unpickled, and
-no code from a model folder is run. Tokenizer, sampling defaults and teams are read on first access, so that config,
-rotary, cache, model and load work alone. Does not know: prompts, agents, the arithmetic of a forward pass.
+Every file is checked before the first tensor is read, and every tensor goes straight to its final
+dtype and device. `load` ends with a whole model or an exception. Nothing is ever unpickled, and no
+code from a model folder is run. Tokenizer, sampling defaults and teams are read on first access.
+Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
 import re
@@ -13,26 +13,29 @@ from typing import Any
 
 import torch
 
-from .core.checkpoint import INDEX, WEIGHTS, Folder, empty_model, fill
+from .core.checkpoint import WEIGHTS, Folder, empty_model, fill
 from .core.config import DTYPES, Config, read_json, token_ids
 from .core.latent import Aligner
 from .core.model import Qwen3
+from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
+from .fast.quantize import Replacer, check
 from .formats.gguf import GGUF
+from .hub import download
 from .teams import Team
 from .text.generate import Sampling
 from .text.tokenizer import Tokenizer
 
-Files = dict[
-    str, dict[str, Any]
-]  # a folder's JSON files by name, as a GGUF file holds them in itself
+Files = dict[str, dict[str, Any]]  # JSON files by name, as a GGUF file holds them
 TINY = "weights/tiny"
 
 
 class LM:
-    """A model with what its folder says about using it: `model`, `tokenizer`, `sampling`, `end_ids`, `teams`.
+    """A model with what its folder says about using it: `model`, `tokenizer`, `sampling`,
+    `end_ids`, `teams`, `default_steps`.
 
-    `tokenizer` is None for a folder without tokenizer.json: the model can still be fed embeddings and token ids.
+    `tokenizer` is None for a folder without tokenizer.json, and `no_tokenizer` says why: the model
+    can still be given embeddings and token ids.
     """
 
     def __init__(
@@ -42,68 +45,74 @@ class LM:
         files: Files | None = None,
         no_tokenizer: str | None = None,
     ) -> None:
-        """`folder` is a .gguf file if `files` is what it holds of a folder's; `no_tokenizer` says why it has none."""
+        """`folder` may be a .gguf file; `files` are then the JSON files that it holds."""
         self.model, self.folder, self.files = model, folder, files
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[str, Aligner] = {}
 
+    def __repr__(self) -> str:
+        model = self.model
+        with torch.device("meta"):  # a quantized layer has no parameters to count
+            count = sum(weight.numel() for weight in Qwen3(model.config).parameters())
+        layer = type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__
+        return f"LM({model.name}: {count:,} parameters, {model.dtype}, {layer}, {model.device})"
+
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Raises ValueError for a broken file, or one with ids that the model has no embedding for."""
+        """Read the tokenizer, None if there is none.
+
+        Raises ValueError for a broken file, or one with ids that the model has no embedding for.
+        """
         name = "tokenizer.json"
         if not ((self.folder / name).is_file() if self.files is None else name in self.files):
             return None
         tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(
-                f"{tokenizer.path}: found {tokenizer.size:,} ids, expected at most {most:,}, vocab_size"
+                f"{tokenizer.path}: found {tokenizer.size:,} ids, "
+                f"expected at most {most:,}, vocab_size"
             )
         return tokenizer
 
     @cached_property
     def sampling(self) -> Sampling:
-        """The model's own sampling defaults, from generation_config.json; greedy without one."""
-        return Sampling.from_dict(*settings(self.folder, self.files, "generation_config.json"))
+        """Read the model's own sampling defaults from generation_config.json; greedy without."""
+        return Sampling.from_dict(*read_settings(self.folder, self.files, "generation_config.json"))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Every token that ends a turn, as any of the folder's files says."""
-        raw, path = settings(self.folder, self.files, "generation_config.json")
+        """Return every token id that ends a turn, as any of the folder's files says."""
+        raw, path = read_settings(self.folder, self.files, "generation_config.json")
         ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
-        return frozenset(ids).union(
-            self.model.config.eos_token_ids, self.tokenizer.end_ids if self.tokenizer else ()
-        )
+        ids += self.model.config.eos_token_ids
+        return frozenset(ids).union(self.tokenizer.end_ids if self.tokenizer else ())
 
     @cached_property
     def teams(self) -> dict[str, Team]:
-        """The folder's own teams by name (teams.json), {} without one."""
-        raw, path = settings(self.folder, self.files, "teams.json")
-        return {
-            name: Team.from_dict(raw[name], f"{path}: {name}")
-            for name in raw.keys() - {"latent_steps"}
-        }
+        """Read the folder's own teams by name from teams.json; {} without."""
+        raw, path = read_settings(self.folder, self.files, "teams.json")
+        names = raw.keys() - {"latent_steps"}
+        return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in names}
 
     @cached_property
     def default_steps(self) -> int:
-        """How many thoughts an agent thinks if nobody says: teams.json's number, or 40 (paper: best at 40 to 80)."""
-        raw, path = settings(self.folder, self.files, "teams.json")
+        """Return the number of latent steps in teams.json, or 40 (paper: best at 40 to 80)."""
+        raw, path = read_settings(self.folder, self.files, "teams.json")
         steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
-            raise ValueError(
-                f"{path}: latent_steps: found {steps!r}, expected a whole number, 0 or more"
-            )
+            raise ValueError(f"{path}: latent_steps: found {steps!r}, expected an integer above -1")
         return steps
 
     def aligner(self, kind: str) -> Aligner:
-        """The model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
+        """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        It is computed or read once. Errors as in `Aligner.from_model` and `Aligner.load`.
+        It is computed or read once. Raises as `Aligner.from_model` and `Aligner.load` do.
         """
         if kind not in self._aligners:
             if str(kind).endswith(".safetensors"):
                 self._aligners[kind] = Aligner.load(kind, self.model)
             else:
-                # Rows that no token has, padding to a round number, would move W_a and its norm.
+                # Rows that no token has, padding to a round number, would change W_a and its norm.
                 rows = self.tokenizer.size if self.tokenizer else None
                 self._aligners[kind] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[kind]
@@ -116,118 +125,99 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
 ) -> LM:
-    """Load the model `name`, a folder, a .gguf file or a hub id, onto `device` ("auto": a CUDA GPU if there is one).
+    """Load the model `name`: a folder, a .gguf file or a hub id.
 
-    `dtype` "auto" is the checkpoint's own. `quantize` is a format of quantize.FORMATS; None leaves a folder in 16 or 32
-    bits, and a GGUF file's Q4_0, Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a
-    warm-up. Peak memory is the weights plus the largest tensor. Raises FileNotFoundError, ImportError or ValueError
-    naming the file or flag, the field, what was found and what was expected.
+    `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
+    is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
+    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. Peak
+    memory is the weights plus the largest tensor. Raises FileNotFoundError, ImportError or
+    ValueError naming the file or flag, the field, what was found and what was expected.
     """
-    where, kind = _device(device), _dtype(dtype)
+    target, asked = _device(device), _dtype(dtype)
     if quantize is not None:
-        from .fast.quantize import check
-
-        check(quantize, where, kind)
+        check(quantize, target, asked)
     if compile:
-        from .fast.compiled import check_compiler
-
         check_compiler()
     path = resolve(name)
     source = open_source(path)
-    raw, config_path = settings(path, source.files, "config.json", needed=True)
+    raw, config_path = read_settings(path, source.files, "config.json", needed=True)
     config = Config.from_dict(raw, config_path)
     model = empty_model(config, str(name), source, config_path)
-    replace = None
-    if quantize is not None or not isinstance(source, Folder):
-        from .fast.quantize import Replacer
-
-        replace = Replacer(source, where, kind or getattr(torch, config.dtype), quantize)
-    fill(model, source, where, kind or getattr(torch, config.dtype), replace)
-    if replace is not None:
-        replace.finish(model)
+    used = asked or getattr(torch, config.dtype)
+    replacer = Replacer(source, target, used, quantize)
+    fill(model, source, target, used, replacer)
+    replacer.finish(model)
     pack(model)
     if compile:
-        from .fast.compiled import compile_steps
-
         compile_steps(model)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
 
 
 def open_source(path: Path) -> Folder | GGUF:
-    """The tensors and small files at `path`, a folder or a .gguf file; nothing large is read yet."""
-    if path.is_dir():
-        return Folder(path)
-    return GGUF(path)
+    """Return the tensors and JSON files at `path`, a folder or a .gguf file, before reading any."""
+    return Folder(path) if path.is_dir() else GGUF(path)
 
 
-def settings(
+def read_settings(
     path: Path, files: Files | None, name: str, needed: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """One of a model's JSON files and what to call it in an error; {} for one that is missing and not `needed`."""
+    """Return one of a model's JSON files, and what to call it in an error.
+
+    It is {} for a file that is missing and not `needed`.
+    """
     if files is None:
         return read_json(path / name, needed), str(path / name)
     return files.get(name, {}), f"{path}: {name}"
 
 
 def resolve(name: str | Path, only_config: bool = False) -> Path:
-    """The folder or .gguf file of model `name`: a path, the embedded model, the hub's cache, the hub (repo:FILE.gguf).
+    """Return the folder or .gguf file of the model `name`.
 
-    `only_config` leaves a folder's weights on the hub.
+    `name` is a path, the embedded model, or a hub id, repo or repo:FILE.gguf, which is looked up in
+    the hub's cache first. `only_config` leaves a folder's weights on the hub.
     """
     path = Path(name).expanduser()
     if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
         return path
     if path.is_file():
         raise ValueError(
-            f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, .gguf or hub id"
+            f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, "
+            ".gguf or hub id"
         )
-    if str(name) == TINY:  # inside the wheel, or beside the package in a checkout
-        here = Path(__file__).parent / TINY
-        for home in (here, here.parents[2] / TINY):
-            if home.is_dir():
-                return home
-        raise FileNotFoundError(
-            f"{TINY}: not found at {here}; pass a model, such as --model Qwen/Qwen3-0.6B"
-        )
+    if str(name) == TINY:
+        inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
+        folder = inside if inside.is_dir() else inside.parents[2] / TINY
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
+            )
+        return folder
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
     if hub_id is None:
         raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
-    from .hub import download
-
-    repo, gguf = hub_id[1], hub_id[2]
-    if gguf:  # of a file in shards, all of them
-        wanted = [re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)]
-        path = download(repo, wanted, lambda folder: (folder / gguf).is_file(), gguf) / gguf
-        if not path.is_file():
-            raise FileNotFoundError(f"{name}: found no file {gguf} in the repository, expected one")
-        return path
-    weights = [] if only_config else ["*.safetensors", INDEX]
-    wanted = [
-        *weights,
-        "config.json",
-        "generation_config.json",
-        "tokenizer*.json",
-        "chat_template.jinja",
-        "teams.json",
-    ]
-
-    def complete(folder: Path) -> bool:
-        return only_config or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
-
-    return download(repo, wanted, complete, f"config.json and {WEIGHTS}")
+    repo, gguf = hub_id.groups()
+    if gguf:
+        every_shard = re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)
+        return download(repo, [gguf], [every_shard]) / gguf
+    needed = ["config.json"]
+    optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
+    if not only_config:
+        needed.append(f"{WEIGHTS}*")
+        optional.append("*.safetensors")
+    return download(repo, needed, optional)
 
 
 def _device(name: str | torch.device) -> torch.device:
-    gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(("cuda" if gpus else "cpu") if str(name) == "auto" else name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < gpus):
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    text = str(name)
+    if text == "auto":
+        text = "cuda" if gpus else "cpu"
+    if text not in ("cpu", *gpus) and not (text == "cuda" and gpus):
         raise ValueError(
-            f"device (--device): found {str(name)!r}, expected auto, cpu, or cuda ({gpus} devices here)"
+            f"device (--device): found {text!r}, expected auto, cpu, or cuda "
+            f"({len(gpus)} devices here)"
         )
-    return device
+    return torch.device(text)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

@@ -1,4 +1,6 @@
-"""`load` ends with a whole model, or with one line that names file, field, what was found and what was expected."""
+"""`load` ends with a whole model, or with one line that names file, field, what was found and what
+was expected.
+"""
 
 import json
 import shutil
@@ -49,7 +51,7 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
     return done.stdout
 
 
-# -- what loads -------------------------------------------------------------------------------------------------------
+# -- what loads ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +73,17 @@ def test_a_folder_becomes_the_model_it_was_made_of(
     ids = random_ids(model, 2, 5)
     assert torch.equal(remember(lm.model, ids, [5, 2])[0], remember(model, ids, [5, 2])[0])
     assert lm.model.fingerprint() == model.fingerprint()
+
+
+def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
+    """In a notebook the address of an object says nothing."""
+    model = tiny_model()
+    lm = load(write_folder(tmp_path, model), device="cpu", dtype="float32")
+    count = sum(weight.numel() for weight in model.parameters())
+    assert repr(lm).startswith(f"LM({tmp_path}: {count:,} parameters, torch.float32, ")
+    assert repr(lm).endswith(", cpu)")
+    quantized = repr(load(TINY, device="cpu", quantize="q8"))
+    assert "Q8Linear" in quantized and "LM(" in quantized
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -95,7 +108,9 @@ def test_tensors_come_in_the_dtype_asked_for(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: Path) -> None:
-    """Qwen3-0.6B carries a second copy of its tied embedding, old Llama checkpoints their rotary frequencies."""
+    """Qwen3-0.6B carries a second copy of its tied embedding, old Llama checkpoints their rotary
+    frequencies.
+    """
     model = tiny_model("llama", tie_word_embeddings=True)
     spare = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
     spare["lm_head.weight"] = model.state_dict()["model.embed_tokens.weight"].clone()
@@ -118,7 +133,7 @@ def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
     assert torch.equal(remember(loaded, ids)[0], remember(model, ids)[0])
 
 
-# -- what does not ----------------------------------------------------------------------------------------------------
+# -- what does not ---------------------------------------------------------------------------------
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOREIGN = f"{FILE}: found a truncated or foreign file, expected safetensors"
@@ -338,7 +353,9 @@ BAD |= {
 def test_a_folder_that_is_not_whole_is_refused(
     damage: Callable[[Path], Any], said: str, tmp_path: Path
 ) -> None:
-    """Within seconds, in one line, before anything large is built: half a download is a common model."""
+    """Within seconds, in one line, before anything large is built: half a download is a common
+    model.
+    """
     folder = write_folder(tmp_path / "model", tiny_model())
     shutil.copy(folder / FILE, tmp_path / FILE)  # what a path out of the folder would reach
     damage(folder)
@@ -413,7 +430,9 @@ def test_the_default_is_found_from_any_folder(
 
 @pytest.mark.parametrize("name", ["up_proj.weight", "model.norm.weight", "embed_tokens.weight"])
 def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Path) -> None:
-    """They load, as a scan of 16 GB would take as long as loading; the first state not finite names the model."""
+    """They load, as a scan of 16 GB would take as long as loading; the first state not finite
+    names the model.
+    """
     model = tiny_model()
     folder = write_folder(tmp_path, model)
     tensors(lambda t: [w.fill_(torch.nan) for key, w in t.items() if key.endswith(name)])(folder)
@@ -423,12 +442,14 @@ def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Pa
         think(broken, Aligner(), hidden[:, -1:], cache, 1)
 
 
-# -- what it costs, and what it needs ---------------------------------------------------------------------------------
+# -- what it costs, and what it needs --------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
-    """A state dict beside the model is twice the weights: an 8B model then needs 32 GB to become 16."""
+    """A state dict beside the model is twice the weights: an 8B model then needs 32 GB to become
+    16.
+    """
     shape = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -454,7 +475,9 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
         model = load(sys.argv[1]).model
         hidden = model(model.embed(torch.ones(1, 16, dtype=torch.int64)))
         assert bool(torch.isfinite(model.logits(hidden)).all())
-        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+        status = open("/proc/self/status")
+        print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+        status.close()
     """
     assert int(python(code, folder)) * 1024 <= 1.2 * size + 300e6
 
@@ -484,21 +507,24 @@ def test_the_core_loads_a_model_under_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["", "import transformers.utils"])
 def test_importing_needs_only_the_core(first: str) -> None:
-    """The authors' method cannot be imported without vllm. The second case proves that this check can fail."""
+    """The authors' method cannot be imported without vllm. The second case proves that this check
+    can fail.
+    """
     if first:
         pytest.importorskip("transformers")
     code = f"""
         import sys
         {first}
         import minimas, minimas.__main__
-        heavy = "transformers bitsandbytes matplotlib gguf vllm accelerate datasets huggingface_hub".split()
+        heavy = "transformers bitsandbytes matplotlib gguf vllm accelerate datasets".split()
+        heavy.append("huggingface_hub")
         print(*[name for name in heavy if name in sys.modules])
     """
     found = python(code).split()
     assert "transformers" in found if first else found == []
 
 
-# -- info -------------------------------------------------------------------------------------------------------------
+# -- info ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -552,7 +578,8 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
         try:
             cache.save(path)
         except OSError as error:
-            named, kept = f"{path}: cannot write" in str(error), KVCache.load(path, model).lengths
+            named = f"{path}: cannot write" in str(error)
+            kept = [int(length) for length in KVCache.load(path, model).lengths]
             print(named, kept, len(list(path.parent.iterdir())))
     """
     (tmp_path / "memories").mkdir()

@@ -1,275 +1,247 @@
-"""What a .gguf file holds, by GGUF's own names: metadata, and tensors that are read a range of rows at a time.
+"""Read a .gguf file by GGUF's own names: its metadata, and its tensors a range of rows at a time.
 
-A header is parsed from a mapping that is closed again at once, and rows come by plain reads: the file never stays
-resident, and one that shrinks meanwhile is an error, not a crash. Every count, offset and type is checked against the
-file before it is believed. The common types are decoded here, all others by the package `gguf`.
+Everything comes by plain reads. So the file never stays resident, and a file that shrinks meanwhile
+is an error; a memory mapping would end the process. Every count, offset and type is checked against
+the file before it is used. The common types are decoded here, all others by the package `gguf`.
 Does not know: what the metadata and the tensors mean (gguf.py), models, devices.
 
 Source: the GGUF specification (ggml, docs/gguf.md).
 """
 
-import mmap
 import re
 import struct
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-MOST = 10**7  # no real size or count of a header comes near
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# Number of a metadata value's type -> its letter in `struct`.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Number of a type -> its name, weights in a block, bytes in a block.
-KINDS = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
-KINDS |= {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
+# Number of a tensor's type -> its name, weights per block, bytes per block.
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCKS = ("Q4_0", "Q4_1", "Q8_0")  # the block types that are decoded here
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies and how. A vector of plain numbers counts as a column, so that it has rows to cut at."""
+class StoredTensor(NamedTuple):
+    """A tensor of a file: where its bytes are, their type, and its shape. A vector is one row."""
 
+    name: str  # GGUF's
     path: Path
-    start: int
-    number: int
-    kind: str
-    shape: tuple[int, ...]  # PyTorch's, the file's turned around
-    rows: int
-    width: int  # weights in a row
-    row_size: int  # bytes in a row
+    start: int  # byte of the file
+    kind: str  # name of the type
+    shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
+    row_bytes: int
 
-    def raw(self, start: int, stop: int) -> Tensor:
-        """The bytes of a range of rows, uint8 (n, row_size); raises ValueError if the file has become shorter."""
-        buffer = bytearray((stop - start) * self.row_size)
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    def read_bytes(self, start: int, stop: int) -> Tensor:
+        """Return the bytes of rows `start` to `stop`, uint8 (n, row_bytes).
+
+        Raises ValueError if the file has become shorter since it was opened.
+        """
+        buffer = bytearray((stop - start) * self.row_bytes)
         with self.path.open("rb") as file:
-            file.seek(self.start + start * self.row_size)
+            file.seek(self.start + start * self.row_bytes)
             if file.readinto(buffer) != len(buffer):
                 raise ValueError(
-                    f"{self.path}: found its end inside a tensor, expected the size it had when opened"
+                    f"{self.path}: found the end of the file inside a tensor, "
+                    "expected the size it had when it was opened"
                 )
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(stop - start, -1)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(stop - start, -1)  # (n, row_bytes)
 
-    def blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values (n, K), scale (n, K/32) and minimum of a range of rows of Q4_0, Q4_1 or Q8_0, in the file's order."""
-        blocks = self.raw(start, stop).view(stop - start, self.width // 32, -1)
-        head = 4 if self.kind == "Q4_1" else 2
-        scales = blocks[..., :head].contiguous().view(torch.float16).float()  # (n, K/32, 1 or 2)
-        packed, scale = blocks[..., head:], scales[..., 0]
+    def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
+
+        Values (n, K) uint8 or int8, scale and minimum (n, K/32) float32; Q8_0 has no minimum.
+        """
+        blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
+        scale_bytes = 4 if self.kind == "Q4_1" else 2
+        scales = blocks[..., :scale_bytes].contiguous().view(torch.float16).float()  # (n, G, 1 | 2)
+        packed, scale = blocks[..., scale_bytes:], scales[..., 0]
         if self.kind == "Q8_0":
-            return packed.flatten(1).view(torch.int8), scale, None
-        values = torch.cat([packed & 15, packed >> 4], -1).flatten(
-            1
-        )  # low halves are weights 0 … 15, high 16 … 31
+            return packed.flatten(1).view(torch.int8), scale, None  # (n, G, 32) -> (n, K)
+        # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
+        values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
         return values, scale, scales[..., 1] if self.kind == "Q4_1" else -8 * scale
 
-    def floats(self, start: int, stop: int) -> Tensor:
-        """The weights of a range of rows, (n, width) in some floating dtype, in the file's order."""
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return the weights of a range of rows, floating-point (n, width), in the file's order."""
         if self.kind in FLOATS:
-            return self.raw(start, stop).view(FLOATS[self.kind])
-        if self.number in KINDS:
-            values, scale, minimum = self.blocks(start, stop)
-            weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K/32, 32)
-            return (weights if minimum is None else weights.add_(minimum[..., None])).flatten(1)
+            return self.read_bytes(start, stop).view(FLOATS[self.kind])  # (n, row_bytes) -> (n, K)
+        if self.kind in BLOCKS:
+            values, scale, minimum = self.read_blocks(start, stop)
+            weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K) -> (n, G, 32)
+            if minimum is not None:
+                weights += minimum[..., None]
+            return weights.flatten(1)  # (n, G, 32) -> (n, K)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        return torch.from_numpy(
-            dequantize(self.raw(start, stop).numpy(), GGMLQuantizationType(self.number))
-        )
+        data = self.read_bytes(start, stop).numpy()
+        return torch.from_numpy(dequantize(data, GGMLQuantizationType[self.kind]))
 
 
 class Header:
     """The metadata and the tensors of one file, by GGUF's names."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        self.path, self.size, self.at = path, path.stat().st_size, 0
+        """Read the header of `path`.
+
+        Raises FileNotFoundError, ValueError naming the file, the field, what was found and what was
+        expected, and ImportError for a tensor that needs the package gguf.
+        """
+        self.path = path
+        self.size = path.stat().st_size
         self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, Stored] = {}
-        self.require(self.size > 24, "file", f"{self.size} bytes", "a GGUF header")
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as self._data,
-        ):
-            self._parse()
+        self.tensors: list[StoredTensor] = []
+        with path.open("rb") as self._file:
+            magic, version, tensors, fields = self._unpack("4sIQQ", "GGUF header")
+            self.require(magic == b"GGUF", "magic", magic, "b'GGUF'")
+            self.require(version in (2, 3), "version", f"{version:#x}", "2 or 3, little-endian")
+            found = f"{tensors:,} tensors and {fields:,} fields"
+            good = tensors + fields <= self.size
+            self.require(good, "counts", found, f"at most {self.size:,}, the bytes of the file")
+            self._parse_metadata(fields)
+            self._parse_tensors(tensors)
 
     def require(self, good: bool, field: str, found: Any, expected: str) -> None:
+        """Raise ValueError naming the file and `field` unless `good`."""
         if not good:
             raise ValueError(f"{self.path}: {field}: found {found!s:.80}, expected {expected}")
 
     def value(self, field: str, kind: type, default: Any = None) -> Any:
-        """A metadata value of a type (float: any number); with no default it has to be there."""
-        value, name = (
-            self.metadata.get(field, default),
-            {float: "number", int: "integer"}.get(kind, kind.__name__),
-        )
-        good = type(value) is kind or (kind is float and type(value) is int)
-        self.require(
-            good, field, "nothing" if value is None else repr(value), f"a value of type {name}"
-        )
+        """Return a metadata value of type `kind`.
+
+        Raises ValueError for another type, or if the field is missing and `default` is None.
+        """
+        value = self.metadata.get(field, default)
+        found = "nothing" if value is None else repr(value)
+        self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
         return value
 
-    def _parse(self) -> None:
-        magic, version, tensors, fields = self._take("4sIQQ", "header")
-        self.require(magic == b"GGUF", "magic", magic, "b'GGUF'")
-        self.require(version in (2, 3), "version", f"{version:#x}", "2 or 3, little-endian")
-        for name, count, least in (("tensor count", tensors, 32), ("metadata count", fields, 13)):
-            most = self.size // least
-            self.require(
-                count <= most,
-                name,
-                f"{count:,}",
-                f"at most {most:,} in a file of {self.size:,} bytes",
-            )
-        for _ in range(fields):
-            [name] = self._strings(1, "metadata name")
+    def _parse_metadata(self, count: int) -> None:
+        for _ in range(count):
+            name = self._string("metadata name")
             field = f"{name!r:.80}"
             self.require(name not in self.metadata, field, "it twice", "it once")
-            self.metadata[name] = self._any(field, *self._take("I", field))
-        infos: list[Any] = [
-            (*self._strings(1, "tensor name"), *self._shape()) for _ in range(tensors)
-        ]
+            [kind] = self._unpack("I", field)
+            if kind == ARRAY:
+                kind, size = self._unpack("IQ", field)
+                self.metadata[name] = self._values(kind, size, field)
+            else:
+                self.metadata[name] = self._values(kind, 1, field)[0]
+
+    def _values(self, kind: int, count: int, field: str) -> list[Any]:
+        if kind == STRING:
+            return [self._string(field) for _ in range(count)]
+        self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")
+        data = self._read(count * struct.calcsize(f"<{SCALARS[kind]}"), field)
+        return list(struct.unpack(f"<{count}{SCALARS[kind]}", data))
+
+    def _parse_tensors(self, count: int) -> None:
+        entries = []
+        for _ in range(count):
+            name = self._string("tensor name")
+            [dimensions] = self._unpack("I", "tensor dimensions")
+            self.require(1 <= dimensions <= 4, "tensor dimensions", dimensions, "1 to 4")
+            entries.append((name, self._unpack(f"{dimensions}QIQ", "tensor")))
         alignment = self.value("general.alignment", int, 32)
-        self.require(
-            0 < alignment <= 2**20, "general.alignment", alignment, "a positive number of bytes"
-        )
-        data = -(-self.at // alignment) * alignment
-        for name, shape, number, offset in infos:
+        self.require(alignment > 0, "general.alignment", alignment, "a positive number of bytes")
+        data_start = -(-self._file.tell() // alignment) * alignment
+        for name, (*sizes, number, offset) in entries:
             field = f"tensor {name!r:.80}"
-            self.require(name not in self.tensors, field, "it twice", "it once")
-            kind, block, size = _kind(number, f"{self.path}: {field}")
-            self.require(all(0 < n <= MOST for n in shape), field, shape, f"sizes of 1 to {MOST:,}")
+            shape = tuple(reversed(sizes))
+            kind, block, block_bytes = _type(number, f"{self.path}: {field}")
+            expected = f"sizes above 0, the last a multiple of {block} for {kind}"
+            self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
+            start = data_start + offset
+            row_bytes = shape[-1] // block * block_bytes
+            tensor = StoredTensor(name, self.path, start, kind, shape, row_bytes)
+            stop = start + tensor.rows * row_bytes
             self.require(
-                shape[-1] % block == 0,
-                field,
-                shape,
-                f"a multiple of {block} in the last place, for {kind}",
+                stop <= self.size, field, f"bytes up to {stop:,}", f"at most {self.size:,}"
             )
-            width = shape[-1] if len(shape) > 1 or block > 1 else 1
-            rows, row_size = prod(shape) // width, width // block * size
-            stop = data + offset + rows * row_size
-            self.require(
-                stop <= self.size,
-                field,
-                f"bytes up to {stop:,}",
-                f"a file of that size, not {self.size:,}",
+            self.tensors.append(tensor)
+
+    def _read(self, count: int, field: str) -> bytes:
+        data = self._file.read(min(count, self.size))
+        if len(data) < count:
+            raise ValueError(
+                f"{self.path}: {field}: found the end of the file at byte {self.size:,}, "
+                f"expected {count:,} bytes, of which it has {len(data):,}"
             )
-            self.tensors[name] = Stored(
-                self.path, data + offset, number, kind, shape, rows, width, row_size
-            )
+        return data
 
-    def _shape(self) -> tuple[tuple[int, ...], int, int]:
-        (n,) = self._take("I", "tensor dimensions")
-        self.require(1 <= n <= 4, "tensor dimensions", n, "1 to 4")
-        *shape, number, offset = self._take(f"{n}QIQ", "tensor")
-        return tuple(reversed(shape)), number, offset
+    def _unpack(self, form: str, field: str) -> tuple[Any, ...]:
+        """Parse what `form`, a format of the module struct, describes."""
+        return struct.unpack(f"<{form}", self._read(struct.calcsize(f"<{form}"), field))
 
-    def _any(self, field: str, kind: int) -> Any:
-        count = None
-        if kind == ARRAY:
-            kind, count = self._take("IQ", field)
-            self.require(count <= MOST, field, f"{count:,} elements", f"at most {MOST:,}")
-        self.require(
-            kind in SCALARS or kind == STRING,
-            field,
-            f"value type {kind}",
-            "one of GGUF's, no nested array",
-        )
-        n = 1 if count is None else count
-        values = (
-            self._strings(n, field)
-            if kind == STRING
-            else list(self._take(f"{n}{SCALARS[kind]}", field))
-        )
-        return values[0] if count is None else values
-
-    def _take(self, form: str, field: str) -> tuple[Any, ...]:
-        start, self.at = self.at, self.at + struct.calcsize("<" + form)
-        self.require(
-            self.at <= self.size,
-            field,
-            f"the end of the file at byte {self.size:,}",
-            f"{self.at:,} or more",
-        )
-        return struct.unpack_from("<" + form, self._data, start)
-
-    def _strings(self, count: int, field: str) -> list[str]:
-        texts, data, at, length = [], self._data, self.at, struct.Struct("<Q").unpack_from
+    def _string(self, field: str) -> str:
+        # A usual vocabulary has 300,000 strings, and _unpack would take half as long again.
+        length = int.from_bytes(self._read(8, field), "little")
         try:
-            for _ in range(count):  # 300,000 of them in a usual vocabulary
-                stop = at + 8
-                if stop > self.size or (stop := stop + length(data, at)[0]) > self.size:
-                    self.require(
-                        False,
-                        field,
-                        f"a string up to byte {stop:,}",
-                        f"at most {self.size:,}, its size",
-                    )
-                texts.append(data[at + 8 : stop].decode())
-                at = stop
+            return self._read(length, field).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: {field}: found {error}, expected UTF-8") from error
-        self.at = at
-        return texts
 
 
-def shards(path: Path) -> list[Header]:
-    """The headers of a file, or of all the shards of which it is one, in order."""
+def read_headers(path: Path) -> list[Header]:
+    """Return the header of a file or, if it is a shard, the headers of all shards in order.
+
+    Raises as `Header` does, and ValueError if the shards do not belong together.
+    """
     given = Header(path)
     count = given.value("split.count", int, 1)
     if count <= 1:
         return [given]
-    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if match is None or int(match[2]) != count:
-        raise ValueError(
-            f"{path}: split.count: found {count}, expected a name such as model-00001-of-{count:05}.gguf"
-        )
-    headers = [
-        Header(path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf")) for i in range(count)
-    ]
-    for i, header in enumerate(headers):
-        place = [header.metadata.get(field) for field in ("split.no", "split.count")]
-        header.require(place == [i, count], "split.no, split.count", place, f"{[i, count]}")
-    total = sum(len(header.tensors) for header in headers)
-    expected = headers[0].value("split.tensors.count", int)
-    headers[0].require(total == expected, "split.tensors.count", f"{total} tensors", f"{expected}")
+    stem = re.sub(rf"-\d{{5}}-of-{count:05}\.gguf$", "", path.name)
+    given.require(stem != path.name, "split.count", count, f"a name NAME-00001-of-{count:05}.gguf")
+    headers = []
+    for i in range(count):
+        header = Header(path.with_name(f"{stem}-{i + 1:05}-of-{count:05}.gguf"))
+        number = header.value("split.no", int)
+        header.require(number == i, "split.no", number, f"{i}")
+        headers.append(header)
+    found = sum(len(header.tensors) for header in headers)
+    total = headers[0].value("split.tensors.count", int)
+    given.require(found == total, "split.tensors.count", f"{found} tensors", f"{total}")
     return headers
 
 
-def _kind(number: int, where: str) -> tuple[str, int, int]:
-    """The name of a type and the weights and bytes in its block; refused by name if nobody here can decode it."""
-    if number in KINDS:
-        return KINDS[number]
+def _type(number: int, field: str) -> tuple[str, int, int]:
+    """Return a type's name, weights per block and bytes per block.
+
+    Raises ImportError or ValueError naming `field` if neither this file nor gguf can decode it.
+    """
+    if number in TYPES:
+        return TYPES[number]
     try:
         import numpy
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
         raise ImportError(
-            f"{where}: found type {number}, which needs a package: pip install gguf"
+            f"{field}: found type {number}, which needs a package: pip install gguf"
         ) from error
     try:
         kind = GGMLQuantizationType(number)
-        block, size = GGML_QUANT_SIZES[kind]
-        dequantize(numpy.zeros((1, size), numpy.uint8), kind)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        dequantize(numpy.zeros(block_bytes, numpy.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
-            f"{where}: found type {number} ({error}), expected one that gguf can decode"
+            f"{field}: found type {number} ({error}), expected one that gguf can decode"
         ) from error
-    return kind.name, block, size
+    return kind.name, block, block_bytes
