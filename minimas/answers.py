@@ -2,23 +2,27 @@ r"""Find the answer in a generated text and compare it with the gold answer: `ex
 
 The rules are tried in this order; the first one that finds something decides.
 
-* math: the last `\boxed{}`; `#### 42`; "the answer is 42"; the last sentence with a number: there the result of an
-  equation ("3 * 6 = 18"), else the last number. Numbers are compared exactly, as fractions; expressions as strings.
-* choice: the last `\boxed{}` that names an option; the last "#### B" at the end, "the answer is (B)", "I choose B"
-  or "so B is correct"; a line that is an option. An option is named by its letter or by its own words.
-* code: the last closed Python block that defines something other than tests, with the blocks it is connected to.
+* math: the last `\boxed{}`; `#### 42`; "the answer is 42"; the last sentence with a number: there
+  the result of an equation ("3 * 6 = 18"), else the last number. Numbers are compared exactly, as
+  fractions; expressions as strings.
+* choice: the last `\boxed{}` that names an option; the last "#### B" at the end, "the answer is
+  (B)", "I choose B" or "so B is correct"; a line that is an option. An option is named by its
+  letter or by its own words.
+* code: the last closed Python block that defines something other than tests, with the blocks it is
+  connected to.
 * free: the text after the thoughts. Its last line may state the answer alone.
 
-Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20") and an equation that
-states no value ("2x = 10") are not an answer. The rules prefer a missed right answer to an accepted wrong one.
-Does not know: models, prompts, data sets, running programs, and algebra. `grade(…, verify=True)` asks math-verify
-whether two different expressions are equal.
+Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20") and
+an equation that states no value ("2x = 10") are not an answer. The rules prefer a missed right
+answer to an accepted wrong one. Does not know: models, prompts, data sets, running programs, and
+algebra. `grade(…, verify=True)` asks math-verify whether two different expressions are equal.
 """
 
 import ast
 import re
 import textwrap
 from collections.abc import Mapping
+from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
 from unicodedata import normalize
@@ -29,7 +33,8 @@ _ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’。", "-----**//=
 
 
 def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
-    """Return the answer in `text` in plain form ("1234", "-1/2", "50%"; "b"; a program), or None if there is none.
+    """Return the answer in `text` in plain form ("1234", "-1/2", "50%"; "b"; a program), or None if
+    there is none.
 
     `choices` maps each option's letter to its text; without it the letters are a to j.
     Raises ValueError if the kind is unknown, and for no text.
@@ -52,10 +57,11 @@ def grade(
 ) -> bool:
     """Return whether the answer in `text` is `gold`.
 
-    `gold` may carry commas, units, a box or GSM8K's whole solution, or be an option's text. A percentage equals its
-    number and its share: 50% is 50 and 0.5. `verify` lets math-verify compare expressions that differ as strings;
-    two plain numbers are always compared exactly.
-    Raises ValueError if the kind is "code" or unknown, ImportError if `verify` needs math-verify and it is missing.
+    `gold` may carry commas, units, a box or GSM8K's whole solution, or be an option's text. A
+    percentage equals its number and its share: 50% is 50 and 0.5. `verify` lets math-verify compare
+    expressions that differ as strings; two plain numbers are always compared exactly.
+    Raises ValueError if the kind is "code" or unknown, ImportError if `verify` needs math-verify
+    and it is missing.
     """
     if kind == "code":
         raise ValueError("--kind: code is graded by running its tests, which minimas does not do")
@@ -77,14 +83,17 @@ def grade(
     return number in (value, value * Fraction(100) ** (answer.endswith("%") - right.endswith("%")))
 
 
-# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, and hangs on towers of powers.
+# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, and hangs on
+# towers of powers.
 _NOT_VERIFIED = re.compile(
     r"[=:<>;]|\.|\\[lc]?dots|(?<![\\A-Za-z])[A-Za-z]{2,}|\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!"
 )
 
 
 def _verified(answer: str, gold: str) -> bool:
-    """Whether math-verify takes gold / answer for 1. It would take the difference of two tiny numbers for 0."""
+    """Whether math-verify takes gold / answer for 1. It would take the difference of two tiny
+    numbers for 0.
+    """
     try:
         from math_verify import parse, verify
     except ImportError as error:
@@ -96,31 +105,37 @@ def _verified(answer: str, gold: str) -> bool:
     return bool(verify(parse("$1$"), parse(rf"$\frac{{{gold}}}{{{answer}}}$")))
 
 
-_BRACE = re.compile(r"(?s)\\.|[{}]")  # \{ and \} do not count
-_TWO_BOXES = re.compile(r"\\(?:boxed|fbox) ?\{.{0,100}\}[\s$.]*(?:or|and)[\s$]*$")
+_HELD = r"(?:\\.|[^{}\\])*+"
+for _depth in range(5):  # braces in braces
+    _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
+_OPENED = r"\\(?:boxed|fbox) ?\{"
+_BOX = re.compile(rf"(?s){_OPENED}({_HELD})\}}")
+_TWO_BOXES = re.compile(_OPENED + r".{0,100}\}[\s$.]*(?:or|and)[\s$]*$")
 
 
 def _box(text: str) -> tuple[str, str] | None:
-    r"""What the last box holds, and the text after it: None without a box, ("", "") if it is cut off or two are offered.
+    r"""What the last box holds, and the text after it.
 
-    An empty \boxed{} quotes the instruction.
+    None without a box, ("", "") if it is cut off or two are offered. An empty \boxed{} quotes the
+    instruction.
     """
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox) ?\{", text))):
-        depth, end = 1, box.end()
-        while depth and (brace := _BRACE.search(text, end)):
-            depth, end = depth + {"{": 1, "}": -1}.get(brace[0], 0), brace.end()
-        held = text[box.end() : end - 1]
-        if depth or _TWO_BOXES.search(text[max(0, box.start() - 150) : box.start()]):
-            return "", ""
-        if held.strip():
-            return held, text[end:]
-    return None
+    opened = [match.start() for match in re.finditer(_OPENED + r"(?!\s*\})", text)]
+    if not opened:
+        return None
+    start = opened[-1]
+    box = _BOX.match(text, start)
+    if not box or _TWO_BOXES.search(text[max(0, start - 150) : start]):
+        return "", ""
+    return box[1], text[box.end() :]
 
 
-# -- math ---------------------------------------------------------------------------------------
+# -- math ------------------------------------------------------------------------------------------
 
 _TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # after a number, a bracket or a variable, not after a word
-_FRAC = r"(?<![/^])\\[dtc]?frac ?(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
+_FRAC = (
+    r"(?<![/^])\\[dtc]?frac ?"
+    r"(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
+)
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 # From LaTeX and Markdown to plain text, in this order. After it a number is one word.
 _REWRITES: list[tuple[str, Any]] = [
@@ -242,14 +257,18 @@ def _math(text: str) -> str | None:
 
 
 def _result(text: str) -> str:
-    """The right side of an equation if its left side is a name or arithmetic; else the equation as it is."""
+    """The right side of an equation if its left side is a name or arithmetic; else the equation
+    as it is.
+    """
     left, _, right = text.rpartition(" = ")
     chain = re.sub(_WORDS, "", left).split(" = ")
     return right if all(map(_STATES.fullmatch, chain)) else text
 
 
 def _value(text: str) -> str | None:
-    """What a box, a gold or a `####` line says: a number with its unit, else an expression without its spaces."""
+    """What a box, a gold or a `####` line says: a number with its unit, else an expression
+    without its spaces.
+    """
     text = _simple(text)
     if not re.search(r",(?!\d{3})|;|\b(?:and|or)\b", text.rpartition(" = ")[0]):
         text = _result(text)
@@ -279,14 +298,15 @@ def _number(word: str) -> str | None:
     except ZeroDivisionError:
         return None
     value += int(found[2] or 0)
-    sign, places = "-" if found[1] == "-" and value else "", value.denominator.bit_length()
-    if "/" in found[3] or 10**places % value.denominator:  # a fraction, or it has no last digit
+    sign = "-" if found[1] == "-" and value else ""
+    top, bottom = Decimal(value.numerator), Decimal(value.denominator)
+    decimal = Context(prec=2 * LIMIT).divide(top, bottom)
+    if "/" in found[3] or Fraction(decimal) != value:
         return f"{sign}{value}{found[4]}"
-    digits = str(value.numerator * 10**places // value.denominator).zfill(places + 1)
-    return sign + f"{digits[:-places]}.{digits[-places:]}".rstrip("0").rstrip(".") + found[4]
+    return f"{sign}{decimal:f}{found[4]}"
 
 
-# -- choice -------------------------------------------------------------------------------------
+# -- choice ----------------------------------------------------------------------------------------
 
 _CHOSEN = (
     r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|答案\W*[是为]?"
@@ -334,8 +354,9 @@ def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
 
 
 def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) -> set[str]:
-    """The options that `text` names. Only a letter with a bracket or a stop, "(B)" or "B.", may be followed by words
-    that are not its option's, so that "A cat sat" and "I think" name none. `alone`: not even that one.
+    """The options that `text` names. Only a letter with a bracket or a stop, "(B)" or "B.", may be
+    followed by words that are not its option's, so that "A cat sat" and "I think" name none.
+    `alone`: not even that one.
     """
     given = choices or dict.fromkeys("abcdefghij", "")
     options = {str(key).strip().lower(): _bare(str(words)) for key, words in given.items()}
@@ -356,24 +377,26 @@ def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) ->
     same = {key for key, words in options.items() if words and words in said}
     if same or alone:
         return same
-    begun = [
-        k for k, words in options.items() if words and re.match(re.escape(words) + _GOES_ON, text)
-    ]
-    return set(sorted(begun, key=lambda key: len(options[key]))[-1:])
+    begun = [k for k in options if options[k] and re.match(re.escape(options[k]) + _GOES_ON, text)]
+    return {max(begun, key=lambda key: len(options[key]))} if begun else set()
 
 
 def _bare(text: str) -> str:
-    """Text without LaTeX, Markdown, case, spaces and punctuation around it, and without brackets around all of it."""
+    """Text without LaTeX, Markdown, case, spaces and punctuation around it, and without brackets
+    around all of it.
+    """
     text = re.sub(r"\\[,;: ]|~", " ", _plain(text))
     text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(" .,;:!?\"'")
     bracketed = re.fullmatch(r"\(((?:[^()]|\([^()]*\))*)\)", text)
     return bracketed[1].strip(" .,;:!?\"'") if bracketed and len(bracketed[1]) > 1 else text
 
 
-# -- code ---------------------------------------------------------------------------------------
+# -- code ------------------------------------------------------------------------------------------
 
-# Indent, fence, language, program, closing fence. As in CommonMark, the closing fence has at least the length of the
-# opening one and at most three more spaces before it. Models also put fences behind other text on a line.
+# Indent, fence, language, program, closing fence. As in CommonMark, the closing fence has at least
+# the length of the
+# opening one and at most three more spaces before it. Models also put fences behind other text on a
+# line.
 _BLOCK = re.compile(
     r"(?ms)^( *)[^\n`~]*(`{3,}|~{3,})[ {.]*(\w*)[^\n`]*\n(.*?)"
     r"(^(?:\1)? {0,3}\2[`~]* *$|(?<=[^\s`~])\2 *$|\Z)"
@@ -383,9 +406,11 @@ _SOLUTION = r"(?m)^(?:(?:async +)?def|class) +(?!(?i:_?test|main\b|\w*test\b))(?
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that defines something other than tests, and the blocks it is connected to.
+    """The last closed Python block that defines something other than tests, and the blocks it is
+    connected to.
 
-    Without one: a block that the token limit cut off, the last block, or the text itself if it is a program.
+    Without one: a block that the token limit cut off, the last block, or the text itself if it is a
+    program.
     """
     found = _BLOCK.findall(text.replace("\r\n", "\n"))
     python = [block for block in found if block[2].lower() in ("", "python", "python3", "py")]

@@ -1,7 +1,8 @@
 r"""Right answers fail nowhere, wrong ones pass nowhere. Each test names the bug it prevents.
 
-"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}` became 1 and so
-matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a usage example replaced the program.
+"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}` became 1
+and so matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a usage example
+replaced the program.
 """
 
 import json
@@ -36,7 +37,9 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def cases() -> list[dict[str, Any]]:
-    """Each line of answers.jsonl: `text`, `kind`, maybe `choices` and `verify`; `answer` or `gold` and `correct`."""
+    """Each line of answers.jsonl: `text`, `kind`, maybe `choices` and `verify`; `answer` or
+    `gold` and `correct`.
+    """
     lines = Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -53,7 +56,7 @@ def text_of(case: dict[str, Any]) -> str:
 def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
     r"""Each line is a way in which models write an answer and graders have misread it.
 
-    The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b", character by character, and take the last
+    The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b" as strings, and take the last
     ```python block, as a rule a usage example, and no block without a language.
     """
     text, answer, choices = case["text"], case["answer"], case.get("choices")
@@ -82,7 +85,7 @@ def test_a_number_longer_than_the_limit_is_compared_as_text() -> None:
     assert not grade("math", "7" * 5000, "7" * 4999)
 
 
-# -- the contract -----------------------------------------------------------------------------------------------------
+# -- the contract ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,8 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 
 REPEATED = (
-    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{|{|`|"
+    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{"
+    "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
     "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,"
 ).split("|")
@@ -130,7 +134,9 @@ REPEATED = (
 
 @pytest.mark.parametrize("start", ["", "The answer is ", "\\boxed{"])
 def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
-    """A pattern that backtracks hangs the run on the one model that says the same for 8,000 letters."""
+    """A pattern that backtracks hangs the run on the one model that says the same for 8,000
+    letters.
+    """
     for part in REPEATED:
         text = start + part * (8_000 // len(part)) + "`"
         for kind in KINDS:
@@ -150,7 +156,7 @@ def test_a_megabyte_takes_seconds(part: str) -> None:
     assert time.process_time() - before < 5
 
 
-# -- thoughts ---------------------------------------------------------------------------------------------------------
+# -- thoughts --------------------------------------------------------------------------------------
 
 
 def test_free_text_is_what_follows_the_thoughts() -> None:
@@ -161,14 +167,15 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
     assert grade("free", "<think>hm</think> the eiffel\ntower ", "The  Eiffel Tower")
     assert not grade("free", "The Eiffel Towers", "The Eiffel Tower")
     assert not grade("free", "", "")
-    for text in ("The Eiffel Tower.", "**The Eiffel Tower**", "It is in Paris.\n\nThe answer is the Eiffel Tower.",
+    for text in ("The Eiffel Tower.", "**The Eiffel Tower**",
+                 "It is in Paris.\n\nThe answer is the Eiffel Tower.",
                  "Final answer: The Eiffel Tower", r"So \boxed{The Eiffel Tower}."):  # fmt: skip
         assert grade("free", text, "The Eiffel Tower"), text
     assert not grade("free", "The Eiffel Tower\nIt is in Paris.", "The Eiffel Tower")
     assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
 
 
-# -- math -------------------------------------------------------------------------------------------------------------
+# -- math ------------------------------------------------------------------------------------------
 
 DRESSES = [
     "{}",
@@ -193,7 +200,9 @@ DRESSES = [
     st.sampled_from(["-", "\u2212"]),
 )
 def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
-    """Commas, decimals and words around a number do not change it; the number beside it is another number."""
+    """Commas, decimals and words around a number do not change it; the number beside it is
+    another number.
+    """
     written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
     text = dress.format(written)
     assert extract("math", text) == str(number)
@@ -254,13 +263,15 @@ def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
     ],
 )
 def test_a_huge_exponent_is_not_computed(text: str) -> None:
-    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers (torchtitan 4442)."""
+    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers
+    (torchtitan 4442).
+    """
     start = time.process_time()
     assert not grade("math", rf"\boxed{{{text}}}", "1")
     assert time.process_time() - start < 0.5
 
 
-# -- choice -----------------------------------------------------------------------------------------------------------
+# -- choice ----------------------------------------------------------------------------------------
 
 
 def test_a_letter_needs_no_options_to_be_read() -> None:
@@ -287,7 +298,9 @@ def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
 
 
 def test_options_may_be_numbered() -> None:
-    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option, unless it is a label."""
+    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option,
+    unless it is a label.
+    """
     numbered = {"1": "gas", "2": "solid", "3": "liquid", "4": "plasma"}
     for text in ("2", "(2)", r"\boxed{2}", "The answer is 2.", "Answer: 2) solid", "solid"):
         assert extract("choice", text, numbered) == "2"
@@ -316,7 +329,7 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
     )
 
 
-# -- on the data ------------------------------------------------------------------------------------------------------
+# -- on the data -----------------------------------------------------------------------------------
 
 
 def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
@@ -347,7 +360,9 @@ def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
-    """Options that hold one another, that are numbers, or that end in a full stop are where matching breaks."""
+    """Options that hold one another, that are numbers, or that end in a full stop are where
+    matching breaks.
+    """
     for row in rows(name):
         choices = row["choices"]
         for letter, words in choices.items():
@@ -372,7 +387,9 @@ def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
 
 
 def test_a_question_read_back_is_seldom_an_answer() -> None:
-    """Chance must stay chance: a model that only repeats its question and options has answered nothing."""
+    """Chance must stay chance: a model that only repeats its question and options has answered
+    nothing.
+    """
     data = rows("arc_easy_test") + rows("medqa")
     found = 0
     for row in data:
@@ -384,13 +401,17 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
 
 
 MATH_DRESSES = r"""
-{}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|\[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
-The answer is {}.|**Answer: {}**|Answer: ${}$|x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
+{}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|
+\[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
+The answer is {}.|**Answer: {}**|Answer: ${}$|
+x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
 <think>1 or 2</think>The answer is {}
 """
 CHOICE_DRESSES = r"""
-{}|{}.|({})|**{}**|#### {}|\boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
-Answer: {}|The correct answer is **{}**.|The correct option is ({}).|Final Answer: ({})|I choose {}.|Option {}|So, {}|
+{}|{}.|({})|**{}**|#### {}|
+\boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
+Answer: {}|The correct answer is **{}**.|
+The correct option is ({}).|Final Answer: ({})|I choose {}.|Option {}|So, {}|
 So the answer is option {}|The best answer is {} because it is right.|<think>a or b</think>{}
 """
 
@@ -401,7 +422,9 @@ def dresses(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
 def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name: str) -> None:
-    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide who is better."""
+    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide
+    who is better.
+    """
     for row in rows(name):
         gold, value = row["answer"], int(row["answer"])
         for dress in dresses(MATH_DRESSES):
@@ -440,7 +463,7 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
                     )
 
 
-# -- math-verify ------------------------------------------------------------------------------------------------------
+# -- math-verify -----------------------------------------------------------------------------------
 
 
 def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> None:
@@ -472,7 +495,9 @@ def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_shuffled_letters_score_at_chance() -> None:
-    """The control of the grader itself: random letters in random dress are right as often as chance says."""
+    """The control of the grader itself: random letters in random dress are right as often as
+    chance says.
+    """
     draw = random.Random(0)
     data = rows("arc_challenge_test")
     right = sum(
