@@ -284,7 +284,7 @@ def _value(text: str) -> str | None:
 
 
 def _number(word: str) -> str | None:
-    """A number in plain form, exactly: "1234", "0.5" for a decimal, "-7/2" for a fraction, "50%"."""
+    """A number in plain form, "1234", "0.5" for a decimal, "-7/2" for a fraction, "50%"."""
     found = _NUMBER.fullmatch(word)
     if not found or len(word) > LIMIT:
         return None
@@ -388,7 +388,7 @@ def _bare(text: str) -> str:
     text = re.sub(r"\\[,;: ]|~", " ", _plain(text))
     text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(" .,;:!?\"'")
     bracketed = re.fullmatch(r"\(((?:[^()]|\([^()]*\))*)\)", text)
-    return bracketed[1].strip(" .,;:!?\"'") if bracketed and len(bracketed[1]) > 1 else text
+    return bracketed[1].strip(" .,;:!?\"'") if bracketed else text
 
 
 # -- code ------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 r"""Right answers fail nowhere, wrong ones pass nowhere. Each test names the bug it prevents.
 
-"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}` became 1
-and so matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a usage example
-replaced the program.
+"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}`
+became 1 and so matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a
+usage example replaced the program.
 """
 
 import json
@@ -125,7 +125,8 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 
 REPEATED = (
-    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{"
+    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}"
+    "|\\text{|\\frac{1}{"
     "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
     "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,"
@@ -245,7 +246,7 @@ def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
     )
 )
 def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
-    """A regrade reads the stored answer and must find the same one, whatever dress it wears then."""
+    """A regrade reads the stored answer and must find the same one, in whatever dress."""
     for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
         assert extract("math", dress.format(answer)) == answer
 
