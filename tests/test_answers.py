@@ -1,11 +1,13 @@
 r"""Right answers fail nowhere, wrong ones pass nowhere. Each test names the bug it prevents.
 
-"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}` became 1 and so
-matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a usage example replaced the program.
+"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}`
+became 1 and so matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a
+usage example replaced the program.
 """
 
 import json
 import random
+import re
 import sys
 import time
 from fractions import Fraction
@@ -34,17 +36,56 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def table(text: str) -> list[tuple[str, str | None]]:
-    """`answer <- text ¦ text ‖ answer <- text`, where ↵ is a new line, as pairs of a text and its answer."""
-    pairs: list[tuple[str, str | None]] = []
-    for row in text.strip("\n").replace("\n    ", " ").replace(" ‖ ", "\n").split("\n"):
-        answer, _, texts = row.replace("↵", "\0").partition(" <- ")
-        said = None if answer == "None" else answer.replace("\0", "\n")
-        pairs += [(part.replace("\0", "\n"), said) for part in texts.split(" ¦ ")]
-    return pairs
+def cases() -> list[dict[str, Any]]:
+    """Each line of answers.jsonl: `text`, `kind`, maybe `choices` and `verify`; `answer` or
+    `gold` and `correct`.
+    """
+    lines = Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-# -- the contract -----------------------------------------------------------------------------------------------------
+EXTRACTED = [case for case in cases() if "answer" in case]
+GRADED = [case for case in cases() if "gold" in case]
+
+
+def text_of(case: dict[str, Any]) -> str:
+    return str(case["text"])
+
+
+@pytest.mark.parametrize("case", EXTRACTED, ids=text_of)
+def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
+    r"""Each line is a way in which models write an answer and graders have misread it.
+
+    The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b" as strings, and take the last
+    ```python block, as a rule a usage example, and no block without a language.
+    """
+    text, answer, choices = case["text"], case["answer"], case.get("choices")
+    assert extract(case["kind"], text, choices) == answer
+    if case["kind"] == "choice":
+        capital = {letter.upper(): words for letter, words in choices.items()}
+        assert extract("choice", text, capital) == answer
+        for gold in choices:
+            assert grade("choice", text, gold, choices) == (gold.lower() == answer)
+
+
+@pytest.mark.parametrize("case", GRADED, ids=text_of)
+def test_a_right_answer_passes_and_a_wrong_one_does_not(case: dict[str, Any]) -> None:
+    """The wrong ones passed in some grader, mostly because a part of the number was read."""
+    if case.get("verify"):
+        pytest.importorskip("math_verify")
+    found = grade(
+        case["kind"], case["text"], case["gold"], case.get("choices"), case.get("verify", False)
+    )
+    assert found == case["correct"]
+
+
+def test_a_number_longer_than_the_limit_is_compared_as_text() -> None:
+    """Python refuses to convert more than 4,300 digits."""
+    assert grade("math", "7" * 5000, "7" * 5000)
+    assert not grade("math", "7" * 5000, "7" * 4999)
+
+
+# -- the contract ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,7 +125,9 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 
 REPEATED = (
-    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}|\\text{|\\frac{1}{|{|`|"
+    "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}"
+    "|\\text{|\\frac{1}{"
+    "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
     "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,"
 ).split("|")
@@ -92,7 +135,9 @@ REPEATED = (
 
 @pytest.mark.parametrize("start", ["", "The answer is ", "\\boxed{"])
 def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
-    """A pattern that backtracks hangs the run on the one model that says the same for 8,000 letters."""
+    """A pattern that backtracks hangs the run on the one model that says the same for 8,000
+    letters.
+    """
     for part in REPEATED:
         text = start + part * (8_000 // len(part)) + "`"
         for kind in KINDS:
@@ -112,21 +157,7 @@ def test_a_megabyte_takes_seconds(part: str) -> None:
     assert time.process_time() - before < 5
 
 
-# -- thoughts ---------------------------------------------------------------------------------------------------------
-
-
-THOUGHTS = r"""
-4 <- <think>\boxed{3}</think>So it is \boxed{4}. ¦ <think>\boxed{3}</think>So it is 4. ¦
-    opened by the prompt, \boxed{3}</think>↵↵4 ¦ <think>a</think>3<think>b</think>4 ¦
-    <think>a</think>4<think>or is it 5 ¦ 4 <think> or is it 5 ¦ <think>so it is \boxed{4}</think>↵
-14 <- <think> 2 9 14</think> 14 ‖ None <- <think>\boxed{3} but ¦ <think>
-"""
-
-
-@pytest.mark.parametrize(("text", "answer"), table(THOUGHTS))
-def test_an_unfinished_thought_is_no_answer(text: str, answer: str | None) -> None:
-    """A box inside `<think>` is a draft; counting it rewards a run that hit its token limit."""
-    assert extract("math", text) == answer
+# -- thoughts --------------------------------------------------------------------------------------
 
 
 def test_free_text_is_what_follows_the_thoughts() -> None:
@@ -137,94 +168,15 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
     assert grade("free", "<think>hm</think> the eiffel\ntower ", "The  Eiffel Tower")
     assert not grade("free", "The Eiffel Towers", "The Eiffel Tower")
     assert not grade("free", "", "")
-    for text in ("The Eiffel Tower.", "**The Eiffel Tower**", "It is in Paris.\n\nThe answer is the Eiffel Tower.",
+    for text in ("The Eiffel Tower.", "**The Eiffel Tower**",
+                 "It is in Paris.\n\nThe answer is the Eiffel Tower.",
                  "Final answer: The Eiffel Tower", r"So \boxed{The Eiffel Tower}."):  # fmt: skip
         assert grade("free", text, "The Eiffel Tower"), text
     assert not grade("free", "The Eiffel Tower\nIt is in Paris.", "The Eiffel Tower")
     assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
 
 
-# -- math -------------------------------------------------------------------------------------------------------------
-
-MATH = r"""
-18 <- \boxed{(18)} ¦ \boxed{18\text{ m}} ¦
-    \boxed{3} is not it, \boxed{18} is, with 2 left. ¦ \fbox{18} ¦ \boxed 18 ¦ $$\boxed{\boxed{18}}$$ ¦
-    I put it in \boxed{}: the answer is 18, not 3. ¦ 16 - 3 = <<16-3=13>>13↵#### 18 ¦
-    #### 1. Count the 16 eggs↵#### 2. Subtract↵So 18 are left. ¦ The answer is 18 because 3 were eaten. ¦
-    The answer to the question about 3 ducks is therefore: 18. ¦ The final answer is $\frac{36}{2}$. ¦
-    **Final Answer:** 18↵I checked it 3 times. ¦ ### Answer↵↵18 eggs↵↵in 3 days ¦ The answer is:↵$$↵18↵$$ ¦
-    It is 18, not 5. ¦ 9 * 2 = $18 every day for 7 days. ¦ x = 18 ¦ x=3. So all 18 are there. ¦
-    She has 3 and then 18 ¦ \boxed{x = 18} ¦ \boxed{9 + 9 = 18} ¦
-    The answer is 18, as 3 * 6 = 18, and half of it is 9. ¦ 18.00 ¦ 18. ¦ \boxed{\$18} ¦ 18 dollars ¦ 18km ¦
-    She drives 18 km/h. ¦ \boxed{18\text{ apples}} ¦ \boxed{\text{18 apples}} ¦ \boxed{18\ \mathrm{cm}^2} ¦
-    an area of 18 m². ¦ \boxed{18^\circ} ¦ \boxed{\$18/\text{hour}} ¦ \boxed{\textbf{18}}
-None <- \boxed{5} and, in the end, \boxed{18 ¦ The answer is not 5. ¦ The answer is 5 or 6. ¦ 5 or 6 ¦
-    I do not know. ¦ x = 2 or x = -2 ¦ The answer is x = 1, y = 2. ¦ It has 18 + 2 legs ¦ Drink 18 l of H2O ¦
-    The answer is 2 and a half. ¦ 2 dozen eggs ¦ \boxed{3} or \boxed{5} ¦ \boxed{3} and $\boxed{5}$
-\frac{1}{2/3} <- \boxed{\frac{1}{\frac{2}{3}}} ‖ 5 <- \boxed{5}, \boxed{5} ¦ +5 ¦ - 5 eggs ‖ 14 <-  14
-x=1,y=2 <- \boxed{x = 1, y = 2} ‖ x\ge18 <- \boxed{x \ge 18} ‖ 20 <- 3*6=18, 18+2=20 in 2 days.
-1234 <- \boxed{1,234} ¦ １，２３４ ‖ 1234567.5 <- \boxed{1,234,567.50}
-12345 <- \boxed{12{,}345} ¦ \boxed{12\,345} ¦ \boxed{12\!,\!345} ‖ 1,2 <- \boxed{1,2} ‖ 12,34 <- \boxed{12,34}
-(1,234) <- \boxed{(1, 234)} ‖ 0.5 <- $0.50 ¦ \boxed{.5} ‖ -18 <- \boxed{-\$18} ¦ \boxed{\$-18}
-18.5 <- \boxed{€18.50} ‖ 50% <- \boxed{50\%} ¦ about 50 percent ‖ -5 <- -5 ¦ x = −5 ¦ \boxed{- 5} ¦ negative 5
-42 <- ٤٢ ¦ ४२ ‖ 1/2 <- 1/2 ¦ 2/4 ¦ \boxed{\frac{1}{2}} ¦ \boxed{\dfrac12}
--7/2 <- \boxed{-\tfrac{7}{2}} ¦ \boxed{\frac{-7}{2}} ‖ 7/2 <- \boxed{3\frac{1}{2}} ¦ 3 1/2 cups ‖ 1/0 <- \boxed{1/0}
-1000 <- 1e3 ¦ 10^3 ¦ 10**3 ‖ 0.0015 <- 1.5E-3 ‖ 2000 <- \boxed{2\times10^3} ¦ 2 x 10^3
-0.002 <- \boxed{2 \cdot 10^{-3}} ‖ 73 <- 073 ¦ 73** ‖ \sqrt{2} <- \boxed{\sqrt{2}}
-2\sqrt{3} <- The answer is $2\sqrt{3}$. ‖ 2\pi <- \boxed{2\pi} ‖ 2x <- \boxed{2x} ‖ x+5 <- \boxed{x + 5}
-0.\overline{3} <- \boxed{0.\overline{3}} ‖ 5! <- \boxed{5!} ‖ 1:2 <- \boxed{1:2} ‖ 18+2 <- 18 + 2
-no solution <- \boxed{\text{no solution}} ‖ 12345678 <- 12 345 678 ‖ 18 <- It costs US$18. ¦ US\$18 ¦ 18 °C ¦
-    \boxed{18\,^\circ\text{C}} ¦ \boxed{18 m²} ¦ 18℃ is not it, 18°F is ‖ -42 <- 答案是-42。 ¦ 答案是−42个。
-2000000 <- \boxed{2\text{ million dollars}} ¦ It took 2 million years ‖ 1500 <- 1.5 thousand ‖ 300 <- 3 hundred
--7/2 <- -3½ ‖ 1/2 <- ½ ‖ 0.001 <- 10⁻³ ‖ \sqrt{2} <- √2 ¦ \boxed{\sqrt2} ¦ \boxed{\sqrt 2}
-\frac{\sqrt{3}}{2} <- \boxed{\dfrac{\sqrt3}{2}} ‖ 5 <- \boxed{3} is wrong; \boxed{5} ¦ \boxed{3} = 3, \boxed{5}
-None <- The answer isn't 42. ¦ It can't be 42. ¦ It cannot be 42. ‖
-    43 <- The answer is 42? No, it is 43. ¦ The answer was 42, but that is wrong; it is 43. ¦ It isn't 42, it is 43.
-5 <- \boxed{5 m/s} ¦ \boxed{5\text{ m}^2} ¦ 5\text{ J/kg} ¦ \boxed{5\text{ N}} ¦ \boxed{5\text{ T-shirts}} ¦
-    \boxed{5 \text{ (apples)}} ¦ #### 5 m/s ¦ <answer>5</answer> ‖ 1000 <- \boxed{1 000} ‖ -5 <- ﹣5 ¦ It is minus 5.
-42 <- x≈42 ¦ x ≈ 42
-"""
-
-
-@pytest.mark.parametrize(("text", "answer"), table(MATH))
-def test_the_table_of_math_answers(text: str, answer: str | None) -> None:
-    """Each row is a way in which models write an answer and graders have misread it."""
-    assert extract("math", text) == answer
-
-
-RIGHT = r"""
-1234 <- \boxed{1,234} ‖ 1,234 <- \boxed{1234} ‖ 1450000 <- #### 1,450,000 ‖ 18 <- 18.00 ‖ 73 <- 073 ‖ 073 <- 73
-1/2 <- 0.5 ‖ 0.50 <- \boxed{\frac{3}{6}} ‖ 50 <- 50% ‖ 0.5 <- 50% ¦ 0.5% ‖ 50% <- 50 ¦ 0.5 ‖ 18 dollars <- 18
-\$18.00 <- 18 ‖ 2 * 9 = 18↵#### 18 <- 18 ‖ so $\boxed{18}$ <- 18 ‖ \frac{\sqrt{3}}{2} <- \boxed{\frac{\sqrt{3}} {2}}
-(3,\frac{\pi}{2}) <- \boxed{\left( 3, \frac{\pi}{2} \right)} ‖ no solution <- \boxed{No Solution}
-1e999999999 <- 1e999999999
-"""
-
-
-@pytest.mark.parametrize(("text", "gold"), table(RIGHT))
-def test_right_answers_do_not_fail(text: str, gold: str) -> None:
-    """The same number in another dress is the same number."""
-    assert grade("math", text, gold)
-    assert grade("math", "7" * 5000, "7" * 5000) and not grade("math", "7" * 5000, "7" * 4999)
-
-
-WRONG = r"""
-2 <- \boxed{1,2} ¦ \boxed{\frac{1}{2}} ¦ \boxed{\sqrt{2}} ¦ It is $2\sqrt{3}$ ¦ \boxed{2\pi} ¦ \boxed{2x} ¦
-    \boxed{x^2} ¦ \boxed{x=1, y=2} ¦ 2 million ¦ \boxed{2\text{ million}} ¦ 18 + 2
-1 <- \boxed{1,234} ¦ \boxed{\frac{1}{2}} ¦ 1e3 ‖ 234 <- \boxed{1,234} ‖ 12 <- \boxed{1,2} ¦ \boxed{12 ‖ 18 <- 18.5
-1/3 <- 0.3333333333333333 ‖ 9007199254740992 <- 9007199254740993
-3 <- \boxed{3\frac{1}{2}} ¦ It is $2\sqrt{3}$ ¦ 10^3 ¦ 5 plus or minus 2 or 3 ‖ (2,1) <- \boxed{(1,2)}
-5 <- \boxed{5} or \boxed{6} ¦ \boxed{6} and \boxed{5} ¦
-    5 million ¦ -5 ¦ −5 ¦ 50% ¦ \boxed{5 or six} ¦ 3-5 ‖ 50 <- 0.5 ‖ 500% <- 5% ‖ 0.0005 <- 5% ‖ 10 <- 10^3 ‖ 103 <- 10³
-14 <- <think> 14 ‖ 1e999999998 <- 1e999999999 ‖ 9 <- 9^9^9
-"""
-
-
-@pytest.mark.parametrize(("text", "gold"), table(WRONG))
-def test_wrong_answers_do_not_pass(text: str, gold: str) -> None:
-    """Every row passed in some grader, mostly because a part of the number was read."""
-    assert not grade("math", text, gold)
-
+# -- math ------------------------------------------------------------------------------------------
 
 DRESSES = [
     "{}",
@@ -249,7 +201,9 @@ DRESSES = [
     st.sampled_from(["-", "\u2212"]),
 )
 def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
-    """Commas, decimals and words around a number do not change it; the number beside it is another number."""
+    """Commas, decimals and words around a number do not change it; the number beside it is
+    another number.
+    """
     written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
     text = dress.format(written)
     assert extract("math", text) == str(number)
@@ -284,11 +238,15 @@ def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
 
 @given(
     st.sampled_from(
-        [answer for _, answer in table(MATH) if answer and answer.strip("-0123456789./%") == ""]
+        [
+            case["answer"]
+            for case in EXTRACTED
+            if case["kind"] == "math" and re.fullmatch(r"[-0-9./%]+", case["answer"] or "")
+        ]
     )
 )
 def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
-    """A regrade reads the stored answer and must find the same one, whatever dress it wears then."""
+    """A regrade reads the stored answer and must find the same one, in whatever dress."""
     for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
         assert extract("math", dress.format(answer)) == answer
 
@@ -306,49 +264,15 @@ def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
     ],
 )
 def test_a_huge_exponent_is_not_computed(text: str) -> None:
-    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers (torchtitan 4442)."""
+    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers
+    (torchtitan 4442).
+    """
     start = time.process_time()
     assert not grade("math", rf"\boxed{{{text}}}", "1")
     assert time.process_time() - start < 0.5
 
 
-# -- choice -----------------------------------------------------------------------------------------------------------
-
-CHOICE = r"""
-b <- B ¦  b↵ ¦ b. ¦ B) ¦ (B) ¦ [B] ¦ **B** ¦ $B$ ¦ （Ｂ） ¦ B. Oral ulcers ¦ **B. Oral ulcers** ¦ B Oral ulcers ¦
-    B↵↵It explains the fever. ¦ Option B ¦ answer: b ¦ **Answer:** B ¦ ### Answer↵B ¦ The answer is (B). ¦
-    The answer is b ¦ The answer is **B** because A is too rare. ¦ The answer is most likely option B, oral ulcers. ¦
-    The correct choice is **(B)** ¦ I choose (B). Hope this helps! ¦ The answer is A. No, wait: the answer is B. ¦
-    The answer is B.↵↵Option A is less likely. ¦ \boxed{B} ¦ \boxed{b} ¦ \boxed{\text{B}} ¦
-    \boxed{\textbf{(B) }\text{Oral ulcers}} ¦ \boxed{(B) Oral ulcers} ¦ \boxed{Oral ulcers} ¦
-    \boxed{\text{oral ulcers.}} ¦ The answer is A, or rather \boxed{B} ¦ The answer is oral ulcers. ¦ Oral ulcers ¦
-    A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue↵↵B ¦ <think>A</think>B ¦ #### B ¦ It is clear.↵#### (B) ¦
-    B<|im_end|> ¦ A is wrong. So B is correct. ¦ Therefore, it must be (B). ¦ Thus (B). ¦ Hence, option B. ¦
-    The answer is Oral ulcers (common in this disease). ¦ The answer is oral ulcers because A is too rare. ¦
-    (Oral ulcers) ¦ The answer is (Oral ulcers). ¦ ((B) Oral ulcers) ¦ B (Oral ulcers) ¦ Option: Oral ulcers ¦
-    The answer is (B), so (A) is wrong. ¦ The best answer is B. ¦ The answer is “B”. ¦ <answer>B</answer> ¦
-    It is not A, so I choose B. ¦ I would not choose A; I choose B.
-None <- I would not choose B ¦ the answer can't be B ¦ We can't pick B. ¦ do not select (b)
-None <- A or B ¦ A and C ¦ A/B ¦ A↵B ¦ A, B ¦ Both A and C. ¦ The answer is (A) or (B). ¦ The answer is A, B, and C. ¦
-    \boxed{A, C} ¦ \boxed{B. Hemolytic uremic syndrome} ¦ A. Hemolytic↵B. Oral↵C. Continue↵D. Discontinue ¦ E ¦
-    \boxed{E} ¦ \boxed{42} ¦ \boxed{B ¦ The answer is not A. ¦ A cat sat ¦ A cat sat on a mat. I saw it. ¦
-    \boxed{A} or \boxed{B} ¦ So (B) is wrong. ¦ So (A) is not right. ¦ So B increases. ¦ #### B↵is one option. ¦
-    The answer is (B vitamins).
-None <- I think so. ¦ The answer is a matter of taste. ¦ He lacks vitamin C. ¦ This is hepatitis B ¦ <think>B
-c <- Continue methimazole ‖ d <- The answer is: Discontinue methimazole, start propylthiouracil
-"""
-
-
-@pytest.mark.parametrize(("text", "answer"), table(CHOICE))
-def test_the_table_of_choice_answers(text: str, answer: str | None) -> None:
-    r"""The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b", character by character."""
-    assert extract("choice", text, OPTIONS) == answer
-    assert (
-        extract("choice", text, {letter.upper(): words for letter, words in OPTIONS.items()})
-        == answer
-    )
-    for gold in OPTIONS:
-        assert grade("choice", text, gold, OPTIONS) == (gold == answer)
+# -- choice ----------------------------------------------------------------------------------------
 
 
 def test_a_letter_needs_no_options_to_be_read() -> None:
@@ -375,7 +299,9 @@ def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
 
 
 def test_options_may_be_numbered() -> None:
-    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option, unless it is a label."""
+    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option,
+    unless it is a label.
+    """
     numbered = {"1": "gas", "2": "solid", "3": "liquid", "4": "plasma"}
     for text in ("2", "(2)", r"\boxed{2}", "The answer is 2.", "Answer: 2) solid", "solid"):
         assert extract("choice", text, numbered) == "2"
@@ -404,49 +330,7 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
     )
 
 
-# -- code -------------------------------------------------------------------------------------------------------------
-
-SOLUTION = "def double(x):\n    return 2 * x"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"```python\n{SOLUTION}\n```",
-        f"```\n{SOLUTION}\n```",
-        f"Here it is: ```Python\n{SOLUTION}\n```",
-        f"```py\n{SOLUTION}```",
-        f"```python\n{SOLUTION}\n```\nUse it so:\n```python\ny = double(2)\nprint(y)\n```\nIt prints\n```\n4\n```",
-        f"```python\ndef draft(x): ...\n```\nBetter:\n```python\n{SOLUTION}\n```",
-        f"```python\n{SOLUTION}\n```\nor, if you like,\n```python\ndef doub",
-        f"```bash\npip install x\n```\n```python\n{SOLUTION}\n```\n```text\ndef not_python\n```",
-        f"1. First\n\n   ```python\n   {SOLUTION.replace(chr(10), chr(10) + '   ')}\n   ```",
-        f"<think>```python\ndef wrong(): ...\n```</think>```python\n{SOLUTION}\n```",
-        f"```python\n{SOLUTION}",
-        f"```python\r\n{SOLUTION.replace(chr(10), chr(13) + chr(10))}\r\n```",
-        f"Use `x` and ```y``` here.\n```python\n{SOLUTION}\n```",
-        SOLUTION,
-        f"\n{SOLUTION}\n",
-    ],
-)
-def test_the_solution_is_found(text: str) -> None:
-    """The authors took the last ```python block, a usage example as a rule, and no untagged one."""
-    assert extract("code", text) == SOLUTION
-
-
-PROSE = (
-    "|yes|I do not know.|Answer: 42|42|not sure|pass|```bash\nls\n```|```python\n```|<think>"
-    + SOLUTION
-)
-
-
-@pytest.mark.parametrize("text", PROSE.split("|"))
-def test_prose_is_no_program(text: str) -> None:
-    """`yes` and `Answer: 42` parse as Python, do nothing and would be counted as written programs."""
-    assert extract("code", text) is None
-
-
-# -- on the data ------------------------------------------------------------------------------------------------------
+# -- on the data -----------------------------------------------------------------------------------
 
 
 def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
@@ -477,7 +361,9 @@ def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
-    """Options that hold one another, that are numbers, or that end in a full stop are where matching breaks."""
+    """Options that hold one another, that are numbers, or that end in a full stop are where
+    matching breaks.
+    """
     for row in rows(name):
         choices = row["choices"]
         for letter, words in choices.items():
@@ -502,7 +388,9 @@ def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
 
 
 def test_a_question_read_back_is_seldom_an_answer() -> None:
-    """Chance must stay chance: a model that only repeats its question and options has answered nothing."""
+    """Chance must stay chance: a model that only repeats its question and options has answered
+    nothing.
+    """
     data = rows("arc_easy_test") + rows("medqa")
     found = 0
     for row in data:
@@ -514,13 +402,17 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
 
 
 MATH_DRESSES = r"""
-{}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|\[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
-The answer is {}.|**Answer: {}**|Answer: ${}$|x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
+{}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|
+\[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
+The answer is {}.|**Answer: {}**|Answer: ${}$|
+x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
 <think>1 or 2</think>The answer is {}
 """
 CHOICE_DRESSES = r"""
-{}|{}.|({})|**{}**|#### {}|\boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
-Answer: {}|The correct answer is **{}**.|The correct option is ({}).|Final Answer: ({})|I choose {}.|Option {}|So, {}|
+{}|{}.|({})|**{}**|#### {}|
+\boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
+Answer: {}|The correct answer is **{}**.|
+The correct option is ({}).|Final Answer: ({})|I choose {}.|Option {}|So, {}|
 So the answer is option {}|The best answer is {} because it is right.|<think>a or b</think>{}
 """
 
@@ -531,7 +423,9 @@ def dresses(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
 def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name: str) -> None:
-    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide who is better."""
+    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide
+    who is better.
+    """
     for row in rows(name):
         gold, value = row["answer"], int(row["answer"])
         for dress in dresses(MATH_DRESSES):
@@ -570,7 +464,7 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
                     )
 
 
-# -- math-verify ------------------------------------------------------------------------------------------------------
+# -- math-verify -----------------------------------------------------------------------------------
 
 
 def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> None:
@@ -578,10 +472,6 @@ def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> Non
     pytest.importorskip("math_verify")
     assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     assert grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
-    assert grade("math", r"\boxed{(x+1)^2}", "x^2+2x+1", verify=True)
-    assert not grade("math", r"\boxed{\sqrt{8}}", r"3\sqrt{2}", verify=True)
-    assert not grade("math", "0.333333333", "1/3", verify=True)
-    assert not grade("math", r"\boxed{3} or \boxed{\sqrt{2}}", r"\sqrt{2}", verify=True)
 
 
 @pytest.mark.parametrize(
@@ -606,7 +496,9 @@ def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_shuffled_letters_score_at_chance() -> None:
-    """The control of the grader itself: random letters in random dress are right as often as chance says."""
+    """The control of the grader itself: random letters in random dress are right as often as
+    chance says.
+    """
     draw = random.Random(0)
     data = rows("arc_challenge_test")
     right = sum(
