@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, ".")  # runs in a checkout, without installing minimas
-from minimas.core import Aligner, load_model, think  # noqa: E402
-from minimas.core.model import prefill  # noqa: E402
+from minimas.core import Aligner, load_model, think
+from minimas.core.model import prefill
 
 question = " ".join(sys.argv[1:]) or (
     "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
@@ -22,15 +22,12 @@ question = " ".join(sys.argv[1:]) or (
 )
 
 # All agents are the same model. They differ only in their prompts, which lie in its folder.
-folder = Path("weights/tiny")
-model = load_model(folder)
-tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-teams = json.loads((folder / "teams.json").read_text(encoding="utf-8"))
+model = load_model("weights/tiny")
+tokenizer = Tokenizer.from_file("weights/tiny/tokenizer.json")
+teams = json.loads(Path("weights/tiny/teams.json").read_text(encoding="utf-8"))
 *thinkers, last_agent = teams["sequential"]["agents"]
-
 # The alignment W_a (equation 3) maps a hidden state to an input embedding.
 align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
-
 # The working memory (section 3.2): one KV cache, which every agent hands to the next one.
 memory = model.new_cache(batch_size=1)
 
@@ -54,7 +51,10 @@ for agent in [*thinkers, last_agent]:
 
 # Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
 answer = []
-while (token := int(model.logits(hidden).argmax())) != tokenizer.token_to_id("<|im_end|>"):
+for _ in range(256):
+    token = int(model.logits(hidden).argmax())
+    if token == tokenizer.token_to_id("<|im_end|>"):
+        break
     answer.append(token)
     hidden = model(model.embed(torch.tensor([[token]])), memory)
 print(tokenizer.decode(answer).strip())

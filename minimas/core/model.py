@@ -26,7 +26,7 @@ from .rotary import rotate
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) in at least float32, cast back, then scaled, as Hugging Face does."""
+    """x / sqrt(mean(x²) + eps) in at least float32, cast back, then scaled, as in Hugging Face."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
