@@ -95,30 +95,33 @@ def fill(
 
 
 class Folder:
-    """The tensors of a model folder in Hugging Face's layout, as `GGUF` has a file's; `shapes` is by their names."""
+    """The tensors of a model folder in Hugging Face's layout; `shapes` maps their names to shapes.
 
-    files = None  # they lie in the folder, where a GGUF file has them in itself
+    A `GGUF` has the same attributes and methods.
+    """
+
+    files = None  # a GGUF file holds its tokenizer's files itself
     no_tokenizer = None
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError or ValueError for safetensors files that are missing, damaged or contradictory."""
+        """Raises FileNotFoundError or ValueError for files that are missing or damaged."""
         self.path = path
         self._found = _checkpoint(path)
         self.shapes = {key: shape for key, (_, shape) in self._found.items()}
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU."""
-        # Opened anew for every tensor: its mapping goes with it, else the whole file would be resident twice.
+        """Read a tensor onto the CPU."""
+        # Opened for each tensor: a mapping that stays would keep the whole file in memory.
         with _opened(self._found[key][0]) as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor.to(dtype, copy=True)
 
     def blocks(self, key: str) -> None:
-        """Safetensors hold no blocks of four or eight bits."""
+        """Return None: safetensors hold no blocks of four or eight bits."""
 
 
 def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor's name -> its file and its shape, from one safetensors file or an index of several."""
+    """Return the file and the shape of every tensor, by name, from one file or an index."""
     if (folder / WEIGHTS).is_file():
         return _contents(folder / WEIGHTS)
     index = folder / INDEX
@@ -129,18 +132,15 @@ def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{index}: weight_map: found {weight_map!r:.80}, expected tensor names -> file names"
-        )
+        problem = f"found {weight_map!r:.80}"
+        raise ValueError(f"{index}: weight_map: {problem}, expected tensor names -> file names")
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for shard in dict.fromkeys(map(str, weight_map.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
                 f"{index}: weight_map: found {shard!r}, expected a .safetensors file of this folder"
             )
-        found |= {
-            key: place for key, place in _contents(folder / shard).items() if key not in found
-        }
+        found = _contents(folder / shard) | found
     for key in weight_map.keys() | found.keys():
         if key not in found or found[key][0].name != weight_map.get(key):
             seen = found[key][0].name if key in found else "no file"

@@ -1,12 +1,15 @@
-"""Thinking without words: the alignment W_a, the map from a hidden state back to an input embedding, and the loop.
+"""Latent thoughts: the alignment W_a from hidden states to input embeddings, and the latent loop.
 
-An agent that has read its prompt does not decode. Its last hidden state h (last layer, after the final norm) becomes
-the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639, section 3.1):
+After its prompt an agent does not decode. Its last hidden state h (last layer, after the final
+norm) becomes the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639, section 3.1):
 
-    e = rescale(h W_a)        W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
+    e = rescale(h W_a)
+    W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
 
-W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in, so W_a is the
-identity up to λ, and only the rescaling is left. Does not know: tokens, prompts, agents, sampling.
+W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in,
+so W_a is the identity up to λ, and only the rescaling is left.
+
+Does not know: tokens, prompts, agents, sampling.
 
     B rows   D hidden   V vocabulary
 """
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import files
 from .cache import KVCache
 from .model import Qwen3, finite
 
@@ -28,29 +32,23 @@ EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # of 
 def alignment_matrix(
     w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: int = 16384
 ) -> Tensor:
-    """The ridge map W_a (D, D) from output space to input space, for w_out and w_in (V, D) (paper, equation 3).
+    """Return the ridge map W_a (D, D), float64, for w_out and w_in (V, D) (paper, equation 3).
 
-    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is symmetric and positive
-    definite, hence Cholesky:
+    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is
+    symmetric and positive definite, hence Cholesky:
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
-    The sums over V run in chunks in float32 (float64 for float64 weights), never on a whole copy; the solve and the
-    result are float64. Raises ValueError for unequal shapes or weights that are not finite.
+    The sums over V are made in chunks of rows, in float32 (float64 for float64 weights), without a
+    whole copy. Raises ValueError for unequal shapes or weights that are not finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
-        raise ValueError(
-            f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, expected two equal (V, D)"
-        )
-    # With fewer rows than columns only λ makes it invertible, and float32 loses λ.
-    wide = (
-        torch.promote_types(w_out.dtype, torch.float32)
-        if len(w_out) > w_out.shape[1]
-        else torch.float64
-    )
-    gram = torch.zeros(
-        w_out.shape[1], w_out.shape[1], dtype=wide, device=w_out.device
-    )  # W_outᵀ W_out
+        found = f"found {tuple(w_out.shape)} and {tuple(w_in.shape)}"
+        raise ValueError(f"w_out, w_in: {found}, expected two equal (V, D)")
+    V, D = w_out.shape
+    # With V ≤ D only λ makes the matrix invertible, and float32 loses λ.
+    wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
+    gram = torch.zeros(D, D, dtype=wide, device=w_out.device)  # W_outᵀ W_out
     cross = torch.zeros_like(gram)  # W_outᵀ W_in
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         out = out.to(wide)
@@ -90,12 +88,13 @@ class Aligner:
 
     @classmethod
     def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
-        """Compute one kind of map from the unquantized embeddings, once per model.
+        """Compute one kind of map from the unquantized embeddings of a model.
 
-        "ridge" (the paper's W_a), "identity", "prenorm" ((h ÷ g) W_a: the state before the gain g of the final norm),
-        "random" (W_a's singular values, random directions: a control), rescaled to the embeddings' mean norm; "none"
-        (h fed back raw). `rows` is how many embedding rows count (None: all); behind the tokenizer's last is padding.
-        Raises ValueError for another kind, or rows out of range.
+        "ridge" is the paper's W_a. "identity" leaves h as it is. "prenorm" is (h ÷ g) W_a, the
+        state before the gain g of the final norm. "random" has W_a's singular values and random
+        directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
+        back as it is. `rows` is how many embedding rows count (None: all); the rows after the
+        tokenizer's last id are padding. Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
             raise ValueError(f"align (--align): found {kind!r}, {EXPECTED}")
@@ -103,50 +102,37 @@ class Aligner:
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
         rows = len(w_in) if rows is None else rows
         if not 1 <= rows <= len(w_in):
-            raise ValueError(
-                f"rows: found {rows}, expected 1 … {len(w_in)}, the rows of the embedding"
-            )
+            raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
         if kind == "none":
             return cls(model=model)
         w_in, w_out = w_in[:rows], w_out[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
-        norm = (
-            sum(part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384))
-            / rows
-        )
+        norms = [part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384)]
+        norm = sum(norms) / rows
         if kind == "identity":
             return cls(norm=norm, model=model)
         matrix = alignment_matrix(w_out, w_in)
-        if (
-            kind == "random"
-        ):  # W_a's singular values between random orthogonal bases, the same at every call
+        if kind == "random":  # between two random orthogonal bases, the same at every call
             seed = torch.Generator().manual_seed(0)
-            bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64).to(
-                matrix.device
-            )  # (2, D, D)
-            left, right = torch.linalg.qr(bases).Q
+            bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
+            left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
         gain = model.model.norm.weight.to(wide)
-        scale = (
-            torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
-        )  # a gain of 0: nothing to divide
+        # Where the gain is 0, h is 0 too.
+        scale = torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
         return cls(matrix.to(wide), norm, scale, model=model)
 
     def save(self, path: str | Path) -> None:
-        """Write the map to a file; `files.write_aligner` says how, and what it raises."""
-        from .files import write_aligner  # here, so that this room works without that one
-
-        write_aligner(path, self)
+        """Write the map to a file: see `files.write_aligner`."""
+        files.write_aligner(path, self)
 
     @classmethod
     def load(cls, path: str | Path, model: Qwen3) -> "Aligner":
-        """Read a map saved by `save` for `model`; `files.read_aligner` says how, and what it raises."""
-        from .files import read_aligner
-
-        return cls(**read_aligner(path, model), model=model)
+        """Read a map that `save` wrote for `model`: see `files.read_aligner`."""
+        return cls(**files.read_aligner(path, model), model=model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Map hidden states (…, D) to embeddings (…, D), in at least float32, cast back to their dtype."""
+        """Map hidden states (…, D) to embeddings (…, D), in at least float32, then cast back."""
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         x = x if self.scale is None else x * self.scale
         x = x if self.matrix is None else x @ self.matrix
@@ -159,12 +145,12 @@ class Aligner:
 def think(
     model: Qwen3, align: Callable[[Tensor], Tensor], hidden: Tensor, cache: KVCache, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Roll `steps` latent thoughts out from `hidden` (B, 1, D), the state of each row's last valid position.
+    """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
 
-    Each step maps the last hidden state to an embedding and feeds it; the memory `cache` grows by one slot a step.
-    Returns the embeddings fed, (B, steps, D), and the last hidden state, (B, 1, D), which is not fed. The first k
-    thoughts of a longer rollout are a k-step rollout; 0 steps leave memory and state as they are. `align` is any
-    callable from (B, 1, D) to (B, 1, D). Raises ValueError for negative steps, or a state that is not finite.
+    Each step maps the last hidden state to an embedding by `align`, any callable from (B, 1, D) to
+    (B, 1, D), and feeds it: `cache` grows by one slot. Returns the embeddings, (B, steps, D), and
+    the last hidden state, (B, 1, D), which has not been fed. With 0 steps nothing changes. Raises
+    ValueError for negative steps, or a state that is not finite.
     """
     if steps < 0:
         raise ValueError(f"latent_steps (--latent-steps): found {steps}, expected 0 or more")

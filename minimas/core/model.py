@@ -26,7 +26,7 @@ from .rotary import rotate
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) in at least float32, cast back, then scaled, as Hugging Face does."""
+    """x / sqrt(mean(x²) + eps) in at least float32, cast back, then scaled, as in Hugging Face."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -81,7 +81,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        gated: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(gated)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -173,9 +174,10 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token: (B, T, D) -> (B, T, V)."""
-        if self.lm_head is None:
-            return self.linear(hidden, self.model.embed_tokens.weight)  # type: ignore[no-any-return]
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        if self.lm_head is not None:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        scores: Tensor = self.linear(hidden, self.model.embed_tokens.weight)
+        return scores
 
     def new_cache(self, batch_size: int) -> KVCache:
         """Return an empty cache of this model's shape, dtype and device."""

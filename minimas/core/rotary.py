@@ -1,7 +1,7 @@
-"""Positions as rotations (RoPE, Su et al., arXiv 2104.09864): the angles, a rotation, and moving a key by Δ.
+"""Positions as rotations (RoPE, Su et al., arXiv 2104.09864): angles, a rotation, moving a key.
 
-A key rotated for position p and rotated again by Δ is the key for position p + Δ, because R(Δ) R(p) = R(p + Δ).
-That is why a memory can be cut, moved and joined without running the model again.
+A key rotated for position p and rotated again by Δ is the key for position p + Δ, because
+R(Δ) R(p) = R(p + Δ). Therefore a cache can be cut, moved and joined without running the model.
 
 Does not know: models, caches, attention.
 """
@@ -13,27 +13,25 @@ from torch import Tensor
 def angles(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for integer `positions` (B, T), each (B, 1, T, d), to be given to `rotate`.
+    """Return cosine and sine for integer `positions` (B, T), each (B, 1, T, d), for `rotate`.
 
-    Computed in float64 and rounded once: to float32 for models of 16 or 32 bits, not at all for float64 ones.
-    float32 angles are off by 1e-3 at position 10,000, which no 1e-9 equivalence survives.
+    Computed in float64 and rounded once: to float32 for models of 16 or 32 bits, not at all for
+    float64 ones. Angles in float32 are off by 1e-3 at position 10,000.
     """
-    exponents = (
-        torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    )
-    phase = positions[:, None, :, None] * theta**-exponents  # (B, 1, T, d/2)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
+    phase = positions[:, None, :, None] * theta ** -(pairs / head_dim)  # (B, 1, T, d/2)
     phase = torch.cat([phase, phase], dim=-1)  # (B, 1, T, d)
     keep = torch.promote_types(dtype, torch.float32)
     return phase.cos().to(keep), phase.sin().to(keep)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of x (B, H, T, d) by its angle: R(position) x, in x's dtype."""
+    """Rotate each pair (i, i + d/2) of x (B, H, T, d) by its angle: R(position) x, in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)  # (B, H, T, d)
     return (x * cos + turned * sin).to(x.dtype)
 
 
 def move(keys: Tensor, delta: Tensor, theta: float) -> Tensor:
-    """Keys (B, K, S, d) rotated for positions p, as keys for p + delta; `delta` (B,) may be negative."""
+    """Return keys (B, K, S, d) moved by `delta` (B,) positions, which may be negative."""
     return rotate(keys, *angles(delta[:, None], keys.shape[-1], theta, keys.dtype))

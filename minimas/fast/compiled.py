@@ -125,7 +125,8 @@ class Compiled:
             k, v = cache.append(layer, k, v, positions)
             x, q, k, v = self.between(block, following, positions[:3], x, q, k, v)
         k, v = cache.append(len(blocks) - 1, k, v, positions)
-        return self.model.model.norm(self.last(blocks[-1], mask, x, q, k, v))  # type: ignore[no-any-return]
+        x = self.last(blocks[-1], mask, x, q, k, v)  # type: ignore[assignment]
+        return self.model.model.norm(x)  # type: ignore[no-any-return]
 
 
 class Recorded:

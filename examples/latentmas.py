@@ -1,0 +1,60 @@
+"""LatentMAS (arXiv 2511.20639) in one file: four agents, one model, one working memory, no text.
+
+    python examples/latentmas.py ["QUESTION"]
+
+Uses only `minimas.core` and the tokenizer of weights/tiny, a small model that was trained for it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+sys.path.insert(0, ".")  # runs in a checkout, without installing minimas
+from minimas.core import Aligner, load_model, think
+from minimas.core.model import prefill
+
+question = " ".join(sys.argv[1:]) or (
+    "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
+    "How many cards does Eva have?"
+)
+
+# All agents are the same model. They differ only in their prompts, which lie in its folder.
+model = load_model("weights/tiny")
+tokenizer = Tokenizer.from_file("weights/tiny/tokenizer.json")
+teams = json.loads(Path("weights/tiny/teams.json").read_text(encoding="utf-8"))
+*thinkers, last_agent = teams["sequential"]["agents"]
+# The alignment W_a (equation 3) maps a hidden state to an input embedding.
+align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
+# The working memory (section 3.2): one KV cache, which every agent hands to the next one.
+memory = model.new_cache(batch_size=1)
+
+
+def read(text: str) -> torch.Tensor:
+    """Prefill `text` after what the memory holds; returns the last hidden state, (1, 1, D)."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    print(f"  prefilled {len(ids)} tokens, now {memory.lengths[0] + len(ids)} slots")
+    return prefill(model, [ids], memory)
+
+
+for agent in [*thinkers, last_agent]:
+    print(agent["name"])
+    prompt = agent["prompt"].replace("{question}", question)
+    hidden = read(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+    if agent is not last_agent:
+        # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
+        thoughts, hidden = think(model, align, hidden, memory, teams["latent_steps"])
+        print(f"  thought {thoughts.shape[1]} times, now {memory.lengths[0]} slots")
+        read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the memory
+
+# Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
+answer = []
+for _ in range(256):
+    token = int(model.logits(hidden).argmax())
+    if token == tokenizer.token_to_id("<|im_end|>"):
+        break
+    answer.append(token)
+    hidden = model(model.embed(torch.tensor([[token]])), memory)
+print(tokenizer.decode(answer).strip())
