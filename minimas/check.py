@@ -55,8 +55,8 @@ QUESTIONS = (
     (
         "A jacket costs 80 dollars. Its price is cut by 25 %, and then 6 dollars are added for "
         "shipping. What does it cost now?",
-        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With shipping "
-        "it is 60 + 6 = 66 dollars. \\boxed{66}",
+        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With "
+        "shipping it is 60 + 6 = 66 dollars. \\boxed{66}",
     ),
     (
         "A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees "

@@ -734,6 +734,15 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
         assert len(first + out) > 5
 
 
+def test_ctrl_c_while_it_starts_ends_quietly() -> None:
+    """A traceback from the import of torch, before `main` runs."""
+    with start("--version") as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert "Traceback" not in err and process.returncode == 130, (out, err)
+
+
 def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
     """`minimas ask … | head -1` ended in two tracebacks, the second from the flush at exit.
 
