@@ -10,6 +10,15 @@ It implements LatentMAS (arXiv 2511.20639):
     print(result.text, result.usage)
 """
 
+import sys
+
+try:
+    import torch  # noqa: F401  (imported first, because it takes most of the start-up)
+except KeyboardInterrupt:
+    if sys.argv[:1] != ["-m"]:  # `python -m minimas` ends quietly, as with Ctrl-C later on
+        raise
+    sys.exit(130)
+
 from .agents import latent_mas, single, text_mas
 from .core.cache import KVCache
 from .core.config import Config

@@ -1,4 +1,4 @@
-"""Is a hand-over good for this model? A short answer without any data: `python -m minimas check MODEL`.
+"""Measure a hand-over without any data: `python -m minimas check MODEL`.
 
 The last agent of a team gets no KV cache, the cache of the others' prompts, and that cache with
 latent thoughts from two maps: the paper's ("ridge") and the one that leaves out the final norm's
@@ -12,7 +12,7 @@ data.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .agents import LastTurn, LatentRun, choose_team, hand_over
@@ -25,17 +25,19 @@ STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
 MAX_NEW_TOKENS = 24  # an answer with reasoning is longer, a bare number is shorter
 HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
 SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
-T_95 = {6: 2.571}  # Student's t, two-sided 95 %, for so many questions
+T_95 = 2.571  # Student's t, two-sided 95 %, for six questions
 
 QUESTIONS = (
     (
         "A baker makes 6 trays of 9 rolls and sells 38 of the rolls. How many rolls are left?",
-        "The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. \\boxed{16}",
+        "The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. "
+        "\\boxed{16}",
     ),
     (
-        "A train ticket costs 14 dollars, and a child pays half. What do two adults and three children pay?",
-        "A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children 3 × 7 = 21 dollars. "
-        "Together that is 28 + 21 = 49 dollars. \\boxed{49}",
+        "A train ticket costs 14 dollars, and a child pays half. What do two adults and "
+        "three children pay?",
+        "A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children "
+        "3 × 7 = 21 dollars. Together that is 28 + 21 = 49 dollars. \\boxed{49}",
     ),
     (
         "A tank holds 240 liters. It is a quarter full, and a pump adds 15 liters a minute. After "
@@ -52,13 +54,14 @@ QUESTIONS = (
     (
         "A jacket costs 80 dollars. Its price is cut by 25 %, and then 6 dollars are added for "
         "shipping. What does it cost now?",
-        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With shipping "
-        "it is 60 + 6 = 66 dollars. \\boxed{66}",
+        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With "
+        "shipping it is 60 + 6 = 66 dollars. \\boxed{66}",
     ),
     (
-        "A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees are still standing?",
-        "There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees are still standing. "
-        "\\boxed{210}",
+        "A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees "
+        "are still standing?",
+        "There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees "
+        "are still standing. \\boxed{210}",
     ),
 )
 
@@ -76,11 +79,16 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
+    def __format__(self, form: str) -> str:
+        return format(str(self), form)
+
 
 @dataclass(frozen=True)
 class ArmReport:
-    """What one setting came to: `nll` in nats per token of the solution, `difference` of it to prompts only, the mean
-    number of generated tokens, and the share of answers that ended before the limit.
+    """The measurements of one setting.
+
+    `nll` is in nats per token of the solution, `difference` is its difference to "prompts only",
+    `tokens` the mean length of an answer, `ended` the share that ended before the limit.
     """
 
     name: str
@@ -99,73 +107,55 @@ class Report:
     latent_steps: int
     max_new_tokens: int
     questions: int
-    arms: list[ArmReport] = field(default_factory=list)
+    arms: list[ArmReport]
     verdict: str = ""
     command: str = ""
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
-        table = [
-            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}{'tokens':>7}{'ended':>7}"
-        ]
-        for arm in self.arms:
-            difference = str(arm.difference) if arm.difference else ""
-            table.append(
-                f"{arm.name:<24}{arm.nll:>9.3f}  {difference:<26}{arm.tokens:>7.1f}{arm.ended:>7.0%}"
-            )
         sample = (
-            f"{self.questions} built-in questions, sequential team, layout {self.layout}, {self.latent_steps} latent "
-            f"steps per agent, at most {self.max_new_tokens} generated tokens"
+            f"{self.questions} built-in questions, sequential team, layout {self.layout}, "
+            f"{self.latent_steps} latent steps per agent, at most {self.max_new_tokens} generated "
+            "tokens"
         )
+        title = f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
+        table = [f"{title}{'tokens':>7}{'ended':>7}"]
+        for arm in self.arms:
+            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or '':<26}"
+            table.append(f"{row}{arm.tokens:>7.1f}{arm.ended:>7.0%}")
         return [sample, *table, self.verdict, f"recommended: {self.command}"]
 
 
 def check(
     lm: LM, layout: str | None = None, latent_steps: int = STEPS, watcher: Watcher | None = None
 ) -> Report:
-    """Measure what the model's sequential team does to the last agent. Greedy; two minutes for 0.5B parameters.
+    """Measure what the model's sequential team does to the last agent, with greedy decoding.
 
-    `layout` None is the team's own. Raises ValueError for a model without tokenizer, or one whose context is too short.
+    `layout` None is the team's own. It takes two minutes for 0.5B parameters on two CPU cores.
+    Raises ValueError for a model without tokenizer, or one whose context is too short.
     """
     team = choose_team(lm, "sequential").with_layout(layout)
     settings: dict[str, dict[str, Any]] = {
-        "no cache": {
-            "transfer": "none",
-            "latent_steps": 0,
-            "team": replace(team, agents=team.agents[-1:]),
-        },
+        "no cache": {"latent_steps": 0, "team": replace(team, agents=team.agents[-1:])},
         "prompts only": {"latent_steps": 0},
         f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
     }
-    how: dict[str, Any] = {
-        "kind": "math",
-        "sampling": GREEDY,
-        "watcher": watcher,
-        "prefill": PrefillOnce(),  # of the first agent's prompt
-        "team": team,
-    }
+    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher}
+    how |= {"prefill": PrefillOnce(), "team": team}  # the first prompt once for all settings
     found = {name: _measure(last_turn(lm, **how | own)) for name, own in settings.items()}
-    base = found["prompts only"][0]
-    arms = [
-        ArmReport(
-            name,
-            sum(nlls) / len(nlls),
-            None
-            if name == "prompts only"
-            else interval([a - b for a, b in zip(nlls, base, strict=True)]),
-            sum(tokens) / len(tokens),
-            sum(count < MAX_NEW_TOKENS for count in tokens) / len(tokens),
-        )
-        for name, (nlls, tokens) in found.items()
-    ]
-    report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, len(QUESTIONS), arms)
+    base, _ = found["prompts only"]
+    n = len(QUESTIONS)
+    arms = []
+    for name, (nlls, tokens) in found.items():
+        differences = [nll - other for nll, other in zip(nlls, base, strict=True)]
+        difference = None if nlls is base else interval(differences)
+        ended = sum(count < MAX_NEW_TOKENS for count in tokens) / n
+        arms.append(ArmReport(name, sum(nlls) / n, difference, sum(tokens) / n, ended))
+    report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, n, arms)
     verdict, flags = judge(report)
-    return replace(
-        report,
-        verdict=verdict,
-        command=f"python -m minimas ask --model {lm.model.name} {flags}QUESTION",
-    )
+    command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
+    return replace(report, verdict=verdict, command=command)
 
 
 def last_turn(lm: LM, **options: Any) -> LastTurn:
@@ -179,25 +169,19 @@ def _measure(last: LastTurn) -> tuple[list[float], list[int]]:
     run, lm = last.run, last.run.lm
     hidden, cache = last.prefill()
     found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
-    answers = generate(
-        lm.model,
-        run.tokenizer,
-        hidden,
-        cache,
-        GREEDY,
-        lm.end_ids,
-        run.generators,
-        [[]] * len(ASKED),
-    )
-    return [loss.mean for [loss] in found], [len(answer.ids) for answer in answers]
+    nlls = [loss.mean for [loss] in found]
+    read: list[list[int]] = [[]] * len(ASKED)
+    how = GREEDY, lm.end_ids, run.generators, read
+    answers = generate(lm.model, run.tokenizer, hidden, cache, *how)
+    return nlls, [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of paired differences with Student's 95 % interval."""
+    """Return the mean of six paired differences with Student's 95 % interval."""
     n = len(values)
     mean = sum(values) / n
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return Interval(mean, mean - T_95[n] * error, mean + T_95[n] * error)
+    error = T_95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return Interval(mean, mean - error, mean + error)
 
 
 def judge(report: Report) -> tuple[str, str]:

@@ -1,9 +1,12 @@
-"""Gold NLL: the loss of a given text under the last agent, teacher-forced after its prompt and its KV cache.
+"""The gold NLL: the loss of a given text under the last agent, after its prompt and KV cache.
 
-It needs no decoding, and it is paired and continuous: it tells two settings apart on 24 questions where accuracy needs
-200. It rewards copying above all: a cache that holds the words of the solution lowers it, understood or not.
+It needs no decoding, and it is a number for each question. It tells two settings apart on 24
+questions where the share of right answers needs 200. Above all it rewards copying: a cache that
+holds the words of the solution lowers it, whether the model understands them or not.
 
-Does not know: arms, files, what is right.  R texts   T tokens   D hidden   V vocabulary
+Does not know: arms, files, what is right.
+
+    R texts   T tokens   D hidden   V vocabulary
 """
 
 from collections.abc import Sequence
@@ -20,80 +23,78 @@ from .turns import Run, prefill_prompts
 
 
 class Loss(NamedTuple):
-    """Of one text: the sum of −log p over its tokens, and how many they are."""
+    """The loss of one text: the sum of −log p over its tokens, in nats, and their number."""
 
     total: float
     tokens: int
 
     @property
     def mean(self) -> float:
+        """Return the loss per token."""
         return self.total / self.tokens
 
 
 def losses(last: LastTurn, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
-    """For each question's texts the loss of each, as what the last agent would write; the briefing is used up.
+    """Return the loss of each of a question's texts, as the last agent's answer.
 
-    Raises ValueError naming the question whose text has no token or does not fit into the context.
+    `texts` has a list for each question. The turn cannot be taken again.
+    Raises ValueError naming the question whose text has no token or exceeds the context.
     """
-    hidden, memory = last.prefill()
-    return losses_after(last.run, hidden, memory, texts)
+    hidden, cache = last.prefill()
+    return losses_after(last.run, hidden, cache, texts)
 
 
 def losses_after(
-    run: Run, hidden: Tensor, memory: KVCache, texts: Sequence[Sequence[str]]
+    run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[Sequence[str]]
 ) -> list[list[Loss]]:
-    """The same after what a briefing has read: states (B, 1, D), and the KV cache, which stays as it is."""
-    model = run.lm.model
+    """Return the same after the last agent's prompt: `hidden` (B, 1, D) is its last state.
+
+    The cache is left as it is.
+    """
     if len(texts) != len(run.questions) or not all(texts):
-        raise ValueError(
-            f"texts: found {len(texts)} lists, expected one for each of {len(run.questions)} questions"
-        )
-    # As a turn of nothing but untrusted text: a control token in a solution stays text.
-    ids = [
-        [run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in several]
-        for several in texts
-    ]
-    for q, several in enumerate(ids):
-        if not all(several):
+        expected = f"expected one for each of {len(run.questions)} questions"
+        raise ValueError(f"texts: found {len(texts)} lists, {expected}")
+    model, limit = run.lm.model, run.lm.model.config.max_position_embeddings
+    found: list[list[Loss]] = [[] for _ in texts]
+    ids = []
+    for q, own in enumerate(texts):
+        # All of a text is untrusted: a control token in a solution stays text.
+        ids.append([run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in own])
+        if not all(ids[q]):
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
-        needed, limit = (
-            int(memory.lengths[q]) + max(map(len, several)),
-            model.config.max_position_embeddings,
-        )
+        needed = int(cache.lengths[q]) + max(map(len, ids[q]))
         if needed > limit:
-            found_slots = (
-                f"found {needed} slots with the solution, expected {limit} or fewer, the context"
+            expected = f"expected {limit} or fewer, the context"
+            raise ValueError(
+                f"question {q + 1}: found {needed} slots with the solution, {expected}"
             )
-            raise ValueError(f"question {q + 1}: {found_slots}")
-    found: list[list[Loss]] = [[] for _ in ids]
-    # The questions' first texts together, then their second ones: a solution beside its short options would pad them.
+    # All first texts are one batch, then all second ones: short options would be padded otherwise.
     for column in range(max(map(len, ids))):
-        rows = [q for q, several in enumerate(ids) if len(several) > column]
-        fed = [ids[q][column] for q in rows]
-        for q, loss in zip(
-            rows, _together(model, hidden[rows], memory.select(rows), fed), strict=True
-        ):
+        rows = [q for q, own in enumerate(ids) if len(own) > column]
+        chosen = [ids[q][column] for q in rows]
+        batch = _batch_losses(model, hidden[rows], cache.select(rows), chosen)
+        for q, loss in zip(rows, batch, strict=True):
             found[q].append(loss)
     return found
 
 
-def _together(model: Qwen3, hidden: Tensor, memory: KVCache, ids: list[list[int]]) -> list[Loss]:
-    """One text for each row of a memory, which is used up; `hidden` (R, 1, D) predicts the first tokens."""
-    width, states = max(map(len, ids)), hidden
-    if width > 1:
-        fed = torch.tensor(
-            [[*row[:-1], *[0] * (width - len(row))] for row in ids], device=model.device
-        )
-        counts = torch.tensor([len(row) - 1 for row in ids])
-        states = torch.cat([hidden, model(model.embed(fed), memory, counts)], 1)  # (R, T, D)
-    return [_loss(model.logits(states[r : r + 1, : len(row)])[0], row) for r, row in enumerate(ids)]
-
-
-def _loss(logits: Tensor, row: list[int]) -> Loss:
-    """One text at a time: the logits of all of them, (R, T, V), would be gigabytes."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (T, V)
-    chosen = wide.gather(1, torch.tensor(row, device=wide.device)[:, None])
-    return Loss(-float(chosen.double().sum()), len(row))
+def _batch_losses(model: Qwen3, hidden: Tensor, cache: KVCache, ids: list[list[int]]) -> list[Loss]:
+    """Return the loss of one text per row. `hidden` (R, 1, D) predicts the first tokens."""
+    counts = [len(row) - 1 for row in ids]  # the last token predicts nothing
+    width = max(counts)
+    if width > 0:
+        fed = [row[:-1] + [0] * (width - n) for row, n in zip(ids, counts, strict=True)]
+        embeds = model.embed(torch.tensor(fed, device=model.device))
+        new = model(embeds, cache, torch.tensor(counts))
+        hidden = torch.cat([hidden, new], 1)  # (R, T, D)
+    losses = []
+    for r, row in enumerate(ids):
+        # Text by text: the logits of all of them, (R, T, V), would take gigabytes.
+        logits = model.logits(hidden[r : r + 1, : len(row)])[0]  # (T, V)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        chosen = wide.gather(1, torch.tensor(row, device=wide.device)[:, None])  # (T, 1)
+        losses.append(Loss(-float(chosen.double().sum()), len(row)))
+    return losses
 
 
 class PrefillOnce:

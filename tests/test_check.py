@@ -11,7 +11,7 @@ import pytest
 from minimas import LM, Agent, Team, latent_mas, sequential
 from minimas.__main__ import main
 from minimas.answers import grade
-from minimas.check import QUESTIONS, T_95, ArmReport, Interval, Report, check, interval, judge
+from minimas.check import QUESTIONS, ArmReport, Interval, Report, check, interval, judge
 from minimas.nll import losses
 from minimas.text.generate import Sampling
 
@@ -50,7 +50,7 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
 
 
 def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None:
-    assert len(set(ASKED)) == len(QUESTIONS) == next(iter(T_95))
+    assert len(set(ASKED)) == len(QUESTIONS) == 6  # T_95 is for six
     for _, solution in QUESTIONS:
         steps = re.findall(r"(\d[\d.]*) ([×+/−]) (\d[\d.]*)(?: \+ (\d+))? = (\d+)", solution)
         assert steps
@@ -100,7 +100,7 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
 def test_the_recommendation_follows_from_the_measurement(
     given: Report, flags: str, said: str
 ) -> None:
-    """A bare number in place of reasoning, or a loss that certainly rises, is harm; a wide interval is not."""
+    """A bare number as answer, or a loss that certainly rises, is harm; a wide interval is not."""
     sentence, recommended = judge(given)
     assert recommended == flags and said in sentence
     assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
