@@ -19,7 +19,6 @@ from torch import Tensor
 from ..core.cache import KVCache, with_room
 from ..core.model import Block, Places, Qwen3
 from .packed import CPULinear
-from .quantize import Q8Linear
 
 ROOM = 256  # slots that a recorded step has before it must be recorded anew
 
@@ -47,8 +46,6 @@ def check_compiler() -> None:
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place; the work happens at the first of them, for seconds."""
     for layer in model.model.layers.modules():
-        if isinstance(layer, Q8Linear):
-            layer.loosen()
         if hasattr(layer, "opaque"):
             layer.opaque, layer.handle = _product, torch.tensor(id(layer))
             _layers[id(layer)] = layer

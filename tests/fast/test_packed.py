@@ -15,20 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimas import Aligner, Qwen3, load
 from minimas.core.config import FAMILIES
 from minimas.fast import packed
-from minimas.fast.packed import CAN_PACK, FEW, HAS_UNITS, CPULinear, linear, pack
+from minimas.fast.packed import MAX_NARROW_ROWS, CPULinear, can_pack, linear, pack
 
 from ..models import random_ids, remember, tiny_model, write_folder
 
 packing = pytest.mark.skipif(
-    not CAN_PACK, reason="this CPU or this torch cannot pack bf16 matrices"
+    not can_pack(), reason="this CPU or this torch cannot pack bf16 matrices"
 )
 
 
 @pytest.fixture
 def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU of most laptops, on any machine."""
-    monkeypatch.setattr(packed, "HAS_UNITS", dict.fromkeys(HAS_UNITS, False))
-    monkeypatch.setattr(packed, "CAN_PACK", False)
+    monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
+    monkeypatch.setattr(packed, "can_pack", lambda: False)
 
 
 # -- in the order of the matrix units ----------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.Mon
     def refuses(*args: Any) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
 
-    assert packed._can_pack() == CAN_PACK
+    assert can_pack.__wrapped__() == can_pack()
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuses, raising=False)
-    assert not packed._can_pack()
+    assert not can_pack.__wrapped__()
 
 
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.integers(0, 99)),
-    st.sampled_from(sorted(HAS_UNITS, key=str)), st.booleans(), st.sampled_from([1, 100, 1000]),
+    st.sampled_from([torch.bfloat16, torch.float16]), st.booleans(), st.sampled_from([1, 100, 1000]),
 )  # fmt: skip
 def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     size: tuple[int, ...], dtype: torch.dtype, biased: bool, piece: int
@@ -145,13 +145,13 @@ def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     torch.manual_seed(seed)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((B, T, K), (N, K), (N,)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "HAS_UNITS", dict.fromkeys(HAS_UNITS, False))
-        patch.setattr(packed, "PIECE", piece)
+        patch.setattr(packed, "has_units", lambda dtype: False)
+        patch.setattr(packed, "CHUNK_WEIGHTS", piece)
         found = linear(x, weight, bias if biased else None)
     plain = F.linear(x, weight, bias if biased else None)
     exact = F.linear(x.double(), weight.double(), bias.double() if biased else None)
     assert found.shape == (B, T, N) and found.dtype == dtype
-    if B * T <= FEW:
+    if B * T <= MAX_NARROW_ROWS:
         assert torch.equal(found, plain)
     else:  # one rounding of the sum, and those of 32 bits within it
         within = (
@@ -169,7 +169,7 @@ def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
 def test_on_a_gpu_or_in_32_bits_nothing_is_widened(
     no_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "PIECE", None)  # whoever widens stumbles
+    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", None)  # whoever widens stumbles
     for x in (
         torch.ones(9, 8),
         torch.ones(9, 8).double(),
@@ -205,7 +205,11 @@ class NarrowProducts(TorchDispatchMode):
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         x = {"mm": 0, "addmm": 1, "bmm": 0}.get(operator.overloadpacket.__name__)
-        if x is not None and args[x].dtype.itemsize == 2 and args[x].shape[:-1].numel() > FEW:
+        if (
+            x is not None
+            and args[x].dtype.itemsize == 2
+            and args[x].shape[:-1].numel() > MAX_NARROW_ROWS
+        ):
             self.rows.append(args[x].shape[:-1].numel())
         return operator(*args, **(kwargs or {}))
 
