@@ -1,4 +1,6 @@
-"""Few rows times a matrix, word by word, are that product; the compiled loop is tested in test_compiled.py."""
+"""Few rows times a matrix, word by word, are that product; the compiled loop is tested in
+test_compiled.py.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from minimas.fast.few_rows import fits, product
     st.integers(1, 9), st.integers(1, 18), st.integers(1, 4), st.integers(0, 99)
 )  # fmt: skip
 def test_rows_times_a_matrix_taken_from_its_words(N: int, pairs: int, R: int, seed: int) -> None:
-    """Signs, both halves of a word, an odd number of outputs: exact, for whole numbers have no rounding to hide behind."""
+    """Signs, both halves of a word, an odd number of outputs: exact, for whole numbers have no
+    rounding to hide behind.
+    """
     torch.manual_seed(seed)
     K = 2 * pairs
     weight = torch.randint(-128, 128, (N, K)).bfloat16()

@@ -1,4 +1,6 @@
-"""16-bit products on a CPU: packing changes no bit, and a CPU without matrix units multiplies in 32 bits."""
+"""16-bit products on a CPU: packing changes no bit, and a CPU without matrix units multiplies in 32
+bits.
+"""
 
 import copy
 from pathlib import Path
@@ -31,7 +33,7 @@ def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "can_pack", lambda: False)
 
 
-# -- in the order of the matrix units ----------------------------------------------------------------------------------
+# -- in the order of the matrix units ----------------------------------------------------------
 
 
 @packing
@@ -51,7 +53,9 @@ def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
 @packing
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: Path) -> None:
-    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be silent nonsense."""
+    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be
+    silent nonsense.
+    """
     plain = tiny_model(family, dtype=torch.bfloat16)
     model = load(write_folder(tmp_path, plain)).model
     layers = [module for module in model.modules() if isinstance(module, CPULinear)]
@@ -104,7 +108,9 @@ def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
 
 
 def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
-    """The packed operator has none: an optimized thought moved by the residuals and norms alone, without a word."""
+    """The packed operator has none: an optimized thought moved by the residuals and norms alone,
+    without a word.
+    """
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
         model = load(
@@ -119,11 +125,13 @@ def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1
 
 
-# -- without units -----------------------------------------------------------------------------------------------------
+# -- without units -----------------------------------------------------------------------------
 
 
 def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has the operator everywhere; on a laptop without AVX-512 it raised at the first forward of every model."""
+    """torch has the operator everywhere; on a laptop without AVX-512 it raised at the first forward
+    of every model.
+    """
 
     def refuses(*args: Any) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
@@ -140,7 +148,9 @@ def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.Mon
 def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     size: tuple[int, ...], dtype: torch.dtype, biased: bool, piece: int
 ) -> None:
-    """Pieces in another order, or a bias added twice, would be fluent nonsense on machines that CI seldom has."""
+    """Pieces in another order, or a bias added twice, would be fluent nonsense on machines that CI
+    seldom has.
+    """
     B, T, N, K, seed = size
     torch.manual_seed(seed)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((B, T, K), (N, K), (N,)))
@@ -185,7 +195,9 @@ def test_on_a_gpu_or_in_32_bits_nothing_is_widened(
 def test_without_units_no_product_of_many_rows_is_left_to_torch(
     quantize: str | None, tied: bool, no_units: None, tmp_path: Path
 ) -> None:
-    """Torch multiplies 512 rows in 512 times the time of one: a prompt would be read at a sixth of the speed."""
+    """Torch multiplies 512 rows in 512 times the time of one: a prompt would be read at a sixth of
+    the speed.
+    """
     plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
     folder, ids = write_folder(tmp_path, plain), random_ids(plain, 2, 300)
     for model, narrow in ((plain, True), (load(folder, quantize=quantize).model, False)):
@@ -218,7 +230,9 @@ class NarrowProducts(TorchDispatchMode):
 def test_a_widening_model_is_the_plain_one_to_all_who_ask(
     tied: bool, no_units: None, tmp_path: Path
 ) -> None:
-    """state_dict, fingerprint, a copy and another dtype: nothing but the sums' rounding may tell them apart."""
+    """state_dict, fingerprint, a copy and another dtype: nothing but the sums' rounding may tell
+    them apart.
+    """
     plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
     model = load(write_folder(tmp_path, plain)).model
     assert sum(isinstance(module, CPULinear) for module in model.modules()) == 7 * 2 + (not tied)

@@ -1,4 +1,6 @@
-"""Four and eight bits: what is stored, what the kernels compute, what a quantized model promises and refuses."""
+"""Four and eight bits: what is stored, what the kernels compute, what a quantized model promises
+and refuses.
+"""
 
 import importlib
 import os
@@ -51,7 +53,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-# -- from weights to values --------------------------------------------------------------------------------------------
+# -- from weights to values --------------------------------------------------------------------
 
 
 @given(SIZES)
@@ -82,7 +84,9 @@ def test_fitting_is_never_worse_than_rounding_between_the_extremes(
 
 @given(SIZES)
 def test_values_that_are_on_a_grid_are_found(size: tuple[int, int, int]) -> None:
-    """Weights that came out of four bits go back into them without loss: what GGUF files and AWQ folders hold."""
+    """Weights that came out of four bits go back into them without loss: what GGUF files and AWQ
+    folders hold.
+    """
     N, K, seed = size
     source = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 16, (N, K // GROUP, GROUP), generator=source)
@@ -105,13 +109,15 @@ def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
         assert bool((layer.weight[0].abs() < 1e-20).all())
 
 
-# -- layers ------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------
 
 
 @needs_bnb
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """bitsandbytes warns at every product of int8: 84 lines a token between a question and its answer."""
+    """bitsandbytes warns at every product of int8: 84 lines a token between a question and its
+    answer.
+    """
     layer = quantized(name, gaussian(64, 64, 0), None)
     assert layer is not None
     caplog.clear()
@@ -135,7 +141,9 @@ def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> Non
 def test_the_kernel_for_few_rows_computes_what_is_stored(
     size: tuple[int, int, int], name: str
 ) -> None:
-    """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only behind a short one."""
+    """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only
+    behind a short one.
+    """
     layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
     assert isinstance(layer, QuantizedLinear)
     expected = F.linear(x.double(), layer.weight.double())
@@ -161,7 +169,9 @@ print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, torch.equal(thr
 )
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_cpus_orders_are_known(capability: str) -> None:
-    """A CPU that packs otherwise than the one at hand would read every long prompt through another matrix."""
+    """A CPU that packs otherwise than the one at hand would read every long prompt through another
+    matrix.
+    """
     variables = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(
         [sys.executable, "-c", ORDER], env=variables, capture_output=True, text=True, check=False
@@ -173,7 +183,9 @@ def test_other_cpus_orders_are_known(capability: str) -> None:
 def test_each_order_is_unpacked_by_its_formula(
     order: Order, tiles: int, groups: int, seed: int
 ) -> None:
-    """ARM's and others', which no machine of ours has, from the order that torch's source gives them."""
+    """ARM's and others', which no machine of ours has, from the order that torch's source gives
+    them.
+    """
     N, K, source = 64 * tiles, GROUP * groups, torch.Generator().manual_seed(seed)
     values = torch.randint(0, 16, (N, K), generator=source, dtype=torch.uint8)
     scales = torch.randn(groups, N, 2, generator=source).bfloat16()
@@ -219,7 +231,9 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
 
 
 def test_a_loud_row_does_not_coarsen_its_neighbours() -> None:
-    """With one scale for the whole batch, as the operator takes it, the answer to a question depends on the others."""
+    """With one scale for the whole batch, as the operator takes it, the answer to a question
+    depends on the others.
+    """
     weight, quiet = gaussian(64, 64, 0), rows(1, 64)
     layer = quantized("q8", weight, None)
     assert isinstance(layer, QuantizedLinear)
@@ -230,7 +244,9 @@ def test_a_loud_row_does_not_coarsen_its_neighbours() -> None:
 
 
 def test_one_large_activation_does_not_drown_the_small_ones() -> None:
-    """Real models have outliers of a thousand times the rest; what rounding to whole numbers loses is a second row."""
+    """Real models have outliers of a thousand times the rest; what rounding to whole numbers loses
+    is a second row.
+    """
     weight, x = gaussian(64, 256, 0), rows(1, 256)
     x[0, 7] = 1000
     layer = quantized("q8", weight, None)
@@ -298,7 +314,7 @@ def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
         )
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +344,9 @@ def test_a_quantized_model_is_the_model_of_its_unpacked_weights(folder: Path, na
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_matrix_is_quantized_and_the_embedding_is_not(folder: Path, name: str) -> None:
-    """W_a comes from exact embeddings, or a quantized model would think other thoughts by another map."""
+    """W_a comes from exact embeddings, or a quantized model would think other thoughts by another
+    map.
+    """
     exact, lm = load(folder, device="cpu"), load(folder, device="cpu", quantize=name)
     assert not [key for key, module in lm.model.named_modules() if type(module) is torch.nn.Linear]
     assert torch.equal(lm.model.model.embed_tokens.weight, exact.model.model.embed_tokens.weight)
@@ -368,7 +386,9 @@ def test_the_names_of_a_state_dict_are_still_hugging_faces(folder: Path, name: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_memory_file_belongs_to_its_format(folder: Path, tmp_path: Path, name: str) -> None:
-    """A fingerprint is the same before and after the first step, in the next process, and another format's is not."""
+    """A fingerprint is the same before and after the first step, in the next process, and another
+    format's is not.
+    """
     model = load(folder, device="cpu", quantize=name).model
     before = model.fingerprint()
     _, cache = remember(model, random_ids(model, 1, 5))
@@ -395,7 +415,7 @@ def test_a_matrix_that_does_not_divide_into_groups_keeps_its_bits(
     assert not isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -403,7 +423,9 @@ def test_a_matrix_that_does_not_divide_into_groups_keeps_its_bits(
     "move", [lambda m: m.to("meta"), lambda m: m.float(), lambda m: m.to(torch.float64)]
 )
 def test_a_packed_model_cannot_be_moved(folder: Path, name: str, move: Any) -> None:
-    """Values packed for one device are silently wrong numbers on another; nothing may be half moved either."""
+    """Values packed for one device are silently wrong numbers on another; nothing may be half moved
+    either.
+    """
     model = load(folder, device="cpu", quantize=name).model
     before = model.fingerprint()
     with pytest.raises(
