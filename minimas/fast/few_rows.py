@@ -9,8 +9,8 @@ the function computes the same, slowly.
 What it gains: a compiled latent step of one row (Qwen2.5-Coder-0.5B in bf16, one thread) takes
 61 ms in place of 101 ms, 1.65 times as fast; of eight rows 432 in place of 758 ms (2-core AMD EPYC
 with AVX2, 2026-11-29, best of ten and of five, one after the other, on a loaded machine).
-Interleaved, the products alone of one row gained 1.06 times by medians, 1.31 by minima. For 8-bit weights the same
-loop gained less than 1.2 times and was removed. It was not run on AVX-512.
+Interleaved, the products alone of one row gained 1.06 times by medians, 1.31 by minima. For
+8-bit weights the same loop gained less than 1.2 times and was removed. It was not run on AVX-512.
 
     R rows   K inputs   N outputs
 

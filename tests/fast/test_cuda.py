@@ -16,7 +16,8 @@ from ..models import TINY, apart, random_ids, remember, tiny_model
 pytestmark = pytest.mark.cuda
 QUESTIONS = [
     "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?",
-    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. How many coins does Tom have?",
+    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. "
+    "How many coins does Tom have?",
 ]
 
 

@@ -142,9 +142,17 @@ def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.Mon
 
 
 @given(
-    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.integers(1, 90), st.integers(0, 99)),
-    st.sampled_from([torch.bfloat16, torch.float16]), st.booleans(), st.sampled_from([1, 100, 1000]),
-)  # fmt: skip
+    st.tuples(
+        st.integers(1, 3),
+        st.integers(1, 9),
+        st.integers(1, 70),
+        st.integers(1, 90),
+        st.integers(0, 99),
+    ),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.booleans(),
+    st.sampled_from([1, 100, 1000]),
+)
 def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     size: tuple[int, ...], dtype: torch.dtype, biased: bool, piece: int
 ) -> None:

@@ -160,7 +160,8 @@ from minimas.fast.quantize import quantized
 torch.manual_seed(0)
 layer = quantized("q4", torch.randn(150, 96).bfloat16(), None)
 through_the_kernel = layer.multiply(torch.eye(96).bfloat16()).T
-print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, torch.equal(through_the_kernel, layer.weight))
+same = torch.equal(through_the_kernel, layer.weight)
+print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, same)
 """
 
 
@@ -369,7 +370,8 @@ def test_an_untied_head_keeps_its_bits() -> None:
 def test_agents_answer_in_every_format(name: str) -> None:
     """The embedded model survives any of them, thoughts included."""
     lm = load(TINY, device="cpu", quantize=name)
-    eva = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. How many cards does Eva have?"
+    eva = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
+    eva += "How many cards does Eva have?"
     questions = [eva, "Tom has 3 coins. He loses 1. He gets 7 more. How many coins does Tom have?"]
     results = latent_mas(lm, questions, sampling=Sampling(max_new_tokens=16))
     assert [result.answer for result in results] == ["12", "9"]
