@@ -1,1 +1,4 @@
-"""Faster layers and steps, and layers of 4 and 8 bits. They do not change what the model computes."""
+"""Faster layers and steps, and layers of 4 and 8 bits.
+
+They do not change what the model computes.
+"""

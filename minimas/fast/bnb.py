@@ -1,4 +1,7 @@
-"""nf4 and int8 by bitsandbytes, which brings its own kernels, on CUDA and CPU. Does not know: models, q4, q8."""
+"""The formats nf4 and int8, by the kernels of bitsandbytes, on CUDA and CPU.
+
+What they gain is memory; for speed there are q4 and q8. Does not know: models, q4, q8.
+"""
 
 import logging
 from importlib import import_module
@@ -9,7 +12,10 @@ from torch import Tensor, nn
 
 
 def require(found: str, device: torch.device) -> None:
-    """Raise ImportError, saying what was `found`, where the package is missing, too old or built without the device."""
+    """Check that bitsandbytes is installed, new enough and built for `device`.
+
+    Raises ImportError beginning with `found`.
+    """
     try:
         bitsandbytes: Any = import_module("bitsandbytes")
     except ImportError as error:
@@ -25,14 +31,14 @@ def require(found: str, device: torch.device) -> None:
         device.type == "cuda"
         and getattr(bitsandbytes.cextension.lib, "compiled_with_cuda", False) is not True
     ):
-        built = f"bitsandbytes {bitsandbytes.__version__} built without CUDA, and torch {torch.__version__} with"
         raise ImportError(
-            f"{found} on {device} with {built}, expected a build for it: pip install -U bitsandbytes"
+            f"{found} on {device} with bitsandbytes {bitsandbytes.__version__} built without CUDA, "
+            "expected a build for it: pip install -U bitsandbytes"
         )
 
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Its layer "nf4" or "int8" of a matrix (N, K), quantized at once on the device where it is."""
+    """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
     bnb: Any = import_module("bitsandbytes.nn")
     (N, K), options = weight.shape, {"requires_grad": False}
     if name == "nf4":
@@ -41,7 +47,7 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         made.weight = bnb.Params4bit(weight.bfloat16(), **options, **how).to(weight.device)
     else:
         made = bnb.Linear8bitLt(K, N, bias is not None, has_fp16_weights=False, device="meta")
-        # It says so at every call that its activations become 16 other bits, which is how the format works.
+        # It warns at every call that activations are converted to fp16, as the format does.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         made.weight = bnb.Int8Params(weight.half(), **options, has_fp16_weights=False).to(
             weight.device

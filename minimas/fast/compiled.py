@@ -25,7 +25,6 @@ from ..core.cache import KVCache, Positions, with_capacity
 from ..core.model import Block, Qwen3
 from ..core.rotary import rotate
 from .packed import CPULinear
-from .quantize import Q8Linear
 
 SPARE_SLOTS = 256  # steps until a recorded step must be recorded anew
 
@@ -54,8 +53,6 @@ def check_compiler() -> None:
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place. The first step takes seconds for it."""
     for layer in model.model.layers.modules():
-        if isinstance(layer, Q8Linear):
-            layer.loosen()
         if hasattr(layer, "opaque"):
             layer.opaque, layer.handle = _product, torch.tensor(id(layer))
             _layers[id(layer)] = layer

@@ -1,4 +1,6 @@
-"""What only a GPU can break: devices mixed up, kernels that need another layout. Run with `pytest -m cuda`."""
+"""What only a GPU can break: devices mixed up, kernels that need another layout. Run with `pytest
+-m cuda`.
+"""
 
 from pathlib import Path
 
@@ -14,13 +16,16 @@ from ..models import TINY, apart, random_ids, remember, tiny_model
 pytestmark = pytest.mark.cuda
 QUESTIONS = [
     "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?",
-    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. How many coins does Tom have?",
+    "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. "
+    "How many coins does Tom have?",
 ]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
-    """Ragged rows, thoughts, cuts and joins in float64: a mask or a rotation left on the CPU would fail or differ."""
+    """Ragged rows, thoughts, cuts and joins in float64: a mask or a rotation left on the CPU would
+    fail or differ.
+    """
     states = []
     for device in ("cpu", "cuda"):
         model = tiny_model(family).to(device)
@@ -35,7 +40,9 @@ def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
 @pytest.mark.parametrize("method", [single, text_mas, latent_mas])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_answers_are_the_cpus(method: object, temperature: float) -> None:
-    """Draws come from a CPU generator, so even sampled text must not depend on the device (float32)."""
+    """Draws come from a CPU generator, so even sampled text must not depend on the device
+    (float32).
+    """
     sampling = Sampling(temperature=temperature, max_new_tokens=16)
     texts = []
     for device in ("cpu", "cuda"):
@@ -83,7 +90,9 @@ def test_quantized_layers_compute_what_they_store_on_a_gpu(name: str) -> None:
 
 
 def test_a_recorded_step_is_a_plain_one_on_a_gpu() -> None:
-    """A replay that reads stale positions or another memory's slots would differ from the second step on."""
+    """A replay that reads stale positions or another memory's slots would differ from the second
+    step on.
+    """
     states = []
     for compile in (False, True):
         model = load(TINY, device="cuda", dtype="float32", compile=compile).model

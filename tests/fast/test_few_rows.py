@@ -1,4 +1,6 @@
-"""Few rows times a matrix, word by word, are that product; the compiler's loop of it is tested in test_speed.py."""
+"""Few rows times a matrix, word by word, are that product; the compiled loop is tested in
+test_compiled.py.
+"""
 
 import pytest
 import torch
@@ -9,16 +11,15 @@ from minimas.fast.few_rows import fits, product
 
 
 @given(
-    st.sampled_from([torch.bfloat16, torch.int8]), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4),
-    st.integers(0, 99),
+    st.integers(1, 9), st.integers(1, 18), st.integers(1, 4), st.integers(0, 99)
 )  # fmt: skip
-def test_rows_times_a_matrix_taken_from_its_words(
-    kind: torch.dtype, N: int, quarters: int, R: int, seed: int
-) -> None:
-    """Signs, the lowest byte, an odd number of outputs: exact, for whole numbers have no rounding to hide behind."""
+def test_rows_times_a_matrix_taken_from_its_words(N: int, pairs: int, R: int, seed: int) -> None:
+    """Signs, both halves of a word, an odd number of outputs: exact, for whole numbers have no
+    rounding to hide behind.
+    """
     torch.manual_seed(seed)
-    K = 4 * quarters
-    weight = torch.randint(-128, 128, (N, K)).to(kind)
+    K = 2 * pairs
+    weight = torch.randint(-128, 128, (N, K)).bfloat16()
     x = torch.randint(-9, 10, (R, 1, K)).to(torch.bfloat16)
     found = product(x, weight)
     assert torch.equal(found.double(), x.double() @ weight.double().T)
@@ -33,9 +34,8 @@ def test_rows_times_a_matrix_taken_from_its_words(
     ("rows", "weight"),
     [
         ((13, 1), torch.zeros(4, 8, dtype=torch.bfloat16)),
-        ((1, 2), torch.zeros(4, 8, dtype=torch.int8)),
         ((1, 1), torch.zeros(4, 7, dtype=torch.bfloat16)),
-        ((1, 1), torch.zeros(4, 6, dtype=torch.int8)),
+        ((1, 1), torch.zeros(4, 8, dtype=torch.int8)),
         ((1, 1), torch.zeros(4, 8, dtype=torch.float16)),
         ((1, 1), torch.zeros(4, 8)),
         ((1, 1), torch.zeros(4, 8, dtype=torch.bfloat16, device="meta")),
@@ -47,4 +47,3 @@ def test_many_rows_and_half_words_are_left_alone(
     """float16 is not the upper half of a float32, and half a word would be the next row's."""
     assert not fits(torch.zeros(*rows, weight.shape[1]), weight)
     assert fits(torch.zeros(12, 1, 8), torch.zeros(4, 8, dtype=torch.bfloat16, device="cpu"))
-    assert fits(torch.zeros(1, 1, 8), torch.zeros(4, 8, dtype=torch.int8, device="cpu"))
