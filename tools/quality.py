@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
 from minimas.core.model import CHUNK, prefill
+from tools.evaluation.rows import read_rows
 
 WAYS = {"one by one": 1, "in chunks": CHUNK}
 AT = (1, 2, 5, 10, 20, 40, 80)  # thoughts at which the tables look

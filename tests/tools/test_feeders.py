@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,24 @@ from torch import Tensor
 
 from minimas import LM, Aligner, Qwen3, Sampling, latent_mas, load, think
 from minimas.text.generate import generator
+from tools.evaluation import feeders
+from tools.evaluation.arms import Arm
+from tools.evaluation.bench import Bench, How
+from tools.evaluation.feeders import (
+    TOKENS,
+    Feeders,
+    Mixture,
+    feeder,
+    fit,
+    match_means,
+    observe,
+    parse,
+    plain_text,
+)  # fmt: skip
+from tools.evaluation.grading import plain_grader
 
 from ..models import TINY, apart, random_ids, reference, remember, tiny_model
 from ..text import load_text_lm, text_model, tiny_tokenizer
-
-sys.path.insert(0, str(TINY.parents[2] / "tools"))
-
-import feeders
-from arms import Arm, Bench, plain_grader
-from feeders import TOKENS, Feeders, Mixture, feeder, fit, match_means, observe, parse, plain_text
 
 KINDS = (
     "gain:0.5",
@@ -307,8 +315,10 @@ def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
     bench = Bench(lm, rows, 1, Sampling(), plain_grader, made)
     memories = []
     for kind in ("ridge", "fitted", "pause"):
-        memories.append(bench.brief([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
-        by_hand = bench.brief([0], Arm("x", latent_steps=2), align=made(kind)).memory.keys[1]
+        memories.append(bench.last_turn([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
+        by_hand = bench.last_turn([0], Arm("x", latent_steps=2), How(align=made(kind))).memory.keys[
+            1
+        ]
         assert torch.equal(memories[-1], by_hand)
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 
