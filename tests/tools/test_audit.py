@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from minimas import LM, Aligner, Sampling, load
-from tools.evaluation import command, probe
+from tools.evaluation import probe
 from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
 from tools.evaluation.bench import Bench
-from tools.evaluation.command import Evaluation, main
+from tools.evaluation.command import Evaluation, main, parser
 from tools.evaluation.feeders import Feeders
 from tools.evaluation.grading import plain_grader
 from tools.evaluation.last_turn import LastTurn, latent_turn, slots
@@ -494,7 +494,7 @@ def test_an_audit_of_chosen_arms_has_these_and_no_others(
 
 def test_arms_differ_from_full_in_one_setting() -> None:
     """Else a difference has two causes."""
-    asked = command.parser().parse_args("--data x --out y --latent-steps 5".split())
+    asked = parser().parse_args("--data x --out y --latent-steps 5".split())
     lists = {name: getattr(asked, name) for name in ("method", *LATENT_SETTINGS)}
     full, *others = audit_arms(full_arm(lists), ["prenorm", "pause"], ["nll"])
     for arm in others:

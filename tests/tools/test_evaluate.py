@@ -25,19 +25,16 @@ from tools.evaluation.arms import Arm, grid
 from tools.evaluation.bench import Bench, same_mark, vote
 from tools.evaluation.command import Evaluation, main
 from tools.evaluation.grading import gold_text, grader, option_texts, plain_grader, right_letter
-from tools.evaluation.last_turn import latent_turn, text_turn
+from tools.evaluation.last_turn import latent_turn, slots, text_turn
 from tools.evaluation.ledger import Key, Ledger, take_up, whole_units
 from tools.evaluation.rows import read_rows
 from tools.evaluation.summary import summarize
+from tools.tiny_task import split_stories, split_team, story
 
 from ..models import TINY, reference
 from ..text import load_text_lm
 
-ROOT = TINY.parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from tiny_task import split_stories, split_team, story  # noqa: E402
-
+ROOT = TINY.parents[1]
 Record = dict[str, Any]
 GRID = "--method single,latent_mas --latent-steps 2 --transfer full,shuffled --metric accuracy,nll --max-new-tokens 6"
 FIXED = f"{GRID} --dtype float32 --batch-size 3 --quiet".split()
@@ -871,16 +868,14 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
     bench = Bench(lm, some, 1, Sampling(), plain_grader)
     plain = Arm("x", latent_steps=2, align="ridge")
 
-    def slots(arm: Arm) -> int:
+    def held(arm: Arm) -> int:
         return slots(bench.last_turn([0], arm).memory)[0]
 
     closing = bench.last_turn([0], plain).closing_tokens
     assert closing > 0
-    assert slots(plain) - slots(replace(plain, close=False)) == 3 * closing
+    assert held(plain) - held(replace(plain, close=False)) == 3 * closing
     prefix = "Eva has"
-    assert slots(replace(plain, prefix=prefix)) - slots(plain) == 3 * len(
-        lm.tokenizer.encode(prefix)
-    )
+    assert held(replace(plain, prefix=prefix)) - held(plain) == 3 * len(lm.tokenizer.encode(prefix))
     last = bench.last_turn([0], replace(plain, prefix=prefix)).prompts[0].text
     assert last == bench.last_turn([0], plain).prompts[0].text, "the one who answers has its own"
 

@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--quiet",
     ]
     arms = "full,prompts only,none,one step,pause,single"
-    assert command.main([*command, "--arms", arms, "--max-new-tokens", "3"]) == 0
+    assert main([*command, "--arms", arms, "--max-new-tokens", "3"]) == 0
     return folder / "run"
 
 
@@ -137,7 +137,7 @@ def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
     )
     said = {
         subprocess.run(
-            [sys.executable, "-c", code], cwd=TINY.parents[2], env={**os.environ, "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", code], cwd=TINY.parents[1], env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in "12"
