@@ -201,7 +201,8 @@ class LastTurn(NamedTuple):
         ids = self.run.encode([self.agent], self.prompts, self.cache, self.steps)
         hidden, cache = self.run.prefill(self.run.lm.model, ids, self.cache)
         if self.align is not None:
-            _, hidden = think(self.run.lm.model, self.align, hidden, cache, self.steps)
+            align = self.run.own_align(self.align)
+            _, hidden = think(self.run.lm.model, align, hidden, cache, self.steps)
         return hidden, cache
 
 

@@ -105,7 +105,7 @@ class PrefillOnce:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
+        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
 
     def __call__(
         self, model: Qwen3, ids: list[list[int]], cache: KVCache
@@ -114,7 +114,7 @@ class PrefillOnce:
         if any(cache.lengths):
             return prefill_prompts(model, ids, cache)
         key = tuple(map(tuple, ids))
-        if key not in self._kept:
-            self._kept[key] = prefill_prompts(model, ids, cache)
-        hidden, kept = self._kept[key]
+        if key not in self.kept:
+            self.kept[key] = prefill_prompts(model, ids, cache)
+        hidden, kept = self.kept[key]
         return hidden, kept.fork()

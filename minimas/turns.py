@@ -200,7 +200,8 @@ class Run:
         hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
         if align is not None:
-            _, hidden = think(model, self._told_of_thoughts(align), hidden, cache, steps)
+            align = self._told_of_thoughts(self.own_align(align, len(agents)))
+            _, hidden = think(model, align, hidden, cache, steps)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = align is not None and not final
         if decodes:
@@ -233,6 +234,11 @@ class Run:
             answer = extract(self.kind, said, self.choices[q])
             results.append(Result(question, out.text, answer, out.finish_reason, traces))
         return results
+
+    def own_align(self, align: Align, agents: int = 1) -> Align:
+        """Return `align`; a map that draws at random gets the generator of each row's question."""
+        draws = getattr(align, "with_generators", None)
+        return align if draws is None else draws(self.generators * agents)
 
     def _decode(
         self,

@@ -5,9 +5,10 @@
     python tools/results.py --add NAME RUN_DIR …     # store runs as docs/results/NAME.jsonl.gz
 
 A table stands between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`. NAME is
-one or more files of docs/results/, joined with +; ARM is the one that the last column compares with,
-question by question. A record is a line of `results.jsonl`, as tools/evaluate.py writes it. Does not
-know: how records come about.
+one or more files of docs/results/, joined with +; ARM is the one that the last column compares
+with, question by question. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+
+Does not know: how records come about.
 """
 
 import argparse
@@ -21,19 +22,24 @@ from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's tools
+
+from tools.evaluation.stats import bootstrap, p_value, paired, share  # noqa: E402
+from tools.shared.files import write_whole  # noqa: E402
+
 PAGE, RECORDS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
-sys.path.insert(0, str(ROOT))
-
-from stats import bootstrap, paired, share  # noqa: E402
-
 Record = dict[str, Any]
 BLOCK = re.compile(
     r"(<!-- records: (?P<names>[^;]+); base: (?P<base>.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
+ANSWER_HEAD = [
+    "arm", "n", "right, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
+]  # fmt: skip
+LOSS_HEAD = ["arm", "n", "gold NLL, 95 %"]
 
 
 def read_records(names: str) -> list[Record]:
-    """Return the records of one or more stored files, without their heads; a later file adds to an earlier one."""
+    """Return the records of stored files, without their heads. `names` are joined with +."""
     found = []
     for name in names.split("+"):
         with gzip.open(RECORDS / f"{name.strip()}.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -42,12 +48,9 @@ def read_records(names: str) -> list[Record]:
 
 
 def store(name: str, folders: Sequence[Path]) -> None:
-    """Write the result files of runs, head by head, as one compressed file; the same input gives the same bytes."""
-    text = "".join(
-        path.read_text(encoding="utf-8")
-        for folder in folders
-        for path in sorted(folder.glob("*.jsonl"))
-    )
+    """Write the result files of runs as one compressed file, always with the same bytes."""
+    paths = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
     RECORDS.mkdir(parents=True, exist_ok=True)
     (RECORDS / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -58,68 +61,49 @@ def values(records: Sequence[Record], field: str) -> dict[tuple[str, int], float
 
 
 def table(records: Sequence[Record], base: str) -> str:
-    """Return a Markdown table with a line for each arm. Raises ValueError where no record is of arm `base`."""
+    """Return a Markdown table with a line for each arm.
+
+    Raises ValueError if no record is of arm `base`.
+    """
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record["arm"], []).append(record)
     if base not in arms:
         raise ValueError(f"base: found {base!r}, expected one of {', '.join(arms)}")
     losses = all("nll" in record for record in records)
-    line = loss_line if losses else answer_line
-    head = ["arm", "n", "gold NLL, 95 %"] if losses else ANSWER_HEAD
+    line, head = (loss_line, LOSS_HEAD) if losses else (answer_line, ANSWER_HEAD)
     lines = [[*head, f"− {base}"], ["---", *["--:"] * len(head)]]
-    lines += [
-        [name, *line(some), difference(some, arms[base], losses)] for name, some in arms.items()
-    ]
+    for name, mine in arms.items():
+        compared = "" if name == base else difference(mine, arms[base], losses)
+        lines.append([name, *line(mine), compared])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-ANSWER_HEAD = [
-    "arm",
-    "n",
-    "right, 95 %",
-    "cut off",
-    "prefilled",
-    "thoughts",
-    "generated",
-    "s per question",
-]
-
-
 def answer_line(records: Sequence[Record]) -> list[str]:
+    """Return the cells of an arm that was graded, after its name."""
     right, low, high = share(list(values(records, "correct").values()))
     cut = mean(record["finish_reason"] == "length" for record in records)
-    counts = [
-        f"{mean(record[name] for record in records):,.0f}"
-        for name in ("read", "thought", "written")
-    ]
+    counts = [f"{mean(r[name] for r in records):,.0f}" for name in ("read", "thought", "written")]
     seconds = f"{median(record['seconds'] for record in records):.3g}"
-    return [
-        str(len(records)),
-        f"{right:.1%} [{low:.1%}, {high:.1%}]",
-        f"{cut:.0%}",
-        *counts,
-        seconds,
-    ]
+    accuracy = f"{right:.1%} [{low:.1%}, {high:.1%}]"
+    return [str(len(records)), accuracy, f"{cut:.0%}", *counts, seconds]
 
 
 def loss_line(records: Sequence[Record]) -> list[str]:
+    """Return the cells of an arm whose loss was measured, after its name."""
     middle, low, high = bootstrap(list(values(records, "nll").values()))
     return [str(len(records)), f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
 
 
 def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) -> str:
-    """Return the paired difference to the base arm in words; "" for the base arm itself."""
-    if records is base:
-        return ""
+    """Return the paired difference to the base arm in words, "" without a common question."""
     field = "nll" if losses else "correct"
     line = paired(values(records, field), values(base, field), exact=not losses)
     if line is None:
         return ""
-    p = "p < 0.001" if line["p"] < 0.001 else f"p = {line['p']:.2g}"
-    if losses:
-        return f"{line['mean']:+.3f} [{line['low']:+.3f}, {line['high']:+.3f}], {p}"
-    return f"{line['mean'] * 100:+.0f} points [{line['low'] * 100:+.0f}, {line['high'] * 100:+.0f}], {p}"
+    scale, form, unit = (1, "+.3f", "") if losses else (100, "+.0f", " points")
+    middle, low, high = (format(line[name] * scale, form) for name in ("mean", "low", "high"))
+    return f"{middle}{unit} [{low}, {high}], {p_value(line)}"
 
 
 def rewritten(page: str) -> str:
@@ -130,11 +114,12 @@ def rewritten(page: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """Run the command line; returns 0 done, 1 for a table that differs (--check)."""
+    description = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    parser.add_argument(
-        "--add", nargs="+", metavar=("NAME", "RUN_DIR"), help="store runs as NAME.jsonl.gz"
-    )
+    names = ("NAME", "RUN_DIR")
+    parser.add_argument("--add", nargs="+", metavar=names, help="store runs as NAME.jsonl.gz")
     args = parser.parse_args(argv)
     if args.add:
         store(args.add[0], [Path(folder) for folder in args.add[1:]])
@@ -142,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = PAGE.read_text(encoding="utf-8")
     new = rewritten(old)
     if not args.check:
-        PAGE.write_text(new, encoding="utf-8")
+        write_whole(PAGE, new)
     return int(args.check and new != old)
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,21 @@ import pytest
 import torch
 
 from minimas import LM, Aligner, Sampling, load
-from minimas.agents import Briefing, brief
-from minimas.nll import losses
+from tools.evaluation import probe
+from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
+from tools.evaluation.bench import Bench
+from tools.evaluation.command import Evaluation, main, parser
+from tools.evaluation.feeders import Feeders
+from tools.evaluation.grading import plain_grader
+from tools.evaluation.last_turn import LastTurn, latent_turn, slots
+from tools.evaluation.probe import Tap, attention, geometry, segments, transplant
+from tools.evaluation.rows import read_rows
+from tools.evaluation.stats import bootstrap, mcnemar, mean_error, sign_flips, wilson
+from tools.evaluation.verdict import ALPHA, compare, verdict
 
 from ..models import TINY
 from ..text import load_text_lm
 from .test_evaluate import write_data
-
-sys.path.insert(0, str(TINY.parents[2] / "tools"))
-
-import audit
-import evaluate
-from arms import Arm, Bench, plain_grader
-from feeders import Feeders
-from stats import bootstrap, mcnemar, mean_error, sign_flips, wilson
 
 Record = dict[str, Any]
 QUESTION = ["Eva has 2 cards. How many?"]
@@ -112,7 +113,7 @@ def test_the_standard_error_divides_by_n_minus_one() -> None:
 def test_chance_is_found_about_as_often_as_it_should_be() -> None:
     """Of 300 comparisons of nothing, 1 % at p < 0.01: a test that finds more makes effects."""
     rng = random.Random(0)
-    found = sum(sign_flips([rng.gauss(0, 1) for _ in range(12)]) < audit.ALPHA for _ in range(300))
+    found = sum(sign_flips([rng.gauss(0, 1) for _ in range(12)]) < ALPHA for _ in range(300))
     assert found <= 9
 
 
@@ -156,36 +157,33 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
         },
     }
     for said, arms in cases.items():
-        sentence = audit.verdict(records("nll", none=none, prompts_only=prompts, **arms))
+        sentence = verdict(records("nll", none=none, prompts_only=prompts, **arms))
         assert said in sentence
         assert "the prompts' memory lowers it by 0.2" in sentence
         assert sentence.startswith("On these 40 questions ")
         assert sentence.count(". ") == 0
-    unknown = audit.verdict(records("nll", none=none, prompts_only=prompts, full=moved(-0.5)))
+    unknown = verdict(records("nll", none=none, prompts_only=prompts, full=moved(-0.5)))
     assert "with this model they help; the prompts' memory" in unknown, (
         "of an arm that was not run nothing is said"
     )
     right = records("accuracy", full=[1.0] * 30 + [0.0] * 10, none=[1.0] * 10 + [0.0] * 30)
     assert (
         "with the memory 75% of the answers are right, without it 25%: it helps (p < 0.001)"
-        in audit.verdict(right)
+        in verdict(right)
     )
     wrong = records("accuracy", full=[0.0] * 40, none=[1.0] * 20 + [0.0] * 20)
-    assert "0% of the answers are right, without it 50%: it harms (p < 0.001)" in audit.verdict(
-        wrong
-    )
+    assert "0% of the answers are right, without it 50%: it harms (p < 0.001)" in verdict(wrong)
     thoughts = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 20 + [0.0] * 20)
-    assert (
-        "with the thoughts 0% of the answers are right, without them 50%: they harm"
-        in audit.verdict(thoughts)
+    assert "with the thoughts 0% of the answers are right, without them 50%: they harm" in verdict(
+        thoughts
     )
     same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)
-    assert "no difference is found (p = 1)" in audit.verdict(same)
+    assert "no difference is found (p = 1)" in verdict(same)
     half = records("accuracy", full=[1.0, 1.0, 0.0], none=[1.0, 0.0, 0.0])
     for record in half[::3]:
         record["correct"] = None  # code, without leave to run it
-    assert "with the memory 50% of the answers are right, without it 0%" in audit.verdict(half)
-    assert "Nothing can be said" in audit.verdict([])
+    assert "with the memory 50% of the answers are right, without it 0%" in verdict(half)
+    assert "Nothing can be said" in verdict([])
 
 
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
@@ -195,13 +193,11 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
         "nll", full=[2.5 + rng.gauss(0, 0.1) for _ in range(40)], prompts_only=[2.0] * 40
     )
     better = records("accuracy", full=[1.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
-    assert "they harm" in audit.verdict(losses)
-    assert "harm" not in audit.verdict(losses + better)
-    assert "the answers say the opposite; with the thoughts 100% of" in audit.verdict(
-        losses + better
-    )
+    assert "they harm" in verdict(losses)
+    assert "harm" not in verdict(losses + better)
+    assert "the answers say the opposite; with the thoughts 100% of" in verdict(losses + better)
     worse = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
-    assert audit.verdict(losses + worse).count("harm") == 2
+    assert verdict(losses + worse).count("harm") == 2
 
 
 @pytest.mark.parametrize("flags", ["--latent-steps 0,6", "--team sequential,hierarchical", "--transfer latents",
@@ -212,10 +208,7 @@ def test_an_audit_refuses_what_it_would_not_read(
     """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with nothing."""
     data = write_data(tmp_path / "rows.jsonl", 2)
     assert (
-        evaluate.main(
-            ["--data", str(data), "--out", str(tmp_path / "run"), "--audit", *flags.split()]
-        )
-        == 1
+        main(["--data", str(data), "--out", str(tmp_path / "run"), "--audit", *flags.split()]) == 1
     )
     error = capsys.readouterr().err
     assert flags.split()[0] in error and "in an audit" in error
@@ -234,10 +227,10 @@ def test_differences_are_paired_by_question_and_seed() -> None:
         for record in some
         if record["arm"] == "nll: none"
     ]
-    line = audit.compare(some, "nll", "full", "none")
+    line = compare(some, "nll", "full", "none")
     assert line is not None
     assert (line["n"], line["mean"]) == (2, pytest.approx((-0.5 + 0.0) / 2))
-    assert audit.compare(some, "nll", "full", "shuffled") is None
+    assert compare(some, "nll", "full", "shuffled") is None
 
 
 # -- planted effects --------------------------------------------------------------------------------------------------
@@ -268,7 +261,7 @@ def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
         "float32",
         "--quiet",
     ]
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     summary: Record = json.loads((out / "summary.json").read_text())["audit"]
     assert (out / "summary.md").read_text().rstrip().splitlines()[-1] == summary["verdict"]
     return summary
@@ -302,17 +295,15 @@ def test_thoughts_that_harm_are_said_to_harm(tmp_path: Path) -> None:
 
 def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
     """Two seeds of one noisy map, called two arms: large differences, question by question, that mean nothing."""
-    some = evaluate.read_rows(write_data(tmp_path / "rows.jsonl", 48))
+    some = read_rows(write_data(tmp_path / "rows.jsonl", 48))
     bench = Bench(load(TINY, device="cpu"), some, 48, Sampling(), plain_grader)
     arm = Arm("nll: full", metric="nll", align="gumbel:2", transfer="full")
     full, other = bench.compute(0, arm, 0), bench.compute(0, arm, 1)
     assert max(abs(a["nll"] - b["nll"]) for a, b in zip(full, other, strict=True)) > 1
     found = [*full, *(record | {"arm": "nll: prompts only", "seed": 0} for record in other)]
     found += [record | {"arm": "nll: none", "seed": 0} for record in other]
-    assert "no effect of the thoughts on the loss of the right answer is found" in audit.verdict(
-        found
-    )
-    assert "of the prompts' memory no effect is found" in audit.verdict(found)
+    assert "no effect of the thoughts on the loss of the right answer is found" in verdict(found)
+    assert "of the prompts' memory no effect is found" in verdict(found)
 
 
 def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
@@ -341,13 +332,13 @@ def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
         "3",
         "--quiet",
     ]
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     before = (tmp_path / "run" / "results.jsonl").read_bytes()
     assert int(json.loads(before.splitlines()[-1])["samples"]) >= 2
-    monkeypatch.setattr(audit.time, "perf_counter", None)
-    monkeypatch.setattr(evaluate.Evaluation, "report", lambda self: True)
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: 0.0)
-    assert evaluate.main(command) == 0
+    monkeypatch.setattr(time, "perf_counter", None)
+    monkeypatch.setattr(Evaluation, "report", lambda self: True)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    assert main(command) == 0
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
 
 
@@ -361,9 +352,10 @@ def lm() -> LM:
 
 def briefing(
     lm: LM, team: str = "sequential", align: str = "ridge", close: bool = True
-) -> Briefing:
+) -> LastTurn:
     feeder = Feeders(lm)(align)
-    return brief(lm, QUESTION, team, latent_steps=2, align=feeder, sampling=Sampling(), close=close)
+    how = {"latent_steps": 2, "align": feeder, "sampling": Sampling(), "close": close}
+    return latent_turn(lm, QUESTION, team=team, **how)
 
 
 @pytest.mark.parametrize("close", [True, False])
@@ -373,7 +365,7 @@ def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
 ) -> None:
     """In order, without overlap, thoughts right behind their prompt, and the closing of a turn in nobody's part."""
     given = briefing(lm, team, close=close)
-    parts, end = audit.segments(given), 2 if close else 0
+    parts, end = segments(given), 2 if close else 0
     names = [agent.name for agent in lm.teams[team].agents[:-1]]
     assert [name for name, _, _ in parts] == [
         f"{name}: {what}" for name in names for what in ("prompt", "thoughts")
@@ -382,12 +374,12 @@ def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
     for i, (_, start, stop) in enumerate(parts):
         assert (start, stop > start) == (at, True)
         at = stop + (end if i % 2 else 0)
-    assert at == int(given.memory.lengths[0])
+    assert [at] == slots(given.memory)
 
 
 def test_only_a_full_memory_has_parts(lm: LM) -> None:
     with pytest.raises(ValueError, match="only a full memory has parts"):
-        audit.segments(brief(lm, QUESTION, latent_steps=2, transfer="latents", sampling=Sampling()))
+        segments(latent_turn(lm, QUESTION, latent_steps=2, transfer="latents"))
 
 
 def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
@@ -396,12 +388,12 @@ def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
     for block in lm.model.model.layers:
         block.self_attn.q_proj.weight.data.zero_()
     given = briefing(lm)
-    held, tokenizer = int(given.memory.lengths[0]), lm.tokenizer
+    [held], tokenizer = slots(given.memory), lm.tokenizer
     assert tokenizer is not None
-    length = len(tokenizer.encode_turn(given.turns[0])) + len(tokenizer.encode(" 7"))
-    found = audit.attention(given, " 7")
-    assert int(given.memory.lengths[0]) == held
-    for name, start, end in audit.segments(given):
+    length = len(tokenizer.encode_turn(given.prompts[0])) + len(tokenizer.encode(" 7"))
+    found = attention(given, " 7")
+    assert slots(given.memory) == [held]
+    for name, start, end in segments(given):
         expected = sum((end - start) / (held + i + 1) for i in range(length)) / length
         assert len(found[name]) == len(lm.model.model.layers)
         assert found[name] == pytest.approx([expected] * len(found[name]), rel=1e-6)
@@ -411,12 +403,12 @@ def test_watching_attention_does_not_change_it(lm: LM) -> None:
     """And the function is put back, even when the model fails."""
     plain = torch.nn.functional.scaled_dot_product_attention
     given = briefing(lm)
-    before = losses(given._replace(memory=given.memory.fork()), [[" 7"]])
-    audit.attention(given, " 7")
-    assert losses(given, [[" 7"]]) == before
+    before = given.losses([[" 7"]], given.memory.fork())
+    attention(given, " 7")
+    assert given.losses([[" 7"]]) == before
     with (
         pytest.raises(RuntimeError),
-        audit.replaced(torch.nn.functional, "scaled_dot_product_attention", None),
+        probe.replaced(torch.nn.functional, "scaled_dot_product_attention", None),
     ):
         raise RuntimeError
     assert torch.nn.functional.scaled_dot_product_attention is plain
@@ -425,26 +417,26 @@ def test_watching_attention_does_not_change_it(lm: LM) -> None:
 def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) -> None:
     host, donor = briefing(lm, align="pause").memory, briefing(lm).memory
     before = host.fork()
-    new = audit.transplant(host, donor, [3, 5], [1])
+    new = transplant(host, donor, [3, 5], [1])
     for layer in range(len(host.keys)):
         for mine, old, theirs in (
             (new.keys, host.keys, donor.keys),
             (new.values, host.values, donor.values),
         ):
-            for slot in range(int(host.lengths[0])):
+            for slot in range(slots(host)[0]):
                 source = theirs if layer == 1 and slot in (3, 5) else old
                 assert torch.equal(mine[layer][:, :, slot], source[layer][:, :, slot])
         assert torch.equal(host.fork().keys[layer], before.keys[layer])
     with pytest.raises(ValueError, match="memories: found"):
-        audit.transplant(host, donor.truncate(4), [3], [1])
+        transplant(host, donor.truncate(4), [3], [1])
 
 
 def test_geometry_is_what_it_says() -> None:
     """By hand in two dimensions: two agents' two thoughts each; the step from one agent to the other does not count."""
-    tap = audit.Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
+    tap = Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
     for state in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (3.0, 3.0)):
         tap(torch.tensor([[state]], dtype=torch.float64))
-    found = audit.geometry(tap, 2, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    found = geometry(tap, 2, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     norm = (1 + 2 + 3 + math.sqrt(18)) / 4
     assert found["state norm"] == pytest.approx(norm)
     assert found["norm before rescaling"] == pytest.approx(3 * norm)
@@ -455,9 +447,9 @@ def test_geometry_is_what_it_says() -> None:
 
 def test_a_map_that_does_not_rescale_has_one_norm() -> None:
     """`mean` ends with a shift: the norm without it is that of another vector."""
-    tap = audit.Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
+    tap = Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
     tap(torch.tensor([[[0.0, 4.0]]], dtype=torch.float64))
-    found = audit.geometry(tap, 1, torch.eye(2))
+    found = geometry(tap, 1, torch.eye(2))
     assert found["norm before rescaling"] == found["norm"] == pytest.approx(5)
 
 
@@ -475,7 +467,7 @@ def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
         "--align",
         "ridge,pause",
     ]
-    assert evaluate.main([*command, "--metric", "nll", "--quiet"]) == 0
+    assert main([*command, "--metric", "nll", "--quiet"]) == 0
     assert json.loads((out / "summary.json").read_text())["audit"]["diagnostics"] == {}
 
 
@@ -485,28 +477,26 @@ def test_an_audit_of_chosen_arms_has_these_and_no_others(
     """And its report, written again, does not compute its diagnostics again, which take minutes on a real model."""
     data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
     command = ["--data", str(data), "--out", str(out), "--audit", "--metric", "nll", "--quiet"]
-    assert evaluate.main([*command, "--arms", "full,none,prompts only,all"]) == 1
+    assert main([*command, "--arms", "full,none,prompts only,all"]) == 1
     assert (
         "arms (--arms): found 'all', expected some of full, prompts only, none"
         in capsys.readouterr().err
     )
     command += ["--arms", "none,prompts only,full"]
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     before = json.loads((out / "summary.json").read_text())
     assert list(before["arms"]) == ["nll: full", "nll: prompts only", "nll: none"]
     assert before["audit"]["diagnostics"]["transplant"]
-    monkeypatch.setattr(audit, "diagnose", None)
-    assert evaluate.main(command) == 0
+    monkeypatch.setattr(probe, "diagnose", None)
+    assert main(command) == 0
     assert json.loads((out / "summary.json").read_text()) == before
 
 
 def test_arms_differ_from_full_in_one_setting() -> None:
     """Else a difference has two causes."""
-    asked = evaluate.parser().parse_args(
-        "--data x --out y --audit --metric nll --latent-steps 5".split()
-    )
-    holder: Any = type("Holder", (), {"args": asked})()
-    full, *others = audit.arms(holder)
+    asked = parser().parse_args("--data x --out y --latent-steps 5".split())
+    lists = {name: getattr(asked, name) for name in ("method", *LATENT_SETTINGS)}
+    full, *others = audit_arms(full_arm(lists), ["prenorm", "pause"], ["nll"])
     for arm in others:
         if arm.method == "latent_mas":
             same = replace(arm, name=full.name)

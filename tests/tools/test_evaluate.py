@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,22 @@ import pytest
 import torch
 
 from minimas import LM, Sampling, latent_mas, load
-from minimas.agents import brief, brief_text
-from minimas.nll import losses
 from minimas.text.tokenizer import Turn
+from tools.evaluation import ledger
+from tools.evaluation.arms import Arm, grid
+from tools.evaluation.bench import Bench, same_mark, vote
+from tools.evaluation.command import Evaluation, main
+from tools.evaluation.grading import gold_text, grader, option_texts, plain_grader, right_letter
+from tools.evaluation.last_turn import PrefillOnce, latent_turn, slots, text_turn
+from tools.evaluation.ledger import Key, Ledger, take_up, whole_units
+from tools.evaluation.rows import read_rows
+from tools.evaluation.summary import summarize
+from tools.training.tiny_task import split_stories, split_team, story
 
 from ..models import TINY, reference
 from ..text import load_text_lm
 
-ROOT = TINY.parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import arms as tool_arms  # noqa: E402
-import evaluate  # noqa: E402
-import ledger  # noqa: E402
-from arms import Arm, Bench, grid, plain_grader, vote  # noqa: E402
-from ledger import Key, Ledger, take_up, whole_units  # noqa: E402
-
-from tools.training.tiny_task import split_stories, split_team, story  # noqa: E402
-
+ROOT = TINY.parents[1]
 Record = dict[str, Any]
 GRID = "--method single,latent_mas --latent-steps 2 --transfer full,shuffled --metric accuracy,nll --max-new-tokens 6"
 FIXED = f"{GRID} --dtype float32 --batch-size 3 --quiet".split()
@@ -63,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run; nobody may change it."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
+    assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
     return folder
 
 
@@ -125,10 +124,10 @@ def test_ten_kills_and_a_resume_make_the_same_file(
         0,
     )
     start = time.perf_counter()
-    evaluate.main(["--data", str(data), "--out", str(tmp_path / "timed"), *FIXED])
+    main(["--data", str(data), "--out", str(tmp_path / "timed"), *FIXED])
     whole = time.perf_counter() - start
     for _ in range(10):
-        process = multiprocessing.get_context("fork").Process(target=evaluate.main, args=(command,))
+        process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
         process.start()
         time.sleep(rng.uniform(0.05, 0.4) * whole)
         assert process.pid is not None
@@ -136,7 +135,7 @@ def test_ten_kills_and_a_resume_make_the_same_file(
         process.join()
         unfinished += not (tmp_path / "summary.json").exists()
     assert unfinished > 1, "the kills came too late to say anything"
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     assert lines(tmp_path) == lines(finished)
 
 
@@ -151,7 +150,7 @@ def test_a_file_cut_off_anywhere_is_finished(
         return found[: [40, ends[0], ends[0] + 9, ends[1], ends[3], ends[25] + 200][cut]]
 
     folder = copied(finished, tmp_path / "run", cut_off)
-    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
+    assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
     assert lines(folder) == lines(finished)
 
 
@@ -160,7 +159,7 @@ def test_a_finished_run_is_left_alone(
 ) -> None:
     before = (finished / "results.jsonl").read_bytes()
     monkeypatch.setattr(Bench, "compute", None)
-    assert evaluate.main(["--data", str(data), "--out", str(finished), *FIXED]) == 0
+    assert main(["--data", str(data), "--out", str(finished), *FIXED]) == 0
     assert (finished / "results.jsonl").read_bytes() == before
 
 
@@ -186,10 +185,10 @@ def test_ctrl_c_keeps_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "compute", interrupted)
-        assert evaluate.main(command) == 130
+        assert main(command) == 130
     assert "keeps what is done" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 9
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     assert lines(tmp_path) == lines(finished)
 
 
@@ -212,12 +211,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger.os, "fsync", full)
-        assert evaluate.main(command) == 1
+        assert main(command) == 1
     said = capsys.readouterr().err
     assert "the disk is full; what was done before is kept" in said
     assert said.count("\n") == 1
     assert len(lines(tmp_path)) == 6
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
     assert lines(tmp_path) == lines(finished)
 
 
@@ -245,7 +244,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
         summary["arms"], 8
     )
     assert (
-        evaluate.main(["--data", str(data), "--out", str(tmp_path), *FIXED]) == 0
+        main(["--data", str(data), "--out", str(tmp_path), *FIXED]) == 0
     )  # one process, nothing left to do
     assert not lines(tmp_path)
 
@@ -268,7 +267,7 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     """Two runs in one file are no run."""
     before = (finished / "results.jsonl").read_bytes()
-    assert evaluate.main(["--data", str(data), "--out", str(finished), *FIXED, *flags]) == 1
+    assert main(["--data", str(data), "--out", str(finished), *FIXED, *flags]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "results.jsonl: line 1: " in said
@@ -308,7 +307,7 @@ def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
 
     folder = copied(finished, tmp_path / "run", corrupt)
     before = (folder / "results.jsonl").read_bytes()
-    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
     error = capsys.readouterr().err
     assert f"results.jsonl: {said}" in error
     assert error.count("\n") == 1
@@ -370,7 +369,7 @@ def test_a_wrong_flag_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
-        found = evaluate.main(["--data", str(data), "--out", str(finished), *FIXED, *flags])
+        found = main(["--data", str(data), "--out", str(finished), *FIXED, *flags])
     except SystemExit as stop:
         found = int(str(stop.code))
     error = capsys.readouterr().err
@@ -385,7 +384,7 @@ def test_replay_finds_the_same_answer_or_the_agent_that_differs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No flag but the folder and the question: all else is in the head."""
-    assert evaluate.main(["--out", str(finished), "--replay", "q-4"]) == 0
+    assert main(["--out", str(finished), "--replay", "q-4"]) == 0
     assert capsys.readouterr().out.count(": the same\n") == 6
 
     def altered(found: bytes) -> bytes:
@@ -404,7 +403,7 @@ def test_replay_finds_the_same_answer_or_the_agent_that_differs(
         return "\n".join(parts).encode() + b"\n"
 
     folder = copied(finished, tmp_path / "run", altered)
-    assert evaluate.main(["--out", str(folder), "--replay", "q-4"]) == 1
+    assert main(["--out", str(folder), "--replay", "q-4"]) == 1
     said = capsys.readouterr().out
     assert "differs at agent 3, refiner: memory" in said
     assert "differs at agent 4, judger: text" in said
@@ -420,11 +419,11 @@ def test_regrade_judges_the_texts_again(
         tmp_path / "run",
         lambda found: found.replace(b'"correct": true', b'"correct": false'),
     )
-    assert evaluate.main(["--out", str(wrong), "--regrade"]) == 0
+    assert main(["--out", str(wrong), "--regrade"]) == 0
     right = sum(r["correct"] is True for r in lines(finished))
     assert f"{right} grades changed" in capsys.readouterr().err
     assert lines(wrong) == lines(finished)
-    assert evaluate.main(["--out", str(wrong), "--regrade"]) == 0
+    assert main(["--out", str(wrong), "--regrade"]) == 0
     assert "0 grades changed" in capsys.readouterr().err
 
 
@@ -444,7 +443,7 @@ def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path
         return b"\n".join([first, *told, b'{"id": "q'])
 
     folder = copied(finished, tmp_path / "run", altered)
-    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+    assert main(["--out", str(folder), "--regrade"]) == 0
     found = [
         json.loads(line) for line in (folder / "results.jsonl").read_bytes().split(b"\n")[1:-1]
     ]
@@ -458,10 +457,10 @@ def test_regrade_does_not_take_the_file_from_a_run(
     """A run appends to the file that it has opened; another one in its place would lose all that follows."""
     folder = copied(finished, tmp_path / "run")
     running = Ledger(folder / "results.jsonl", {})
-    assert evaluate.main(["--out", str(folder), "--regrade"]) == 1
+    assert main(["--out", str(folder), "--regrade"]) == 1
     assert "another process is writing here" in capsys.readouterr().err
     running.close()
-    assert evaluate.main(["--out", str(folder), "--regrade"]) == 0
+    assert main(["--out", str(folder), "--regrade"]) == 0
 
 
 def test_code_may_be_run_when_it_is_graded_again(
@@ -475,15 +474,15 @@ def test_code_may_be_run_when_it_is_graded_again(
         )
     )
     short = ["--method", "single", "--max-new-tokens", "4", "--dtype", "float32", "--quiet"]
-    assert evaluate.main(["--data", str(data), "--out", str(out), *short]) == 0
+    assert main(["--data", str(data), "--out", str(out), *short]) == 0
     assert lines(out)[0]["correct"] is None
-    assert evaluate.main(["--out", str(out), "--regrade", "--run-untrusted-code"]) == 0
+    assert main(["--out", str(out), "--regrade", "--run-untrusted-code"]) == 0
     assert lines(out)[0]["correct"] is not None
     head = json.loads((out / "results.jsonl").read_text().splitlines()[0])
     assert "sandbox" in head["code"]
     same = ["--data", str(data), "--out", str(out), *short]
-    assert evaluate.main([*same, "--run-untrusted-code"]) == 0
-    assert evaluate.main(same) == 1
+    assert main([*same, "--run-untrusted-code"]) == 0
+    assert main(same) == 1
     assert "run_untrusted_code" in capsys.readouterr().err
 
 
@@ -506,11 +505,11 @@ def test_what_a_file_says_is_a_setting_too(
         "--quiet",
     ]
     command += ["--max-new-tokens", "2", "--limit", "2"]
-    assert evaluate.main(command) == 0
-    assert evaluate.main(command) == 0
+    assert main(command) == 0
+    assert main(command) == 0
     agents[0]["prompt"] = "Plan nothing: {question}"
     team.write_text(json.dumps({"agents": agents}))
-    assert evaluate.main(command) == 1
+    assert main(command) == 1
     assert "teams: found" in capsys.readouterr().err
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
@@ -523,9 +522,9 @@ def test_what_a_file_says_is_a_setting_too(
         str(tmp_path / "sampled"),
         *command[4:],
     ]
-    assert evaluate.main(sampled) == 0
+    assert main(sampled) == 0
     (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 3}))
-    assert evaluate.main(sampled) == 1
+    assert main(sampled) == 1
     assert "sampling: found" in capsys.readouterr().err
 
 
@@ -540,8 +539,8 @@ def test_a_table_of_a_part_is_not_a_success(
     folder = copied(
         finished, tmp_path / "run", lambda found: b"\n".join(found.split(b"\n")[:4]) + b"\n"
     )
-    monkeypatch.setattr(evaluate.Evaluation, "run", lambda self: None)
-    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    monkeypatch.setattr(Evaluation, "run", lambda self: None)
+    assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
     assert "found 1 of 18 units, 17 are missing" in capsys.readouterr().err
 
 
@@ -566,7 +565,7 @@ def test_a_record_of_the_wrong_type_is_refused_by_its_line(
         return "\n".join(parts).encode() + b"\n"
 
     folder = copied(finished, tmp_path / "run", altered)
-    assert evaluate.main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
+    assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 1
     assert "results.jsonl: line 4" in capsys.readouterr().err
 
 
@@ -578,7 +577,7 @@ def test_an_error_names_the_questions_of_its_batch(
     rows[4]["question"] = "Eva has 2 cards. " * 3000
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluate.main(["--data", str(long), "--out", str(tmp_path / "run"), *FIXED]) == 1
+    assert main(["--data", str(long), "--out", str(tmp_path / "run"), *FIXED]) == 1
     assert "questions q-3, q-4, q-5:" in capsys.readouterr().err
 
 
@@ -597,7 +596,7 @@ QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1
 def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
     """Against one dense forward of everything that was fed, by another implementation; ragged rows and texts."""
     texts = [[" 4 5", "9"], [" 7"], ["no <|im_end|> at all"]]
-    found = losses(brief(lm, QUESTIONS, latent_steps=steps, sampling=Sampling()), texts)
+    found = latent_turn(lm, QUESTIONS, latent_steps=steps, sampling=Sampling()).losses(texts)
     tokenizer, model, align = lm.tokenizer, lm.model, lm.aligner("ridge")
     assert tokenizer is not None
     for q, question in enumerate(QUESTIONS):
@@ -623,33 +622,31 @@ def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
 
 def test_the_methods_that_pass_text_have_a_gold_nll_too(lm: LM) -> None:
     """Of the same text behind a turn that holds the others' words, or nobody's."""
-    alone = losses(brief_text(lm, QUESTIONS, None), [[" 4"]] * 3)
-    team = losses(brief_text(lm, QUESTIONS, sampling=Sampling(max_new_tokens=3)), [[" 4"]] * 3)
+    alone = text_turn(lm, QUESTIONS, None).losses([[" 4"]] * 3)
+    team = text_turn(lm, QUESTIONS, "sequential", sampling=Sampling(max_new_tokens=3)).losses(
+        [[" 4"]] * 3
+    )
     assert all(abs(a[0].total - b[0].total) > 1e-6 for a, b in zip(alone, team, strict=True))
 
 
 @pytest.mark.parametrize("text", ["", " 1" * 5000])
 def test_a_solution_that_cannot_be_read_is_refused_by_its_question(lm: LM, text: str) -> None:
     with pytest.raises(ValueError, match="question 2: found"):
-        losses(brief(lm, QUESTIONS, latent_steps=0), [["1"], [text], ["1"]])
+        latent_turn(lm, QUESTIONS, latent_steps=0).losses([["1"], [text], ["1"]])
 
 
-def test_what_arms_share_is_read_once_and_changes_nothing(lm: LM) -> None:
-    """The first agent's prompt is the same under every map and number of steps; its memory is forked."""
-    shared: Any = {}
+def test_what_arms_share_is_prefilled_once_and_changes_nothing(lm: LM) -> None:
+    """The first agent's prompt is the same under every map and number of steps."""
+    once = PrefillOnce()
     for steps, align in ((0, "ridge"), (3, "ridge"), (3, "random"), (3, "ridge")):
-        plain, kept = (
-            losses(
-                brief(lm, QUESTIONS, latent_steps=steps, align=align, shared=memo), [["1 2"]] * 3
-            )
-            for memo in (None, shared)
-        )
-        assert plain == kept
-    assert len(shared) == 1
+        how: dict[str, Any] = {"latent_steps": steps, "align": align}
+        plain = latent_turn(lm, QUESTIONS, **how).losses([["1 2"]] * 3)
+        assert plain == latent_turn(lm, QUESTIONS, prefill=once, **how).losses([["1 2"]] * 3)
+    assert len(once.kept) == 1
 
 
 def rows(count: int, tmp_path: Path) -> list[Record]:
-    return evaluate.read_rows(write_data(tmp_path / "rows.jsonl", count))
+    return read_rows(write_data(tmp_path / "rows.jsonl", count))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
@@ -724,8 +721,8 @@ def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
         "answer": gold,
         "choices": dict(zip(keys, ["one", "two"], strict=True)),
     }
-    assert tool_arms.right_letter(row) == keys[1]
-    assert tool_arms.gold_text(row) == tool_arms.option_texts(row)[keys[1]]
+    assert right_letter(row) == keys[1]
+    assert gold_text(row) == option_texts(row)[keys[1]]
 
 
 def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: LM) -> None:
@@ -747,7 +744,7 @@ def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: 
             for letter, text in row["choices"].items()
         ]  # type: ignore[attr-defined]
         kind = {"kind": row["kind"], "choices": row["choices"]}
-        [expected] = losses(brief_text(lm, ["Which?"], None, **kind), [texts])
+        [expected] = text_turn(lm, ["Which?"], None, **kind).losses([texts])
         for found, loss in zip(record["options"].values(), expected, strict=True):
             assert abs(found - loss.total) < 1e-9
         assert record["answer"] == min("ab", key=record["options"].__getitem__)
@@ -840,14 +837,14 @@ def test_a_seeds_repeats_are_no_further_questions() -> None:
         for i in range(10)
         for seed in range(10)
     ]
-    [line] = evaluate.summarize(some).values()
+    [line] = summarize(some).values()
     assert (line["n"], line["seeds"]) == (10, 10)
     assert line["accuracy"][1] < 0.3
 
 
 def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> None:
     """`--replay` says by them at which agent a run differs."""
-    some = evaluate.read_rows(data)[:2]
+    some = read_rows(data)[:2]
     bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=2), plain_grader)
     first, again, other = (
         [
@@ -858,8 +855,8 @@ def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> 
         for align in ("ridge", "ridge", "random")
     )
     for a, b, c in zip(first, again, other, strict=True):
-        assert tool_arms.same_mark(a, b)
-        assert not tool_arms.same_mark(a, c)
+        assert same_mark(a, b)
+        assert not same_mark(a, c)
 
 
 def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
@@ -868,18 +865,16 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
     bench = Bench(lm, some, 1, Sampling(), plain_grader)
     plain = Arm("x", latent_steps=2, align="ridge")
 
-    def slots(arm: Arm) -> int:
-        return int(bench.brief([0], arm).memory.lengths[0])
+    def held(arm: Arm) -> int:
+        return slots(bench.last_turn([0], arm).memory)[0]
 
-    closing = len(bench.brief([0], plain).run.closing)
+    closing = bench.last_turn([0], plain).closing_tokens
     assert closing > 0
-    assert slots(plain) - slots(tool_arms.replace(plain, close=False)) == 3 * closing
+    assert held(plain) - held(replace(plain, close=False)) == 3 * closing
     prefix = "Eva has"
-    assert slots(tool_arms.replace(plain, prefix=prefix)) - slots(plain) == 3 * len(
-        lm.tokenizer.encode(prefix)
-    )
-    last = bench.brief([0], tool_arms.replace(plain, prefix=prefix)).turns[0].text
-    assert last == bench.brief([0], plain).turns[0].text, "the one who answers has its own"
+    assert held(replace(plain, prefix=prefix)) - held(plain) == 3 * len(lm.tokenizer.encode(prefix))
+    last = bench.last_turn([0], replace(plain, prefix=prefix)).prompts[0].text
+    assert last == bench.last_turn([0], plain).prompts[0].text, "the one who answers has its own"
 
 
 def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
@@ -907,7 +902,7 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
         "--out",
         str(tmp_path / "run"),
     ]
-    assert evaluate.main([*command, "--fit-text", str(text)]) == 0
+    assert main([*command, "--fit-text", str(text)]) == 0
     found: dict[str, float] = {}
     for record in lines(tmp_path / "run"):
         found[record["arm"]] = found.get(record["arm"], 0) + record["nll"]
@@ -918,8 +913,8 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
     ]
     assert len(set(found.values())) == 4
     text.write_text("Ann doubles the 7 cards, and then she loses 4 of them. " * 40)
-    assert evaluate.main([*command, "--fit-text", str(text)]) == 1
-    assert evaluate.main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
+    assert main([*command, "--fit-text", str(text)]) == 1
+    assert main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
 
 
 def test_a_saved_map_is_an_arm(
@@ -931,7 +926,7 @@ def test_a_saved_map_is_an_arm(
     command = ["--data", str(data), "--limit", "2", "--metric", "nll", "--latent-steps", "2"]
     command += ["--quiet", "--out", str(tmp_path / "run")]
     kinds = f"ridge,{path},random,mean"
-    assert evaluate.main([*command, "--align", kinds]) == 0
+    assert main([*command, "--align", kinds]) == 0
     found: dict[str, list[float]] = {}
     for record in lines(tmp_path / "run"):
         found.setdefault(record["align"], []).append(record["nll"])
@@ -939,10 +934,10 @@ def test_a_saved_map_is_an_arm(
     assert found[str(path)] == pytest.approx(found["random"])
     assert found[str(path)] != pytest.approx(found["ridge"])
     lm.aligner("identity").save(path)
-    assert evaluate.main([*command, "--align", kinds]) == 1
+    assert main([*command, "--align", kinds]) == 1
     assert "maps: found" in capsys.readouterr().err
     path.unlink()
-    assert evaluate.main([*command[:-1], str(tmp_path / "other"), "--align", kinds]) == 1
+    assert main([*command[:-1], str(tmp_path / "other"), "--align", kinds]) == 1
     assert f"{path}: no such aligner file" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
@@ -958,8 +953,8 @@ def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
         "kind": "code",
     }
     right, wrong = (f"```python\ndef f(x):\n    return {body}\n```" for body in ("x * 2", "x"))
-    assert [evaluate.grader(True)(row, text) for text in (right, wrong)] == [True, False]
-    assert evaluate.grader(False)(row, right) is None
+    assert [grader(True)(row, text) for text in (right, wrong)] == [True, False]
+    assert grader(False)(row, right) is None
     record = {
         "id": "c",
         "arm": "a",
@@ -968,9 +963,7 @@ def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
         "correct": None,
         "memory_bytes": 0,
     }
-    [line] = evaluate.summarize(
-        [record | {"read": 0, "thought": 0, "written": 0, "seconds": 0.0}]
-    ).values()
+    [line] = summarize([record | {"read": 0, "thought": 0, "written": 0, "seconds": 0.0}]).values()
     assert "accuracy" not in line
 
 
@@ -978,7 +971,7 @@ def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
     """The head of a run names its version; that is a lie unless grades come from it."""
     row = {"id": "a", "question": "q", "answer": r"\frac{1}{\sqrt{2}}", "kind": "math"}
     said = r"\boxed{\frac{\sqrt{2}}{2}}"
-    assert evaluate.grader(False)(row, said) is False
+    assert grader(False)(row, said) is False
     pytest.importorskip("math_verify")
-    assert evaluate.grader(False, verifies=True)(row, said) is True
-    assert evaluate.grader(False, verifies=True)(row, r"\boxed{\frac{\sqrt{3}}{2}}") is False
+    assert grader(False, verifies=True)(row, said) is True
+    assert grader(False, verifies=True)(row, r"\boxed{\frac{\sqrt{3}}{2}}") is False

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,24 @@ from torch import Tensor
 
 from minimas import LM, Aligner, Qwen3, Sampling, latent_mas, load, think
 from minimas.text.generate import generator
+from tools.evaluation import feeders
+from tools.evaluation.arms import Arm
+from tools.evaluation.bench import Bench, How
+from tools.evaluation.feeders import (
+    TOKENS,
+    Feeders,
+    Mixture,
+    feeder,
+    fit,
+    match_means,
+    observe,
+    parse,
+    plain_text,
+)  # fmt: skip
+from tools.evaluation.grading import plain_grader
 
 from ..models import TINY, apart, random_ids, reference, remember, tiny_model
 from ..text import load_text_lm, text_model, tiny_tokenizer
-
-sys.path.insert(0, str(TINY.parents[2] / "tools"))
-
-import feeders
-from arms import Arm, Bench, plain_grader
-from feeders import TOKENS, Feeders, Mixture, feeder, fit, match_means, observe, parse, plain_text
 
 KINDS = (
     "gain:0.5",
@@ -145,7 +153,7 @@ def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
     """At a temperature near 0 the mixture is one token, drawn from the softmax; a noise of another shape is biased."""
     model = tiny_model()
     h = states(model, 1)
-    draw = Mixture(model, 1e-4, 0, rows=None, noisy=True).drawing(
+    draw = Mixture(model, 1e-4, 0, rows=None, noisy=True).with_generators(
         [torch.Generator().manual_seed(0)] * 4000
     )
     drawn = draw(h.expand(4000, 1, 16))[:, 0]
@@ -192,8 +200,10 @@ def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str
     inner = made(kind)
 
     class Tap:
-        def drawing(self, generators: list[torch.Generator]) -> "Tap":
-            self.align = inner.drawing(generators) if hasattr(inner, "drawing") else inner
+        def with_generators(self, generators: list[torch.Generator]) -> "Tap":
+            self.align = (
+                inner.with_generators(generators) if hasattr(inner, "with_generators") else inner
+            )
             return self
 
         def __call__(self, hidden: Tensor) -> Tensor:
@@ -234,7 +244,9 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     model = tiny_model()
     gumbel = Mixture(model, 1.0, 0, rows=None, noisy=True)
     h = states(model, 1)
-    first, again, other = (gumbel.drawing([generator(seed, "Tom?")])(h) for seed in (0, 0, 1))
+    first, again, other = (
+        gumbel.with_generators([generator(seed, "Tom?")])(h) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert apart(first, other) > 1e-3
 
@@ -307,8 +319,10 @@ def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
     bench = Bench(lm, rows, 1, Sampling(), plain_grader, made)
     memories = []
     for kind in ("ridge", "fitted", "pause"):
-        memories.append(bench.brief([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
-        by_hand = bench.brief([0], Arm("x", latent_steps=2), align=made(kind)).memory.keys[1]
+        memories.append(bench.last_turn([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
+        by_hand = bench.last_turn([0], Arm("x", latent_steps=2), How(align=made(kind))).memory.keys[
+            1
+        ]
         assert torch.equal(memories[-1], by_hand)
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 

@@ -12,18 +12,14 @@ import pytest
 import torch
 
 from minimas import Aligner
+from tools import plot
+from tools.evaluation import figures
+from tools.evaluation.figures import runs
+from tools.evaluation.stats import bootstrap, wilson
 
 from ..models import TINY
 from ..text import load_text_lm
 from .test_evaluate import write_data
-
-sys.path.insert(0, str(TINY.parents[2] / "tools"))
-
-import evaluate
-import figures
-import plot
-from figures import runs
-from stats import bootstrap, wilson
 
 Record = dict[str, Any]
 
@@ -73,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--quiet",
     ]
     arms = "full,prompts only,none,one step,pause,single"
-    assert evaluate.main([*command, "--arms", arms, "--max-new-tokens", "3"]) == 0
+    assert main([*command, "--arms", arms, "--max-new-tokens", "3"]) == 0
     return folder / "run"
 
 
@@ -136,12 +132,12 @@ def test_seeds_are_no_further_questions() -> None:
 
 
 def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
-    command = "import sys; sys.path.insert(0, 'tools'); import figures, json, pathlib; " + (
+    code = "import json, pathlib; from tools.evaluation import figures; " + (
         f"print(json.dumps(figures.steps(figures.runs([pathlib.Path({str(finished)!r})]))))"
     )
     said = {
         subprocess.run(
-            [sys.executable, "-c", command], cwd=TINY.parents[2], env={**os.environ, "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", code], cwd=TINY.parents[1], env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in "12"

@@ -1,17 +1,11 @@
 """Every figure in the tables of docs/results.md comes from the raw records beside it."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..models import TINY
-
-ROOT = TINY.parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import results  # noqa: E402
+from tools import results
 
 PAGE = results.PAGE.read_text(encoding="utf-8")
 

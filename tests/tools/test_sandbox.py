@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tools import sandbox
-from tools.sandbox import Outcome, run
+from tools.evaluation import sandbox
+from tools.evaluation.sandbox import Outcome, run
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -236,7 +236,7 @@ def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path) -> No
     """A run that was stopped would leave its program to the machine; all that stays is an empty folder."""
     (tmp_path / "left").mkdir()
     before = guards()
-    code = "import sys\nsys.path.insert(0, '.')\nfrom tools.sandbox import run\nrun('import time; time.sleep(600)', 600)"
+    code = "from tools.evaluation.sandbox import run\nrun('import time; time.sleep(600)', 600)"
     caller = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path / "left")}
     )

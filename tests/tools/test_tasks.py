@@ -13,8 +13,11 @@ import pytest
 
 from minimas import Team
 from minimas.answers import grade
-from tools import download, sandbox
-from tools.tasks import OPTIONS, TASKS, code_program, kind_of, load_task, read_rows, split_evidence
+from tools import download
+from tools.evaluation import sandbox
+from tools.evaluation.grading import code_program
+from tools.evaluation.rows import kind_of, read_rows
+from tools.evaluation.tasks import OPTIONS, TASKS, load_task, split_evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"

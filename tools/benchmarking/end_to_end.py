@@ -16,12 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arms import Arm, Bench, plain_grader
-from feeders import Feeders
-from ledger import Ledger
-from tasks import kind_of, read_rows
-
 from minimas import LM, Result, Sampling, latent_mas, load, single, text_mas
+from tools.evaluation.arms import Arm
+from tools.evaluation.bench import Bench
+from tools.evaluation.feeders import Feeders
+from tools.evaluation.grading import plain_grader
+from tools.evaluation.ledger import Ledger
+from tools.evaluation.rows import kind_of, read_rows
 
 METHODS: dict[str, Callable[..., list[Result]]] = {
     "single": single,

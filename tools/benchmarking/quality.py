@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tasks import read_rows
 from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
 from minimas.core.model import prefill
+from tools.evaluation.rows import read_rows
 
 # How many tokens one forward pass takes: a step of decoding, or a chunk of a prefill.
 CHUNK_TOKENS = {"one by one": 1, "in chunks": 512}

@@ -1,0 +1,298 @@
+"""Runs arms on batches of rows: the records of one unit, which is one batch under one arm and seed.
+
+Batches are cut once, in the data's order, and `shuffled` pairs question i with question i + 1 of
+all the data. So a record depends neither on the batch size nor on the process that computed it (in
+float32 and float64; 16-bit kernels change with the batch).
+
+Does not know: files of results, continuing a run, ranks, statistics.
+
+    B rows   K key-value heads   d head size
+"""
+
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from minimas import LM, KVCache, Sampling, Team
+from minimas.results import AgentTrace, Result, Watcher
+from minimas.teams import TEAMS
+
+from .arms import Arm
+from .feeders import Feeder, Feeders
+from .grading import Grader, gold_text, judge, option_texts, right_letter
+from .last_turn import LastTurn, PrefillOnce, latent_turn, slots, text_turn
+from .rows import Row, kind_of
+
+VOTE_TEMPERATURE = 0.7  # of samples to vote on, if the run itself is greedy
+BILL = ("read", "thought", "written", "seconds")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class How:
+    """How agents work apart from an arm's settings.
+
+    `align` replaces the arm's map; `prefill` keeps first prompts for other arms.
+    """
+
+    seed: int = 0
+    sampling: Sampling | None = None
+    watcher: Watcher | None = None
+    prefill: Prefill = prefill_prompts
+    align: Feeder | None = None
+
+
+class Bench:
+    """The model and the rows on which all arms are run."""
+
+    def __init__(
+        self,
+        lm: LM,
+        rows: Sequence[Row],
+        batch_size: int,
+        sampling: Sampling,
+        grader: Grader,
+        feeders: Feeders | None = None,
+    ) -> None:
+        """`feeders` makes the arms' maps (None: the model's, measured on the text in tools/)."""
+        self.lm, self.rows, self.sampling, self.grader = lm, rows, sampling, grader
+        self.feeders = feeders or Feeders(lm)
+        starts = range(0, len(rows), batch_size)
+        self.batches = [range(start, min(start + batch_size, len(rows))) for start in starts]
+        self._prefill = (-1, PrefillOnce())  # a batch, and the first prompts of its arms
+
+    def compute(self, batch: int, arm: Arm, seed: int) -> list[Record]:
+        """Return the records of one unit, in the data's order.
+
+        Raises ValueError naming the arm and the ids of the questions that cannot be run.
+        """
+        settings = asdict(arm)
+        head = {"batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
+        records: dict[int, Record] = {}
+        for rows in self.groups(self.batches[batch], arm):
+            try:
+                if arm.metric == "nll":
+                    measured = self._losses(batch, rows, arm, seed)
+                else:
+                    measured = self._answers(rows, arm, seed)
+            except ValueError as error:
+                ids = ", ".join(str(self.rows[i]["id"]) for i in rows)
+                raise ValueError(f"{arm.name}, of the questions {ids}: {error}") from error
+            for i, record in zip(rows, measured, strict=True):
+                records[i] = {"id": self.rows[i]["id"]} | head | record
+        return [records[i] for i in self.batches[batch]]
+
+    def partner(self, i: int) -> int:
+        """Return the question whose memory question i gets in the shuffled arm."""
+        return (i + 1) % len(self.rows)
+
+    def groups(self, batch: range, arm: Arm) -> Iterator[list[int]]:
+        """Yield the rows that one call can take: of one kind; a row with its own team alone."""
+
+        def group(i: int) -> tuple[Any, ...]:
+            involved = [i, self.partner(i)] if arm.transfer == "shuffled" else [i]
+            alone = any("team" in self.rows[j] for j in involved)
+            return (*(kind_of(self.rows[j]) for j in involved), i if alone else -1)
+
+        for _, rows in itertools.groupby(sorted(batch, key=group), key=group):
+            yield list(rows)
+
+    def last_turn(self, rows: Sequence[int], arm: Arm, how: How | None = None) -> LastTurn:
+        """Let every agent but the last work on rows that one call can take."""
+        how = how or How()
+
+        def asked(chosen: Sequence[int]) -> dict[str, Any]:
+            taken = [self.rows[i] for i in chosen]
+            return {
+                "questions": [row["question"] for row in taken],
+                "kind": kind_of(taken[0]),
+                "choices": [row.get("choices") for row in taken],
+                "sampling": how.sampling or self.sampling,
+                "seed": how.seed,
+                "watcher": how.watcher,
+                "prefill": how.prefill,
+            }
+
+        if arm.method != "latent_mas":
+            chosen = self.team(rows[0], arm) if arm.method == "text_mas" else None
+            return text_turn(self.lm, team=chosen, **asked(rows))
+        align = how.align or self.feeders(arm.align or "ridge")
+        thinking: dict[str, Any] = {"latent_steps": arm.latent_steps, "align": align}
+        thinking["close"] = arm.close is not False
+        team, transfer = self.team(rows[0], arm), arm.transfer or "full"
+        if transfer == "shuffled":
+            others = [self.partner(i) for i in rows]
+            their_team = self.team(others[0], arm)
+            handed = latent_turn(self.lm, team=their_team, **thinking, **asked(others))
+            return latent_turn(self.lm, team=team, handed=handed, **thinking, **asked(rows))
+        if transfer == "none":
+            team = replace(team, agents=team.agents[-1:])  # nobody sees the others' work
+        return latent_turn(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
+
+    def team(self, i: int, arm: Arm) -> Team:
+        """Return the team that answers row i: the row's own, else the arm's."""
+        row, name = self.rows[i], arm.team or "sequential"
+        if "team" in row:
+            team = Team.from_dict(row["team"], f"{row['id']}: team")
+        elif name.endswith(".json"):
+            team = Team.from_json(name)
+        else:
+            team = self.lm.teams.get(name) or TEAMS[name]()
+        if arm.prefix is not None:
+            *before, last = team.agents
+            prefixed = (replace(agent, prefix=arm.prefix) for agent in before)
+            team = replace(team, agents=(*prefixed, last))
+        return team.with_layout(arm.layout)
+
+    # -- answers ------------------------------------------------------------------------------
+
+    def _answers(self, rows: list[int], arm: Arm, seed: int) -> list[Record]:
+        sampling = self.sampling
+        if arm.samples > 1 and sampling.temperature == 0:
+            sampling = replace(sampling, temperature=VOTE_TEMPERATURE)
+        samples: list[list[Record]] = []
+        for number in range(arm.samples):
+            marks = Marks()
+            own_seed = seed if arm.samples == 1 else seed * 1_000_000 + number
+            how = How(own_seed, sampling, marks)
+            results = self.last_turn(rows, arm, how).answer()
+            samples.append([self._answer(i, results[q], marks, q) for q, i in enumerate(rows)])
+        return [vote(of_one_question) for of_one_question in zip(*samples, strict=True)]
+
+    def _answer(self, i: int, result: Result, marks: "Marks", q: int) -> Record:
+        row, traces = self.rows[i], result.agents
+        answer, correct = judge(row, result.text, traces[-1].prompt, self.grader)
+        return {
+            "text": result.text,
+            "answer": answer,
+            "gold": row["answer"],
+            "correct": correct,
+            "finish_reason": result.finish_reason,
+        } | bill(traces, marks.of(q, len(traces)))
+
+    # -- losses -------------------------------------------------------------------------------
+
+    def _losses(self, batch: int, rows: list[int], arm: Arm, seed: int) -> list[Record]:
+        if self._prefill[0] != batch:
+            self._prefill = (batch, PrefillOnce())
+        marks, start, records = Marks(), time.perf_counter(), []
+        last = self.last_turn(rows, arm, How(seed, watcher=marks, prefill=self._prefill[1]))
+        texts = [[gold_text(self.rows[i]), *option_texts(self.rows[i]).values()] for i in rows]
+        found = last.losses(texts)
+        seconds = (time.perf_counter() - start) / len(rows)
+        for q, (i, (gold, *options)) in enumerate(zip(rows, found, strict=True)):
+            row, traces = self.rows[i], last.traces(q)
+            totals = [loss.total for loss in options]
+            by_letter = dict(zip(option_texts(row), totals, strict=True))
+            answer = min(by_letter, key=by_letter.__getitem__) if by_letter else None
+            record = {
+                "answer": answer,
+                "gold": row["answer"],
+                "correct": right_letter(row) == answer if answer else None,
+                "nll": gold.mean,
+                "gold_tokens": gold.tokens,
+                "options": by_letter,
+            }
+            prompt = last.prompts[q]
+            read = len(last.tokenizer.encode_turn(prompt))
+            own = AgentTrace(read, last.latent_steps, name=last.agent.name, prompt=prompt.text)
+            total = bill([*traces, own], marks.of(q, len(traces)))
+            records.append(record | total | {"seconds": seconds})
+        return records
+
+
+def samples_in_same_time(bench: Bench, full: Arm) -> int:
+    """Return how many answers a single agent gives in a team's time, at least 2.
+
+    Both are timed on the first batch, after a warm-up.
+    """
+    seconds = {}
+    for _ in ("warm-up", "timed"):
+        for arm in (Arm("single", method="single"), full):
+            start = time.perf_counter()
+            bench.compute(0, arm, 0)
+            seconds[arm.method] = time.perf_counter() - start
+    return max(2, round(seconds[full.method] / seconds["single"]))
+
+
+def vote(samples: Sequence[Record]) -> Record:
+    """Return the record of the first sample with the most frequent answer, with the bill of all."""
+    if len(samples) == 1:
+        return samples[0]
+    counts = Counter(sample["answer"] for sample in samples if sample["answer"] is not None)
+    # Of equally frequent answers the first: Counter keeps the order of first appearance.
+    chosen = counts.most_common(1)[0][0] if counts else None
+    winner = next(sample for sample in samples if sample["answer"] == chosen)
+    totals = {name: sum(sample[name] for sample in samples) for name in BILL}
+    return winner | totals | {"votes": dict(counts)}
+
+
+def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
+    """Return what was read, thought and written, in total and by each agent.
+
+    Each agent has its exact prompt and the mark of its memory (None: not known).
+    """
+    agents = [
+        {
+            "name": trace.name,
+            "prompt": trace.prompt,
+            "text": trace.text,
+            "read": trace.prompt_tokens,
+            "thought": trace.latent_steps,
+            "written": trace.output_tokens,
+            "seconds": trace.seconds,
+            "memory_bytes": trace.memory_bytes,
+            "mark": mark,
+        }
+        for trace, mark in itertools.zip_longest(traces, marks)
+    ]
+    total: Record = {name: sum(agent[name] for agent in agents) for name in BILL}
+    total["memory_bytes"] = max(agent["memory_bytes"] for agent in agents)
+    return total | {"agents": agents}
+
+
+class Marks(Watcher):
+    """Keeps a mark of each agent's memory: the mean size of the last slot's keys and values.
+
+    The mean is over all layers. The last slot depends on all before it, so that a memory that
+    differs anywhere has another mark, at the cost of one slot.
+    """
+
+    def __init__(self) -> None:
+        self.turns: list[list[list[float]]] = []
+
+    def memory(self, memory: KVCache) -> None:
+        """Keep the marks of one turn's memory, a row per trace."""
+        rows = torch.arange(len(memory.lengths), device=memory.device)
+        last = torch.tensor(slots(memory), device=memory.device).sub(1).clamp(min=0)
+        pairs = []
+        for stores in (memory.keys, memory.values):
+            ends = torch.stack([store[rows, :, last] for store in stores])  # (layers, B, K, d)
+            pairs.append(ends.to(torch.float64).abs().mean((0, 2, 3)).tolist())
+        self.turns.append([[float(f"{x:.6g}") for x in pair] for pair in zip(*pairs, strict=True)])
+
+    def of(self, question: int, agents: int) -> list[list[float]]:
+        """Return the marks of one question, agent by agent.
+
+        A turn has a row for each question of each of its agents.
+        """
+        questions = sum(map(len, self.turns)) // max(agents, 1)
+        if questions == 0:
+            return []
+        return [mark for turn in self.turns for mark in turn[question::questions]]
+
+
+def same_mark(
+    a: Sequence[float] | None, b: Sequence[float] | None, tolerance: float = 1e-4
+) -> bool:
+    """Return whether two marks are of one memory, up to rounding."""
+    if a is None or b is None:
+        return a == b
+    pairs = zip(a, b, strict=True)
+    return all(math.isclose(x, y, rel_tol=tolerance, abs_tol=1e-12) for x, y in pairs)

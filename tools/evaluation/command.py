@@ -1,0 +1,312 @@
+"""The command of tools/evaluate.py: its flags, and one run of them.
+
+Does not know: how a method works or a loss is computed, what a file holds.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+import minimas
+from minimas.agents import TRANSFERS
+from minimas.fast.quantize import FORMATS
+from minimas.teams import LAYOUTS, TEAMS
+from tools.shared.arguments import FAILURES, Parser, list_of, one_of, print_error, whole, yes_no
+from tools.shared.files import write_whole
+
+from . import audit, probe
+from .arms import (
+    AUDIT_MAPS,
+    LATENT_SETTINGS,
+    METHODS,
+    METRICS,
+    SAME_SECONDS,
+    Arm,
+    audit_arms,
+    full_arm,
+    grid,
+)  # fmt: skip
+from .bench import Bench, samples_in_same_time
+from .feeders import Feeders, kind_of_map
+from .grading import grader
+from .ledger import Key, Ledger, all_records, check_settings, files, key_of, read_head, take_up
+from .replay import regrade, replay
+from .rows import Row, read_rows
+from .settings import Record, has_math_verify, run_head, run_settings
+from .summary import summarize, table
+from .tasks import load_task
+
+VOTE = f"accuracy: {SAME_SECONDS}"
+DESCRIPTION = "Run methods and control arms over a task, lose nothing, and report the results."
+
+
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    top = Parser("evaluate", description=DESCRIPTION, allow_abbrev=False)
+    add = top.add_argument
+    add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
+    add("--task", help="a benchmark by name, see tools/evaluation/tasks.py")
+    add("--data", type=Path, metavar="FILE.jsonl", help="or questions of one's own")
+    add("--data-dir", type=Path, default=Path("data"), help="the folder of tools/download.py")
+    add_settings(top)
+    add("--metric", type=list_of(one_of(METRICS)), help="list: accuracy, nll (audit: both)")
+    add("--seeds", type=list_of(whole(0)), default=[0], help="list")
+    add("--samples", type=whole(1), help="answers of a single agent to vote on (default: 1)")
+    add("--limit", type=whole(1), help="so many questions")
+    add("--batch-size", type=whole(1), default=8, help="(default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="(default: greedy)")
+    add("--top-p", type=float, default=1.0)
+    add("--max-new-tokens", type=whole(1), default=256, help="(default: %(default)s)")
+    add("--fit-text", type=Path, metavar="FILE", help="plain text for the maps mean and fitted")
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as in the file)")
+    add("--run-untrusted-code", action="store_true", help="grade code by running it in a sandbox")
+    add("--audit", action="store_true", help="all control arms, diagnostics and a verdict")
+    add("--arms", type=list_of(str), metavar="NAMES", help="list: an audit's arms (default: all)")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--replay", metavar="ID", help="repeat one question of a run")
+    add("--regrade", action="store_true", help="grade a finished run again")
+    add("--debug", action="store_true", help="show a traceback with an error")
+    add("--quiet", action="store_true", help="no progress on stderr")
+    return top
+
+
+def add_settings(top: Parser) -> None:
+    """Add the lists of an arm's settings."""
+    add, team = top.add_argument, one_of(tuple(TEAMS), ".json")
+    add("--method", type=list_of(one_of(METHODS)), default=["latent_mas"], help="list")
+    add("--team", type=list_of(team), default=["sequential"], help="list")
+    steps = "list (default: the model's)"
+    add("--latent-steps", type=list_of(whole(0)), default=[None], help=steps)
+    add("--align", type=list_of(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
+    add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
+    add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
+    add("--layout", type=list_of(one_of(LAYOUTS)), default=[None], help="list: turn, chat")
+    add("--prefix", type=list_of(str), default=[None], help="list of texts before the thoughts")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
+    args = parser().parse_args(argv)
+    args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
+    try:
+        if args.replay or args.regrade:
+            take_arguments_of_head(args)
+        run = Evaluation(args)
+        if args.replay:
+            return 0 if replay(run.bench, run.arms, run.records(), args.replay) else 1
+        if args.regrade:
+            changed = regrade(run.folder, run.bench, run.settings, run.head(), run.units)
+            print(f"evaluate: {changed} grades changed", file=sys.stderr)
+        else:
+            run.run()
+        return 0 if run.rank or run.report() or args.regrade else 1
+    except KeyboardInterrupt:
+        kept = f"{args.out} keeps what is done, and the same command goes on"
+        print(f"\nevaluate: stopped; {kept}", file=sys.stderr)
+        return 130
+    except FAILURES as error:
+        if args.debug:
+            raise
+        print_error("evaluate", error)
+        return 1
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def take_arguments_of_head(args: argparse.Namespace) -> None:
+    """Take every argument from a run's head, so that --replay and --regrade need no other flag.
+
+    Raises FileNotFoundError, ValueError if there is no head.
+    """
+    if not (paths := files(args.out)):
+        problem = f"found no results*.jsonl in {args.out}, expected a run's folder"
+        raise FileNotFoundError(f"out (--out): {problem}")
+    head = read_head(paths[0])
+    if head is None:
+        raise ValueError(f"{paths[0]}: line 1: found no head, expected a run that has begun")
+    may_run = args.run_untrusted_code  # may be given when grading again
+    for name, value in head["arguments"].items():
+        is_path = name in ("data", "fit_text", "data_dir") and value
+        setattr(args, name, Path(value) if is_path else value)
+    args.run_untrusted_code = may_run or args.run_untrusted_code
+
+
+class Evaluation:
+    """One run: the model and the rows, the arms, their units, and the folder of results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Load what `args` name. Raises ValueError, OSError or ImportError before any work."""
+        self.args, self.folder = args, Path(args.out)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        rows, device = load_rows(args), args.device
+        if self.ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        lm = minimas.load(args.model, device=device, dtype=args.dtype, quantize=args.quantize)
+        sampling = replace(
+            lm.sampling,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+        )
+        if args.temperature == 0:
+            sampling = replace(sampling, repetition_penalty=1.0)
+        graded = grader(args.run_untrusted_code, has_math_verify())
+        text = args.fit_text.read_text(encoding="utf-8") if args.fit_text else None
+        self.bench = Bench(lm, rows, args.batch_size, sampling, graded, Feeders(lm, text))
+        self.arms = self.choose_arms()
+        # A batch under all arms, then the next: a run that is cut short has compared them on the
+        # same questions.
+        self.units: dict[Key, list[str]] = {}
+        for number, batch in enumerate(self.bench.batches):
+            ids = [rows[i]["id"] for i in batch]
+            for arm in self.arms:
+                self.units |= {Key(number, arm.name, seed): ids for seed in args.seeds}
+        self.settings = run_settings(args, self.bench, self.arms)
+
+    def choose_arms(self) -> list[Arm]:
+        """Return the arms of the grid, or of the audit. Raises ValueError naming a wrong flag."""
+        args, bench = self.args, self.bench
+        lists = {name: getattr(args, name) for name in LATENT_SETTINGS}
+        if args.audit:
+            return self.choose_audit_arms(full_arm({"method": args.method, **lists}))
+        # Rows without a team share one, so the first row stands for all of them.
+        rows = [i for i, row in enumerate(bench.rows) if i == 0 or "team" in row]
+        teams = [bench.team(i, Arm("", team=name)) for name in args.team for i in rows]
+        thinks_last = any(team.agents[-1].latent_steps for team in teams)
+        arms = grid(thinks_last, method=args.method, metric=args.metric, **lists)
+        samples = args.samples or 1
+        return [replace(arm, samples=samples) if arm.method == "single" else arm for arm in arms]
+
+    def choose_audit_arms(self, full: Arm) -> list[Arm]:
+        """Return the audit's arms, with the number of samples to vote on."""
+        args = self.args
+        arms = audit_arms(full, args.align[1:] or AUDIT_MAPS, args.metric, args.arms)
+        if arms and arms[-1].name == VOTE:
+            arms[-1] = replace(arms[-1], samples=args.samples or self.samples_to_vote_on(full))
+        return arms
+
+    def samples_to_vote_on(self, full: Arm) -> int:
+        """Return the number in the head of this run, else time it: a resumed run keeps its number.
+
+        Raises ValueError if several ranks would time it.
+        """
+        for path in files(self.folder):
+            for arm in (read_head(path) or {}).get("arms", []):
+                if arm["name"] == VOTE:
+                    return int(arm["samples"])
+        if self.ranks > 1:
+            expected = "expected one where several ranks share an audit"
+            raise ValueError(f"samples (--samples): found no number, {expected}")
+        return samples_in_same_time(self.bench, full)
+
+    def head(self) -> Record:
+        """Return the record that begins this rank's file."""
+        head = run_head(self.args, self.settings, self.bench, self.arms)
+        return head | {"rank": self.rank, "ranks": self.ranks}
+
+    def run(self) -> None:
+        """Compute every unit that is not done; of several ranks, those of this rank's batches."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.ranks == 1:
+            done = take_up(self.folder, self.settings, self.units)
+        else:
+            done = self.take_up_on_rank_0()
+        name = "results.jsonl" if self.ranks == 1 else f"results-rank{self.rank}.jsonl"
+        ledger = Ledger(self.folder / name, self.head())
+        mine = [key for key in self.units if key.batch % self.ranks == self.rank]
+        todo = [key for key in mine if key not in done]
+        arms, start = {arm.name: arm for arm in self.arms}, time.perf_counter()
+        try:
+            for count, key in enumerate(todo, start=1):
+                ledger.append(self.bench.compute(key.batch, arms[key.arm], key.seed))
+                self.show(count, len(todo), time.perf_counter() - start)
+        finally:
+            ledger.close()
+        if self.ranks > 1:
+            distributed.barrier()
+
+    def take_up_on_rank_0(self) -> set[Key]:
+        """Let rank 0 repair all files before any rank opens its own; its error ends all ranks."""
+        on_gpu = self.bench.lm.model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.bench.lm.model.device)
+        # Ranks wait for each other only at the end, and the slowest may take long.
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+        found: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                found = [take_up(self.folder, self.settings, self.units)]
+            except (OSError, ValueError) as error:
+                found = [error]
+        distributed.broadcast_object_list(found)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        done: set[Key] = found[0]
+        return done
+
+    def show(self, count: int, total: int, seconds: float) -> None:
+        """Print the progress on stderr, on a terminal in one line."""
+        if self.args.quiet:
+            return
+        left = seconds / count * (total - count)
+        end = "\r" if sys.stderr.isatty() and count < total else "\n"
+        text = f"evaluate: {count} of {total} units, {left:,.0f} s left "
+        print(text, end=end, file=sys.stderr, flush=True)
+
+    def records(self) -> list[Record]:
+        """Return all records of the run. Raises ValueError for files of other settings."""
+        for path in files(self.folder):
+            check_settings(path, self.settings)
+        return all_records(self.folder, self.units)
+
+    def report(self) -> bool:
+        """Write the summaries and print the table; return whether every unit is in them."""
+        found = self.records()
+        summary = {"settings": self.settings, "arms": summarize(found)}
+        text = table(summary["arms"], self.bench.rows)
+        if self.args.audit:
+            summary["audit"], more = audit.report(found, self.diagnostics())
+            text = f"{text}\n\n{more}"
+        as_json = json.dumps(summary, ensure_ascii=False, indent=1)
+        write_whole(self.folder / "summary.json", as_json + "\n")
+        write_whole(self.folder / "summary.md", text + "\n")
+        print(text)
+        there = {key_of(record) for record in found}
+        missing = len(self.units) - len(there)
+        if missing:
+            units = f"found {len(there)} of {len(self.units)} units, {missing} are missing"
+            advice = "ranks need a folder that all of them see"
+            print(f"evaluate: {self.folder}: {units}; {advice}", file=sys.stderr)
+        return missing == 0
+
+    def diagnostics(self) -> Record:
+        """Return the audit's diagnostics, which are kept: they take minutes on a real model."""
+        path = self.folder / "diagnostics.json"
+        if not path.exists():
+            found = probe.diagnose(self.bench, self.arms)
+            write_whole(path, json.dumps(found, indent=1) + "\n")
+        kept: Record = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+
+
+def load_rows(args: argparse.Namespace) -> list[Row]:
+    """Return the questions of --task or --data. Raises ValueError naming what is wrong."""
+    if (args.task is None) == (args.data is None):
+        raise ValueError("task (--task): expected a task's name, or --data FILE.jsonl")
+    if args.task:
+        return load_task(args.task, args.data_dir, args.limit, 0)
+    return read_rows(args.data)[: args.limit]

@@ -1,0 +1,313 @@
+"""The numbers of the pictures of tools/plot.py, from runs or from a model's thoughts.
+
+The numbers are kept beside each picture as JSON, and a picture can be drawn again from them.
+Does not know: how runs are made, colours, axes, matplotlib.
+
+    N questions   n thoughts   D hidden   V vocabulary
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimas import LM, Team
+from minimas.teams import TEAMS
+
+from .feeders import Feeders
+from .last_turn import latent_turn
+from .ledger import Record, files, read_head, whole_lines
+from .probe import Tap, walk
+from .stats import Values, by_question, paired, share
+from .summary import summarize
+from .verdict import ALPHA, comparisons, verdict
+
+Figure = dict[str, Any]  # what is drawn, as JSON
+Point = dict[str, Any]
+SHOWN_TOKENS = 2_000  # embeddings in the background of thoughts
+# Settings that are the same in all runs of one picture.
+SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")
+CONTROLS = {
+    "none": "no memory",
+    "shuffled": "another question's memory",
+    "latents": "thoughts only",
+}
+
+
+def runs(folders: Sequence[Path]) -> list[Record]:
+    """Return all records of runs of one model on the same questions.
+
+    `latent_steps` is filled in with the model's own. A last line that is still being written is
+    left out. Raises ValueError naming the file and what differs.
+    """
+    found: list[Record] = []
+    heads: list[tuple[Path, Record]] = []
+    for folder in folders:
+        if not (paths := files(folder)):
+            expected = "expected a run of tools/evaluate.py"
+            raise FileNotFoundError(f"{folder}: found no results*.jsonl, {expected}")
+        heads += [(path, head) for path in paths if (head := read_head(path)) is not None]
+    for path, head in heads:
+        first_path, first = heads[0]
+        for name in SAME:
+            mine, other = head["settings"][name], first["settings"][name]
+            if mine != other:
+                expected = f"expected {other} as in {first_path}"
+                raise ValueError(f"{path}: {name}: found {mine}, {expected}")
+        for record in whole_lines(path):
+            if record["method"] == "latent_mas" and record["latent_steps"] is None:
+                record["latent_steps"] = head["model"]["steps"]
+            found.append(record | {"model": Path(head["model"]["name"]).name})
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: found no finished batch, expected one at least")
+    return found
+
+
+# -- loss and accuracy by the number of thoughts ----------------------------------------------
+
+
+def steps(found: Sequence[Record]) -> Figure:
+    """Return, for each metric, each map's points by number of thoughts, and the control arms'.
+
+    Of the loss a point is the paired difference to prompts only (0 steps) with its bootstrap
+    interval: questions differ from each other by far more than arms do. Of accuracy it is the share
+    with its interval. Raises ValueError if there is nothing to draw.
+    """
+    panels = {"nll": loss_lines(found), "accuracy": accuracy_lines(found)}
+    if not any(panels.values()):
+        expected = "a loss needs 0 among them"
+        raise ValueError(f"found no run of latent_mas with several numbers of thoughts; {expected}")
+    return {"what": "steps", "panels": panels}
+
+
+def loss_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
+    """Return name -> points of the loss; none without prompts only to compare with."""
+    arms = values_of_arms(found, "nll", "nll")
+    zero = arms.get(("", 0))
+    if zero is None:
+        return {}
+    return lines_of({place: paired_point(values, zero) for place, values in arms.items()})
+
+
+def accuracy_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
+    """Return name -> points of accuracy."""
+    arms = values_of_arms(found, "accuracy", "correct")
+    return lines_of({place: share_point(values) for place, values in arms.items()})
+
+
+def values_of_arms(
+    found: Sequence[Record], metric: str, field: str
+) -> dict[tuple[str, int], dict[tuple[str, int], float]]:
+    """Return (line, number of thoughts) -> the values of an arm by question and seed."""
+    varied = varied_settings(found)
+    arms: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
+    for r in found:
+        if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
+            # Prompts only belong to all maps and have no name of their own.
+            name = CONTROLS.get(r["transfer"]) or (map_of(r) if r["latent_steps"] else "")
+            name = ", ".join([name] * bool(name) + unusual(r, varied))
+            arms.setdefault((name, r["latent_steps"]), {})[r["id"], r["seed"]] = float(r[field])
+    return arms
+
+
+def lines_of(points: dict[tuple[str, int], Point]) -> dict[str, list[Point]]:
+    """Return name -> points in order; every map's line begins with prompts only."""
+    controls = tuple(CONTROLS.values())
+    maps = sorted({name for name, count in points if count and not name.startswith(controls)})
+    lines: dict[str, list[Point]] = {}
+    for (name, count), point in sorted(points.items(), key=lambda item: item[0]):
+        for line in [name] if name else maps:
+            lines.setdefault(line, []).append({"steps": count} | point)
+    return lines
+
+
+def map_of(r: Record) -> str:
+    """Return the kind of map of a record."""
+    return r["align"] or "ridge"
+
+
+def unusual(r: Record, varied: Sequence[str]) -> list[str]:
+    """Return the rarer settings that distinguish this picture's arms, in words."""
+    said = {
+        "team": r.get("team") or "",
+        "transfer": "last memory only" if r.get("transfer") == "last" else "",
+        "close": "" if r.get("close") else "turns open",
+        "prefix": f"prefix {r.get('prefix')!r}",
+    }
+    return [said[name] for name in varied if said[name]]
+
+
+def varied_settings(found: Sequence[Record]) -> list[str]:
+    """Return the names of the rarer settings that have several values among the records."""
+    latent = [r for r in found if r["method"] == "latent_mas"]
+    names = ("team", "transfer", "close", "prefix")
+    return [name for name in names if len({json.dumps(r.get(name)) for r in latent}) > 1]
+
+
+def paired_point(values: Values, others: Values) -> Point:
+    """Return the paired difference of two arms. Raises ValueError if they share no question."""
+    line = paired(values, others)
+    if line is None:
+        raise ValueError("found arms without a question and seed in common, expected the same ones")
+    point = {name: line[name] for name in ("n", "low", "high", "p")}
+    return point | {"y": line["mean"]}
+
+
+def share_point(values: Values) -> Point:
+    """Return the share of right answers with its interval."""
+    graded = by_question(values)
+    y, low, high = share(graded)
+    return {"n": len(graded), "y": y, "low": low, "high": high}
+
+
+# -- what an answer costs ---------------------------------------------------------------------
+
+
+def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM8K") -> Figure:
+    """Return accuracy, generated tokens and seconds of each arm, and the paper's table if given.
+
+    Raises ValueError if no answer is graded, or the table lacks the task.
+    """
+    varied = varied_settings(found)
+    graded = [r | {"arm": label(r, varied)} for r in found if r["metric"] == "accuracy"]
+    methods = {r["arm"]: r["method"] for r in graded}
+    arms = []
+    for name, line in summarize(graded).items():
+        if "accuracy" in line:
+            y, low, high = line["accuracy"]
+            arm = {"name": name, "method": methods[name], "y": y, "low": low, "high": high}
+            for what in ("n", "read", "thought", "written", "seconds", "truncated"):
+                arm[what] = line[what]
+            arms.append(arm)
+    if not arms:
+        raise ValueError("found no graded answer, expected a run with --metric accuracy")
+    return {
+        "what": "costs",
+        "model": found[0]["model"],
+        "task": task,
+        "arms": arms,
+        "paper": [] if paper is None else paper_points(paper, task),
+    }
+
+
+def paper_points(paper: Record, task: str) -> list[Point]:
+    """Return the points of the paper's table for one task. Raises ValueError if it is not there."""
+    try:
+        table = paper["sequential"][task]
+    except KeyError as error:
+        expected = f"expected sequential: {task}"
+        raise ValueError(f"paper (--paper): found no {error.args[0]!r}, {expected}") from error
+    points = []
+    for size in table["acc"]:
+        numbers = (table[what][size] for what in ("acc", "tokens", "seconds"))
+        columns = zip(("single", "text_mas", "latent_mas"), *numbers, strict=True)
+        for name, accuracy, tokens, seconds in columns:
+            point = {"name": name, "model": size, "y": accuracy / 100}
+            points.append(point | {"written": tokens, "seconds": seconds})
+    return points
+
+
+def label(r: Record, varied: Sequence[str]) -> str:
+    """Return what an arm is, from its settings: runs may give different arms the same name."""
+    parts = [str(r["method"])]
+    if r["samples"] > 1:
+        parts.append(f"vote of {r['samples']}")
+    if r["method"] == "latent_mas":
+        if r["transfer"] != "none":
+            steps = r["latent_steps"]
+            parts.append(f"{steps} × {map_of(r)}" if steps else "prompts only")
+        if r["transfer"] in CONTROLS:
+            parts.append(CONTROLS[r["transfer"]])
+    return ", ".join([*parts, *unusual(r, varied)])
+
+
+# -- an audit ---------------------------------------------------------------------------------
+
+
+def forest(found: Sequence[Record]) -> Figure:
+    """Return an audit's paired differences, and its verdict.
+
+    They are of the loss to prompts only, and of accuracy to no memory. Raises ValueError for
+    another run.
+    """
+    if not all(r["arm"].startswith(f"{r['metric']}: ") for r in found):
+        raise ValueError(f"found the arm {found[0]['arm']!r}, expected a run with --audit")
+    panels: Figure = {
+        "nll": {"against": "prompts only", "arms": {}},
+        "accuracy": {"against": "none", "arms": {}},
+    }
+    for name, line in comparisons(found).items():
+        metric, _, pair = name.partition(": ")
+        arm, _, other = pair.partition(" − ")
+        if other == panels[metric]["against"]:
+            panels[metric]["arms"][arm] = line
+    if not any(panel["arms"] for panel in panels.values()):
+        raise ValueError("found no arm beside prompts only or none, expected a run with --audit")
+    return {"what": "forest", "panels": panels, "alpha": ALPHA, "verdict": verdict(found)}
+
+
+# -- where thoughts lie -----------------------------------------------------------------------
+
+
+def thoughts(
+    lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int, kind: str = "math"
+) -> Figure:
+    """Return the first agent's `count` thoughts under each map, beside the tokens' embeddings.
+
+    All are placed in the plane of the two main directions of embeddings and thoughts together. By
+    step, means over the questions of what `walk` measures.
+    """
+    planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
+    pair, feeders = Team((planner, last)), Feeders(lm)
+    w_in = lm.model.model.embed_tokens.weight  # (V, D)
+    if lm.tokenizer:
+        w_in = w_in[: lm.tokenizer.size]
+    taps = {name: Tap(feeders(name)) for name in kinds}
+    for tap in taps.values():
+        latent_turn(lm, questions, team=pair, latent_steps=count, align=tap, kind=kind)
+    kept = {name: torch.cat(tap.thoughts, 1).float() for name, tap in taps.items()}  # (N, n, D)
+    source = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(w_in), generator=source)[:SHOWN_TOKENS].to(w_in.device)
+    shown = w_in[chosen].float()
+    place = plane(torch.cat([shown, *(thought.flatten(0, 1) for thought in kept.values())]))
+    maps: Figure = {}
+    for name, tap in taps.items():
+        means = {what: value.mean(0).tolist() for what, value in walk(tap, w_in).items()}
+        maps[name] = rounded(means) | {"places": place(kept[name])}
+    norm = float(w_in.float().norm(dim=-1).mean())
+    return {
+        "what": "thoughts",
+        "model": Path(lm.model.name).name,
+        "questions": len(questions),
+        "steps": count,
+        "tokens": {"places": place(shown), "norm": norm},
+        "maps": maps,
+    }
+
+
+def plane(points: Tensor) -> Callable[[Tensor], list[Any]]:
+    """Return the plane of the two main directions of points (n, D).
+
+    It is a function that gives the places in it of points (…, D).
+    """
+    middle = points.mean(0)
+    axes = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2].T  # (D, 2)
+
+    def places(points: Tensor) -> list[Any]:
+        found: list[Any] = rounded(((points - middle) @ axes).cpu().tolist())
+        return found
+
+    return places
+
+
+def rounded(values: Any) -> Any:
+    """Round every number in nested lists and dicts to five digits."""
+    if isinstance(values, dict):
+        return {name: rounded(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return float(f"{values:.5g}")

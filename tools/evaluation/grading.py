@@ -1,0 +1,108 @@
+"""Grading: the answer in a text, whether it is right, and the text that would be right.
+
+Does not know: models, how texts come about.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable
+
+from minimas.answers import extract, grade
+from minimas.turns import with_opened_think
+
+from . import sandbox
+from .rows import Row, kind_of, option_of
+
+Grader = Callable[[Row, str], bool | None]  # None: not graded, as code that may not be run
+FUTURE_IMPORT = r"(?m)^from __future__ import .*$"
+
+
+def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
+    """Return whether a text's answer is right, by rules; None for code, which is not run.
+
+    With `verifies`, math-verify compares expressions too.
+    """
+    kind = kind_of(row)
+    if kind == "code":
+        return None
+    return grade(kind, text, str(row["answer"]), row.get("choices"), verifies)
+
+
+def grader(may_run: bool, verifies: bool = False) -> Grader:
+    """Return how answers are graded: by rules and, if programs may be run, code by its tests."""
+
+    def graded(row: Row, text: str) -> bool | None:
+        if may_run and kind_of(row) == "code":
+            return sandbox.run(code_program(row, text)).passed
+        return plain_grader(row, text, verifies)
+
+    return graded
+
+
+def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None, bool | None]:
+    """Return the answer in a text that followed `prompt`, and whether it is right."""
+    said = with_opened_think(prompt, text)
+    return extract(kind_of(row), said, row.get("choices")), grader(row, said)
+
+
+# -- the right text ---------------------------------------------------------------------------
+
+
+def gold_text(row: Row) -> str:
+    """Return what the last agent should generate: the solution, or the boxed letter of a choice."""
+    if kind_of(row) == "choice":
+        return boxed(right_letter(row))
+    return str(row.get("solution") or row["answer"])
+
+
+def right_letter(row: Row) -> str:
+    """Return the key of the right option, or the row's answer if it has no options."""
+    return option_of(str(row["answer"]), row.get("choices") or {}) or str(row["answer"])
+
+
+def option_texts(row: Row) -> dict[str, str]:
+    """Return each option's letter -> the text that chooses it.
+
+    It is the boxed letter, or the boxed option if the options are not shown.
+    """
+    shown = kind_of(row) == "choice"
+    options = row.get("choices") or {}
+    return {letter: boxed(letter if shown else text) for letter, text in options.items()}
+
+
+def boxed(text: str) -> str:
+    """Return a text in LaTeX's box."""
+    return rf"\boxed{{{text}}}"
+
+
+# -- programs ---------------------------------------------------------------------------------
+
+
+def code_program(row: Row, text: str) -> str:
+    """Return one program: the code in the answer `text`, then the row's tests.
+
+    The answer is right if the program runs to its end. A question of HumanEval is a program too,
+    with imports and helpers that answers leave out; it comes first. A text without a program adds
+    nothing, and the tests fail.
+    """
+    code = extract("code", text) or ""
+    future_imports = "\n".join(re.findall(FUTURE_IMPORT, code))  # must be first in a program
+    code = re.sub(FUTURE_IMPORT, "", code)
+    parts = [code, "\n".join(row.get("test_imports", [])), row["tests"]]
+    if "entry_point" in row and compiles(row["question"]):
+        if code and not re.search(rf"\b{re.escape(row['entry_point'])}\b *[(=]", code):
+            # The answer is the body of the function that the question begins.
+            parts[0] = textwrap.indent(code, "    ")
+        parts.insert(0, row["question"])
+    program = "\n\n".join([future_imports, *parts])
+    # A bug of the data set: the test of HumanEval/32 unpacks the answer, and no program passes.
+    return program.replace("_poly(*candidate(*inp), inp)", "_poly(*inp, candidate(*inp))")
+
+
+def compiles(program: str) -> bool:
+    """Return whether a text is valid Python."""
+    try:
+        compile(program, "question", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return True

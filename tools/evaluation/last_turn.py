@@ -1,0 +1,86 @@
+"""The moment before the last agent's turn, when all the others have worked.
+
+This is the only file of tools/evaluation that uses how `minimas.agents` splits a call into the
+others' work and the last agent's turn. Does not know: arms, rows, files.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minimas import LM, KVCache, Qwen3, Tokenizer
+from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text
+from minimas.agents import LastTurn as MethodsLastTurn
+from minimas.nll import Loss, PrefillOnce, losses
+from minimas.results import AgentTrace, Result
+from minimas.teams import Agent, Team, single_agent
+from minimas.text.tokenizer import Turn
+from minimas.turns import Run
+
+__all__ = ["LastTurn", "PrefillOnce", "latent_turn", "text_turn"]
+
+
+def latent_turn(
+    lm: LM, questions: Sequence[str], handed: "LastTurn | None" = None, **settings: Any
+) -> "LastTurn":
+    """Let every agent but the last work, as in `latent_mas`, which names the settings.
+
+    With `handed` no agent works: the last one gets what that turn's agents handed over, one row
+    per question.
+    """
+    run = LatentRun(lm, questions, **settings)
+    if handed is None:
+        given = hand_over(run.rotated() if run.transfer == "shuffled" else run)
+    else:
+        assert handed.given is not None, "a text agent hands no KV cache over"
+        given = handed.given
+    return LastTurn(run.last_turn(given), given)
+
+
+def text_turn(
+    lm: LM, questions: Sequence[str], team: Team | str | None, **settings: Any
+) -> "LastTurn":
+    """Let every agent but the last work, as in `text_mas`; with `team` None as in `single`."""
+    run = Run(lm, questions, **settings)
+    chosen = choose_team(lm, team) if team else lm.teams.get("single") or single_agent()
+    return LastTurn(hand_over_text(run, chosen))
+
+
+class LastTurn:
+    """The last agent, its prompts and the KV cache that it gets, one row per question.
+
+    Use `answer` or `losses` once; they use the cache up.
+    """
+
+    def __init__(self, turn: MethodsLastTurn, given: HandOver | None = None) -> None:
+        self.turn, self.given = turn, given
+        self.model: Qwen3 = turn.run.lm.model
+        self.tokenizer: Tokenizer = turn.run.tokenizer
+        self.closing_tokens = len(turn.run.closing)  # of the text that closes a turn
+        self.memory: KVCache = turn.cache
+        self.prompts: list[Turn] = turn.prompts
+        self.agent: Agent = turn.agent
+        self.latent_steps: int = turn.steps
+
+    def traces(self, question: int) -> list[AgentTrace]:
+        """Return the traces of the agents that have worked on one question, in order."""
+        count = len(self.prompts)
+        return [trace for turn in self.turn.turns for trace in turn.traces[question::count]]
+
+    def answer(self) -> list[Result]:
+        """Let the last agent answer."""
+        return self.turn.answer()
+
+    def losses(
+        self, texts: Sequence[Sequence[str]], memory: KVCache | None = None
+    ) -> list[list[Loss]]:
+        """Return the loss of each question's texts, as what the last agent would generate.
+
+        `memory` replaces the KV cache that it gets.
+        """
+        turn = self.turn if memory is None else self.turn._replace(cache=memory)
+        return losses(turn, texts)
+
+
+def slots(memory: KVCache) -> list[int]:
+    """Return how many slots each row of a KV cache holds."""
+    return list(memory.lengths)

@@ -1,0 +1,262 @@
+"""Diagnostics of an audit, which look into a memory: attention, transplants, geometry.
+
+    attention      how much the last agent attends to each part of the memory
+    transplant     the loss with the thoughts of one memory put into another
+    geometry       norms and cosines of the thoughts themselves
+
+Does not know: records, statistics, files.
+
+    B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimas import Aligner, KVCache
+from minimas.text.tokenizer import Turn
+
+from .arms import Arm
+from .bench import Bench, How
+from .grading import gold_text
+from .last_turn import LastTurn, slots
+
+HOST = "pause"  # the map of the transplant's host: as many slots, without a thought in them
+MAX_QUESTIONS = 4  # that are diagnosed
+Record = dict[str, Any]
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+def attention(last: LastTurn, gold: str) -> dict[str, list[float]]:
+    """Return how much the last agent attends to each part of its memory, for a single question.
+
+    It prefills its prompt and the solution `gold`. Returns part -> share of each layer, means over
+    heads and positions. The rest, up to 1, is attention to its own turn.
+    """
+    parts, model, tokenizer = segments(last), last.model, last.tokenizer
+    solution = Turn(gold, ((0, len(gold)),))
+    ids = tokenizer.encode_turn(last.prompts[0]) + tokenizer.encode_turn(solution)
+    shares: list[list[float]] = []
+    plain = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).float()  # (1, K, H/K · T, S)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        weight = scores.softmax(-1).mean((0, 1, 2))  # (S,)
+        shares.append([float(weight[start:end].sum()) for _, start, end in parts])
+        return plain(q, k, v, attn_mask=attn_mask)
+
+    with replaced(F, "scaled_dot_product_attention", watched):
+        model(model.embed(torch.tensor([ids], device=model.device)), last.memory.fork())
+    return {part[0]: [layer[i] for layer in shares] for i, part in enumerate(parts)}
+
+
+def segments(last: LastTurn) -> list[tuple[str, int, int]]:
+    """Return (part, first slot, slot after it) of a full memory, for a single question.
+
+    The parts are each agent's prompt, thoughts and generated text. Raises ValueError if the memory
+    has other slots.
+    """
+    traces, [held] = last.traces(0), slots(last.memory)
+    counted = sum(t.prompt_tokens + t.latent_steps + t.output_tokens for t in traces)
+    closing = last.closing_tokens if held > counted else 0
+    parts, at = [], 0
+    for trace in traces:
+        sizes = {
+            "prompt": trace.prompt_tokens,
+            "thoughts": trace.latent_steps,
+            "text": trace.output_tokens,
+        }
+        for what, size in sizes.items():
+            if size:
+                parts.append((f"{trace.name}: {what}", at, at + size))
+            at += size
+        at += closing
+    if at != held:
+        raise ValueError(f"memory: found {held} slots, expected {at}: only a full memory has parts")
+    return parts
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute within a block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# -- transplants ------------------------------------------------------------------------------
+
+
+def transplant(
+    host: KVCache, donor: KVCache, chosen: Sequence[int], layers: Sequence[int]
+) -> KVCache:
+    """Return a copy of `host` with the `chosen` slots of `donor` in some layers.
+
+    Slots keep their places, so that no key has to move. Raises ValueError if the memories hold
+    different numbers of slots.
+    """
+    if slots(host) != slots(donor):
+        problem = f"found {slots(host)} and {slots(donor)} slots, expected the same"
+        raise ValueError(f"memories: {problem}")
+    new = host.fork()
+    for layer in layers:
+        for into, out in ((new.keys, donor.keys), (new.values, donor.values)):
+            into[layer][:, :, list(chosen)] = out[layer][:, :, list(chosen)]
+    return new
+
+
+def transplants(host: LastTurn, donor: LastTurn, gold: str) -> dict[str, float]:
+    """Return the gold NLL of one question with the donor's thoughts in the host's memory.
+
+    They are put into none, all, or some of the layers; "donor" is its own memory.
+    """
+    thoughts: list[int] = []
+    for name, start, end in segments(host):
+        if name.endswith("thoughts"):
+            thoughts += range(start, end)
+    every = range(len(host.memory.keys))
+    memories = {
+        "host": host.memory.fork(),
+        "all layers": transplant(host.memory, donor.memory, thoughts, every),
+        "layer 0": transplant(host.memory, donor.memory, thoughts, every[:1]),
+        "all but layer 0": transplant(host.memory, donor.memory, thoughts, every[1:]),
+        "donor": donor.memory.fork(),
+    }
+    found = {}
+    for name, memory in memories.items():
+        [[loss]] = host.losses([[gold]], memory)
+        found[name] = loss.mean
+    return found
+
+
+# -- geometry ---------------------------------------------------------------------------------
+
+
+class Tap:
+    """A map that keeps its inputs and outputs: states and thoughts, (B, 1, D) each step."""
+
+    def __init__(self, align: Callable[[Tensor], Tensor]) -> None:
+        self.align = self.drawn = align
+        self.states: list[Tensor] = []
+        self.thoughts: list[Tensor] = []
+
+    def with_generators(self, generators: Sequence[torch.Generator]) -> "Tap":
+        """Let a map that draws noise draw from one generator per row."""
+        if hasattr(self.align, "with_generators"):
+            self.drawn = self.align.with_generators(generators)
+        return self
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map (B, 1, D) to (B, 1, D)."""
+        self.states.append(hidden)
+        self.thoughts.append(self.drawn(hidden))
+        return self.thoughts[-1]
+
+
+def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
+    """Return norms and cosines of the n thoughts of all agents, (B, n) each.
+
+    `w_in` (V, D) are the embeddings of the tokens. "successive cosine", to the thought before, is
+    (B, n − 1).
+    """
+    dtype = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
+    states = torch.cat(tap.states, 1).to(dtype)  # (B, n, D)
+    thoughts = torch.cat(tap.thoughts, 1).to(dtype)  # (B, n, D)
+    raw, align = thoughts, tap.align
+    if isinstance(align, Aligner):
+        raw = Aligner(align.matrix, None, align.scale, align.shift)(states)
+    unit, tokens = F.normalize(thoughts, dim=-1), F.normalize(w_in.to(dtype), dim=-1)
+    return {
+        "state norm": states.norm(dim=-1),
+        "norm before rescaling": raw.norm(dim=-1),
+        "norm": thoughts.norm(dim=-1),
+        "cosine to the nearest token": (unit @ tokens.T).amax(-1),
+        "successive cosine": (unit[:, 1:] * unit[:, :-1]).sum(-1),
+    }
+
+
+def geometry(tap: Tap, steps: int, w_in: Tensor) -> dict[str, float | None]:
+    """Return the means of a walk over all thoughts of agents with `steps` each; None: no values."""
+    values = walk(tap, w_in)
+    following = values["successive cosine"]
+    within = [i for i in range(following.shape[1]) if (i + 1) % steps]  # not across agents
+    values["successive cosine"] = following[:, within]
+    return {name: float(value.mean()) if value.numel() else None for name, value in values.items()}
+
+
+# -- all of them ------------------------------------------------------------------------------
+
+
+def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
+    """Return attention, transplant and geometry on the first questions; {} without thoughts.
+
+    `arms` are an audit's, named "METRIC: NAME". The metric has no effect here.
+    """
+    latent = {arm.name.split(": ", 1)[1]: arm for arm in arms if arm.method == "latent_mas"}
+    full = latent.get("full")
+    if full is None:
+        return {}
+    steps = bench.lm.default_steps if full.latent_steps is None else full.latent_steps
+    if steps == 0:
+        return {}
+    rows = range(min(MAX_QUESTIONS, len(bench.rows)))
+    attended, moved = [], []
+    for i in rows:
+        gold, donor = gold_text(bench.rows[i]), bench.last_turn([i], full)
+        attended.append(attention(donor, gold))
+        host = bench.last_turn([i], replace(full, align=HOST))
+        moved.append(transplants(host, donor, gold))
+    geometries = {
+        name: thoughts_geometry(bench, arm, rows)
+        for name, arm in latent.items()
+        if arm.transfer == "full" and arm.latent_steps != 0
+    }
+    return {
+        "questions": len(rows),
+        "attention": mean_attention(attended),
+        "geometry": {name: found for name, found in geometries.items() if found},
+        "transplant": {name: sum(one[name] for one in moved) / len(moved) for name in moved[0]},
+    }
+
+
+def mean_attention(attended: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Return the means over the questions that have a part, layer by layer."""
+    means = {}
+    for name in dict.fromkeys(name for one in attended for name in one):
+        layers = [one[name] for one in attended if name in one]
+        means[name] = [sum(values) / len(layers) for values in zip(*layers, strict=True)]
+    return means
+
+
+def thoughts_geometry(bench: Bench, arm: Arm, rows: range) -> dict[str, float | None]:
+    """Return the geometry of an arm's thoughts, means over the rows that have a value.
+
+    Rows whose agents think different numbers of thoughts are left out; {} if no row is left.
+    """
+    w_in = bench.lm.model.model.embed_tokens.weight
+    if bench.lm.tokenizer:
+        w_in = w_in[: bench.lm.tokenizer.size]
+    seen: list[dict[str, float | None]] = []
+    for group in bench.groups(rows, arm):
+        tap = Tap(bench.feeders(arm.align or "ridge"))
+        last = bench.last_turn(group, arm, How(align=tap))
+        counts = {trace.latent_steps for q in range(len(group)) for trace in last.traces(q)}
+        if tap.thoughts and len(counts) == 1:
+            seen += [geometry(tap, counts.pop(), w_in)] * len(group)
+    means: dict[str, float | None] = {}
+    for name in seen[0] if seen else []:
+        known = [value for one in seen if (value := one[name]) is not None]
+        means[name] = sum(known) / len(known) if known else None
+    return means

@@ -1,0 +1,114 @@
+"""The comparisons of an audit and its verdict, one sentence, from records alone.
+
+The effect of the thoughts is full against prompts only; that of the prompts is prompts only against
+none. Gold NLL finds small effects, but rewards whatever brings the solution's words near. Accuracy
+says what an effect is worth, and needs many questions. Neither can show that thoughts are useless
+for other questions or models.
+
+Does not know: how records come about.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .stats import p_value, paired
+
+Record = dict[str, Any]
+ALPHA = 0.01  # an effect with p below it counts as found
+AGAINST = ("full", "prompts only", "none")
+NOTHING = "Nothing can be said: of the arms full, prompts only and none no two are there."
+
+
+def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Record | None:
+    """Return the paired difference of two arms, first − second, as `stats.paired` does.
+
+    It is over the questions and seeds that both arms have; None if there are none.
+    """
+    field = "nll" if metric == "nll" else "correct"
+    values: dict[str, dict[tuple[str, int], float]] = {first: {}, second: {}}
+    for record in found:
+        record_metric, _, arm = record["arm"].partition(": ")
+        if record_metric == metric and arm in values and record.get(field) is not None:
+            values[arm][record["id"], record["seed"]] = float(record[field])
+    return paired(values[first], values[second], exact=metric == "accuracy")
+
+
+def comparisons(found: Sequence[Record]) -> Record:
+    """Return every arm against full, prompts only and none, as "METRIC: ARM − OTHER" -> line."""
+    compared = {}
+    for name in dict.fromkeys(record["arm"] for record in found):
+        metric, _, arm = name.partition(": ")
+        for other in AGAINST:
+            line = compare(found, metric, arm, other) if arm != other else None
+            if line is not None:
+                compared[f"{name} − {other}"] = line
+    return compared
+
+
+def verdict(found: Sequence[Record]) -> str:
+    """Return what the audit says, in one sentence."""
+    thoughts = compare(found, "nll", "full", "prompts only")
+    prompts = compare(found, "nll", "prompts only", "none")
+    by_thoughts = compare(found, "accuracy", "full", "prompts only")
+    by_memory = compare(found, "accuracy", "full", "none")
+    parts = []
+    if thoughts:
+        parts.append(thoughts_sentence(found, thoughts, by_thoughts))
+    if prompts:
+        what = "it" if thoughts else "the loss of the right answer"
+        parts.append(prompts_sentence(prompts, what))
+    if by_thoughts:
+        parts.append(answers_sentence(by_thoughts, "the thoughts", "them", "they {}"))
+    if by_memory:
+        parts.append(answers_sentence(by_memory, "the memory", "it", "it {}s"))
+    if not parts:
+        return NOTHING
+    n = next(line["n"] for line in (thoughts, prompts, by_thoughts, by_memory) if line)
+    return f"On these {n} questions {'; '.join(parts)}."
+
+
+def answers_sentence(line: Record, what: str, pronoun: str, does: str) -> str:
+    """Return what a difference in accuracy says; `does` has a place for the verb."""
+    shares = f"with {what} {line['first']:.0%} of the answers are right"
+    shares += f", without {pronoun} {line['second']:.0%}"
+    effect = "no difference is found"
+    if line["p"] < ALPHA:
+        effect = does.format("help" if line["mean"] > 0 else "harm")
+    return f"{shares}: {effect} ({p_value(line)})"
+
+
+def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | None) -> str:
+    """Return what the thoughts do to the loss, and what that is worth.
+
+    A loss that the answers contradict is not called harm or help.
+    """
+    if line["p"] >= ALPHA:
+        what = "no effect of the thoughts on the loss of the right answer is found"
+        return f"{what} ({size(line)}, {p_value(line)})"
+    raised = line["mean"] > 0
+    said = f"the thoughts {'raised' if raised else 'lowered'} the loss of the right answer by "
+    said += f"{size(line)} ({p_value(line)})"
+    if answers and answers["p"] < ALPHA and (answers["mean"] > 0) == raised:
+        return f"{said}, and the answers say the opposite"
+    if raised:
+        return f"{said}: with this model they harm"
+    said = f"{said}: with this model they help"
+    other = compare(found, "nll", "full", "shuffled")
+    if other is None:
+        return said
+    if other["p"] < ALPHA and other["mean"] < 0:
+        return f"{said}, and another question's memory does not so well"
+    return f"{said}, but no difference to another question's memory is found"
+
+
+def prompts_sentence(line: Record, what: str) -> str:
+    """Return what the memory of the prompts does to the loss, which is called `what`."""
+    if line["p"] >= ALPHA:
+        return f"of the prompts' memory no effect is found ({size(line)}, {p_value(line)})"
+    verb = "raises" if line["mean"] > 0 else "lowers"
+    return f"the prompts' memory {verb} {what} by {size(line)} ({p_value(line)})"
+
+
+def size(line: Record) -> str:
+    """Return the size of a difference with its standard error, without its sign."""
+    return f"{abs(line['mean']):.3g} ± {line['error']:.2g}"

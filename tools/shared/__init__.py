@@ -1,0 +1,1 @@
+"""What several tools use: argument parsers and files that are written whole."""
