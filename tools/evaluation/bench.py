@@ -22,6 +22,7 @@ import torch
 from minimas import LM, KVCache, Sampling, Team
 from minimas.results import AgentTrace, Result, Watcher
 from minimas.teams import TEAMS
+from minimas.turns import Prefill, prefill_prompts
 
 from .arms import Arm
 from .feeders import Feeder, Feeders
