@@ -635,7 +635,8 @@ def test_the_cuts_tell_tokenizers_apart() -> None:
     cuts = []
     for pre in sorted(PRE_TOKENIZERS):
         backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [],
-            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
             "post_processor": None, "decoder": None,
             "model": {"type": "BPE", "vocab": {}, "merges": []}}))  # fmt: skip
         cuts.append(
