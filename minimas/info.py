@@ -41,10 +41,8 @@ def describe(name: str | Path) -> dict[str, str]:
         fits.append(f"{gigabytes} GB: {', '.join(formats) or 'none'}")
     with_teams = ", with teams.json" if (folder / "teams.json").is_file() else ""
     tied = "tied: W_a is the identity up to λ, only the rescaling is left"
-    square = (
-        f"{c.hidden_size} × {c.hidden_size} map, {c.hidden_size**2 * 4 / 1e6:,.0f} MB in float32"
-    )
-    untied = f"untied: W_a is a {square}"
+    width = c.hidden_size
+    untied = f"untied: W_a is a {width} × {width} map, {width**2 * 4 / 1e6:,.0f} MB in float32"
     return {
         "model": f"{name} in {folder}, {c.dtype}{with_teams}",
         "architecture": f"{c.model_type}, {c.num_hidden_layers} layers, "

@@ -60,7 +60,7 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
 def test_a_folder_becomes_the_model_it_was_made_of(
     family: str, tied: bool, shards: int, tmp_path: Path
 ) -> None:
-    """One file or shards, tied or not: every tensor, bit for bit, and the states that come of it."""
+    """One file or shards, tied or not: every tensor, bit for bit, and the hidden states."""
     model = tiny_model(family, tie_word_embeddings=tied)
     lm = load(write_folder(tmp_path, model, shards))
     assert lm.tokenizer is None

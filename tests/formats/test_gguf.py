@@ -335,7 +335,8 @@ def test_blocks_are_the_files_own_numbers(
 
 @pytest.mark.parametrize(
     ("kind", "at"),
-    {"Q5_0": (1,), "Q5_1": (1, 3), "Q2_K": (81, 83), "Q3_K": (109,), "Q4_K": (1, 3), "Q5_K": (1, 3), "Q6_K": (209,),
+    {"Q5_0": (1,), "Q5_1": (1, 3), "Q2_K": (81, 83), "Q3_K": (109,), "Q4_K": (1, 3), "Q5_K": (1, 3),
+     "Q6_K": (209,),
      "IQ4_NL": (1,), "IQ4_XS": (1,)}.items(),
 )  # fmt: skip
 def test_other_types_come_through_the_package(
@@ -504,8 +505,9 @@ def test_a_shard_that_is_missing_or_foreign_is_named(tmp_path: Path) -> None:
     ):
         GGUF(first.rename(tmp_path / "renamed.gguf"))
     (tmp_path / "renamed.gguf").rename(first)
-    first.write_bytes(first.read_bytes().replace(text("split.tensors.count") + struct.pack("<Ii", 5, 21),
-                                                 text("split.tensors.count") + struct.pack("<Ii", 5, 22)))  # fmt: skip
+    name = text("split.tensors.count")
+    wrong = name + struct.pack("<Ii", 5, 22)
+    first.write_bytes(first.read_bytes().replace(name + struct.pack("<Ii", 5, 21), wrong))
     with pytest.raises(ValueError, match=r"split\.tensors\.count: found 21 tensors, expected 22"):
         GGUF(first)
 
@@ -561,7 +563,7 @@ def trained(pre: str) -> Backend:
 
 
 def words_of(tokenizer: Backend, cut: str, **changes: Any) -> dict[str, Any]:
-    """The metadata that llama.cpp's converter makes of a tokenizer, with three tokens of padding."""
+    """The metadata that llama.cpp's converter makes of a tokenizer, with three padding tokens."""
     raw, added = json.loads(tokenizer.to_str()), tokenizer.get_added_tokens_decoder()
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens = [by_id[i] for i in range(len(by_id))] + [f"[PAD{i}]" for i in range(3)]
@@ -632,8 +634,10 @@ def test_the_cuts_tell_tokenizers_apart() -> None:
     """If every text were cut alike, the test above could not see a wrong cut."""
     cuts = []
     for pre in sorted(PRE_TOKENIZERS):
-        backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]}, "post_processor": None, "decoder": None,
+        backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
+            "post_processor": None, "decoder": None,
             "model": {"type": "BPE", "vocab": {}, "merges": []}}))  # fmt: skip
         cuts.append(
             [
@@ -871,7 +875,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_file_is_one_line(what: str, tmp_path: Path) -> None:
-    """A damaged or foreign file that gets through is a model of noise, or a process out of memory."""
+    """A damaged or foreign file that gets through is a model of noise, or an exhausted memory."""
     content, message = BAD[what]
     began = time.perf_counter()
     with pytest.raises(ValueError, match=message) as caught:
