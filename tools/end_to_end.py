@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-
 from minimas import Result, Sampling, latent_mas, load, single, text_mas
 from tools.evaluation.arms import Arm
 from tools.evaluation.bench import Bench
