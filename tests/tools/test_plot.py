@@ -14,6 +14,7 @@ import torch
 from minimas import Aligner
 from tools import plot
 from tools.evaluation import figures
+from tools.evaluation.command import main
 from tools.evaluation.figures import runs
 from tools.evaluation.stats import bootstrap, wilson
 
