@@ -1,37 +1,40 @@
-"""What the agents are told: role prompts and answer forms, as data. No code, and no sentence of the authors'.
+"""What the agents are told: role prompts and answer forms, as data.
 
-`OPENING` comes before every prompt; where all agents share one user turn, it comes before the first
-and the last one (see `Team`). The last agent's prompt is the single agent's. In a prompt,
-`{question}` is where the question goes, `{form}` how the answer must look, and `{context}` where
-`text_mas` puts what earlier agents generated. It is empty in `latent_mas`, where their work is in the
-KV cache. Only `CONTEXT` speaks of that work, so no agent is told of something that it cannot see.
-Roles: paper, section 4 and appendix.
+This file holds no code, and no sentence of the authors'.
+
+`OPENING` comes before every prompt. If all agents share one user turn, it comes before the first
+and the last prompt (see `Team`). The last agent's prompt is the single agent's. In a prompt,
+`{question}` stands for the question, `{form}` for how the answer must look, and `{context}` for
+the text that earlier agents generated in `text_mas`. `{context}` is empty in `latent_mas`, where
+their work is in the KV cache. Only `CONTEXT` mentions that work, so no agent is told of something
+that it cannot see. Roles: paper, section 4 and appendix.
 """
 
 OPENING = "Question: {question}"
 
 SEQUENTIAL = {
-    "planner": "You are the planner of a team. Work out what is asked, what is given, and which steps lead from one to "
-    "the other.{context}",
-    "critic": "You are the critic of the team. Work out which mistakes are easy to make with this question, and how to "
-    "avoid them.{context}",
-    "refiner": "You are the refiner of the team. Work out the best way to the answer: complete, correct, in order, and "
-    "short.{context}",
+    "planner": "You are the planner of a team. Work out what is asked, what is given, and which "
+    "steps lead from one to the other.{context}",
+    "critic": "You are the critic of the team. Work out which mistakes are easy to make with this "
+    "question, and how to avoid them.{context}",
+    "refiner": "You are the refiner of the team. Work out the best way to the answer: complete, "
+    "correct, in order, and short.{context}",
     "judger": "{context}\n\n{form}",
 }
 HIERARCHICAL = {
-    "math expert": "You are the mathematics expert of a team. Work out the answer by calculation and logic, step by "
-    "step, and check the numbers.",
-    "science expert": "You are the science expert of a team. Work out the answer from facts and principles, step by "
-    "step, and check that the result makes sense.",
-    "code expert": "You are the programming expert of a team. Work out the answer as an algorithm: inputs, steps, "
-    "special cases, and check it on an example.",
+    "math expert": "You are the mathematics expert of a team. Work out the answer by calculation "
+    "and logic, step by step, and check the numbers.",
+    "science expert": "You are the science expert of a team. Work out the answer from facts and "
+    "principles, step by step, and check that the result makes sense.",
+    "code expert": "You are the programming expert of a team. Work out the answer as an algorithm: "
+    "inputs, steps, special cases, and check it on an example.",
     "summarizer": "{context}\n\n{form}",
 }
 SINGLE = "{form}"
 
 FORMS = {
-    "math": "Reason step by step, and put the final answer, a number or an expression alone, in \\boxed{}.",
+    "math": "Reason step by step, and put the final answer, a number or an expression alone, "
+    "in \\boxed{}.",
     "choice": "Reason step by step, and put the letter of the right option, alone, in \\boxed{}.",
     "code": "Give one complete, self-contained Python solution in a ```python block.",
     "free": "End with the final answer in one short line.",
@@ -43,9 +46,13 @@ CONTEXT = (
 WORK = "\n\n[{name}]\n{text}"
 OPTION = "\n({letter}) {text}"
 
-# The questions that the embedded model was trained on; outside of them it knows nothing.
-TINY_QUESTION = r"([A-Z]\w\w has \d+ \w+\. ((He|She) \w+ [\w ]+\. )*)?How many \w+ do(es)? [\w ]+ have( together)?\?"
+# The questions that the embedded model was trained on. It cannot answer any others.
+TINY_QUESTION = (
+    r"([A-Z]\w\w has \d+ \w+\. ((He|She) \w+ [\w ]+\. )*)?"
+    r"How many \w+ do(es)? [\w ]+ have( together)?\?"
+)
 TINY_HINT = (
-    "weights/tiny knows only questions such as 'Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
-    "How many cards does Eva have?'; for others, pass --model Qwen/Qwen3-0.6B"
+    "weights/tiny knows only questions such as 'Eva has 2 cards. She finds 7 more. She loses 3. "
+    "She doubles the cards. How many cards does Eva have?'; for others, pass --model "
+    "Qwen/Qwen3-0.6B"
 )

@@ -1,6 +1,7 @@
 """Layout "turn": all agents' prompts in one user turn, compared with the same built by hand.
 
-Three earlier assistant turns that are empty made the last agent answer with a bare number (docs/results.md).
+Three earlier assistant turns that are empty made the last agent answer with a bare number
+(docs/results.md).
 """
 
 import json
@@ -132,18 +133,25 @@ AGENTS = st.builds(
     ),
     latent_steps=st.integers(0, 3),
 )
-TEAMS = st.builds(
-    lambda agents, system, opening, parallel, prefix: Team(
-        (*(replace(a, system=system) for a in agents[:-1]), replace(agents[-1], system=system, prefix=prefix)),
-        parallel, "turn", opening,
-    ),
-    st.lists(AGENTS, min_size=1, max_size=4), st.sampled_from([None, "", "Be brief."]),
-    st.sampled_from(["", "Question: {question}", "A team works."]), st.booleans(), st.sampled_from(["", "<think>\n"]),
-)  # fmt: skip
+
+
+@st.composite
+def teams(draw: st.DrawFn) -> Team:
+    """A team of one to four agents in layout "turn"."""
+    system = draw(st.sampled_from([None, "", "Be brief."]))
+    *earlier, last = [
+        replace(agent, system=system) for agent in draw(st.lists(AGENTS, min_size=1, max_size=4))
+    ]
+    return Team(
+        (*earlier, replace(last, prefix=draw(st.sampled_from(["", "<think>\n"])))),
+        parallel=draw(st.booleans()),
+        layout="turn",
+        opening=draw(st.sampled_from(["", "Question: {question}", "A team works."])),
+    )
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS)
-@given(TEAMS, ASKED, st.integers(1, 4))
+@given(teams(), ASKED, st.integers(1, 4))
 @settings(max_examples=25)
 def test_any_team_in_one_turn_equals_the_same_by_hand(
     lm: LM, transfer: str, team: Team, questions: list[str], limit: int
@@ -169,7 +177,9 @@ def test_any_team_in_one_turn_equals_the_same_by_hand(
 @pytest.mark.parametrize("layout", ["turn", "chat"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout: str) -> None:
-    """The theorem for both layouts: prompts and thoughts as one input, without a cache, give the last agent's state."""
+    """The theorem for both layouts: prompts and thoughts as one input, without a cache, give the
+    last agent's state.
+    """
     lm = load_text_lm(text_folder(tmp_path), family)
     team, model = replace(sequential(), layout=layout), lm.model
     with watched(model) as (_, _, states):
@@ -195,7 +205,9 @@ def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout
 
 
 def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
-    """What the fault was: an earlier assistant turn. All prompts in a row are one conversation of the template."""
+    """What the fault was: an earlier assistant turn. All prompts in a row are one conversation of
+    the template.
+    """
     for team in (sequential(), hierarchical(chained=True), TURN):
         [result] = latent_mas(
             lm, QUESTIONS[:1], team, latent_steps=1, layout="turn", sampling=SHORT
@@ -250,7 +262,7 @@ TEMPLATES = {
 def test_the_pieces_of_a_turn_add_up_to_what_the_template_renders(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], name: str
 ) -> None:
-    """Also where a template strips the message: no character is lost, doubled, or in another part."""
+    """Even if a template strips the message, no character is lost, doubled or in another part."""
     tokenizer = tokenizer_with(tmp_path_factory, TEMPLATES[name])
     pieces = tokenizer.user_turn(parts, prefix="So")
     whole = tokenizer.turn("".join(parts), prefix="So")
@@ -285,7 +297,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
         latent_mas(lm, QUESTIONS[:1], TURN, sampling=SHORT)
 
 
-# -- teams ------------------------------------------------------------------------------------------------------------
+# -- teams -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

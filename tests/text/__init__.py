@@ -1,6 +1,7 @@
-"""Tokenizers and language models that can read: what the tests of the text rooms share.
+"""Tokenizers and models with a tokenizer, shared by the tests that use text.
 
-The tokenizer is that of weights/tiny; the weights are random, so that nothing depends on how it was trained.
+The tokenizer is that of weights/tiny; the weights are random, so that nothing depends on how it
+was trained.
 """
 
 import functools
@@ -40,7 +41,9 @@ def text_model(family: str = "qwen3", dtype: torch.dtype = torch.float64) -> Qwe
 
 
 def text_folder(path: Path, teams: Any = None, **tokenizer_config: Any) -> Path:
-    """A folder with weights/tiny's tokenizer.json, these tokenizer settings (None: hers) and perhaps a teams.json."""
+    """A folder with weights/tiny's tokenizer.json, these tokenizer settings (None: its own) and
+    perhaps a teams.json.
+    """
     path.mkdir(parents=True, exist_ok=True)
     shutil.copy(TINY / "tokenizer.json", path)
     settings = json.loads((TINY / "tokenizer_config.json").read_text()) | tokenizer_config
@@ -51,7 +54,9 @@ def text_folder(path: Path, teams: Any = None, **tokenizer_config: Any) -> Path:
 
 
 def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:
-    """Texts spliced with control tokens: whole, in pieces, one inside another, side by side and at the borders."""
+    """Texts spliced with control tokens: whole, in pieces, one inside another, side by side and at
+    the borders.
+    """
     token = st.sampled_from(CONTROL)
     piece = st.builds(
         lambda t, i, j: t[min(i, j) : max(i, j)], token, st.integers(0, 13), st.integers(0, 13)

@@ -1,7 +1,7 @@
-"""From hidden states to text: every loop here is compared with one that has no memory and reads everything again.
+"""Generation, compared with a loop that has no KV cache and computes every token again.
 
-The authors' batch takes a padded row's state at its last slot, which is a pad (LatentMAS #26), and draws for all rows
-from one generator, so that an answer depends on its neighbours.
+The authors' batch takes a padded row's state at its last slot, which is a pad (LatentMAS #26), and
+draws for all rows from one generator, so that an answer depends on its neighbours.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def last_logits(model: Qwen3, ids: Sequence[int]) -> Tensor:
 def naive(
     model: Qwen3, ids: list[int], sampling: Sampling, end_ids: set[int], source: torch.Generator
 ) -> list[int]:
-    """One row alone, everything read again for every token."""
+    """One row alone, with all its tokens computed again for every new token."""
     written: list[int] = []
     while len(written) < sampling.max_new_tokens:
         logits = last_logits(model, ids + written)
@@ -76,10 +76,12 @@ def together(
 
 @given(ROWS, SAMPLINGS, st.sets(st.integers(0, 40), max_size=6))
 @settings(max_examples=40)
-def test_decoding_equals_reading_everything_again(
+def test_decoding_equals_computing_every_token_again(
     model: Qwen3, rows: list[list[int]], sampling: Sampling, end_ids: set[int]
 ) -> None:
-    """Greedy or sampled, ragged or not, with end tokens or without: memory and batch are only faster."""
+    """Greedy or sampled, ragged or not, with end tokens or without: KV cache and batch are only
+    faster.
+    """
     expected = [naive(model, row, sampling, end_ids, generator(7, str(row))) for row in rows]
     assert together(model, rows, sampling.max_new_tokens, sampling, end_ids) == expected
 
@@ -96,7 +98,9 @@ def test_a_text_depends_on_no_neighbour_and_no_order(
 
 
 def test_a_seed_and_a_question_make_the_draws() -> None:
-    """Another seed or question draws otherwise; the same ones draw the same in any process (no PYTHONHASHSEED)."""
+    """Another seed or question draws otherwise; the same ones draw the same in any process (no
+    PYTHONHASHSEED).
+    """
     draws = {
         key: torch.rand(3, generator=generator(*key)).tolist()
         for key in [(0, "a"), (1, "a"), (0, "b"), (10, "")]
@@ -107,13 +111,15 @@ def test_a_seed_and_a_question_make_the_draws() -> None:
     generator(10**400, "\ud800")  # any whole number, and any text that Python can hold
 
 
-# -- choosing a token -------------------------------------------------------------------------------------------------
+# -- choosing a token ------------------------------------------------------------------------------
 
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What `choose` must draw from, in float64, written the long way: sort, cut at k, cut at p, share out the rest."""
+    """What `sample` must draw from, in float64, written the long way: sort, cut at k, cut at p,
+    share out the rest.
+    """
     p = (logits.double() / sampling.temperature).softmax(-1)
     order = sorted(range(len(p)), key=lambda i: -float(p[i]))[: sampling.top_k or len(p)]
     total, kept, mass = sum(float(p[i]) for i in order), [], 0.0
@@ -137,7 +143,9 @@ def drawn(logits: Tensor, sampling: Sampling, count: int) -> list[int]:
 def test_only_what_top_k_and_top_p_keep_is_drawn(
     scores: list[float], temperature: float, top_k: int, top_p: float
 ) -> None:
-    """Top-p cuts after top-k and keeps the token that crosses it; cutting before it left nothing to draw at all."""
+    """Top-p cuts after top-k and keeps the token that crosses it; cutting before it left nothing to
+    draw at all.
+    """
     logits, sampling = torch.tensor(scores), Sampling(temperature, top_p, top_k)
     expected = probabilities(logits, sampling)
     distinct = logits.double().sort().values.diff()
@@ -215,7 +223,7 @@ def test_the_repetition_penalty_is_hugging_faces(rows: list[list[int]], penalty:
         assert token == int(scores.argmax())
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,12 +291,14 @@ def test_a_wrong_setting_of_a_model_is_refused_by_file_and_field() -> None:
         Sampling.from_dict({"do_sample": True, "top_p": "most"}, "here.json")
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- prefill ---------------------------------------------------------------------------------------
 
 
 @given(ROWS)
 def test_a_rows_state_is_that_of_its_last_token(model: Qwen3, rows: list[list[int]]) -> None:
-    """`hidden[:, -1:]` of a ragged batch is the state of a pad: thoughts started from padding (LatentMAS #26)."""
+    """`hidden[:, -1:]` of a ragged batch is the state of a pad: thoughts started from padding
+    (LatentMAS #26).
+    """
     hidden = prefill(model, rows, model.new_cache(len(rows)))
     for row, state in zip(rows, hidden, strict=True):
         assert float((model(model.embed(torch.tensor([row])))[0, -1] - state[0]).abs().max()) < 1e-9
@@ -308,7 +318,7 @@ def test_a_length_outside_the_chunk_is_refused(lengths: list[int]) -> None:
 
 
 @given(ROWS, ROWS, st.integers(1, 10))
-def test_reading_in_chunks_is_reading(
+def test_prefill_in_chunks_equals_prefill(
     model: Qwen3, first: list[list[int]], then: list[list[int]], chunk: int
 ) -> None:
     """A row that ends in an early chunk keeps its state and its length through the later ones."""
@@ -339,7 +349,7 @@ def test_a_state_that_is_no_number_is_noticed(where: str) -> None:
         together(model, [[1, 2]], 1, Sampling(), set())
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+# -- generating ------------------------------------------------------------------------------------
 
 PROMPTS = [
     tiny_tokenizer().encode(text)
@@ -371,12 +381,14 @@ def texts_of(
 
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 200), st.booleans())
-def test_all_that_was_written_is_in_memory_and_no_end_token(
+def test_the_cache_holds_all_generated_tokens_and_no_end_token(
     limit: int, seed: int, ends: int, remember: bool
 ) -> None:
-    """The next agent must see the last word, which is fed only when one more is asked for, and no foreign end token.
+    """The next agent must see the last word, which is fed only when one more is asked for, and no
+    foreign end token.
 
-    A batch whose cache nobody uses afterwards gets smaller as its rows end; the texts must not notice.
+    A batch whose cache nobody uses afterwards gets smaller as its rows end; the texts must not
+    notice.
     """
     model, hot, end_ids = (
         text_model(),
@@ -396,7 +408,9 @@ def test_all_that_was_written_is_in_memory_and_no_end_token(
 
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 200))
 def test_a_text_ends_at_an_end_token_or_at_the_limit(limit: int, seed: int, ends: int) -> None:
-    """`finish_reason` tells which, and an end token is never part of the text; any of several ends it."""
+    """`finish_reason` tells which, and an end token is never part of the text; any of several ends
+    it.
+    """
     hot, end_ids = Sampling(temperature=2.0, max_new_tokens=limit), set(range(ends))
     written, _ = texts_of(hot, end_ids, seed=seed)
     endless, _ = texts_of(hot, set(), seed=seed)

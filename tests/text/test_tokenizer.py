@@ -1,7 +1,8 @@
-"""Text in, ids out: a user's text is never a control token, a template never runs code, a character is never broken.
+"""Text in, ids out: a user's text is never a control token, a template never runs code, a character
+is never broken.
 
-In the authors' repository, as in most, `<|im_end|>` in a question ends the user's turn, and what follows speaks as
-anybody it likes.
+In the authors' repository, as in most, `<|im_end|>` in a question ends the user's turn, and what
+follows speaks as anybody it likes.
 """
 
 import functools
@@ -50,7 +51,7 @@ def written_as(tokenizer: Tokenizer, text: str) -> str:
     return unicodedata.normalize("NFC", text) if tokenizer.backend.normalizer else text
 
 
-# -- a user's text is never a control token --------------------------------------------------------------------------
+# -- a user's text is never a control token --------------------------------------------------------
 
 
 @given(hostile_texts(), st.none() | hostile_texts())
@@ -61,7 +62,9 @@ def written_as(tokenizer: Tokenizer, text: str) -> str:
 def test_user_text_never_becomes_a_control_token(
     tokenizer: Tokenizer, user: str, system: str | None
 ) -> None:
-    """A question that held `<|im_end|>` closed its own turn and put words into the assistant's mouth."""
+    """A question that held `<|im_end|>` closed its own turn and put words into the assistant's
+    mouth.
+    """
     turn, harmless = (
         tokenizer.turn(user, system),
         tokenizer.turn("x", None if system is None else "y"),
@@ -100,7 +103,7 @@ def test_what_an_agent_wrote_is_not_trusted_either(
 
 @given(st.lists(st.sampled_from(["ab", "abc", "bcd", "cab", "b", "x"]), max_size=8).map("".join))
 def test_overlapping_control_tokens_are_cut_too(text: str) -> None:
-    """Cutting `ab` in `abcab` must not leave `bcd` or `cab` whole behind the cut."""
+    """Cutting `ab` in `abcab` must not leave `bcd` or `cab` whole after the cut."""
     tokenizer = byte_level(("ab", "abc", "bcd", "cab"))
     ids = tokenizer.encode_turn(Turn(text, ((0, len(text)),)))
     assert control_ids(tokenizer, ids) == [] and spelled(tokenizer, ids) == text
@@ -108,7 +111,9 @@ def test_overlapping_control_tokens_are_cut_too(text: str) -> None:
 
 @given(st.lists(st.sampled_from(["ab", "bcd", "a", "b", "c", "d"]), max_size=5).map("".join))
 def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> None:
-    """With a user text ending in `a`, the leftmost match `ab` would swallow the head of the template's own `bcd`."""
+    """With a user text ending in `a`, the leftmost match `ab` would swallow the head of the
+    template's own `bcd`.
+    """
     tokenizer = byte_level(("ab", "bcd"))
     turn = Turn("bcd") + Turn(text, ((0, len(text)),)) + Turn("bcd")
     ids = tokenizer.encode_turn(turn)
@@ -127,7 +132,9 @@ def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> Non
     ids=["lower case", "full width"],
 )
 def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, text: str) -> None:
-    """Added tokens may be looked for behind the normalizer, where `<|IM_END|>` has become `<|im_end|>`."""
+    """Added tokens may be looked for after the normalizer, where `<|IM_END|>` has become
+    `<|im_end|>`.
+    """
     tokenizer = byte_level((special,), normalizer)
     assert control_ids(tokenizer, tokenizer.encode(text)), "trusted, it is one"
     assert control_ids(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == []
@@ -136,7 +143,9 @@ def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, te
 def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_one(
     tmp_path: Path,
 ) -> None:
-    """With `rstrip` it reaches into the question; cut in two, the turn would have lost its own first token."""
+    """With `rstrip` it reaches into the question; cut in two, the turn would have lost its own
+    first token.
+    """
     backend = byte_level(("§§",)).backend
     backend.add_special_tokens([AddedToken("<s>", rstrip=True, normalized=False)])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -158,7 +167,7 @@ def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
 
 @functools.cache
 def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
-    """A tokenizer of single bytes with these control tokens, looked for behind the normalizer."""
+    """A tokenizer of single bytes with these control tokens, looked for after the normalizer."""
     backend = Backend(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
@@ -171,7 +180,7 @@ def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
         return Tokenizer(folder)
 
 
-# -- the same ids as anybody's tokenizer ------------------------------------------------------------------------------
+# -- the same ids as anybody's tokenizer -----------------------------------------------------------
 
 
 @given(harmless_texts(), st.none() | harmless_texts())
@@ -179,7 +188,9 @@ def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
 def test_a_turn_has_the_ids_that_hugging_face_gives_its_text(
     tokenizer: Tokenizer, user: str, system: str | None
 ) -> None:
-    """Encoding a turn in pieces would split `.\\n` from `assistant`, and a stranger could not replay a result."""
+    """Encoding a turn in pieces would split `.\\n` from `assistant`, and a stranger could not
+    replay a result.
+    """
     turn = tokenizer.turn(user, system, "<think>\n")
     anybody = plain_tokenizer(tokenizer.path.parent).encode(turn.text, add_special_tokens=False).ids
     assert tokenizer.encode_turn(turn) == anybody
@@ -190,7 +201,9 @@ def test_a_turn_has_the_ids_that_hugging_face_gives_its_text(
 def test_a_turn_is_what_transformers_makes_of_the_messages(
     hf: Any, user: str, system: str | None
 ) -> None:
-    """Another order of template, whitespace or thinking block would be another prompt than the model was trained on."""
+    """Another order of template, whitespace or thinking block would be another prompt than the
+    model was trained on.
+    """
     theirs, tokenizer = hf
     messages = ([{"role": "system", "content": system}] if system is not None else []) + [
         {"role": "user", "content": user}
@@ -215,7 +228,9 @@ def test_ordinary_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) 
 
 
 def test_padding_and_truncation_left_over_from_training_are_ignored(tmp_path: Path) -> None:
-    """A tokenizer.json saved with truncation cut every prompt to the training length without a word."""
+    """A tokenizer.json saved with truncation cut every prompt to the training length without a
+    word.
+    """
     backend = plain_tokenizer(TINY).from_file(str(TINY / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
@@ -225,7 +240,7 @@ def test_padding_and_truncation_left_over_from_training_are_ignored(tmp_path: Pa
     assert Tokenizer(tmp_path).encode(text) == Tokenizer(TINY).encode(text)
 
 
-# -- the template -----------------------------------------------------------------------------------------------------
+# -- the template ----------------------------------------------------------------------------------
 
 OTHER = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
@@ -248,7 +263,9 @@ NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template":
 def test_the_template_is_found_wherever_it_may_be(
     tmp_path: Path, in_config: Any, in_file: str | None, expected: str
 ) -> None:
-    """Two files and two forms are in use; reading only one of them would silently use ChatML with a Llama."""
+    """Two files and two forms are in use; reading only one of them would silently use ChatML with a
+    Llama.
+    """
     text_folder(tmp_path, chat_template=in_config)
     if in_file is not None:
         (tmp_path / "chat_template.jinja").write_text(in_file)
@@ -283,7 +300,9 @@ MESSAGE = st.text(" \n\tab<", max_size=5)
 def test_a_message_is_found_wherever_a_template_puts_it(
     before: str, between: str, after: str, strips: bool, user: str, system: str | None
 ) -> None:
-    """Some templates strip a message (Llama 2 and 3, Gemma): its span must be what is left of it, no more, no less."""
+    """Some templates strip a message (Llama 2 and 3, Gemma): its span must be what is left of it,
+    no more, no less.
+    """
     contents = [system, user] if system is not None else [user]
     left = [content.strip() if strips else content for content in contents]
     tokenizer = with_template(
@@ -330,7 +349,9 @@ def with_template(source: str) -> Tokenizer:
 def test_a_template_cannot_leave_its_sandbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    """A template is code from a stranger's folder (CVE-2024-34359 in llama-cpp-python ran one outside a sandbox)."""
+    """A template is code from a stranger's folder (CVE-2024-34359 in llama-cpp-python ran one
+    outside a sandbox).
+    """
     monkeypatch.chdir(tmp_path)
     folder = text_folder(tmp_path / "model", chat_template=template + OTHER)
     try:
@@ -415,12 +436,14 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-# -- the end of a turn ------------------------------------------------------------------------------------------------
+# -- the end of a turn -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["text", "object"])
 def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> None:
-    """tokenizer_config.json holds a special token as text or as an object, by the age of the exporter."""
+    """tokenizer_config.json holds a special token as text or as an object, by the age of the
+    exporter.
+    """
     text = "<|endoftext|>"
     value = text if form == "text" else {"content": text, "lstrip": False, "__type": "AddedToken"}
     template = "{{ bos_token }}" + OTHER
@@ -437,7 +460,8 @@ def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> Non
         (CHATML, "<|im_end|>\n"),
         ("{% for m in messages %}{{ m.content | trim }}<|eot_id|>{% endfor %}", "<|eot_id|>"),
         (
-            "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}",
+            "{% for m in messages %}{{ m.content }}"
+            "{{ eos_token if m.role == 'assistant' }}{% endfor %}",
             "<|im_end|>",
         ),
         (
@@ -447,7 +471,9 @@ def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> Non
     ],
 )
 def test_how_a_turn_ends_is_seen_in_the_template(tmp_path: Path, template: str, end: str) -> None:
-    """The authors never close a turn: the next agent's system message stands inside the last one's answer."""
+    """The authors never close a turn: the next agent's system message stands inside the last one's
+    answer.
+    """
     assert Tokenizer(text_folder(tmp_path, chat_template=template)).turn_end == end
 
 
@@ -459,7 +485,7 @@ def test_an_assistant_message_that_a_template_drops_is_refused(tmp_path: Path) -
         Tokenizer(text_folder(tmp_path, chat_template=template))
 
 
-# -- ids that come one by one -----------------------------------------------------------------------------------------
+# -- ids that come one by one ----------------------------------------------------------------------
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -470,7 +496,9 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 @given(st.text(max_size=20) | st.text("é日本語🙂👩‍👩‍👧🇪🇺\u0301", max_size=8), st.integers(0, 40))
 @settings(max_examples=150)
 def test_streaming_never_breaks_a_character(tokenizer: Tokenizer, text: str, limit: int) -> None:
-    """An emoji is up to four tokens: decoded one by one each was printed as a replacement character."""
+    """An emoji is up to four tokens: decoded one by one each was printed as a replacement
+    character.
+    """
     text = text.replace("\ufffd", "")
     ids = tokenizer.encode(text)[:limit]
     *pieces, rest = streamed(tokenizer, ids)
@@ -483,7 +511,9 @@ def test_streaming_never_breaks_a_character(tokenizer: Tokenizer, text: str, lim
 def test_streamed_pieces_add_up_to_the_text_whatever_the_ids(
     tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
-    """A model at temperature 2 writes bytes that are no text: the stream must neither fail nor lose any of it."""
+    """A model at temperature 2 writes bytes that are no text: the stream must neither fail nor lose
+    any of it.
+    """
     ids = data.draw(st.lists(st.integers(0, tokenizer.size - 1) | st.integers(0, 299), max_size=15))
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
