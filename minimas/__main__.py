@@ -192,14 +192,11 @@ def report_error(error: Exception, args: argparse.Namespace) -> int:
         if error.errno == errno.EPIPE:
             return 0  # the reader of stdout, such as `head`, has enough
     text = " ".join(str(error).split()) or type(error).__name__
-    old_form = re.match(r"\w+ \((--[\w-]+)\)(?=: )", text)  # until all raise ParameterError
     status = 1
     if isinstance(error, ParameterError) and hasattr(args, error.parameter):
         flag = f"--{error.parameter.replace('_', '-')}"
         text = f"{'QUESTION' if error.parameter == 'question' else flag}: {error.problem}"
         status = 2
-    elif old_form:
-        text, status = old_form[1] + text[old_form.end() :], 2
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
         text = OUT_OF_MEMORY + text

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import prompts
 from .core.cache import KVCache
+from .core.errors import ParameterError
 from .core.latent import think
 from .core.model import prefill
 from .layout import ChatLayout
@@ -221,18 +222,18 @@ class LatentRun(Run):
         super().__post_init__()
         if self.transfer not in TRANSFERS:
             found = f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
-            raise ValueError(f"transfer (--transfer): {found}")
+            raise ParameterError("transfer", found)
         if self.transfer == "shuffled" and len(self.questions) == 1:
             found = "found 'shuffled' with one question, expected two or more to swap"
-            raise ValueError(f"transfer (--transfer): {found}")
+            raise ParameterError("transfer", found)
         steps = self.latent_steps
         if steps is not None and (not isinstance(steps, int) or steps < 0):
             found = f"found {steps!r}, expected a whole number, 0 or more"
-            raise ValueError(f"latent_steps (--latent-steps): {found}")
+            raise ParameterError("latent_steps", found)
         self.members = choose_team(self.lm, self.team).with_layout(self.layout)
         if not self.close and self.members.layout == "turn":
             found = "found no with layout 'turn', expected yes: no turn is closed there"
-            raise ValueError(f"close (--close): {found}")
+            raise ParameterError("close", found)
         self.placed = self.layouts(self.members)
         self.closes_turns = self.close and self.placed[0].closes_turns
         self._require_context_of_all()
@@ -312,7 +313,7 @@ def choose_team(lm: LM, team: str | Team) -> Team:
         return team
     if team not in lm.teams.keys() | TEAMS.keys():
         found = f"found {team!r}, expected a Team or one of {', '.join(TEAMS)}"
-        raise ValueError(f"team (--team): {found}")
+        raise ParameterError("team", found)
     return lm.teams.get(team) or TEAMS[team]()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from .core.checkpoint import WEIGHTS, Folder, empty_model, fill
 from .core.config import DTYPES, Config, read_json, token_ids
+from .core.errors import ParameterError
 from .core.latent import Aligner
 from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
@@ -212,18 +213,15 @@ def _device(name: str | torch.device) -> torch.device:
     text = str(name)
     if text == "auto":
         text = "cuda" if gpus else "cpu"
-    if text not in ("cpu", *gpus) and not (text == "cuda" and gpus):
-        raise ValueError(
-            f"device (--device): found {text!r}, expected auto, cpu, or cuda "
-            f"({len(gpus)} devices here)"
-        )
+    if text not in ("cpu", "cpu:0", *gpus) and not (text == "cuda" and gpus):
+        expected = f"expected auto, cpu, or cuda ({len(gpus)} devices here)"
+        raise ParameterError("device", f"found {text!r}, {expected}")
     return torch.device(text)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     text = str(name).removeprefix("torch.").replace("bf16", "bfloat16").replace("fp", "float")
     if text not in ("auto", *DTYPES):
-        raise ValueError(
-            f"dtype (--dtype): found {name!r}, expected auto or one of {', '.join(DTYPES)}"
-        )
+        expected = f"expected auto or one of {', '.join(DTYPES)}"
+        raise ParameterError("dtype", f"found {name!r}, {expected}")
     return getattr(torch, text, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import prompts
 from .core.config import read_json
+from .core.errors import ParameterError
 
 LAYOUTS = ("turn", "chat")
 
@@ -67,11 +68,10 @@ class Team:
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))
         if not self.agents:
-            raise ValueError("team (--team): found no agents, expected at least one")
+            raise ParameterError("team", "found no agents, expected at least one")
         if self.layout not in LAYOUTS:
-            raise ValueError(
-                f"layout (--layout): found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
-            )
+            problem = f"found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
+            raise ParameterError("layout", problem)
         if self.layout == "turn":
             # One user turn has one system message, and no assistant turn before the last agent's.
             needed = {"writes": False, "prefix": "", "system": self.agents[-1].system}
@@ -79,9 +79,10 @@ class Team:
                 for field, value in needed.items():
                     found = getattr(agent, field)
                     if found != value:
-                        raise ValueError(
-                            f"layout (--layout): found 'turn' with agent {agent.name!r}, {field}: "
-                            f"{found!r:.40}, expected 'chat', or {field}: {value!r:.40}"
+                        raise ParameterError(
+                            "layout",
+                            f"found 'turn' with agent {agent.name!r}, {field}: {found!r:.40}, "
+                            f"expected 'chat', or {field}: {value!r:.40}",
                         )
 
     def with_layout(self, layout: str | None) -> "Team":

@@ -1,8 +1,8 @@
 """One turn of agents side by side: prefill the prompts, think, decode, close the chat turn.
 
 A `Run` is one call of a method. It checks the caller's arguments, fills the prompts in, and takes
-turns. All agents of a turn are rows of one batch: all questions of the first agent, then all of the
-second. Does not know: which agent comes after which, and what is handed over beyond cutting a cache.
+turns. All agents of a turn are rows of one batch: all questions of the first agent, then all of
+the second. Does not know: which agent comes after which, and what is handed over.
 
     B questions   R rows, B per agent   D hidden
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from . import prompts
 from .answers import KINDS, extract
 from .core.cache import KVCache
+from .core.errors import ParameterError
 from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
@@ -51,7 +52,7 @@ class TurnResult(NamedTuple):
     outputs: list[GeneratedText]
 
     def hand_over(self, transfer: str) -> tuple[KVCache, list[int]]:
-        """Return the cache as the next agent gets it, and how many slots of each row are its head."""
+        """Return the cache as the next agent gets it, and how many slots per row are its head."""
         start = [max(pair) for pair in zip(self.start, self.head, strict=True)]
         cache = self.cache
         if transfer == "none":
@@ -98,9 +99,8 @@ class Run:
                     f"question {i}: found {question!r:.80}, expected a text that is not empty"
                 )
         if self.kind not in KINDS:
-            raise ValueError(
-                f"kind (--kind): found {self.kind!r}, expected one of {', '.join(KINDS)}"
-            )
+            problem = f"found {self.kind!r}, expected one of {', '.join(KINDS)}"
+            raise ParameterError("kind", problem)
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
         empty = any(options is not None and not options for options in self.choices)

@@ -396,7 +396,7 @@ def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
 def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
     """`align=None` computed no thoughts and counted them."""
     expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
-    with pytest.raises(ValueError, match=rf"^align \(--align\): found None, {expected}$"):
+    with pytest.raises(ValueError, match=rf"^align: found None, {expected}$"):
         latent_mas(lm, QUESTIONS[:1], CHAIN, align=None, sampling=SHORT)  # type: ignore[arg-type]
 
 
@@ -510,7 +510,7 @@ def test_a_missing_team_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_team_without_agents_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--team.*found no agents, expected at least one"):
+    with pytest.raises(ValueError, match=r"team.*found no agents, expected at least one"):
         Team(())
 
 
@@ -740,19 +740,19 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
         ({"questions": ["a", " \n\t"]}, "question 2: found"),
         ({"questions": ["a", None]}, "question"),
         ({"questions": ["a", 5]}, "question"),
-        ({"kind": "maths"}, r"--kind\): found 'maths', expected one of math, choice, code, free"),
+        ({"kind": "maths"}, r"kind: found 'maths', expected one of math, choice, code, free"),
         ({"kind": "choice", "choices": [{"A": "x"}, {}, {"A": "y"}]}, "choices: found"),
         ({"choices": [{"A": "x"}]}, "choices: found"),
-        ({"team": "sequentail"}, r"--team\): found 'sequentail', expected .*sequential"),
-        ({"team": "single"}, r"--team\): found 'single'"),
-        ({"latent_steps": -1}, r"--latent-steps\): found -1, expected"),
-        ({"latent_steps": 1.5}, r"--latent-steps\): found 1.5, expected"),
-        ({"latent_steps": "3"}, r"--latent-steps\): found '3', expected"),
-        ({"align": "rigde"}, r"--align\): found 'rigde', expected one of ridge"),
-        ({"transfer": "some"}, r"--transfer\): found 'some', expected one of full"),
+        ({"team": "sequentail"}, r"team: found 'sequentail', expected .*sequential"),
+        ({"team": "single"}, r"team: found 'single'"),
+        ({"latent_steps": -1}, r"latent_steps: found -1, expected"),
+        ({"latent_steps": 1.5}, r"latent_steps: found 1.5, expected"),
+        ({"latent_steps": "3"}, r"latent_steps: found '3', expected"),
+        ({"align": "rigde"}, r"align: found 'rigde', expected one of ridge"),
+        ({"transfer": "some"}, r"transfer: found 'some', expected one of full"),
         (
             {"questions": ["a"], "transfer": "shuffled"},
-            r"--transfer\): found 'shuffled' with one question, expected",
+            r"transfer: found 'shuffled' with one question, expected",
         ),
     ],
 )

@@ -378,12 +378,12 @@ def test_a_folder_that_is_not_whole_is_refused(
         (
             {"device": "cuda:99"},
             ValueError,
-            "--device.*found 'cuda:99', expected auto, cpu, or cuda",
+            "device.*found 'cuda:99', expected auto, cpu, or cuda",
         ),
-        ({"device": "mps"}, ValueError, "--device.*found 'mps', expected auto, cpu, or cuda"),
-        ({"device": "toaster"}, ValueError, "--device.*found 'toaster', expected auto, cpu"),
-        ({"dtype": "int8"}, ValueError, "--dtype.*found 'int8', expected auto or one of bfloat16"),
-        ({"dtype": torch.int64}, ValueError, "--dtype.*expected auto or one of"),
+        ({"device": "mps"}, ValueError, "device.*found 'mps', expected auto, cpu, or cuda"),
+        ({"device": "toaster"}, ValueError, "device.*found 'toaster', expected auto, cpu"),
+        ({"dtype": "int8"}, ValueError, "dtype.*found 'int8', expected auto or one of bfloat16"),
+        ({"dtype": torch.int64}, ValueError, "dtype.*expected auto or one of"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_its_flag(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import files
 from .cache import KVCache
+from .errors import ParameterError
 from .model import Qwen3, finite
 
 LAMBDA = 1e-5  # the paper's
@@ -97,7 +98,7 @@ class Aligner:
         tokenizer's last id are padding. Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
-            raise ValueError(f"align (--align): found {kind!r}, {EXPECTED}")
+            raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
         w_in = model.model.embed_tokens.weight
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
         rows = len(w_in) if rows is None else rows
@@ -153,7 +154,7 @@ def think(
     ValueError for negative steps, or a state that is not finite.
     """
     if steps < 0:
-        raise ValueError(f"latent_steps (--latent-steps): found {steps}, expected 0 or more")
+        raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
     thoughts = hidden.new_empty(hidden.shape[0], steps, hidden.shape[-1])  # (B, steps, D)
     for step in range(steps):
         embedding = align(hidden)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.cache import KVCache, Positions, with_capacity
+from ..core.errors import ParameterError
 from ..core.model import Block, Qwen3
 from ..core.rotary import rotate
 from .packed import CPULinear
@@ -45,9 +46,8 @@ def check_compiler() -> None:
     try:
         get_cpp_compiler()
     except RuntimeError as error:
-        raise ValueError(
-            f"compile (--compile): found no C++ compiler, expected g++ or clang++ ({error})"
-        ) from error
+        problem = f"found no C++ compiler, expected g++ or clang++ ({error})"
+        raise ParameterError("compile", problem) from error
 
 
 def compile_steps(model: Qwen3) -> None:

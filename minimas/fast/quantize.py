@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import ParameterError
 from . import bnb
 from .order import GROUP, TILE, order_of_this_cpu, pack4, unpack4
 from .packed import CHUNK_WEIGHTS, linear
@@ -59,21 +60,22 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
 
     Raises ValueError or ImportError naming the flag, what was found and what was expected.
     """
-    found = f"quantize (--quantize): found {name!r}"
+    found = f"found {name!r}"
     if name not in FORMATS:
-        raise ValueError(f"{found}, expected one of {', '.join(FORMATS)}")
+        raise ParameterError("quantize", f"{found}, expected one of {', '.join(FORMATS)}")
     if dtype == torch.float64:
-        raise ValueError(
-            f"{found} with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
-        )
+        problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
+        raise ParameterError("quantize", f"{found} {problem}")
     if FORMATS[name].package:
         bnb.require(found, device)
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         seen = torch.cuda.get_device_capability(device)
         runs = f"expected {FORMATS[name].runs}; nf4 runs"
-        raise ValueError(f"{found} on a GPU of compute capability {seen}, {runs}")
+        raise ParameterError("quantize", f"{found} on a GPU of compute capability {seen}, {runs}")
     elif not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        raise ValueError(f"{found} with torch {torch.__version__}, expected torch 2.6 or newer")
+        raise ParameterError(
+            "quantize", f"{found} with torch {torch.__version__}, expected torch 2.6 or newer"
+        )
 
 
 def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.cache import KVCache
+from ..core.errors import ParameterError
 from ..core.model import Qwen3, finite
 from .tokenizer import TextStream, Tokenizer
 
@@ -49,8 +50,7 @@ class Sampling:
         ):
             value = getattr(self, name)
             if type(value) not in kinds or not low <= value <= high:
-                flag = name.replace("_", "-")
-                raise ValueError(f"{name} (--{flag}): found {value!r:.40}, expected {expected}")
+                raise ParameterError(name, f"found {value!r:.40}, expected {expected}")
 
     @classmethod
     def from_dict(

@@ -170,7 +170,7 @@ def test_a_gain_of_zero_is_not_divided_by() -> None:
     [
         (
             lambda m: Aligner.from_model(m, "ridgy"),
-            "--align.*found 'ridgy', expected one of ridge, identity",
+            "align.*found 'ridgy', expected one of ridge, identity",
         ),
         (lambda m: Aligner.from_model(m, rows=0), "rows: found 0, expected 1 … 41"),
         (lambda m: Aligner.from_model(m, rows=42), "rows: found 42"),
@@ -190,7 +190,7 @@ def test_a_gain_of_zero_is_not_divided_by() -> None:
         ),
         (
             lambda m: think(m, Aligner(), torch.zeros(1, 1, 16).double(), m.new_cache(1), -1),
-            "--latent-steps.*found -1",
+            "latent_steps.*found -1",
         ),
     ],
 )

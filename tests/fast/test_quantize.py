@@ -446,8 +446,8 @@ def test_a_packed_model_cannot_be_overwritten(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "said"),
     [
-        ("q5", None, r"quantize \(--quantize\): found 'q5', expected one of q4, q8, nf4, int8"),
-        ("", None, r"quantize \(--quantize\): found ''"),
+        ("q5", None, r"quantize: found 'q5', expected one of q4, q8, nf4, int8"),
+        ("", None, r"quantize: found ''"),
         ("q4", torch.float64, r"found 'q4' with float64, expected 16 or 32 bits"),
     ],
 )

@@ -263,7 +263,7 @@ def test_an_unknown_kind_is_refused_with_the_list(kind: str, made: Feeders) -> N
     """By the flag's name; a value that is not used would be an arm that is not what its name says."""
     with pytest.raises(
         ValueError,
-        match=r"align \(--align\): found .*, expected one of ridge, .*gain:P, mean, fitted",
+        match=r"align: found .*, expected one of ridge, .*gain:P, mean, fitted",
     ):
         made(kind)
 
@@ -277,9 +277,9 @@ def test_defaults_are_filled_in() -> None:
 def test_what_a_kind_needs_is_said(lm: LM) -> None:
     """A model without a tokenizer has no text to be measured on, and no token to pause with."""
     for kind in ("mean", "fitted", "pause"):
-        with pytest.raises(ValueError, match=r"--align\): found .* without tokenizer.json"):
+        with pytest.raises(ValueError, match=r"align: found .* without tokenizer.json"):
             feeder(lm.model, kind)
-    with pytest.raises(ValueError, match=r"--fit-text\): found 2 tokens"):
+    with pytest.raises(ValueError, match=r"fit_text: found 2 tokens"):
         feeder(lm.model, "mean", tiny_tokenizer(), "Tom has")
 
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from minimas import LM, Aligner, Qwen3, Tokenizer, alignment_matrix, load
+from minimas.core.errors import ParameterError
 from minimas.core.latent import ALIGNMENTS
 from tools.shared.arguments import FAILURES, Parser, print_error
 
@@ -75,7 +76,7 @@ def parse(kind: str) -> tuple[str, tuple[str, ...]]:
         good = is_number(temperature) and float(temperature) > 0
         good = good and all(value.isdecimal() for value in top_k)
     if not good:
-        raise ValueError(f"align (--align): found {kind!r}, expected one of {', '.join(FORMS)}")
+        raise ParameterError("align", f"found {kind!r}, expected one of {', '.join(FORMS)}")
     return name, values
 
 
@@ -88,9 +89,8 @@ def kind_of_map(text: str) -> str:
     """Convert the value of --align."""
     try:
         parse(text)
-    except ValueError as error:
-        problem = str(error).removeprefix("align (--align): ")
-        raise argparse.ArgumentTypeError(problem) from error
+    except ParameterError as error:
+        raise argparse.ArgumentTypeError(error.problem) from error
     return text
 
 
@@ -131,7 +131,7 @@ def feeder(
         return lambda hidden: model.embed(model.logits(hidden)[..., :rows].argmax(-1))
     if tokenizer is None:
         problem = f"found {kind!r} with a model without tokenizer.json, which it needs"
-        raise ValueError(f"align (--align): {problem}")
+        raise ParameterError("align", problem)
     if name == "pause":
         ids = torch.tensor(tokenizer.encode(values[0])[:1], device=model.device)
         return lambda hidden: model.embed(ids).expand_as(hidden)
