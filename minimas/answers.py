@@ -154,7 +154,7 @@ _REWRITES: list[tuple[str, Any]] = [
     (r"√ ?(\w+)|\\sqrt ?(\w)", r"\\sqrt{\1\2}"),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r" ?(?:\\?%|\bpercent\b)", "%"),
-    (r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)", "*"),
+    (r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)", "*"),
     (r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])", r"\1"),  # 2 * 3
     (_TERM + r" ([-+]) (?=[\d(\\]|[A-Za-z]\b)", r"\1"),  # x + 5
     (_TERM + r" (?=\\[a-z])", ""),  # 2 \sqrt{3}
@@ -190,11 +190,16 @@ _MORE_VALUES = r"[,;] \w = "  # x = 1, y = 2
 # The last word before an equation. These words do not end one: they belong to it.
 _WORDS = (
     r"(?s)\A.*(?:[,;:]|(?<![\\A-Za-z])"
-    r"(?!(?:sin|cos|tan|log|ln|and|or|plus|minus|times|twice|double|half)\b)[A-Za-z]{2,}) (?!=)"
+    r"(?!(?:sin|cos|tan|log|ln|and|or|plus|minus"
+    r"|times|twice|double|half|of(?= [A-Za-z]\b))\b)[A-Za-z]{2,}) (?!=)"
+)
+_UNIT_WORD = (  # a word that is no function and no product of two variables
+    r"(?<![\\A-Za-z_{])(?!(?:sin|cos|tan|log|and|plus|minus|times|twice|double|half)\b)"
+    r"[A-Za-z]{3,}\b"
 )
 _STATES = re.compile(  # a variable, a word, f(x); else arithmetic without variables
     r"\s*(?:(?:[A-Za-z](?:_?\d+|_\w|_\{\w+\})?|\\[a-z]+|[A-Za-z]{3,})'*|[f-hEPTV]\(-?\w+\)"
-    r"|(?:[\d.,+\-*/^!(){}\[\]%&]|\\(?:sqrt|frac|binom|div|pi)(?![a-z])| (?![a-z]))*"
+    r"|(?:a )?(?:[\d.,+\-*/^!(){}\[\]%&]|\\(?:sqrt|frac|binom|div|pi)(?![a-z])| (?![a-z]))*"
     r"(?: [A-Za-z]{3,})?)\s*"
 )
 _FACTOR = (  # 1,234.5e6^7
@@ -261,8 +266,9 @@ def _result(text: str) -> str:
     as it is.
     """
     left, _, right = text.rpartition(" = ")
-    chain = re.sub(_WORDS, "", left).split(" = ")
-    return right if all(map(_STATES.fullmatch, chain)) else text
+    chain = re.sub(_UNIT_WORD, "", re.sub(_WORDS, "", left))
+    chain = re.sub(r"(?<=\d) *x *(?=\d)", "*", chain)  # 700x2
+    return right if all(map(_STATES.fullmatch, chain.split(" = "))) else text
 
 
 def _value(text: str) -> str | None:
