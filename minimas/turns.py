@@ -110,6 +110,7 @@ class Run:
         self.tokenizer = tokenizer
         self.how = self.sampling or self.lm.sampling
         self.told = self.watcher or Watcher()
+        self.end_ids = self.lm.end_ids
         self.closing = tokenizer.encode(tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
 
@@ -251,7 +252,7 @@ class Run:
     ) -> list[GeneratedText]:
         outputs: dict[int, GeneratedText] = {}
         pieces = stream(
-            self.lm.model, self.tokenizer, hidden, cache, self.how, self.lm.end_ids,
+            self.lm.model, self.tokenizer, hidden, cache, self.how, self.end_ids,
             self.generators * agents, ids, remember,
         )  # fmt: skip
         for row, piece, done in pieces:
