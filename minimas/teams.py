@@ -3,6 +3,7 @@
 This file does not know models, or how a team works.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,8 +82,9 @@ class Team:
                     if found != value:
                         raise ParameterError(
                             "layout",
-                            f"found 'turn' with agent {agent.name!r}, {field}: {found!r:.40}, "
-                            f"expected 'chat', or {field}: {value!r:.40}",
+                            f"found 'turn' with agent {agent.name!r}, {field}: found "
+                            f"{json.dumps(found):.40}, expected 'chat', or {field}: "
+                            f"{json.dumps(value):.40}, as all agents share one user turn",
                         )
 
     def with_layout(self, layout: str | None) -> "Team":
