@@ -326,7 +326,7 @@ def test_what_cannot_be_in_one_turn_is_refused_by_name(
     }
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=rf"team\.json: layout .*{field}"):
+    with pytest.raises(ValueError, match=rf"team\.json: layout: .*{field}"):
         Team.from_json(path)
     assert text_mas(lm, QUESTIONS[:1], Team(agents), sampling=SHORT)  # text agents have a turn each
 

@@ -194,7 +194,7 @@ def raw_rows(path: Path) -> Iterator[Raw]:
             yield from csv.DictReader(file)
     else:
         try:
-            from pyarrow import parquet  # type: ignore[import-untyped]
+            from pyarrow import parquet
         except ImportError as error:
             raise ImportError(f"{path.name}: parquet needs pyarrow: pip install pyarrow") from error
         yield from parquet.read_table(path).to_pylist()

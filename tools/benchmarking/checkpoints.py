@@ -80,7 +80,7 @@ def write_gguf(folder: Path, out: Path) -> None:
                 if config.tie_word_embeddings and key == "lm_head.weight":
                     continue
                 tensor = weights.get_tensor(key)
-                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                name = str(names.get_name(key, try_suffixes=(".weight", ".bias")))
                 if tensor.ndim == 1:
                     file.add_tensor(name, tensor.float().numpy())
                 else:

@@ -469,7 +469,7 @@ def missing(entry: Entry) -> str | None:
         try:
             importlib.import_module(package)
         except (ImportError, OSError, RuntimeError):  # the last two: a broken build
-            return package
+            return str(package)
     return None
 
 

@@ -14,7 +14,7 @@ from . import sandbox
 from .rows import Row, kind_of, option_of
 
 Grader = Callable[[Row, str], bool | None]  # None: not graded, as code that may not be run
-FUTURE_IMPORT = r"(?m)^from __future__ import .*$"
+FUTURE_IMPORT = r"(?m)^from __future__ import (?:\([^)]*\)|.*)$"
 
 
 def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
