@@ -125,5 +125,6 @@ def _read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     made_by = metadata.get("model"), metadata.get("fingerprint")
     reader = model.name, model.fingerprint()
     if made_by[1] != reader[1]:
-        raise ValueError(f"{path}: model: found {what} of {made_by}, expected one of {reader}")
+        found = f"found {'an' if what == 'aligner' else 'a'} {what} of {made_by}"
+        raise ValueError(f"{path}: model: {found}, expected one of {reader}")
     return tensors

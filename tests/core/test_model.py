@@ -176,13 +176,11 @@ def test_a_shard_of_a_layer_is_still_a_layer(model: Qwen3) -> None:
     """The number of heads comes from the weights: shards by key-value heads have a partial sum."""
     x = model.embed(random_ids(model, 2, 5))
     layer = model.model.layers[0].self_attn
-    at = model.places(torch.arange(5)[None], 5)
     parts = []
 
     def attention(layer: Any) -> torch.Tensor:
-        q, k, v = layer.project(x, at.cos, at.sin)
-        keys, values = model.new_cache(2).append(0, k, v)
-        found: torch.Tensor = layer.attend(q, keys, values, at.mask)
+        cache = model.new_cache(2)
+        found: torch.Tensor = layer(x, cache.next_positions(2, 5), cache, 0)
         return found
 
     for half in range(2):

@@ -84,7 +84,8 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
         stories, asked = split_stories(rng, fresh=True)
         team = Team.from_dict(split_team([one.text for one in stories]), "split")
         for transfer in found:
-            results = latent_mas(lm, [asked.ask], team=team, sampling=GREEDY, transfer=transfer)
+            how: dict[str, Any] = {"team": team, "transfer": transfer, "kind": "math"}
+            results = latent_mas(lm, [asked.ask], sampling=GREEDY, **how)
             found[transfer] += right(results, [asked])
     assert found["full"] >= 34
     assert found["none"] <= 12
