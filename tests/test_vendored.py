@@ -105,7 +105,9 @@ def test_no_file_is_part_of_an_import_cycle() -> None:
 
 
 def test_a_copy_under_another_name_works(tmp_path: Path) -> None:
-    """Without weights/tiny beside it the default says what to pass; with a folder everything works."""
+    """Without weights/tiny beside it the default says what to pass; with a folder everything
+    works.
+    """
     shutil.copytree(
         LIBRARY,
         tmp_path / "project" / "latent",

@@ -1,4 +1,6 @@
-"""A memory is a value, and slot = position. The first half needs no model: random keys, rotated for their slots."""
+"""A memory is a value, and slot = position. The first half needs no model: random keys, rotated for
+their slots.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -25,7 +27,9 @@ row_lengths = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 
 def memory(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
-    """Random keys and values, appended in so many chunks; padding is large, so that it shows wherever it leaks."""
+    """Random keys and values, appended in so many chunks; padding is large, so that it shows
+    wherever it leaks.
+    """
     source = torch.Generator().manual_seed(seed)
     shape = (
         2,
@@ -57,7 +61,9 @@ def lengths_of(cache: KVCache) -> list[int]:
 
 @given(row_lengths, st.integers(1, 4), seeds)
 def test_a_memory_does_not_know_how_it_was_cut(lengths: list[int], chunks: int, seed: int) -> None:
-    """Ragged rows have their first free slot each; transformers pads them all to the longest and then sees the pads."""
+    """Ragged rows have their first free slot each; transformers pads them all to the longest and
+    then sees the pads.
+    """
     assert distance(memory(lengths, seed, chunks), memory(lengths, seed)) == 0
     assert (
         memory(lengths, seed, chunks).nbytes == sum(lengths) * 2 * 2 * 2 * 6 * 8
@@ -65,13 +71,17 @@ def test_a_memory_does_not_know_how_it_was_cut(lengths: list[int], chunks: int, 
 
 
 def test_growing_keeps_what_is_there() -> None:
-    """Room is taken by half of what there is: a step that crosses the edge must not lose or shift a slot."""
+    """Room is taken by half of what there is: a step that crosses the edge must not lose or shift a
+    slot.
+    """
     assert distance(memory([300, 1, 170], chunks=300), memory([300, 1, 170])) == 0
 
 
 @given(row_lengths, st.data(), seeds)
 def test_selected_rows_are_those_rows(lengths: list[int], data: st.DataObject, seed: int) -> None:
-    """Repeated, reordered or alone: questions keep their own memory (control arms shuffle it on purpose)."""
+    """Repeated, reordered or alone: questions keep their own memory (control arms shuffle it on
+    purpose).
+    """
     cache = memory(lengths, seed)
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
     chosen, whole = cache.select(rows), list(filled(cache))
@@ -84,7 +94,9 @@ def test_selected_rows_are_those_rows(lengths: list[int], data: st.DataObject, s
 
 @given(row_lengths, st.data(), seeds)
 def test_cutting_undoes_joining(lengths: list[int], data: st.DataObject, seed: int) -> None:
-    """truncate gives back what came first and keep_last what came last, at slot 0, with its keys turned back."""
+    """truncate gives back what came first and keep_last what came last, at slot 0, with its keys
+    turned back.
+    """
     others = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
     first, second = memory(lengths, seed), memory(others, seed + 1)
     joined = KVCache.concat([first, second])
@@ -94,7 +106,9 @@ def test_cutting_undoes_joining(lengths: list[int], data: st.DataObject, seed: i
 
 @given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=3), seeds)
 def test_joining_is_associative_and_has_a_unit(rows: list[tuple[int, int, int]], seed: int) -> None:
-    """(a + b) + c = a + (b + c), and an empty memory changes nothing: teams of any size, agents of any length."""
+    """(a + b) + c = a + (b + c), and an empty memory changes nothing: teams of any size, agents of
+    any length.
+    """
     a, b, c = (memory([row[i] for row in rows], seed + i) for i in range(3))
     together = KVCache.concat([a, b, c])
     assert distance(KVCache.concat([KVCache.concat([a, b]), c]), together) <= 1e-12
@@ -126,7 +140,9 @@ def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, s
 def test_what_comes_of_a_memory_does_not_write_into_it(
     change: Callable[[KVCache], KVCache], model: Qwen3
 ) -> None:
-    """Two continuations that share storage overwrite each other's thoughts (a view passed for a copy)."""
+    """Two continuations that share storage overwrite each other's thoughts (a view passed for a
+    copy).
+    """
     _, cache = remember(model, random_ids(model, 2, 4), [4, 2])
     before, other = cache.truncate(9), change(cache)
     for store in (*other.keys, *other.values):
@@ -190,7 +206,9 @@ def test_a_wrong_request_is_refused(
 
 
 def test_memories_of_different_weights_are_not_joined() -> None:
-    """Equal shapes are not an equal model: keys mean nothing to other weights, in memory as in a file."""
+    """Equal shapes are not an equal model: keys mean nothing to other weights, in memory as in a
+    file.
+    """
     one, two = (
         remember(m, random_ids(m, 1, 3))[1] for m in (tiny_model(seed=0), tiny_model(seed=1))
     )
@@ -198,14 +216,16 @@ def test_memories_of_different_weights_are_not_joined() -> None:
         KVCache.concat([one, two])
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 2], [1, 4, 3]])
 def test_a_saved_memory_goes_on_as_if_it_had_stayed(
     lengths: list[int], model: Qwen3, tmp_path: Path
 ) -> None:
-    """mlx-lm's test of this is `assertTrue(len(a), len(b))`, which cannot fail: here the loaded memory is *used*."""
+    """mlx-lm's test of this is `assertTrue(len(a), len(b))`, which cannot fail: here the loaded
+    memory is *used*.
+    """
     hidden, cache = remember(model, random_ids(model, len(lengths), 5), lengths)
     last, path = take_last(hidden, cache.lengths), tmp_path / "memory.safetensors"
     cache.save(path)

@@ -1,4 +1,6 @@
-"""A config.json is read whole or refused by field: a field that changes the mathematics is not passed over."""
+"""A config.json is read whole or refused by field: a field that changes the mathematics is not
+passed over.
+"""
 
 import dataclasses
 import logging
@@ -15,7 +17,10 @@ from minimas.core.config import FAMILIES, UNSUPPORTED, read_json, token_ids
 from ..models import config_dict, tiny_config
 
 QWEN3 = config_dict(tiny_config())
-NUMBERS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+NUMBERS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads"
+).split()
 NUMBERS += ["max_position_embeddings", "head_dim", "rms_norm_eps", "rope_theta"]
 FIELDS = [
     *QWEN3,
@@ -37,7 +42,9 @@ json_values = st.recursive(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_says_what_its_json_says(family: str) -> None:
-    """Every field has one place to come from; head_dim overwritten by hidden_size // heads is gpt-fast's bug."""
+    """Every field has one place to come from; head_dim overwritten by hidden_size // heads is
+    gpt-fast's bug.
+    """
     config = tiny_config(family, tie_word_embeddings=True, eos_token_ids=(3, 5))
     assert Config.from_dict(config_dict(config)) == config
     assert config.head_dim != config.hidden_size // config.num_attention_heads
@@ -45,7 +52,9 @@ def test_a_config_says_what_its_json_says(family: str) -> None:
 
 @given(st.sampled_from(FIELDS), json_values)
 def test_any_value_is_read_or_refused_by_its_field(field: str, value: Any) -> None:
-    """A traceback from deep inside torch, or a number read as another, is what a wrong-typed field gave elsewhere."""
+    """A traceback from deep inside torch, or a number read as another, is what a wrong-typed field
+    gave elsewhere.
+    """
     try:
         config = Config.from_dict(QWEN3 | {field: value})
     except ValueError as error:
@@ -72,7 +81,9 @@ def test_a_size_that_is_no_positive_number_is_refused(field: str, value: Any) ->
 
 @pytest.mark.parametrize("field", ["vocab_size", "rms_norm_eps", "rope_theta"])
 def test_a_number_beyond_floating_point_is_refused(field: str) -> None:
-    """JSON writes integers of any length, and math.isfinite raises OverflowError for one that no float can hold."""
+    """JSON writes integers of any length, and math.isfinite raises OverflowError for one that no
+    float can hold.
+    """
     with pytest.raises(ValueError, match=f"{field}: found"):
         Config.from_dict(QWEN3 | {field: 10**400})
 
@@ -117,7 +128,9 @@ def test_a_missing_field_is_named(field: str) -> None:
     ],
 )
 def test_what_would_change_the_mathematics_is_refused_by_name(field: str, value: Any) -> None:
-    """mlx-lm drops keys it does not know, an unknown RoPE type among them, and computes something else."""
+    """mlx-lm drops keys it does not know, an unknown RoPE type among them, and computes something
+    else.
+    """
     raw = QWEN3 | {field: value}
     if field == "torch_dtype":
         del raw["dtype"]
@@ -147,7 +160,9 @@ def test_the_rotary_base_is_read_where_transformers_5_writes_it() -> None:
 
 
 def test_defaults_of_the_older_families_are_theirs() -> None:
-    """Llama checkpoints may leave out the number of key-value heads, and Qwen2 and Llama the size of a head."""
+    """Llama checkpoints may leave out the number of key-value heads, and Qwen2 and Llama the size
+    of a head.
+    """
     raw = {
         name: value
         for name, value in QWEN3.items()

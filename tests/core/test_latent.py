@@ -1,4 +1,6 @@
-"""W_a is the ridge solution, its relatives are what they say, and thinking is feeding thoughts by hand."""
+"""W_a is the ridge solution, its relatives are what they say, and thinking is feeding thoughts by
+hand.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +37,14 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     ).to(dtype)
 
 
-# -- the map ----------------------------------------------------------------------------------------------------------
+# -- the map ---------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.floats(1e-5, 10), seeds)
 def test_the_map_is_the_ridge_solution(rows: int, size: int, ridge: float, seed: int) -> None:
-    """Against least squares on the rows stacked with sqrt(λ) I, which has the same minimum and no normal equations."""
+    """Against least squares on the rows stacked with sqrt(λ) I, which has the same minimum and no
+    normal equations.
+    """
     w_out, w_in = gaussian(2, rows, size, seed=seed)
     left = torch.cat([w_out, ridge**0.5 * torch.eye(size, dtype=torch.float64)])
     expected = torch.linalg.lstsq(
@@ -54,7 +58,9 @@ def test_the_map_is_the_ridge_solution(rows: int, size: int, ridge: float, seed:
 
 @given(models(), seeds)
 def test_tied_embeddings_make_the_map_an_identity(model: Qwen3, seed: int) -> None:
-    """Up to λ, by exactly λ / (σ² + λ): so on Qwen3-0.6B to 4B only the rescaling is left (LatentMAS #31)."""
+    """Up to λ, by exactly λ / (σ² + λ): so on Qwen3-0.6B to 4B only the rescaling is left
+    (LatentMAS #31).
+    """
     w_in = gaussian(30, 8, seed=seed)
     smallest = float(torch.linalg.svdvals(w_in).min())
     off = torch.linalg.matrix_norm(
@@ -73,7 +79,9 @@ def test_tied_embeddings_make_the_map_an_identity(model: Qwen3, seed: int) -> No
 
 @given(st.integers(1, 60), st.integers(1, 70), seeds)
 def test_the_sum_over_the_vocabulary_may_be_cut_anywhere(rows: int, chunk: int, seed: int) -> None:
-    """The last chunk is shorter; forgetting it drops the rarest tokens only and would pass by eye."""
+    """The last chunk is shorter; forgetting it drops the rarest tokens only and would pass
+    by eye.
+    """
     w_out, w_in = gaussian(2, rows, 4, seed=seed)
     assert (
         apart(alignment_matrix(w_out, w_in, 0.1, chunk), alignment_matrix(w_out, w_in, 0.1))
@@ -93,7 +101,9 @@ def test_the_sums_of_16_bit_weights_are_wide(dtype: torch.dtype) -> None:
 
 @given(models(), st.integers(1, 41))
 def test_rows_beyond_the_tokenizer_do_not_count(model: Qwen3, rows: int) -> None:
-    """Qwen3 pads 151,669 rows to 151,936; the authors cut them in one backend and not in the other."""
+    """Qwen3 pads 151,669 rows to 151,936; the authors cut them in one backend and not in the
+    other.
+    """
     full = {kind: Aligner.from_model(model, kind, rows) for kind in ALIGNMENTS}
     for weight in weights(model):
         weight[rows:] = 1e3
@@ -104,12 +114,14 @@ def test_rows_beyond_the_tokenizer_do_not_count(model: Qwen3, rows: int) -> None
         assert apart(Aligner.from_model(model, "identity")(h), full["identity"](h)) > 1
 
 
-# -- its relatives ----------------------------------------------------------------------------------------------------
+# -- its relatives ---------------------------------------------------------------------------------
 
 
 @given(models(), seeds)
 def test_each_kind_is_what_it_says(model: Qwen3, seed: int) -> None:
-    """The map, then the mean norm of the embeddings; "none" is the state itself, "prenorm" starts before the gain."""
+    """The map, then the mean norm of the embeddings; "none" is the state itself, "prenorm" starts
+    before the gain.
+    """
     w_out, w_in = weights(model)
     w_a, norm = alignment_matrix(w_out, w_in), w_in.norm(dim=-1).mean()
     h = gaussian(2, 3, 16, seed=seed)
@@ -122,7 +134,9 @@ def test_each_kind_is_what_it_says(model: Qwen3, seed: int) -> None:
 
 @given(models())
 def test_the_random_map_has_the_ridges_singular_values(model: Qwen3) -> None:
-    """A control arm of another gain would say nothing about the directions; the same at every call, or runs differ."""
+    """A control arm of another gain would say nothing about the directions; the same at every call,
+    or runs differ.
+    """
     ridge, control, again = (
         Aligner.from_model(model, kind) for kind in ("ridge", "random", "random")
     )
@@ -142,7 +156,9 @@ def test_the_random_map_has_the_ridges_singular_values(model: Qwen3) -> None:
 def test_any_leading_shape_and_dtype_come_back(
     kind: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    """Mapped in float32 at least, handed back as it came: a float32 thought promotes every layer of a bf16 model."""
+    """Mapped in float32 at least, handed back as it came: a float32 thought promotes every layer of
+    a bf16 model.
+    """
     embedding = Aligner.from_model(tiny_model(dtype=dtype), kind)(gaussian(*shape, dtype=dtype))
     assert embedding.shape == shape
     assert embedding.dtype == dtype
@@ -195,12 +211,14 @@ def test_a_gain_of_zero_is_not_divided_by() -> None:
     ],
 )
 def test_a_wrong_request_is_refused(wrong: Callable[[Qwen3], Any], said: str, model: Qwen3) -> None:
-    """By the name of the flag where there is one; a damaged input embedding as much as a damaged head."""
+    """By the name of the flag where there is one; a damaged input embedding as much as a damaged
+    head.
+    """
     with pytest.raises(ValueError, match=said):
         wrong(model)
 
 
-# -- as a file --------------------------------------------------------------------------------------------------------
+# -- as a file -------------------------------------------------------------------------------------
 
 PARTS = ("matrix", "norm", "scale", "shift")
 
@@ -328,7 +346,7 @@ def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------
 
 
 @given(models(), ragged, st.integers(0, 4), st.sampled_from(ALIGNMENTS), seeds)
@@ -369,7 +387,9 @@ def test_a_rollouts_first_thoughts_are_a_shorter_rollout(
 
 
 def test_zero_steps_leave_everything(model: Qwen3) -> None:
-    """The authors' default of 0 steps throws the memory away (#13); here nothing is thought and nothing is lost."""
+    """The authors' default of 0 steps throws the memory away (#13); here nothing is thought and
+    nothing is lost.
+    """
     hidden, cache = remember(model, random_ids(model, 2, 4), [4, 2])
     before, last = cache.fork(), take_last(hidden, cache.lengths)
     thoughts, same = think(model, Aligner.from_model(model), last, cache, 0)
@@ -397,7 +417,9 @@ def test_any_callable_may_take_the_aligners_place(model: Qwen3) -> None:
 )
 @pytest.mark.parametrize("steps", [0, 2])
 def test_damaged_weights_are_noticed_at_the_first_state(weight: str, steps: int) -> None:
-    """With the model's name, and with 0 steps too: an agent that only reads must not hand NaN on."""
+    """With the model's name, and with 0 steps too: an agent that only reads must not hand
+    NaN on.
+    """
     model = tiny_model()
     model.model.get_parameter(weight).data[0] = torch.nan
     hidden, cache = remember(model, torch.zeros(1, 3, dtype=torch.int64))

@@ -1,4 +1,6 @@
-"""The forward pass against a second one written from the papers (tests/models.py), and what else a model promises."""
+"""The forward pass against a second one written from the papers (tests/models.py), and what else a
+model promises.
+"""
 
 import copy
 import re
@@ -24,7 +26,9 @@ seeds = st.integers(0, 99)
 def test_a_row_is_what_the_papers_say_whatever_stands_beside_it(
     model: Qwen3, lengths: list[int], seed: int
 ) -> None:
-    """Padding that leaks cost LatentMAS two thirds of its accuracy at batch 8 (#25: 0.621 became 0.219)."""
+    """Padding that leaks cost LatentMAS two thirds of its accuracy at batch 8 (#25: 0.621 became
+    0.219).
+    """
     x = model.embed(random_ids(model, len(lengths), max(lengths), seed))
     hidden = model(x, lengths=torch.tensor(lengths))
     for row, length in enumerate(lengths):
@@ -46,7 +50,9 @@ def test_what_padding_holds_does_not_matter(model: Qwen3, lengths: list[int], se
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grouped_heads_are_repeated_heads(family: str) -> None:
-    """Query heads folded in the wrong order meet another group's keys: only more than one group shows it."""
+    """Query heads folded in the wrong order meet another group's keys: only more than one group
+    shows it.
+    """
     grouped = tiny_model(family)
     full = tiny_model(family, num_key_value_heads=4)
     state = grouped.state_dict()
@@ -88,14 +94,17 @@ def test_logits_are_read_off_the_right_matrix(model: Qwen3, seed: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_asks_for_no_gradients_until_told(family: str) -> None:
-    """40 thoughts with gradients hold 40 graphs; a trainer says so, and then every parameter gets one."""
+    """40 thoughts with gradients hold 40 graphs; a trainer says so, and then every parameter gets
+    one.
+    """
     model = tiny_model(family)
     assert not any(weight.requires_grad for weight in model.parameters())
     model.requires_grad_(True)
     with torch.enable_grad():
         model.logits(model(model.embed(random_ids(model, 2, 4)))).square().sum().backward()
     for name, weight in model.named_parameters():
-        # A bias on the keys shifts all scores of a query alike without RoPE, and hardly with it: not zero, but small.
+        # A bias on the keys shifts all scores of a query alike without RoPE, and hardly with it:
+        # not zero, but small.
         assert weight.grad is not None, name
         assert bool(weight.grad.abs().max() > 1e-12), name
 

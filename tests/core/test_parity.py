@@ -1,7 +1,8 @@
-"""transformers as an oracle, in float64: the same states and logits to 1e-12, on the three families.
+"""transformers as an oracle, in float64: the same states and logits to 1e-12, on the three
+families.
 
-transformers keeps RMSNorm and RoPE in float32 whatever the dtype, so unpatched it agrees to 1e-6 only; two methods of
-each family are replaced here, by float64 versions of the same lines.
+transformers keeps RMSNorm and RoPE in float32 whatever the dtype, so unpatched it agrees to 1e-6
+only; two methods of each family are replaced here, by float64 versions of the same lines.
 """
 
 from typing import Any
@@ -34,7 +35,9 @@ def _rope(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function from a model of ours to the same one in transformers, patched unless told otherwise."""
+    """A function from a model of ours to the same one in transformers, patched unless told
+    otherwise.
+    """
     transformers = pytest.importorskip("transformers")
 
     def build(model: Qwen3, patched: bool = True) -> Any:
@@ -69,7 +72,9 @@ def ours(request: pytest.FixtureRequest) -> Qwen3:
 
 
 def test_states_and_logits_agree_with_transformers(ours: Qwen3, oracle: Any) -> None:
-    """Order of QK-norm and RoPE, head_dim, biases, eps: whatever is wrong in one of them shows here."""
+    """Order of QK-norm and RoPE, head_dim, biases, eps: whatever is wrong in one of them shows
+    here.
+    """
     ids = random_ids(ours, 2, 17)
     theirs = oracle(ours)(ids, output_hidden_states=True)
     hidden, _ = remember(ours, ids)
@@ -81,7 +86,9 @@ def test_states_and_logits_agree_with_transformers(ours: Qwen3, oracle: Any) -> 
 def test_ragged_rows_agree_with_transformers_padded_on_either_side(
     ours: Qwen3, oracle: Any, side: str
 ) -> None:
-    """There the padding needs a mask and positions, here neither; then both go on with two more tokens."""
+    """There the padding needs a mask and positions, here neither; then both go on with two more
+    tokens.
+    """
     lengths, ids, more = [7, 3, 5], random_ids(ours, 3, 7), random_ids(ours, 3, 2, seed=1)
     rows = [
         torch.cat([row[:length], new]) for row, length, new in zip(ids, lengths, more, strict=True)

@@ -31,7 +31,9 @@ def at(x: Tensor, position: int, theta: float) -> Tensor:
 def test_a_rotation_is_a_complex_multiplication(
     position: int, d: int, theta: float, seed: int
 ) -> None:
-    """Pairs are (i, i + d/2) as in Hugging Face's files, not (2i, 2i + 1) as in the paper and in GGUF's llama."""
+    """Pairs are (i, i + d/2) as in Hugging Face's files, not (2i, 2i + 1) as in the paper and in
+    GGUF's llama.
+    """
     x = keys(1, 3, d, seed)
     frequency = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     turned = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * position * frequency)
@@ -59,7 +61,9 @@ def test_moving_a_key_is_rotating_it_for_the_new_position(
 def test_scores_depend_on_the_distance_only(
     p: int, q: int, shift: int, theta: float, seed: int
 ) -> None:
-    """That is why shifting every position changes nothing, and a negative control must shift the new tokens only."""
+    """That is why shifting every position changes nothing, and a negative control must shift the
+    new tokens only.
+    """
     x, y = keys(2, 1, 8, seed).split(1)
     scores = (at(x, p, theta) * at(y, q, theta)).sum(-1)
     shifted = (at(x, p + shift, theta) * at(y, q + shift, theta)).sum(-1)
@@ -68,7 +72,9 @@ def test_scores_depend_on_the_distance_only(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_angles_are_rounded_once(dtype: torch.dtype) -> None:
-    """Computed in float32 they are off by 1e-3 at position 10,000; a bf16 position table cannot even count to 257."""
+    """Computed in float32 they are off by 1e-3 at position 10,000; a bf16 position table cannot
+    even count to 257.
+    """
     places = torch.tensor([[0, 1, 257, 10_001, 40_000]])
     frequency = 1e4 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     exact = (places.double()[0, :, None] * frequency).repeat(1, 2)[None, None]

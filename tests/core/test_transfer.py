@@ -1,7 +1,9 @@
-"""The paper's theorem (section 3.2): a memory handed over equals feeding the same tokens and thoughts explicitly.
+"""The paper's theorem (section 3.2): a memory handed over equals feeding the same tokens and
+thoughts explicitly.
 
-Whole tensors in float64, on any family, for ragged batches and any number of agents, against a forward without any
-memory (tests/models.py). Every equality has a negative control that it would not survive.
+Whole tensors in float64, on any family, for ragged batches and any number of agents, against a
+forward without any memory (tests/models.py). Every equality has a negative control that it would
+not survive.
 """
 
 import itertools
@@ -43,7 +45,9 @@ def turns(draw: st.DrawFn, model: Qwen3, most: int = 3) -> list[Turn]:
 
 
 def take(model: Qwen3, align: Aligner, turn: Turn, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """One agent's turn on a memory, as the methods do it: its hidden states (B, T, D) and thoughts (B, steps, D)."""
+    """One agent's turn on a memory, as the methods do it: its hidden states (B, T, D) and thoughts
+    (B, steps, D).
+    """
     hidden = model(model.embed(turn.ids), cache, torch.tensor(turn.lengths))
     thoughts, _ = think(
         model, align, take_last(hidden, torch.tensor(turn.lengths)), cache, turn.steps
@@ -52,7 +56,9 @@ def take(model: Qwen3, align: Aligner, turn: Turn, cache: KVCache) -> tuple[Tens
 
 
 def explicit(model: Qwen3, align: Aligner, told: list[Turn], row: int) -> Tensor:
-    """The inputs (T, D) of one row alone, tokens and thoughts, each thought from a forward over all before it."""
+    """The inputs (T, D) of one row alone, tokens and thoughts, each thought from a forward over all
+    before it.
+    """
     x = torch.empty(0, model.config.hidden_size, dtype=torch.float64)
     for turn in told:
         x = torch.cat([x, model.embed(turn.ids[row, : turn.lengths[row]])])
@@ -63,7 +69,9 @@ def explicit(model: Qwen3, align: Aligner, told: list[Turn], row: int) -> Tensor
 
 @given(models(), st.data())
 def test_memory_equals_feeding_the_inputs(model: Qwen3, data: st.DataObject) -> None:
-    """Sequential: whatever the last agent reads gives the states it would have after reading everything itself."""
+    """Sequential: whatever the last agent reads gives the states it would have after reading
+    everything itself.
+    """
     told, align, question = (
         data.draw(turns(model)),
         Aligner.from_model(model),
@@ -88,7 +96,9 @@ def test_memory_equals_feeding_the_inputs(model: Qwen3, data: st.DataObject) -> 
 
 @given(models(), st.data())
 def test_any_split_of_the_reading_gives_the_same_states(model: Qwen3, data: st.DataObject) -> None:
-    """Chunks of 512 bound the mask of a long prompt; is_causal aligned to the wrong corner shows only when T ≠ S."""
+    """Chunks of 512 bound the mask of a long prompt; is_causal aligned to the wrong corner shows
+    only when T ≠ S.
+    """
     ids = random_ids(model, 2, 9, data.draw(st.integers(0, 99)))
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, 8), max_size=4))), 9]
     whole, _ = remember(model, ids)
@@ -99,7 +109,9 @@ def test_any_split_of_the_reading_gives_the_same_states(model: Qwen3, data: st.D
 
 @given(models(), st.data())
 def test_joined_memories_equal_the_block_masked_forward(model: Qwen3, data: st.DataObject) -> None:
-    """Hierarchical: experts see themselves only, stand one behind the other, and the summarizer sees them all."""
+    """Hierarchical: experts see themselves only, stand one behind the other, and the summarizer
+    sees them all.
+    """
     told, align, question = (
         data.draw(turns(model)),
         Aligner.from_model(model),
@@ -123,7 +135,9 @@ def test_joined_memories_equal_the_block_masked_forward(model: Qwen3, data: st.D
 def test_cut_memories_equal_the_forward_that_reads_what_is_left(
     model: Qwen3, data: st.DataObject
 ) -> None:
-    """truncate: as if the rest had never been read. The cut may fall inside the prompt or the thoughts."""
+    """truncate: as if the rest had never been read. The cut may fall inside the prompt or the
+    thoughts.
+    """
     [turn], align = data.draw(turns(model, most=1)), Aligner.from_model(model)
     cache = model.new_cache(len(turn.lengths))
     take(model, align, turn, cache)
@@ -139,7 +153,9 @@ def test_cut_memories_equal_the_forward_that_reads_what_is_left(
 def test_kept_thoughts_equal_the_forward_that_hides_what_was_dropped(
     model: Qwen3, data: st.DataObject
 ) -> None:
-    """keep_last (transfer="latents"): thoughts keep what they took in from the prompt, which itself is gone."""
+    """keep_last (transfer="latents"): thoughts keep what they took in from the prompt, which itself
+    is gone.
+    """
     [turn], align = data.draw(turns(model, most=1)), Aligner.from_model(model)
     cache = model.new_cache(len(turn.lengths))
     take(model, align, turn, cache)
@@ -152,7 +168,7 @@ def test_kept_thoughts_equal_the_forward_that_hides_what_was_dropped(
         assert apart(hidden[row], reference(model, x, visible=visible)[-3:]) <= CLOSE
 
 
-# -- negative controls: what these equalities would not survive --------------------------------------------------------
+# -- negative controls: what these equalities would not survive ------------------------------------
 
 
 @pytest.fixture(params=[(family, layout) for family in FAMILIES for layout in LAYOUTS], ids=str)
@@ -164,7 +180,9 @@ def any_model(request: pytest.FixtureRequest) -> Qwen3:
 
 
 def test_moving_only_the_new_tokens_changes_the_output(any_model: Qwen3) -> None:
-    """And moving all of them changes nothing: a control that shifts everything passes with any bug in positions."""
+    """And moving all of them changes nothing: a control that shifts everything passes with any bug
+    in positions.
+    """
     x, positions = any_model.embed(random_ids(any_model, 1, 9))[0], torch.arange(9)
     right = reference(any_model, x)
     assert apart(reference(any_model, x, positions + 1000), right) <= CLOSE
@@ -186,7 +204,9 @@ def test_joining_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
 
 
 def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
-    """The authors truncate a cache whose later positions follow its length: its keys then come from the future."""
+    """The authors truncate a cache whose later positions follow its length: its keys then come from
+    the future.
+    """
     ids = random_ids(any_model, 1, 8)
     _, cache = remember(any_model, ids)
     right, wrong = cache.keep_last(3), cache.truncate(3)
@@ -197,7 +217,9 @@ def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
 
 
 def test_joined_is_not_chained(any_model: Qwen3) -> None:
-    """An expert on another's memory is the authors' "hierarchical" (#32): the prompts change, the cache is chained."""
+    """An expert on another's memory is the authors' "hierarchical" (#32): the prompts change, the
+    cache is chained.
+    """
     first, second, question = random_ids(any_model, 3, 5).split(1)
     chained = remember(any_model, torch.cat([first, second], 1))[1]
     joined = KVCache.concat([remember(any_model, ids)[1] for ids in (first, second)])
@@ -206,7 +228,9 @@ def test_joined_is_not_chained(any_model: Qwen3) -> None:
 
 
 def test_another_prompt_gives_another_output(any_model: Qwen3) -> None:
-    """Tiny initialisations hide bugs below the tolerance: here, what one agent reads decides the next one's states."""
+    """Tiny initialisations hide bugs below the tolerance: here, what one agent reads decides the
+    next one's states.
+    """
     first, second, question = random_ids(any_model, 3, 5).split(1)
     x, align = any_model.embed(question), Aligner.from_model(any_model)
     outputs = []
@@ -218,7 +242,9 @@ def test_another_prompt_gives_another_output(any_model: Qwen3) -> None:
 
 
 def test_padding_that_is_seen_changes_the_output(any_model: Qwen3) -> None:
-    """The same rows with the pads counted as read, as ones over past caches do in the authors' code."""
+    """The same rows with the pads counted as read, as ones over past caches do in the authors'
+    code.
+    """
     ids, x = random_ids(any_model, 2, 6), any_model.embed(random_ids(any_model, 2, 2, seed=1))
     hidden, seen = (
         any_model(x, remember(any_model, ids, lengths)[1]) for lengths in ([6, 3], [6, 6])

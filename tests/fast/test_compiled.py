@@ -1,4 +1,6 @@
-"""Compiled and recorded steps compute what plain ones do, whatever the memory, and are compiled once."""
+"""Compiled and recorded steps compute what plain ones do, whatever the memory, and are compiled
+once.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -47,7 +49,9 @@ def plain_layers(model: Qwen3) -> Callable[[torch.Tensor, Positions, KVCache], t
 
 @pytest.mark.parametrize("lengths", [None, [7, 3]])
 def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
-    """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was recorded for."""
+    """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was
+    recorded for.
+    """
     model, recorded = tiny_model(), tiny_model()
     recorded.step = Recorded(plain_layers(recorded))
     found, expected = (
@@ -59,7 +63,9 @@ def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
 
 
 def test_memories_taking_turns_are_recorded_anew() -> None:
-    """A recording holds addresses: replayed for another memory, it would write into the first one's slots."""
+    """A recording holds addresses: replayed for another memory, it would write into the first one's
+    slots.
+    """
     model, recorded = tiny_model(), tiny_model()
     recorded.step = Recorded(plain_layers(recorded))
     results = []
@@ -75,13 +81,15 @@ def test_memories_taking_turns_are_recorded_anew() -> None:
     assert apart(results[0][:2], results[0][2:]) > 0.1
 
 
-# -- compiled ----------------------------------------------------------------------------------------------------------
+# -- compiled --------------------------------------------------------------------------------------
 
 
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
-    """For all layers, while the memory grows, for any number of rows: a recompilation at every step would cost more."""
+    """For all layers, while the memory grows, for any number of rows: a recompilation at every step
+    would cost more.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -101,7 +109,9 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | N
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q8"])
 def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> None:
-    """It multiplies by code of its own, as long as the weights are plain; after a step of two rows they may not be."""
+    """It multiplies by code of its own, as long as the weights are plain; after a step of two rows
+    they may not be.
+    """
     torch._dynamo.reset()
     plain = load(TINY, device="cpu", quantize=quantize).model
     fast = load(TINY, device="cpu", quantize=quantize, compile=True).model
@@ -118,7 +128,9 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
 def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nothing is packed. One compilation for each piece: another layout in a later layer would be one more."""
+    """Where nothing is packed. One compilation for each piece: another layout in a later layer
+    would be one more.
+    """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -149,7 +161,9 @@ def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
 def test_matrices_are_packed_when_a_compiled_step_has_rows_to_share_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Packed for a prompt, the steps of one row behind it lose their loop; never packed, several rows pay each."""
+    """Packed for a prompt, the steps of one row behind it lose their loop; never packed, several
+    rows pay each.
+    """
     called: list[CPULinear] = []
     monkeypatch.setattr(CPULinear, "pack", lambda layer: called.append(layer))
     # CPULinear on any CPU

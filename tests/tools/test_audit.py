@@ -1,4 +1,6 @@
-"""The audit finds a planted effect, does not find a planted null, and its statistics and diagnostics are exact."""
+"""The audit finds a planted effect, does not find a planted null, and its statistics and
+diagnostics are exact.
+"""
 
 import json
 import math
@@ -31,7 +33,7 @@ from .test_evaluate import write_data
 Record = dict[str, Any]
 QUESTION = ["Eva has 2 cards. How many?"]
 
-# -- statistics -------------------------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,9 @@ def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: 
 
 
 def test_an_interval_holds_its_share() -> None:
-    """At 0 of 24 and at 10 of 10 it was rounded past it, and a picture of that has an error bar below nothing."""
+    """At 0 of 24 and at 10 of 10 it was rounded past it, and a picture of that has an error bar
+    below nothing.
+    """
     for n in range(1, 200):
         for right in range(n + 1):
             low, high = wilson(right, n)
@@ -78,7 +82,9 @@ def test_mcnemar_is_exact(first: int, second: int, p: float) -> None:
 
 
 def test_sign_flips_count_every_sign_of_few_pairs_and_draw_of_many() -> None:
-    """Of three positive differences, 2 of 8 signings are as far from 0; equal ones have p = 1, none is ever p = 0."""
+    """Of three positive differences, 2 of 8 signings are as far from 0; equal ones have p = 1, none
+    is ever p = 0.
+    """
     assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8
     assert sign_flips([1.0, -2.0, 3.0]) == 6 / 8  # |sum| ≥ 2: all but ±(1, −2, … ) that make 0
     assert sign_flips([0.0, 0.0]) == 1.0
@@ -117,7 +123,7 @@ def test_chance_is_found_about_as_often_as_it_should_be() -> None:
     assert found <= 9
 
 
-# -- the verdict ------------------------------------------------------------------------------------------------------
+# -- the verdict -----------------------------------------------------------------------------------
 
 
 def records(metric: str, **arms: list[float]) -> list[Record]:
@@ -130,7 +136,9 @@ def records(metric: str, **arms: list[float]) -> list[Record]:
 
 
 def test_the_verdict_says_harm_help_and_nothing() -> None:
-    """One sentence; help that another question's thoughts give as well is said to be in the slots."""
+    """One sentence; help that another question's thoughts give as well is said to be in the
+    slots.
+    """
     rng = random.Random(0)
     none = [rng.gauss(1.3, 0.3) for _ in range(40)]
 
@@ -187,7 +195,9 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
 
 
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
-    """weights/tiny, asked for a box that it never writes: more loss by thoughts, and two thirds more right answers."""
+    """weights/tiny, asked for a box that it never writes: more loss by thoughts, and two thirds
+    more right answers.
+    """
     rng = random.Random(0)
     losses = records(
         "nll", full=[2.5 + rng.gauss(0, 0.1) for _ in range(40)], prompts_only=[2.0] * 40
@@ -200,12 +210,23 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
     assert verdict(losses + worse).count("harm") == 2
 
 
-@pytest.mark.parametrize("flags", ["--latent-steps 0,6", "--team sequential,hierarchical", "--transfer latents",
-                                   "--method single", "--close yes,no", "--prefix a,b"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--latent-steps 0,6",
+        "--team sequential,hierarchical",
+        "--transfer latents",
+        "--method single",
+        "--close yes,no",
+        "--prefix a,b",
+    ],
+)
 def test_an_audit_refuses_what_it_would_not_read(
     flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with nothing."""
+    """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with
+    nothing.
+    """
     data = write_data(tmp_path / "rows.jsonl", 2)
     assert (
         main(["--data", str(data), "--out", str(tmp_path / "run"), "--audit", *flags.split()]) == 1
@@ -233,7 +254,7 @@ def test_differences_are_paired_by_question_and_seed() -> None:
     assert compare(some, "nll", "full", "shuffled") is None
 
 
-# -- planted effects --------------------------------------------------------------------------------------------------
+# -- planted effects -------------------------------------------------------------------------------
 
 
 def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
@@ -268,7 +289,9 @@ def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
 
 
 def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """weights/tiny answers by its thoughts: without them it is right in a third, with another's in 7 %."""
+    """weights/tiny answers by its thoughts: without them it is right in a third, with another's in
+    7 %.
+    """
     found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
     assert (
         "with this model they help, and another question's memory does not so well"
@@ -289,12 +312,16 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_thoughts_that_harm_are_said_to_harm(tmp_path: Path) -> None:
-    """A random map in the place of the paper's: as many slots, and a loss above that of none at all."""
+    """A random map in the place of the paper's: as many slots, and a loss above that of none at
+    all.
+    """
     assert "they harm" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
 
 
 def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
-    """Two seeds of one noisy map, called two arms: large differences, question by question, that mean nothing."""
+    """Two seeds of one noisy map, called two arms: large differences, question by question, that
+    mean nothing.
+    """
     some = read_rows(write_data(tmp_path / "rows.jsonl", 48))
     bench = Bench(load(TINY, device="cpu"), some, 48, Sampling(), plain_grader)
     arm = Arm("nll: full", metric="nll", align="gumbel:2", transfer="full")
@@ -307,7 +334,9 @@ def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
 
 
 def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
-    """The gain is frozen at 1 in weights/tiny, so prenorm is the paper's map: the harness itself adds nothing."""
+    """The gain is frozen at 1 in weights/tiny, so prenorm is the paper's map: the harness itself
+    adds nothing.
+    """
     found = audited(tmp_path, "ridge,prenorm", 4, "nll")["comparisons"]["nll: prenorm − full"]
     assert (found["mean"], found["p"]) == (0, 1)
 
@@ -342,7 +371,7 @@ def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
 
 
-# -- diagnostics ------------------------------------------------------------------------------------------------------
+# -- diagnostics -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +392,9 @@ def briefing(
 def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
     lm: LM, team: str, close: bool
 ) -> None:
-    """In order, without overlap, thoughts right behind their prompt, and the closing of a turn in nobody's part."""
+    """In order, without overlap, thoughts right behind their prompt, and the closing of a turn in
+    nobody's part.
+    """
     given = briefing(lm, team, close=close)
     parts, end = segments(given), 2 if close else 0
     names = [agent.name for agent in lm.teams[team].agents[:-1]]
@@ -432,7 +463,9 @@ def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) ->
 
 
 def test_geometry_is_what_it_says() -> None:
-    """By hand in two dimensions: two agents' two thoughts each; the step from one agent to the other does not count."""
+    """By hand in two dimensions: two agents' two thoughts each; the step from one agent to the
+    other does not count.
+    """
     tap = Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
     for state in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (3.0, 3.0)):
         tap(torch.tensor([[state]], dtype=torch.float64))
@@ -474,7 +507,9 @@ def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
 def test_an_audit_of_chosen_arms_has_these_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its report, written again, does not compute its diagnostics again, which take minutes on a real model."""
+    """And its report, written again, does not compute its diagnostics again, which take minutes on
+    a real model.
+    """
     data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
     command = ["--data", str(data), "--out", str(out), "--audit", "--metric", "nll", "--quiet"]
     assert main([*command, "--arms", "full,none,prompts only,all"]) == 1

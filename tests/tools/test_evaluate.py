@@ -1,4 +1,6 @@
-"""The harness loses nothing, guesses nothing, and measures what it says; on weights/tiny, in float32 or float64."""
+"""The harness loses nothing, guesses nothing, and measures what it says; on weights/tiny, in
+float32 or float64.
+"""
 
 import errno
 import json
@@ -36,7 +38,10 @@ from ..text import load_text_lm
 
 ROOT = TINY.parents[1]
 Record = dict[str, Any]
-GRID = "--method single,latent_mas --latent-steps 2 --transfer full,shuffled --metric accuracy,nll --max-new-tokens 6"
+GRID = (
+    "--method single,latent_mas --latent-steps 2 --transfer full,shuffled "
+    "--metric accuracy,nll --max-new-tokens 6"
+)
 FIXED = f"{GRID} --dtype float32 --batch-size 3 --quiet".split()
 
 
@@ -84,11 +89,13 @@ def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Pa
     return to
 
 
-# -- nothing is lost --------------------------------------------------------------------------------------------------
+# -- nothing is lost -------------------------------------------------------------------------------
 
 
 def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: Path) -> None:
-    """With the exact prompts, the bill and the settings, so that a stranger can read the file alone."""
+    """With the exact prompts, the bill and the settings, so that a stranger can read the file
+    alone.
+    """
     found = lines(finished)
     assert len(found) == 8 * (2 + 4)
     assert len({(r["id"], r["arm"], r["seed"]) for r in found}) == len(found)
@@ -98,7 +105,8 @@ def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: P
     said = next(r for r in found if r["method"] == "latent_mas" and r["metric"] == "accuracy")
     assert [agent["name"] for agent in said["agents"]] == ["planner", "critic", "refiner", "judger"]
     [again] = latent_mas(
-        load(TINY, device="cpu", dtype="float32"), [json.loads(data.read_text().splitlines()[0])["question"]],
+        load(TINY, device="cpu", dtype="float32"),
+        [json.loads(data.read_text().splitlines()[0])["question"]],
         latent_steps=2, sampling=Sampling(max_new_tokens=6),
     )  # fmt: skip
     assert (said["text"], said["answer"]) == (again.text, again.answer)
@@ -143,7 +151,9 @@ def test_ten_kills_and_a_resume_make_the_same_file(
 def test_a_file_cut_off_anywhere_is_finished(
     cut: int, finished: Path, data: Path, tmp_path: Path
 ) -> None:
-    """In the head, in a line, between two lines of a batch, behind a batch: half a batch is computed again."""
+    """In the head, in a line, between two lines of a batch, behind a batch: half a batch is
+    computed again.
+    """
 
     def cut_off(found: bytes) -> bytes:
         ends = [i + 1 for i, byte in enumerate(found) if byte == 10]
@@ -249,7 +259,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
     assert not lines(tmp_path)
 
 
-# -- nothing is guessed -----------------------------------------------------------------------------------------------
+# -- nothing is guessed ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -295,10 +305,13 @@ def test_other_settings_are_refused_by_name(
     ],
 )
 def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
-    number: int, edit: Callable[[bytes], bytes], said: str, finished: Path, data: Path, tmp_path: Path,
+    number: int, edit: Callable[[bytes], bytes], said: str,
+    finished: Path, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Cutting it off would throw good results away without a word; and nothing is cut before all is read."""
+    """Cutting it off would throw good results away without a word; and nothing is cut before all is
+    read.
+    """
 
     def corrupt(found: bytes) -> bytes:
         parts = found.split(b"\n")
@@ -377,7 +390,7 @@ def test_a_wrong_flag_is_one_line(
     assert said in error
 
 
-# -- a run again ------------------------------------------------------------------------------------------------------
+# -- a run again -----------------------------------------------------------------------------------
 
 
 def test_replay_finds_the_same_answer_or_the_agent_that_differs(
@@ -454,7 +467,9 @@ def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path
 def test_regrade_does_not_take_the_file_from_a_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run appends to the file that it has opened; another one in its place would lose all that follows."""
+    """A run appends to the file that it has opened; another one in its place would lose all that
+    follows.
+    """
     folder = copied(finished, tmp_path / "run")
     running = Ledger(folder / "results.jsonl", {})
     assert main(["--out", str(folder), "--regrade"]) == 1
@@ -466,7 +481,9 @@ def test_regrade_does_not_take_the_file_from_a_run(
 def test_code_may_be_run_when_it_is_graded_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Leave to run programs is a setting of the grading, not of the texts; the head says how it was graded."""
+    """Leave to run programs is a setting of the grading, not of the texts; the head says how it was
+    graded.
+    """
     data, out = tmp_path / "code.jsonl", tmp_path / "run"
     data.write_text(
         json.dumps(
@@ -581,7 +598,7 @@ def test_an_error_names_the_questions_of_its_batch(
     assert "questions q-3, q-4, q-5:" in capsys.readouterr().err
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- what is measured ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -594,7 +611,9 @@ QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
-    """Against one dense forward of everything that was fed, by another implementation; ragged rows and texts."""
+    """Against one dense forward of everything that was fed, by another implementation; ragged rows
+    and texts.
+    """
     texts = [[" 4 5", "9"], [" 7"], ["no <|im_end|> at all"]]
     found = latent_turn(lm, QUESTIONS, latent_steps=steps, sampling=Sampling()).losses(texts)
     tokenizer, model, align = lm.tokenizer, lm.model, lm.aligner("ridge")
@@ -651,7 +670,9 @@ def rows(count: int, tmp_path: Path) -> list[Record]:
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
 def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_path: Path) -> None:
-    """Question i gets the memory of i + 1, across batches; within one batch of all it is what the library does."""
+    """Question i gets the memory of i + 1, across batches; within one batch of all it is what the
+    library does.
+    """
     lm, some = load(TINY, device="cpu", dtype="float64"), rows(5, tmp_path)
     arm = Arm("shuffled", metric=metric, latent_steps=3, align="ridge", transfer="shuffled")
     found = []
@@ -683,7 +704,9 @@ def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_p
 
 
 def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
-    """Split facts, and shuffled ones: the memory is that of the next row's team, the question this row's."""
+    """Split facts, and shuffled ones: the memory is that of the next row's team, the question this
+    row's.
+    """
     rng, some = random.Random(0), []
     for i in range(3):
         stories, asked = split_stories(rng, fresh=True)
@@ -714,7 +737,9 @@ def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gold", ["b", "B", "(b)", "two"])
 @pytest.mark.parametrize("keys", ["ab", "AB"])
 def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
-    """The loss was of another text than the options', and the lowest option "wrong", where a letter was a capital."""
+    """The loss was of another text than the options', and the lowest option "wrong", where a letter
+    was a capital.
+    """
     row = {
         "id": "a",
         "question": "Which?",
@@ -752,7 +777,9 @@ def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: 
 
 
 def test_a_grid_has_no_arm_twice() -> None:
-    """`single` reads no steps, so six settings of the others are one arm of it; 0 steps ask no map."""
+    """`single` reads no steps, so six settings of the others are one arm of it; 0 steps ask
+    no map.
+    """
     lists = {"team": ["sequential"], "latent_steps": [0, 5], "align": ["ridge", "pause"]}
     found = grid(method=["single", "text_mas", "latent_mas"], **lists)
     assert [(arm.method, arm.latent_steps, arm.align) for arm in found] == [
@@ -763,7 +790,9 @@ def test_a_grid_has_no_arm_twice() -> None:
 
 
 def test_a_grid_of_layouts_has_an_arm_for_each_and_closes_no_turn_that_is_not_there() -> None:
-    """`--layout turn,chat --close yes,no`: three arms, and a last agent without memory is the same in both layouts."""
+    """`--layout turn,chat --close yes,no`: three arms, and a last agent without memory is the same
+    in both layouts.
+    """
     lists = {"transfer": ["full", "none"], "close": [True, False], "layout": ["turn", "chat"]}
     found = grid(method=["latent_mas"], **lists)
     full = [(arm.layout, arm.close) for arm in found if arm.transfer == "full"]
@@ -781,7 +810,9 @@ def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
 
 
 def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
-    """`--transfer full,none` with four settings of thinking: four arms, and one control of them all."""
+    """`--transfer full,none` with four settings of thinking: four arms, and one control of them
+    all.
+    """
     lists = {
         "latent_steps": [0, 5],
         "align": ["ridge", "pause"],
@@ -800,7 +831,9 @@ def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
 
 
 def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
-    """The first among equals; an unreadable text does not vote, and three of them win against nobody."""
+    """The first among equals; an unreadable text does not vote, and three of them win against
+    nobody.
+    """
     bill = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
 
     def sample(answer: str | None) -> Record:
@@ -878,7 +911,9 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
 
 
 def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
-    """And settings of a run: with another text, `fitted` is another map, and the run another run."""
+    """And settings of a run: with another text, `fitted` is another map, and the run another
+    run.
+    """
     text = tmp_path / "plain.txt"
     text.write_text("Eva has 2 cards and Tom finds 3 coins in his box. " * 40)
     command = [

@@ -1,4 +1,6 @@
-"""Each feeder is its equation, in float64, and no thought depends on the batch it was thought in."""
+"""Each feeder is its equation, in float64, and no thought depends on the batch it was
+thought in.
+"""
 
 import math
 import re
@@ -67,12 +69,14 @@ def table(model: Qwen3) -> tuple[Tensor, Tensor]:
     return model.model.embed_tokens.weight, model.lm_head.weight
 
 
-# -- the equations ----------------------------------------------------------------------------------------------------
+# -- the equations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
 def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> None:
-    """A negative gain to the power ½ is no number; with the plain absolute value, power 1 would not be prenorm."""
+    """A negative gain to the power ½ is no number; with the plain absolute value, power 1 would not
+    be prenorm.
+    """
     model = tiny_model()
     gain = model.model.norm.weight
     gain[::3] *= -1
@@ -88,7 +92,9 @@ def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> Non
 
 
 def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> None:
-    """Fed back through the map, the text's own states have the embeddings' mean and mean square distance from it."""
+    """Fed back through the map, the text's own states have the embeddings' mean and mean square
+    distance from it.
+    """
     ids = random_ids(model, 1, 400)[0].tolist()
     h, _ = observe(model, ids)
     mapped, w_in = match_means(model, ids)(h), table(model)[0]
@@ -100,7 +106,9 @@ def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> No
 
 
 def test_fitted_is_the_ridge_from_each_state_to_the_next_token(model: Qwen3) -> None:
-    """Off by one, a state would be mapped to the token it has just read; least squares on stacked rows says so."""
+    """Off by one, a state would be mapped to the token it has just read; least squares on stacked
+    rows says so.
+    """
     ids = random_ids(model, 1, 100)[0].tolist()
     width = 99  # one window
     h = reference(model, model.embed(torch.tensor(ids[:width])))[1:]
@@ -150,7 +158,9 @@ def test_soft_is_the_expected_embedding(model: Qwen3, temperature: float, most: 
 
 
 def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
-    """At a temperature near 0 the mixture is one token, drawn from the softmax; a noise of another shape is biased."""
+    """At a temperature near 0 the mixture is one token, drawn from the softmax; a noise of another
+    shape is biased.
+    """
     model = tiny_model()
     h = states(model, 1)
     draw = Mixture(model, 1e-4, 0, rows=None, noisy=True).with_generators(
@@ -176,7 +186,9 @@ def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
 
 
 def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) -> None:
-    """Qwen3's table has 267 rows of padding behind the last token; a mixture with them is a mixture with noise."""
+    """Qwen3's table has 267 rows of padding behind the last token; a mixture with them is a mixture
+    with noise.
+    """
     padded = tiny_model(vocab_size=tiny_tokenizer().size + 9)
     before = {
         kind: feeder(padded, kind, tiny_tokenizer(), TEXT)(states(padded))
@@ -190,12 +202,14 @@ def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) 
         assert torch.equal(feeder(padded, kind, tiny_tokenizer(), TEXT)(h), embedding), kind
 
 
-# -- in a team --------------------------------------------------------------------------------------------------------
+# -- in a team -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str) -> None:
-    """Gumbel noise drawn for the whole batch would give question 2 another thought beside other questions."""
+    """Gumbel noise drawn for the whole batch would give question 2 another thought beside other
+    questions.
+    """
     heard: list[list[list[float]]] = []
     inner = made(kind)
 
@@ -251,7 +265,7 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     assert apart(first, other) > 1e-3
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------
+# -- what is asked for -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +274,9 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     "gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
 )
 def test_an_unknown_kind_is_refused_with_the_list(kind: str, made: Feeders) -> None:
-    """By the flag's name; a value that is not used would be an arm that is not what its name says."""
+    """By the flag's name; a value that is not used would be an arm that is not what its name
+    says.
+    """
     with pytest.raises(
         ValueError,
         match=r"align: found .*, expected one of ridge, .*gain:P, mean, fitted",
@@ -327,7 +343,7 @@ def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 
 
-# -- as files ---------------------------------------------------------------------------------------------------------
+# -- as files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["fitted", "mean"])

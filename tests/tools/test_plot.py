@@ -1,4 +1,6 @@
-"""Pictures show the runs' numbers: the right arms at the right places, nothing of other models or other questions."""
+"""Pictures show the runs' numbers: the right arms at the right places, nothing of other models or
+other questions.
+"""
 
 import json
 import os
@@ -74,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def test_losses_are_paired_with_prompts_only() -> None:
@@ -138,7 +140,8 @@ def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
     )
     said = {
         subprocess.run(
-            [sys.executable, "-c", code], cwd=TINY.parents[1], env={**os.environ, "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", code], cwd=TINY.parents[1],
+            env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for seed in "12"
@@ -163,7 +166,9 @@ def test_accuracy_has_the_interval_of_wilson() -> None:
 
 
 def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
-    """Two runs call different arms "latent_mas": one point of both would be a picture of neither."""
+    """Two runs call different arms "latent_mas": one point of both would be a picture of
+    neither.
+    """
     some = [
         record("a", right=True),
         record("a", right=False, latent_steps=8),
@@ -179,7 +184,8 @@ def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
     ]
     names = [arm["name"] for arm in figures.costs(some)["arms"]]
     assert names == [
-        "latent_mas, 4 × ridge", "latent_mas, 8 × ridge", "single", "single, vote of 4", "latent_mas, prompts only",
+        "latent_mas, 4 × ridge", "latent_mas, 8 × ridge", "single",
+        "single, vote of 4", "latent_mas, prompts only",
         "latent_mas, no memory", "latent_mas, 4 × pause, thoughts only",
     ]  # fmt: skip
 
@@ -214,7 +220,9 @@ def test_a_line_that_is_being_written_is_left_out(finished: Path, tmp_path: Path
 
 
 def test_thoughts_are_those_of_the_map_step_by_step() -> None:
-    """Pause thinks one token's embedding: all in one place, of its norm, each cosine 1; token's are tokens too."""
+    """Pause thinks one token's embedding: all in one place, of its norm, each cosine 1; token's are
+    tokens too.
+    """
     lm = load_text_lm(TINY)
     found = figures.thoughts(lm, ["Eva has 2 cards.", "Tom has 3."], ["ridge", "pause", "token"], 5)
     pause, ridge, token = (found["maps"][name] for name in ("pause", "ridge", "token"))
@@ -249,7 +257,7 @@ def test_a_plane_keeps_the_two_main_directions() -> None:
     )
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["steps", "costs", "audit"])

@@ -1,4 +1,6 @@
-"""The hostile programs: each must be judged wrong within a moment, and leave no process and no file behind."""
+"""The hostile programs: each must be judged wrong within a moment, and leave no process and no file
+behind.
+"""
 
 import ast
 import os
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def guards() -> set[str]:
-    """Process numbers of all sandboxes on this machine, and of whatever runs in them: they share a command line."""
+    """Process numbers of all sandboxes on this machine, and of whatever runs in them: they share a
+    command line.
+    """
     found = set()
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -51,7 +55,10 @@ GOOD = {
     "no environment": "import os\nassert not os.environ",
     "output": "print('x' * 10**6)",
     "a temporary file": "import tempfile\ntempfile.TemporaryFile().write(b'x')",
-    "dataclasses": "from __future__ import annotations\nimport dataclasses as d\n@d.dataclass\nclass A:\n    a: int",
+    "dataclasses": (
+        "from __future__ import annotations\n"
+        "import dataclasses as d\n@d.dataclass\nclass A:\n    a: int"
+    ),
     "deep recursion": "f = lambda n: n and f(n - 1)\nassert f(900) == 0",
     "a thread": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "a child that was waited for": "import os\nif os.fork() == 0:\n    os._exit(0)\nos.wait()",
@@ -69,7 +76,10 @@ def test_a_good_program_passes(name: str) -> None:
 
 
 ESCAPE = "/tmp/minimas-escaped"
-FORK = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
+FORK = (
+    "import os, time\nif os.fork() == 0:\n"
+    "    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
+)
 HOSTILE = {  # program, what the reason must hold
     "os._exit": ("import os\nos._exit(0)", "ended before its last statement"),
     "SystemExit": ("raise SystemExit(0)", "SystemExit"),
@@ -84,7 +94,10 @@ HOSTILE = {  # program, what the reason must hold
     ),
     "a failed test": ("assert 1 == 2, 'one\\ntwo'", "one"),
     "a thread that exits": (
-        "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(5)",
+        (
+            "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\n"
+            "time.sleep(5)"
+        ),
         "ended before its last statement",
     ),
     "a syntax error": ("def f(:", "SyntaxError"),
@@ -92,7 +105,10 @@ HOSTILE = {  # program, what the reason must hold
     "lone surrogates": ("x = \udcff", "SyntaxError"),
     "an endless loop": ("while True:\n    pass", "not done after 1 s"),
     "an endless loop that catches all": (
-        "while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass",
+        (
+            "while True:\n    try:\n        while True:\n"
+            "            pass\n    except BaseException:\n        pass"
+        ),
         "not done after 1 s",
     ),
     "a sleeper": ("import time\ntime.sleep(600)", "not done after 1 s"),
@@ -109,7 +125,10 @@ HOSTILE = {  # program, what the reason must hold
         "not done after 1 s",
     ),
     "a thread bomb": (
-        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(600,)).start()",
+        (
+            "import threading, time\nwhile True:\n"
+            "    threading.Thread(target=time.sleep, args=(600,)).start()"
+        ),
         "can't start new thread",
     ),
     "a 10 GB list": ("x = [0] * (10 * 2**30 // 8)", "MemoryError"),
@@ -125,7 +144,8 @@ HOSTILE = {  # program, what the reason must hold
         "ended before its last statement",
     ),
     "a forged verdict": (
-        "import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b'passed ')\n    except OSError:\n"
+        "import os\nfor fd in range(3, 64):\n"
+        "    try:\n        os.write(fd, b'passed ')\n    except OSError:\n"
         "        pass\nos._exit(0)",
         "ended before its last statement",
     ),
@@ -175,7 +195,9 @@ HOSTILE = {  # program, what the reason must hold
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
-    """The authors exec() these in a fork of the evaluation with the user's rights, and SystemExit ends the run."""
+    """The authors exec() these in a fork of the evaluation with the user's rights, and SystemExit
+    ends the run.
+    """
     program, reason = HOSTILE[name]
     before = time.monotonic()
     outcome = run(program, timeout=1 if reason == "not done after 1 s" else 10)
@@ -189,7 +211,9 @@ def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
 def test_the_namespaces_alone_hold_files_and_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With Landlock refused the second wall stands; a wall that was never needed may not be there."""
+    """With Landlock refused the second wall stands; a wall that was never needed may not be
+    there.
+    """
     weaker = tmp_path / "weaker.py"
     source = Path(sandbox.__file__).read_text(encoding="utf-8")
     assert "SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444" in source
@@ -233,7 +257,9 @@ def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path) -> None:
-    """A run that was stopped would leave its program to the machine; all that stays is an empty folder."""
+    """A run that was stopped would leave its program to the machine; all that stays is an empty
+    folder.
+    """
     (tmp_path / "left").mkdir()
     before = guards()
     code = "from tools.evaluation.sandbox import run\nrun('import time; time.sleep(600)', 600)"

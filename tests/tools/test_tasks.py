@@ -35,7 +35,7 @@ def row(number: int = 0, **fields: Any) -> dict[str, Any]:
     return {"id": f"q{number}", "question": "1 + 1?", "answer": "2"} | fields
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
@@ -115,9 +115,11 @@ def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
-        ({}, "math"), ({"answer": "1,234.5"}, "math"), ({"answer": "-1/2"}, "math"), ({"answer": "Paris"}, "free"),
+        ({}, "math"), ({"answer": "1,234.5"}, "math"),
+        ({"answer": "-1/2"}, "math"), ({"answer": "Paris"}, "free"),
         ({"answer": "a", "choices": {"a": "x"}}, "choice"), ({"tests": "assert f()"}, "code"),
-        ({"entry_point": "f"}, "code"), ({"test_list": ["assert f()"]}, "code"), ({"kind": "free"}, "free"),
+        ({"entry_point": "f"}, "code"),
+        ({"test_list": ["assert f()"]}, "code"), ({"kind": "free"}, "free"),
         ({"choices": {"a": "2"}, "kind": "math"}, "math"),
     ],
 )  # fmt: skip
@@ -157,7 +159,7 @@ def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
         )
 
 
-# -- split evidence ---------------------------------------------------------------------------------------------------
+# -- split evidence --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -174,7 +176,9 @@ def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) ->
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(level: int) -> None:
-    """An answer that the last agent can see, or that nobody can, proves nothing about the memory."""
+    """An answer that the last agent can see, or that nobody can, proves nothing about the
+    memory.
+    """
     for made in split_evidence(200, 1, level):
         team = Team.from_dict(made["team"], "row")
         *readers, last = team.agents
@@ -204,7 +208,9 @@ def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_options_alone_say_nothing(level: int) -> None:
-    """A fixed place, the largest or the smallest option: whatever is right more often than chance is a leak."""
+    """A fixed place, the largest or the smallest option: whatever is right more often than chance
+    is a leak.
+    """
     rows = split_evidence(OPTIONS * 200, 2, level)
     ranks, letters = collections.Counter[int](), collections.Counter[str]()
     for made in rows:
@@ -218,7 +224,9 @@ def test_the_options_alone_say_nothing(level: int) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_best_guess_is_right_as_often_as_the_row_says(level: int) -> None:
-    """Of sums of two numbers drawn alike 109 comes most often, and a guesser beats the chance that is written down."""
+    """Of sums of two numbers drawn alike 109 comes most often, and a guesser beats the chance that
+    is written down.
+    """
     rows = split_evidence(9000, 5, level)
     expected = len(rows) * rows[0]["chance"]
     counts = collections.Counter(made["answer"] for made in rows)
@@ -226,14 +234,17 @@ def test_the_best_guess_is_right_as_often_as_the_row_says(level: int) -> None:
     assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in counts.values())
 
 
-# -- programs ---------------------------------------------------------------------------------------------------------
+# -- programs --------------------------------------------------------------------------------------
 
 needs_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the sandbox is made of Linux's parts"
 )
 HUMAN = {
     "id": "HumanEval/0",
-    "question": "from math import floor\n\ndef helper(x):\n    return floor(x)\n\ndef f(x):\n    '''Round down.'''\n",
+    "question": (
+        "from math import floor\n\ndef helper(x):\n"
+        "    return floor(x)\n\ndef f(x):\n    '''Round down.'''\n"
+    ),
     "answer": "def check(candidate):\n    assert candidate(1.5) == 1\n\ncheck(f)\n",
     "entry_point": "f",
 }
@@ -280,7 +291,9 @@ MBPP = {
 def test_a_program_is_the_answer_and_the_tests(
     raw: dict[str, Any], text: str, passes: bool, tmp_path: Path
 ) -> None:
-    """An example that replaces the solution, an import that was in the question, an exit that counts as success."""
+    """An example that replaces the solution, an import that was in the question, an exit that
+    counts as success.
+    """
     [made] = read_rows(written(tmp_path, raw))
     assert sandbox.run(code_program(made, text)).passed == passes
 
@@ -307,7 +320,7 @@ def test_the_solutions_at_hand_pass_and_a_wrong_one_fails(name: str) -> None:
         assert not sandbox.run(code_program(made, wrong), timeout=60).passed, made["id"]
 
 
-# -- raw formats ------------------------------------------------------------------------------------------------------
+# -- raw formats -----------------------------------------------------------------------------------
 
 RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, as we have it
     "gsm8k": (
@@ -384,7 +397,9 @@ RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, 
 
 @pytest.mark.parametrize("name", RAW)
 def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
-    """A comma in the gold, labels from 1 on, options out of order, a call of the test that is missing."""
+    """A comma in the gold, labels from 1 on, options out of order, a call of the test that is
+    missing.
+    """
     raw, ours = RAW[name]
     converted = download.SOURCES[name].convert(raw, 0)
     assert converted == {"question": "Q?"} | ours
@@ -494,7 +509,9 @@ def test_a_download_prints_revision_and_hash_and_is_read_back(
 def test_gated_missing_and_offline_are_one_line_each(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A benchmark that needs a login ends in forty lines of traceback; the tasks after it are fetched all the same."""
+    """A benchmark that needs a login ends in forty lines of traceback; the tasks after it are
+    fetched all the same.
+    """
     from huggingface_hub import errors
 
     gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
