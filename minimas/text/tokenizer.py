@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
@@ -204,6 +207,8 @@ class Tokenizer:
             return self._template.render(
                 messages=[{"role": role, "content": text} for role, text in messages.items()],
                 add_generation_prompt=generation_prompt,
+                tools=None,
+                documents=None,
                 **self._special,
             )
         except TEMPLATE_ERRORS as error:
@@ -231,11 +236,13 @@ class Tokenizer:
     def _template(self) -> Template:
         """Compile the template, with what transformers gives to one and nothing more."""
         sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", GenerationTag],
         )
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        sandbox.filters["tojson"] = _to_json
         return sandbox.from_string(self._source)
 
 
@@ -265,9 +272,12 @@ class TextStream:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file; raises FileNotFoundError or ValueError naming it."""
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Raises FileNotFoundError or ValueError naming it.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
@@ -275,6 +285,34 @@ def read_text(path: Path) -> str:
 def is_text(text: str) -> bool:
     """Return whether `text` can be encoded; half of a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+class GenerationTag(Extension):
+    """Ignore {% generation %}, which marks the assistant's text for training."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Return the statements between the tag and {% endgeneration %}."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON text, with the parameters that transformers gives to templates."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: str) -> Any:

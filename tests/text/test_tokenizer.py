@@ -8,6 +8,7 @@ follows speaks as anybody it likes.
 import functools
 import json
 import re
+import shutil
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -531,3 +532,25 @@ def test_a_character_cut_off_by_the_limit_comes_last(tokenizer: Tokenizer, text:
         pieces = streamed(tokenizer, ids[:limit])
         assert "".join(pieces) == tokenizer.decode(ids[:limit])
         assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{% if tools is not none %}tools{% endif %}", ""),
+        ("{% if documents != none %}documents{% endif %}", ""),
+        ("{% generation %}{{ 1 + 1 }}{% endgeneration %}", "2"),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=True) }}", '{"a": "é", "b": 1}'),
+        ("{{ [1] | tojson(False, 1) }}", "[\n 1\n]"),
+    ],
+)
+def test_a_template_is_given_what_transformers_gives_to_one(
+    tmp_path: Path, source: str, expected: str
+) -> None:
+    """A template that asks for `tools` without testing that it is defined offered an empty list."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(TINY / "tokenizer.json", folder)
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    (folder / "chat_template.jinja").write_text(source + turns)
+    assert Tokenizer(folder).turn("hi").text == f"{expected}[user]hi[end]"

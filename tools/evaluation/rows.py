@@ -53,7 +53,7 @@ def read_rows(path: str | Path) -> list[Row]:
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (number from 1, value) of every line that is not empty. Raises as `read_rows`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: found no such file, expected JSON lines") from error
     except UnicodeDecodeError as error:
