@@ -1,7 +1,7 @@
 """Teams of agents, all played by one model, and three ways to work: single, text_mas, latent_mas.
 
 Each method is a loop over agents: prefill the prompt, think, hand over; the last agent decodes the
-answer. They differ in what is handed over: nothing, text, or the KV cache of everything before
+answer. They differ in what is handed over: nothing, text, or the KV cache of the agents before
 (LatentMAS, arXiv 2511.20639, section 3). `turns.Run.turn` is one step of each loop. Does not know:
 attention, how a thought is made, printing.
 
@@ -111,11 +111,11 @@ def hand_over(run: "LatentRun") -> "HandOver":
     turns: list[TurnResult] = []
     experts: list[tuple[KVCache, list[int]]] = []  # what parallel agents hand over
     for numbers in run.stages():
-        agents = [run.members.agents[i] for i in numbers]
-        if run.members.parallel:
+        agents = [run.resolved_team.agents[i] for i in numbers]
+        if run.resolved_team.parallel:
             cache = run.new_cache(len(agents))
         first = not any(cache.lengths)
-        layouts = [(i, layout) for i in numbers for layout in run.placed]
+        layouts = [(i, layout) for i in numbers for layout in run.layouts_per_question]
         if first:
             head = [layout.head_tokens(i) for i, layout in layouts]
         turn = run.turn(
@@ -123,14 +123,14 @@ def hand_over(run: "LatentRun") -> "HandOver":
             [layout.prompt(i, first) for i, layout in layouts],
             cache,
             run.steps(agents[0]),
-            run.feed,
+            run.align_map,
             decodes=agents[0].writes,
             closes=run.closes_turns,
             head=head,
         )
         cache, head = turn.hand_over(run.transfer)
         turns.append(turn)
-        if run.members.parallel:
+        if run.resolved_team.parallel:
             experts += split(cache, head, len(agents))
     if experts:
         cache, head = join(experts[-1:] if run.transfer == "last" else experts)
@@ -198,7 +198,7 @@ class LastTurn(NamedTuple):
         return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:
-        """Do the same without decoding. Returns the last states (B, 1, D) and the KV cache."""
+        """Do as `answer`, without decoding. Returns the last states (B, 1, D) and the KV cache."""
         ids = self.run.encode([self.agent], self.prompts, self.cache, self.steps)
         hidden, cache = self.run.prefill(self.run.lm.model, ids, self.cache)
         if self.align is not None:
@@ -230,14 +230,14 @@ class LatentRun(Run):
         if steps is not None and (not isinstance(steps, int) or steps < 0):
             found = f"found {steps!r}, expected a whole number, 0 or more"
             raise ParameterError("latent_steps", found)
-        self.members = choose_team(self.lm, self.team).with_layout(self.layout)
-        if not self.close and self.members.layout == "turn":
+        self.resolved_team = choose_team(self.lm, self.team).with_layout(self.layout)
+        if not self.close and self.resolved_team.layout == "turn":
             found = "found no with layout 'turn', expected yes: no turn is closed there"
             raise ParameterError("close", found)
-        self.placed = self.layouts(self.members)
-        self.closes_turns = self.close and self.placed[0].closes_turns
+        self.layouts_per_question = self.layouts(self.resolved_team)
+        self.closes_turns = self.close and self.layouts_per_question[0].closes_turns
         self._require_context_of_all()
-        self.feed = self.align if callable(self.align) else self.lm.aligner(self.align)
+        self.align_map = self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
         """Return how many thoughts an agent thinks; the last one only if it says so itself."""
@@ -251,46 +251,55 @@ class LatentRun(Run):
 
         Experts of a parallel team share a batch as long as they think and generate alike.
         """
-        earlier = range(len(self.members.agents) - 1)
-        if not self.members.parallel:
+        earlier = range(len(self.resolved_team.agents) - 1)
+        if not self.resolved_team.parallel:
             yield from ([i] for i in earlier)
             return
-        agents = self.members.agents
+        agents = self.resolved_team.agents
         alike = itertools.groupby(earlier, lambda i: (self.steps(agents[i]), agents[i].writes))
         yield from (list(group) for _, group in alike)
 
     def rotated(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
         other = copy.copy(self)
-        for field in ("questions", "choices", "generators", "placed"):
+        for field in ("questions", "choices", "generators", "layouts_per_question"):
             first, *rest = getattr(self, field)
             setattr(other, field, [*rest, first])
         return other
 
     def last_turn(self, handed: HandOver) -> LastTurn:
         """Return the last agent's turn on what was handed over, by this run or by another one."""
-        cache, last = handed.cache, self.members.agents[-1]
+        cache, last = handed.cache, self.resolved_team.agents[-1]
         first = not any(cache.lengths)
         foreign = handed.run is not self
-        if foreign and not first and self.members.layout == "turn" and self.members.opening:
+        if (
+            foreign
+            and not first
+            and self.resolved_team.layout == "turn"
+            and self.resolved_team.opening
+        ):
             cache = self._with_own_head(handed)
-        asked = [layout.prompt(-1, first) for layout in self.placed]
+        asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
-            self, last, asked, cache, self.steps(last, final=True), self.feed, handed.turns
+            self, last, asked, cache, self.steps(last, final=True), self.align_map, handed.turns
         )
 
     def _with_own_head(self, handed: HandOver) -> KVCache:
         """Return the handed-over KV cache with this run's heads in place of the other run's."""
-        heads = [self.tokenizer.encode_turn(layout.head) for layout in self.placed]
+        heads = [self.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
         own = self.new_cache()
         prefill(self.lm.model, heads, own)
         return KVCache.concat([own, without_head(handed.cache, handed.head)])
 
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
-        agents, parallel = self.members.agents, self.members.parallel
-        others = self.rotated().placed if self.transfer == "shuffled" else self.placed
-        for own, other in zip(self.placed, others, strict=True):
+        agents, parallel = self.resolved_team.agents, self.resolved_team.parallel
+        others = (
+            self.rotated().layouts_per_question
+            if self.transfer == "shuffled"
+            else self.layouts_per_question
+        )
+        for own, other in zip(self.layouts_per_question, others, strict=True):
             held = head = 0  # slots that are handed over, and those of them that are the head
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1

@@ -45,7 +45,7 @@ class TurnResult(NamedTuple):
 
     cache: KVCache
     start: list[int]  # slots per row before the turn
-    head: list[int]  # slots per row that every hand-over keeps, see `layout`
+    head: list[int]  # slots per row of what all agents share: system message and opening
     prompt_end: list[int]  # slots per row after the prompt; the thoughts follow
     steps: int
     traces: list[AgentTrace]
@@ -103,13 +103,14 @@ class Run:
             raise ParameterError("kind", problem)
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
-        empty = any(options is not None and not options for options in self.choices)
-        if empty or len(self.choices) != len(self.questions):
+        dicts = [options for options in self.choices if options is not None]
+        bad = not all(isinstance(options, Mapping) and options for options in dicts)
+        if bad or len(self.choices) != len(self.questions):
             found = f"found {self.choices!r:.80}"
             raise ValueError(f"choices: {found}, expected a dict letter -> text for each question")
         self.tokenizer = tokenizer
-        self.how = self.sampling or self.lm.sampling
-        self.told = self.watcher or Watcher()
+        self.used_sampling = self.sampling or self.lm.sampling
+        self.observer = self.watcher or Watcher()
         self.end_ids = self.lm.end_ids
         self.closing = tokenizer.encode(tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
@@ -149,7 +150,7 @@ class Run:
         Raises ValueError naming the agent and the flags if the model's context is shorter.
         """
         limit = self.lm.model.config.max_position_embeddings
-        generated = self.how.max_new_tokens if decodes else 0
+        generated = self.used_sampling.max_new_tokens if decodes else 0
         needed = start + tokens + steps + generated + (len(self.closing) if closes else 0)
         if needed > limit:
             raise ValueError(
@@ -196,7 +197,7 @@ class Run:
         start = list(cache.lengths)
         ids = self.encode(agents, turns, cache, steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
-        self.told.begin(name, sum(map(len, ids)), steps)
+        self.observer.begin(name, sum(map(len, ids)), steps)
 
         hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
@@ -220,9 +221,9 @@ class Run:
             bill = (len(ids[row]), steps, len(out.ids), seconds, slots * cache.slot_nbytes)
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
-        self.told.memory(cache)
+        self.observer.memory(cache)
         for first in range(0, len(traces), len(self.questions)):
-            self.told.end(traces[first : first + len(self.questions)])
+            self.observer.end(traces[first : first + len(self.questions)])
         head = [0] * len(ids) if head is None else list(head)
         return TurnResult(cache, start, head, prompt_end, steps, traces, outputs)
 
@@ -252,19 +253,19 @@ class Run:
     ) -> list[GeneratedText]:
         outputs: dict[int, GeneratedText] = {}
         pieces = stream(
-            self.lm.model, self.tokenizer, hidden, cache, self.how, self.end_ids,
+            self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
             self.generators * agents, ids, remember,
         )  # fmt: skip
         for row, piece, done in pieces:
             if final and piece:
-                self.told.text(row, piece)
+                self.observer.text(row, piece)
             if done is not None:
                 outputs[row] = done
         return [outputs[row] for row in range(len(ids))]
 
     def _told_of_thoughts(self, align: Align) -> Align:
         def told(hidden: Tensor) -> Tensor:
-            self.told.thought()
+            self.observer.thought()
             return align(hidden)
 
         return told

@@ -4,8 +4,8 @@ The invariant is *slot = position*: slots 0 to lengths[b] - 1 of row b are fille
 slot p was rotated for position p. A ragged batch is padded on the right. The slots from lengths[b]
 on are free: a query at position p sees only slots up to p, and the next append overwrites them.
 Therefore no padding mask is needed, and a row does not depend on the other rows. A method that
-moves a slot also rotates its key. All methods but `append` and `advance`, which the model calls,
-return a new cache. Does not know: models, tokens, agents.
+moves a slot also rotates its key. `append`, `advance` and `sign`, which the model calls, change the
+cache; every other method returns a new one. Does not know: tokens, agents, what a model computes.
 
     B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -251,7 +251,8 @@ def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
     The first append sets the number of heads: a shard of a layer has fewer.
     """
     B, _, capacity, d = store.shape
-    # One slot stays free: a store that is read whole is contiguous, and compiled anew.
+    # One slot stays free: a slice of the whole store would be contiguous, with other strides, and
+    # compiled steps would be compiled again.
     if slots < capacity:
         return store
     # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
