@@ -220,7 +220,7 @@ def run_ask(args: argparse.Namespace) -> None:
         raise ParameterError("transfer", f"found 'shuffled' with one question, {expected}")
     team: str | Team | None = options.get("team")
     if isinstance(team, str) and team.endswith(".json"):
-        team = Team.from_json(team)
+        team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
     settings = {"model": args.model, "method": args.method, **options, "seed": args.seed}
     if team is not None:
@@ -239,8 +239,12 @@ def run_ask(args: argparse.Namespace) -> None:
         try:
             questions = [row["question"] for row in batch]
             results = METHODS[args.method](lm, questions, watcher=screen, **options)
+        except KeyboardInterrupt:
+            screen.show(results)  # the text so far
+            raise
         finally:
-            screen.show(results)  # after Ctrl-C, the text so far
+            screen.bar.close()
+        screen.show(results)
         bill += [result.usage for result in results]
     if not args.quiet:
         print_bill("total", bill)

@@ -199,7 +199,11 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     repo, gguf = hub_id.groups()
     if gguf:
         every_shard = re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)
-        return download(repo, [gguf], [every_shard]) / gguf
+        path = download(repo, [gguf], [every_shard]) / gguf
+        if not path.is_file():
+            found = f"found no file {gguf} in the repository"
+            raise FileNotFoundError(f"{name}: {found}, expected one")
+        return path
     needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
     if not only_config:
@@ -213,7 +217,7 @@ def _device(name: str | torch.device) -> torch.device:
     text = str(name)
     if text == "auto":
         text = "cuda" if gpus else "cpu"
-    if text not in ("cpu", "cpu:0", *gpus) and not (text == "cuda" and gpus):
+    if not re.fullmatch(r"cpu(:\d+)?", text) and text not in gpus and not (text == "cuda" and gpus):
         expected = f"expected auto, cpu, or cuda ({len(gpus)} devices here)"
         raise ParameterError("device", f"found {text!r}, {expected}")
     return torch.device(text)

@@ -12,7 +12,7 @@ cache; every other method returns a new one. Does not know: tokens, agents, what
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +146,10 @@ class KVCache:
         """
         rows = list(rows.tolist() if isinstance(rows, Tensor) else rows)
         B = len(self.lengths)
-        if not rows or any(type(row) is not int or not 0 <= row < B for row in rows):
+        if any(isinstance(row, bool) or not hasattr(row, "__index__") for row in rows):
+            raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
+        rows = [int(row) for row in rows]
+        if not rows or not all(0 <= row < B for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
         lengths = [self.lengths[row] for row in rows]
         index = torch.tensor(rows, device=self.device)
@@ -192,8 +195,11 @@ class KVCache:
             width = max(cache.lengths)
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 keys = move(keys[:, :, :width], delta, wide.config.rope_theta)
-                wide.keys[layer] = torch.cat([wide.keys[layer], keys], 2)
-                wide.values[layer] = torch.cat([wide.values[layer], values[:, :, :width]], 2)
+                values = values[:, :, :width]
+                if start:
+                    keys = torch.cat([wide.keys[layer], keys], 2)
+                    values = torch.cat([wide.values[layer], values], 2)
+                wide.keys[layer], wide.values[layer] = keys, values
             for row, length in zip(slots, cache.lengths, strict=True):
                 row += range(start, start + length)
             start += width
@@ -204,7 +210,8 @@ class KVCache:
     def _per_row(self, lengths: int | Sequence[int] | Tensor, most: float = math.inf) -> list[int]:
         """Return one integer for each row."""
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        counts = [given] * len(self.lengths) if isinstance(given, int) else list(map(int, given))
+        each = given if isinstance(given, Iterable) else [given] * len(self.lengths)
+        counts = [int(length) for length in each]
         if len(counts) != len(self.lengths) or min(counts) < 0 or max(counts) > most:
             expected = f"{len(self.lengths)} numbers, 0 … {most}"
             raise ValueError(f"lengths: found {counts}, expected {expected}")

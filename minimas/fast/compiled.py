@@ -25,7 +25,7 @@ from ..core.cache import KVCache, Positions, with_capacity
 from ..core.errors import ParameterError
 from ..core.model import Block, Qwen3
 from ..core.rotary import rotate
-from .packed import CPULinear
+from .packed import CPULinear, has_units
 
 SPARE_SLOTS = 256  # steps until a recorded step must be recorded anew
 
@@ -52,6 +52,9 @@ def check_compiler() -> None:
 
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place. The first step takes seconds for it."""
+    # The compiler cannot trace this question, only keep its answer. Not a decorator: that would
+    # import the compiler, 2 s and 75 MB, with every `import minimas`.
+    torch.compiler.assume_constant_result(has_units)
     for layer in model.model.layers.modules():
         if hasattr(layer, "opaque"):
             layer.opaque, layer.handle = _product, torch.tensor(id(layer))

@@ -23,8 +23,6 @@ MAX_NARROW_ROWS = 3  # up to here row by row is faster than widening (AVX2)
 CHUNK_WEIGHTS = 2**20  # widened at a time: 4 MB of float32 stay in the cache until they are used
 
 
-# The compiler cannot trace the question, only keep its answer.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU multiplies `dtype`: bf16 from AVX-512 on x86, fp16 on few CPUs."""
     kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)

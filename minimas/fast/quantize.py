@@ -67,7 +67,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
         raise ParameterError("quantize", f"{found} {problem}")
     if FORMATS[name].package:
-        bnb.require(found, device)
+        bnb.require(f"quantize: {found}", device)
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         seen = torch.cuda.get_device_capability(device)
         runs = f"expected {FORMATS[name].runs}; nf4 runs"

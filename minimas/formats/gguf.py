@@ -194,12 +194,13 @@ class GGUF:
             value = self._value(name, int, head_dim)
             expected = f"{head_dim}, the size of a head"
             self._header.require(value == head_dim, f"{self._family}.{name}", value, expected)
+        tied = self._tie()  # removes an LM head that only repeats the embedding
         kinds = {tensor.kind for tensor in self.tensors.values() if tensor.rows > 1}
         epsilon = self._value("attention.layer_norm_rms_epsilon", float)
         theta = 1e4 if self._family == "llama" else None
         return raw | {
             "model_type": self._family,
-            "tie_word_embeddings": self._tie(),
+            "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
             "num_key_value_heads": self._value("attention.head_count_kv", int, heads),
             "head_dim": head_dim,
@@ -239,8 +240,10 @@ class GGUF:
         by_id = {i: token for i, token in enumerate(tokens) if types[i] != UNUSED}
         known = set(by_id.values())
         require(len(known) == len(by_id), fields[0], "a token twice", "different ones")
-        pairs = [merge.split(" ", 1) for merge in merges]
-        wrong = [pair for pair in pairs if not known.issuperset([*pair, "".join(pair)])]
+        pairs = [merge.split(" ") for merge in merges]
+        wrong = [
+            pair for pair in pairs if len(pair) != 2 or not known.issuperset([*pair, "".join(pair)])
+        ]
         require(not wrong, fields[2], wrong[:1], "two tokens that make a third")
         return by_id, types, pairs
 

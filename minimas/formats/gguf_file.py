@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 # Number of a metadata value's type -> its letter in `struct`.
+MAX_ELEMENTS = 10**7  # of an array; a vocabulary has 300,000
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 # Number of a tensor's type -> its name, weights per block, bytes per block.
@@ -129,7 +130,8 @@ class Header:
         """
         value = self.metadata.get(field, default)
         found = "nothing" if value is None else repr(value)
-        self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
+        good = type(value) is kind or (kind is float and type(value) is int)
+        self.require(good, field, found, f"a value of type {kind.__name__}")
         return value
 
     def _parse_metadata(self, count: int) -> None:
@@ -145,6 +147,9 @@ class Header:
                 self.metadata[name] = self._values(kind, 1, field)[0]
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
+        self.require(
+            count <= MAX_ELEMENTS, field, f"{count:,} elements", f"at most {MAX_ELEMENTS:,}"
+        )
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
         self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")

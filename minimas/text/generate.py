@@ -49,7 +49,7 @@ class Sampling:
             ("max_new_tokens", whole, 1, LARGEST, "a whole number, 1 or more"),
         ):
             value = getattr(self, name)
-            if type(value) not in kinds or not low <= value <= high:
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise ParameterError(name, f"found {value!r:.40}, expected {expected}")
 
     @classmethod

@@ -79,7 +79,8 @@ class Tokenizer:
             settings = files.get("tokenizer_config.json", {})
         try:
             self.backend = Backend.from_buffer(data)
-        except ValueError as error:
+            self.backend.encode("\ue000 a")  # fails for a missing unknown token
+        except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
         # Padding or truncation set for training would add or drop tokens silently.
         self.backend.no_padding()
@@ -94,7 +95,12 @@ class Tokenizer:
         self.end_ids = frozenset(
             i for name, i in self.control.items() if name in (end_token, "<|im_end|>")
         )
-        self.turn_end = self._around("user", "assistant", generation_prompt=False)[-1] or end_token
+        answer = 2 * PLACEHOLDER
+        both = self._render({"user": PLACEHOLDER, "assistant": answer}, generation_prompt=False)
+        _, shown, turn_end = both.rpartition(answer)  # a template may show the last message only
+        if not shown:
+            self._around("user", "assistant", generation_prompt=False)  # raises
+        self.turn_end = turn_end or end_token
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
