@@ -986,7 +986,9 @@ def test_damage_is_an_error_or_another_model_never_a_crash(
     began = time.perf_counter()
     try:
         file = opened(tmp_path / "a.gguf", bytes(content))
-        expected = {name: tuple(w.shape) for name, w in Qwen3(file.config).state_dict().items()}
+        with torch.device("meta"):  # as `load` does: damaged sizes may be vast
+            wanted = Qwen3(file.config).state_dict()
+        expected = {name: tuple(weight.shape) for name, weight in wanted.items()}
         if file.shapes == expected:
             for name in file.shapes:
                 file.read(name, torch.float32)
