@@ -295,7 +295,7 @@ def test_what_a_kind_needs_is_said(lm: LM) -> None:
     for kind in ("mean", "fitted", "pause"):
         with pytest.raises(ValueError, match=r"align: found .* without tokenizer.json"):
             feeder(lm.model, kind)
-    with pytest.raises(ValueError, match=r"fit_text: found 2 tokens"):
+    with pytest.raises(ValueError, match=r"--fit-text\): found 2 tokens"):
         feeder(lm.model, "mean", tiny_tokenizer(), "Tom has")
 
 
