@@ -400,9 +400,8 @@ def _bare(text: str) -> str:
 # -- code ------------------------------------------------------------------------------------------
 
 # Indent, fence, language, program, closing fence. As in CommonMark, the closing fence has at least
-# the length of the
-# opening one and at most three more spaces before it. Models also put fences behind other text on a
-# line.
+# the length of the opening one and at most three more spaces before it. Models also put a fence
+# after other text on the same line.
 _BLOCK = re.compile(
     r"(?ms)^( *)[^\n`~]*(`{3,}|~{3,})[ {.]*(\w*)[^\n`]*\n(.*?)"
     r"(^(?:\1)? {0,3}\2[`~]* *$|(?<=[^\s`~])\2 *$|\Z)"

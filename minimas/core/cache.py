@@ -146,11 +146,10 @@ class KVCache:
         """
         rows = list(rows.tolist() if isinstance(rows, Tensor) else rows)
         B = len(self.lengths)
-        if any(isinstance(row, bool) or not hasattr(row, "__index__") for row in rows):
+        integers = [not isinstance(row, bool) and hasattr(row, "__index__") for row in rows]
+        if not rows or not all(integers) or not all(0 <= row < B for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
         rows = [int(row) for row in rows]
-        if not rows or not all(0 <= row < B for row in rows):
-            raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
         lengths = [self.lengths[row] for row in rows]
         index = torch.tensor(rows, device=self.device)
         return self._map(lengths, lambda x: x[:, :, : max(lengths)].index_select(0, index))
@@ -178,7 +177,7 @@ class KVCache:
 
     @classmethod
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
-        """Join caches of equal batch size row by row; keys move behind the caches before them.
+        """Join caches of equal batch size row by row; keys are rotated to their new positions.
 
         Equals one forward pass in which no part sees another (a block mask), not a sequential one.
         Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.

@@ -47,7 +47,8 @@ ORDERS = (
 def pack4(values: Tensor) -> Tensor:
     """Return values uint8 (N, K) in 0 … 15, N a multiple of 64, in the device's order."""
     if values.device.type == "cpu":
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)  # type: ignore[no-any-return]
+        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        return pack(values.int(), 1)  # type: ignore[no-any-return]
     pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # the even input in the high bits
     tiles = next(count for count in (8, 4, 2) if values.shape[1] % (16 * count) == 0)
     return torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]

@@ -106,7 +106,8 @@ class CPULinear(nn.Module):
         """Return x Wᵀ + b, by the packed weight if there is one."""
         if self.packed is None:
             return linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        kernel = torch.ops.mkldnn._linear_pointwise
+        return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.packed is not None:

@@ -117,16 +117,17 @@ class Replacer:
         if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
             return None
         key = f"{name}.weight"
-        bias = None if module.bias is None else self._read(f"{name}.bias")
         blocks = self.source.blocks(key) if self.keeps_blocks else None
+        if blocks is None and self.quantize is None:
+            return None
+        bias = None if module.bias is None else self._read(f"{name}.bias")
         if blocks is not None and (self.quantize is None or blocks[2] is not None):
             values, scale, minimum = blocks
             if minimum is not None:
                 minimum = minimum.to(self.device)
             on_device = values.to(self.device), scale.to(self.device)
             return kept(*on_device, minimum, bias, self.dtype)
-        if self.quantize is None:
-            return None
+        assert self.quantize is not None
         new = quantized(self.quantize, self._read(key), bias)
         self.not_divisible += new is None
         return new
@@ -374,7 +375,8 @@ class Q8Linear(QuantizedLinear):
         self.max_kernel_rows = MAX_INT8_ROWS.get(kind, 0) if runs else 0
 
     def multiply(self, rows: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
+        kernel = torch.ops.aten._weight_int8pack_mm
+        return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
     def unpack(self) -> Iterator[Tensor]:
         for start in range(0, self.out_features, self.chunk_rows):

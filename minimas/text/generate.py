@@ -163,7 +163,7 @@ def decode(
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
-        lengths = torch.tensor([int(row in running) for row in rows])
+        lengths = [int(row in running) for row in rows]
         hidden = model(model.embed(tokens[:, None]), cache, lengths)  # (B, 1, D)
 
 

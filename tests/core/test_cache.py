@@ -27,8 +27,9 @@ row_lengths = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 
 def memory(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
-    """Random keys and values, appended in so many chunks; padding is large, so that it shows
-    wherever it leaks.
+    """Return a cache of random keys and values, appended in chunks.
+
+    The padding is large, so it shows wherever it leaks.
     """
     source = torch.Generator().manual_seed(seed)
     shape = (

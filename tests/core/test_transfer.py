@@ -109,8 +109,8 @@ def test_any_split_of_the_reading_gives_the_same_states(model: Qwen3, data: st.D
 
 @given(models(), st.data())
 def test_joined_memories_equal_the_block_masked_forward(model: Qwen3, data: st.DataObject) -> None:
-    """Hierarchical: experts see themselves only, stand one behind the other, and the summarizer
-    sees them all.
+    """Hierarchical: no expert sees another one, their caches follow each other, and the summarizer
+    sees all of them.
     """
     told, align, question = (
         data.draw(turns(model)),
