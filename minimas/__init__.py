@@ -25,6 +25,7 @@ from .core.config import Config
 from .core.latent import Aligner, alignment_matrix, think
 from .core.model import Qwen3
 from .load import LM, load
+from .memory import remember
 from .results import Result, Watcher
 from .teams import Agent, Team, hierarchical, sequential
 from .text.generate import Sampling, generate
@@ -33,6 +34,6 @@ from .text.tokenizer import Tokenizer
 __all__ = [
     "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team",
     "Tokenizer", "Watcher", "alignment_matrix", "generate", "hierarchical", "latent_mas", "load",
-    "sequential", "single", "text_mas", "think",
+    "remember", "sequential", "single", "text_mas", "think",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -40,9 +40,11 @@ def single(
     sampling: Sampling | None = None,
     seed: int = 0,
     watcher: Watcher | None = None,
+    memory: KVCache | None = None,
+    keep_memory: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(lm, questions, kind, choices, sampling, seed, watcher)
+    run = Run(lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory)
     return hand_over_text(run, lm.teams.get("single") or single_agent()).answer()
 
 
@@ -55,13 +57,15 @@ def text_mas(
     sampling: Sampling | None = None,
     seed: int = 0,
     watcher: Watcher | None = None,
+    memory: KVCache | None = None,
+    keep_memory: bool = False,
 ) -> list[Result]:
     """Let the same agents pass text: each one's text goes where later prompts have `{context}`.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(lm, questions, kind, choices, sampling, seed, watcher)
+    run = Run(lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory)
     return hand_over_text(run, choose_team(lm, team)).answer()
 
 
@@ -79,6 +83,8 @@ def latent_mas(
     watcher: Watcher | None = None,
     close: bool = True,
     layout: str | None = None,
+    memory: KVCache | None = None,
+    keep_memory: bool = False,
 ) -> list[Result]:
     """Let agents think in latent space and hand their KV cache over; only the last one decodes.
 
@@ -92,11 +98,15 @@ def latent_mas(
     "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns of
     agents who hand over open, as the authors' code does.
 
+    `memory` is a KV cache that every agent starts after, such as one of `remember`: one row for all
+    questions, or one row per question. It is copied and not prefilled again. With `keep_memory`,
+    `Result.memory` is the KV cache after the answer, for the next call.
+
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
     before any work starts.
     """
     run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, watcher,
+        lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory,
         team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
         layout=layout,
     )  # fmt: skip
@@ -107,17 +117,18 @@ def latent_mas(
 
 def hand_over(run: "LatentRun") -> "HandOver":
     """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
-    cache, head = run.new_cache(), [0] * len(run.questions)
+    cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
     experts: list[tuple[KVCache, list[int]]] = []  # what parallel agents hand over
     for numbers in run.stages():
         agents = [run.resolved_team.agents[i] for i in numbers]
         if run.resolved_team.parallel:
             cache = run.new_cache(len(agents))
-        first = not any(cache.lengths)
+        first = run.is_new(cache)
         layouts = [(i, layout) for i in numbers for layout in run.layouts_per_question]
         if first:
-            head = [layout.head_tokens(i) for i, layout in layouts]
+            own = [layout.head_tokens(i) for i, layout in layouts]
+            head = [start + count for start, count in zip(cache.lengths, own, strict=True)]
         turn = run.turn(
             agents,
             [layout.prompt(i, first) for i, layout in layouts],
@@ -193,7 +204,13 @@ class LastTurn(NamedTuple):
     def answer(self) -> list[Result]:
         """Prefill, think if the agent says so itself, and decode the answers."""
         turn = self.run.turn(
-            [self.agent], self.prompts, self.cache, self.steps, self.align, final=True
+            [self.agent],
+            self.prompts,
+            self.cache,
+            self.steps,
+            self.align,
+            final=True,
+            closes=self.run.keep_memory,
         )
         return self.run.results([*self.turns, turn])
 
@@ -265,12 +282,14 @@ class LatentRun(Run):
         for field in ("questions", "choices", "generators", "layouts_per_question"):
             first, *rest = getattr(self, field)
             setattr(other, field, [*rest, first])
+        if self.memory is not None and len(self.memory.lengths) > 1:
+            other.use_memory(self.memory.select([*range(1, len(self.questions)), 0]))
         return other
 
     def last_turn(self, handed: HandOver) -> LastTurn:
         """Return the last agent's turn on what was handed over, by this run or by another one."""
         cache, last = handed.cache, self.resolved_team.agents[-1]
-        first = not any(cache.lengths)
+        first = self.is_new(cache)
         foreign = handed.run is not self
         if (
             foreign
@@ -299,21 +318,24 @@ class LatentRun(Run):
             if self.transfer == "shuffled"
             else self.layouts_per_question
         )
-        for own, other in zip(self.layouts_per_question, others, strict=True):
-            held = head = 0  # slots that are handed over, and those of them that are the head
+        starts = self.memory_lengths
+        for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
+            held = head = base  # slots that are handed over, and those of them that are the head
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
                 layout = own if final else other
-                start = 0 if parallel and not final else held
-                tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first=start == 0)))
-                if start == 0:
-                    head = layout.head_tokens(i)
-                steps, closes = self.steps(agent, final), self.closes_turns and not final
+                start = base if parallel and not final else held
+                first = start == base
+                tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
+                if first:
+                    head = base + layout.head_tokens(i)
+                steps = self.steps(agent, final)
+                closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
                 end = self.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, head)
                 kept = head if self.transfer == "last" else max(held, head)
-                held = 0 if self.transfer == "none" else kept + added
+                held = base if self.transfer == "none" else kept + added
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

@@ -5,7 +5,7 @@ This file does not know printing.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .core.cache import KVCache
 
@@ -27,7 +27,7 @@ class Usage:
     @classmethod
     def total(cls, usages: Sequence["Usage"]) -> "Usage":
         """Return the sum of several usages; `memory_bytes` is that of the largest."""
-        names = [field.name for field in dataclasses.fields(Usage)]
+        names = [one.name for one in dataclasses.fields(Usage)]
         total = cls(*(sum(getattr(usage, name) for usage in usages) for name in names))
         total.memory_bytes = max(usage.memory_bytes for usage in usages)
         return total
@@ -47,13 +47,17 @@ class AgentTrace(Usage):
 
 @dataclass
 class Result:
-    """The outcome of one question: the last agent's `text`, and the `answer` in it, or None."""
+    """The outcome of one question: the last agent's `text`, and the `answer` in it, or None.
+
+    `memory` is the KV cache after the answer (one row), if the call was asked to keep it.
+    """
 
     question: str
     text: str
     answer: str | None
     finish_reason: str  # "stop" | "length"
     agents: list[AgentTrace]
+    memory: KVCache | None = field(default=None, repr=False, compare=False)
 
     @property
     def usage(self) -> Usage:

@@ -55,8 +55,8 @@ class TurnResult(NamedTuple):
         """Return the cache as the next agent gets it, and how many slots per row are its head."""
         start = [max(pair) for pair in zip(self.start, self.head, strict=True)]
         cache = self.cache
-        if transfer == "none":
-            return cache.truncate(0), [0] * len(start)
+        if transfer == "none":  # then every turn starts where the call's memory ends
+            return cache.truncate(self.start), self.start
         if transfer == "last":
             own = [n - at for n, at in zip(cache.lengths, start, strict=True)]
             cache = KVCache.concat([cache.truncate(self.head), cache.keep_last(own)])
@@ -72,6 +72,7 @@ class Run:
     """One call of a method: what is the same for all of its agents.
 
     `choices` is None, one dict letter -> text, or one per question. `sampling` None is the model's.
+    `memory` and `keep_memory`: see `latent_mas`.
     `prefill` may be replaced by callers who keep what was prefilled for several runs.
     Raises ValueError naming the parameter or question, what was found and what was expected.
     """
@@ -83,6 +84,8 @@ class Run:
     sampling: Sampling | None = None
     seed: int = 0
     watcher: Watcher | None = None
+    memory: KVCache | None = None
+    keep_memory: bool = False
     prefill: Prefill = prefill_prompts
 
     def __post_init__(self) -> None:
@@ -114,10 +117,36 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = tokenizer.encode(tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
+        self.use_memory(self.memory)
+
+    def use_memory(self, memory: KVCache | None) -> None:
+        """Start every agent after `memory`, one row for all questions or one row per question.
+
+        Raises ValueError for another number of rows, or a KV cache of another model.
+        """
+        B, self.memory = len(self.questions), memory
+        self.memory_lengths = [0] * B
+        if memory is None:
+            return
+        if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
+            found = f"found {memory!r:.80}, expected a KVCache with 1 row"
+            raise ParameterError("memory", found + (f" or {B}" if B > 1 else ""))
+        memory.sign(self.lm.model)
+        self.memory_lengths = memory.lengths * (B // len(memory.lengths))
 
     def new_cache(self, agents: int = 1) -> KVCache:
-        """Return an empty KV cache with one row per agent and question."""
-        return self.lm.model.new_cache(agents * len(self.questions))
+        """Return a KV cache with one row per agent and question: empty, or a copy of `memory`."""
+        B = len(self.questions)
+        if self.memory is None:
+            return self.lm.model.new_cache(agents * B)
+        rows = [0] * B if len(self.memory.lengths) == 1 else list(range(B))
+        return self.memory.select(rows * agents)
+
+    def is_new(self, cache: KVCache) -> bool:
+        """Return whether a KV cache holds no more than `new_cache` has put there."""
+        return sum(cache.lengths) * len(self.questions) == sum(self.memory_lengths) * len(
+            cache.lengths
+        )
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
         """Return a prompt with question q, its context and the form of its answer filled in."""
@@ -205,7 +234,7 @@ class Run:
             align = self._told_of_thoughts(self.own_align(align, len(agents)))
             _, hidden = think(model, align, hidden, cache, steps)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
-        keeps_cache = align is not None and not final
+        keeps_cache = self.keep_memory if final else align is not None
         if decodes:
             outputs = self._decode(hidden, cache, ids, len(agents), final, keeps_cache)
         if closes:  # left open, the next agent's system message would stand inside this answer
@@ -234,7 +263,8 @@ class Run:
             traces = [trace for turn in turns for trace in turn.traces[q :: len(self.questions)]]
             said = with_opened_think(traces[-1].prompt, out.text)
             answer = extract(self.kind, said, self.choices[q])
-            results.append(Result(question, out.text, answer, out.finish_reason, traces))
+            kept = turns[-1].cache.select([q]) if self.keep_memory else None
+            results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
         return results
 
     def own_align(self, align: Align, agents: int = 1) -> Align:

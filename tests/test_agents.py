@@ -34,6 +34,7 @@ from minimas import (
     think,
 )
 from minimas.agents import TRANSFERS, LatentRun, Watcher, hand_over
+from minimas.core.model import prefill
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import (
@@ -130,14 +131,19 @@ def by_hand(
     transfer: str,
     align: Any,
     limit: int,
+    start: Sequence[int] = (),
 ) -> tuple[KVCache, str]:
     """Return the memory that the last agent gets and its greedy text, for one question.
 
-    `remembered` is the question that the agents before it were asked.
+    `remembered` is the question that the agents before it were asked; `start` are the token ids
+    that every agent starts after.
     """
-    parts = [lm.model.new_cache(1)]
+    base = lm.model.new_cache(1)
+    if start:
+        lm.model(lm.model.embed(torch.tensor([start])), base)
+    parts = [base]
     for agent, count in zip(team.agents[:-1], steps, strict=False):
-        memory = lm.model.new_cache(1) if team.parallel else KVCache.concat(parts)
+        memory = base.fork() if team.parallel else KVCache.concat(parts)
         held = memory.lengths[0]
         hidden = lm.model(lm.model.embed(encoded(chatml(agent, remembered))), memory)[:, -1:]
         _, hidden = think(lm.model, align, hidden, memory, count)
@@ -146,7 +152,7 @@ def by_hand(
             greedy(lm, hidden, memory, limit)
         lm.model(lm.model.embed(encoded("<|im_end|>\n")), memory)
         own = memory.keep_last(memory.lengths[0] - held)
-        parts = [] if transfer == "last" else parts
+        parts = parts[:1] if transfer == "last" else parts
         parts.append({"latents": thoughts, "none": memory.truncate(0)}.get(transfer, own))
     handed = KVCache.concat(parts)
     memory, last = handed.fork(), team.agents[-1]
@@ -174,7 +180,13 @@ ASKED = st.lists(harmless_texts(12).filter(str.strip), min_size=1, max_size=3)
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("transfer", TRANSFERS)
-@given(LINES, ASKED, st.sampled_from(["ridge", "none", "prenorm"]), st.integers(1, 4))
+@given(
+    LINES,
+    ASKED,
+    st.sampled_from(["ridge", "none", "prenorm"]),
+    st.integers(1, 4),
+    st.sampled_from([(), (5, 9, 2), (7,)]),
+)
 @settings(max_examples=15)
 def test_any_team_and_transfer_equals_the_same_by_hand(
     lm: LM,
@@ -184,9 +196,16 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
     questions: list[str],
     align: str,
     limit: int,
+    start: tuple[int, ...],
 ) -> None:
-    """Any number of agents, unequal steps, parallel or not, writing or not: slots, counts, text."""
-    team = Team(agents, parallel)
+    """Any number of agents, unequal steps, parallel or not, writing or not: slots, counts, text.
+
+    With a memory at the start of all of them, or without.
+    """
+    team, memory = Team(agents, parallel), None
+    if start:
+        memory = lm.model.new_cache(1)
+        prefill(lm.model, [list(start)], memory)
     if transfer == "shuffled":
         questions = [*questions, "one more"]
     with watched(lm.model) as (_, caches, _):
@@ -197,12 +216,15 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
             align=align,
             transfer=transfer,
             sampling=Sampling(max_new_tokens=limit),
+            memory=memory,
         )
     steps = [agent.latent_steps or 0 for agent in team.agents]
     for i, result in enumerate(results):
         remembered = questions[(i + 1) % len(questions)] if transfer == "shuffled" else questions[i]
         aligner = lm.aligner(align)
-        handed, text = by_hand(lm, team, questions[i], remembered, steps, transfer, aligner, limit)
+        handed, text = by_hand(
+            lm, team, questions[i], remembered, steps, transfer, aligner, limit, start
+        )
         assert result.text == text
         assert distance(caches[-1].select([i]).truncate(handed.lengths[0]), handed) < 1e-9
         assert [trace.latent_steps for trace in result.agents] == steps

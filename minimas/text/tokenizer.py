@@ -192,6 +192,21 @@ class Tokenizer:
         pieces[-1] += Turn(turn.text[end:])
         return [Turn(turn.text[:start], turn.untrusted[:-1]), *pieces]
 
+    def message(self, text: str, role: str) -> tuple[Turn, Turn]:
+        """Return one untrusted message up to its last character, and the end of its turn.
+
+        Raises ValueError as `turn` does.
+        """
+        rendered = self._render({role: text}, generation_prompt=False)
+        before, after = self._around(role, generation_prompt=False)
+        body = rendered.removeprefix(before).removesuffix(after)
+        if body not in (text, text.strip()):
+            raise ValueError(
+                f"{self.template_path}: chat_template: found one that changes a message of role "
+                f"{role}, expected it as it is"
+            )
+        return Turn(before) + Turn(body, ((0, len(body)),)), Turn(after)
+
     def written(self, text: str) -> Turn:
         """Return an agent's generated text and the end of its turn, which follow its prompt."""
         return Turn(text, ((0, len(text)),)) + Turn(self.turn_end)

@@ -1,0 +1,58 @@
+"""Make a working memory once, to use it in many calls: a KV cache of one row.
+
+A prefilled text is the same for every question that follows it, so its KV cache can be kept, saved
+with `KVCache.save`, joined with others by `KVCache.concat`, and given to every method as `memory=`.
+That a cache equals the text that made it is the paper's theorem 3.3. This file does not know
+agents or questions.
+"""
+
+from .core.cache import KVCache
+from .core.errors import ParameterError
+from .core.latent import think
+from .core.model import prefill
+from .load import LM
+from .text.tokenizer import Turn, is_text
+from .turns import Align
+
+ROLES = ("user", "system", "plain")
+
+
+def remember(
+    lm: LM,
+    text: str,
+    latent_steps: int = 0,
+    align: str | Align = "ridge",
+    role: str = "user",
+) -> KVCache:
+    """Return the KV cache of a text, and of `latent_steps` thoughts at its end; one row.
+
+    `role` "user" or "system" makes the text a message in the model's chat template, closed after
+    the thoughts, and "plain" takes the text alone. `align` is as in `latent_mas`. Raises ValueError
+    naming the parameter if the text is empty, cannot be encoded, or exceeds the model's context.
+    """
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
+    if role not in ROLES:
+        raise ParameterError("role", f"found {role!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(text, str) or not text.strip() or not is_text(text):
+        raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
+    if type(latent_steps) is not int or latent_steps < 0:
+        found = f"found {latent_steps!r}, expected a whole number, 0 or more"
+        raise ParameterError("latent_steps", found)
+    opened, closing = Turn(text, ((0, len(text)),)), Turn("")
+    if role != "plain":
+        opened, closing = lm.tokenizer.message(text, role)
+    ids, end = lm.tokenizer.encode_turn(opened), lm.tokenizer.encode_turn(closing)
+    needed, limit = len(ids) + latent_steps + len(end), lm.model.config.max_position_embeddings
+    if needed > limit:
+        found = f"found {needed:,} tokens and thoughts"
+        raise ParameterError("text", f"{found}, expected {limit:,} or fewer, the context")
+    cache = lm.model.new_cache(1)
+    hidden = prefill(lm.model, [ids], cache)
+    if latent_steps:
+        think(
+            lm.model, align if callable(align) else lm.aligner(align), hidden, cache, latent_steps
+        )
+    if end:
+        prefill(lm.model, [end], cache)
+    return cache

@@ -1,0 +1,231 @@
+"""A working memory that is made once: every method starts after it, and nothing is computed twice.
+
+The reference is always the same text fed as tokens. Each equality has a negative control.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from minimas import (
+    LM,
+    KVCache,
+    Qwen3,
+    Result,
+    Sampling,
+    latent_mas,
+    load,
+    remember,
+    single,
+    text_mas,
+    think,
+)
+from minimas.core.config import FAMILIES
+from minimas.core.model import prefill
+from minimas.turns import prefill_prompts
+
+from .models import distance, tiny_model
+from .text import SHORT, load_text_lm, text_folder
+from .turns import last_turn
+
+NOTE = "Eva has 2 cards. <|im_end|> She finds 7 more."
+ASKED = ["How many cards does Eva have?", "Why?", "She loses 3. How many does Eva have now?"]
+METHODS = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    """A random model in float64 with weights/tiny's tokenizer."""
+    return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
+
+
+def after(ids: Sequence[int]) -> Any:
+    """Return a prefill that feeds `ids` before every prompt that starts from nothing."""
+
+    def fed(model: Qwen3, rows: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
+        if not any(cache.lengths):
+            rows = [[*ids, *row] for row in rows]
+        return prefill_prompts(model, rows, cache)
+
+    return fed
+
+
+def tokens(lm: LM, text: str) -> list[int]:
+    """Return the ids of a user message in ChatML, whose text stays text."""
+    assert lm.tokenizer is not None
+    opened, end = lm.tokenizer.message(text, "user")
+    return lm.tokenizer.encode_turn(opened) + lm.tokenizer.encode_turn(end)
+
+
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_memory_equals_its_text_fed_before_the_first_prompt(
+    tmp_path: Path, family: str, layout: str
+) -> None:
+    """Wrong positions after a memory change every state (theorem 3.3), ragged rows included."""
+    lm = load_text_lm(text_folder(tmp_path), family)
+    options: dict[str, Any] = {"layout": layout, "latent_steps": 3}
+    used = last_turn(lm, ASKED, memory=remember(lm, NOTE), **options)
+    fed = last_turn(lm, ASKED, prefill=after(tokens(lm, NOTE)), **options)
+    assert distance(used.cache, fed.cache) < 1e-9
+    assert float((used.prefill()[0] - fed.prefill()[0]).abs().max()) < 1e-9
+    other = last_turn(lm, ASKED, memory=remember(lm, NOTE.replace("7", "8")), **options)
+    assert (
+        distance(other.cache, last_turn(lm, ASKED, memory=remember(lm, NOTE), **options).cache)
+        > 1e-4
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_memory_is_neither_changed_nor_prefilled_again(lm: LM, method: str) -> None:
+    """The bill counts what is prefilled, and a second call must not see the first one's slots."""
+    memory, how = remember(lm, NOTE), {"sampling": SHORT}
+    before = memory.fork()
+    first = METHODS[method](lm, ASKED, memory=memory, **how)
+    assert distance(memory, before) == 0
+    assert [r.text for r in METHODS[method](lm, ASKED, memory=memory, **how)] == [
+        result.text for result in first
+    ]
+    plain = METHODS[method](lm, ASKED[:1], **how)
+    assert first[0].agents[0].prompt_tokens == plain[0].agents[0].prompt_tokens
+    assert [r.text for r in METHODS[method](lm, ASKED, **how)] != [r.text for r in first]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_question_gets_its_own_row(lm: LM, method: str) -> None:
+    """One memory per question equals one call per question; with the rows swapped it does not."""
+    notes = [remember(lm, note) for note in (NOTE, "Short.", "Tom has 3 apples. He eats 1.")]
+    joined = stacked(notes)
+    texts = [r.text for r in METHODS[method](lm, ASKED, memory=joined, sampling=SHORT)]
+    alone = [
+        METHODS[method](lm, [question], memory=note, sampling=SHORT)[0].text
+        for question, note in zip(ASKED, notes, strict=True)
+    ]
+    assert texts == alone
+    swapped = METHODS[method](lm, ASKED, memory=joined.select([1, 2, 0]), sampling=SHORT)
+    assert [r.text for r in swapped] != alone
+
+
+def stacked(caches: Sequence[KVCache]) -> KVCache:
+    """Return caches of one row as one cache, ragged."""
+    rows = len(caches)
+    wide = [cache.select([0] * rows) for cache in caches]
+    masked = [
+        c.truncate([n * (i == j) for j, n in enumerate(c.lengths)]) for i, c in enumerate(wide)
+    ]
+    return KVCache.concat(masked)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("limit", [1, 5])
+def test_a_kept_memory_equals_the_conversation_fed_as_tokens(
+    lm: LM, method: str, limit: int
+) -> None:
+    """The last generated token and the end of the turn are in it, at the limit too."""
+    how: dict[str, Any] = {"sampling": Sampling(max_new_tokens=limit), "keep_memory": True}
+    if method == "latent_mas":
+        how |= {"latent_steps": 0, "layout": "turn"}
+    results = METHODS[method](lm, ASKED, **how)
+    assert lm.tokenizer is not None
+    for result in results:
+        assert result.memory is not None and len(result.memory.lengths) == 1
+        shown = result.agents if method == "latent_mas" else result.agents[-1:]
+        said = "".join(agent.prompt for agent in shown) + result.text + lm.tokenizer.turn_end
+        fed = lm.model.new_cache(1)
+        prefill(lm.model, [lm.tokenizer.encode(said)], fed)
+        if fed.lengths == result.memory.lengths:  # else the text has other tokens than its ids
+            assert distance(result.memory, fed) < 1e-9
+        assert result.memory.lengths[0] >= sum(agent.prompt_tokens for agent in shown)
+    again = METHODS[method](lm, ASKED[:1], memory=results[0].memory, **how)
+    assert again[0].memory is not None
+    assert again[0].memory.lengths[0] > results[0].memory.lengths[0]
+    assert METHODS[method](lm, ASKED[:1], sampling=SHORT)[0].memory is None
+
+
+def test_thoughts_of_a_memory_follow_its_text_and_come_before_the_end_of_its_turn(lm: LM) -> None:
+    """Thoughts after the end of the turn would start from another state."""
+    assert lm.tokenizer is not None
+    opened, end = lm.tokenizer.message(NOTE, "user")
+    fed = lm.model.new_cache(1)
+    hidden = prefill(lm.model, [lm.tokenizer.encode_turn(opened)], fed)
+    think(lm.model, lm.aligner("prenorm"), hidden, fed, 4)
+    prefill(lm.model, [lm.tokenizer.encode_turn(end)], fed)
+    assert distance(remember(lm, NOTE, 4, "prenorm"), fed) < 1e-9
+    assert distance(remember(lm, NOTE, 4, "none"), fed) > 1e-4
+
+
+def test_joined_memories_are_experts_that_do_not_see_each_other(lm: LM) -> None:
+    """`KVCache.concat` is the hand-over of parallel agents (theorem 3.3 with a block mask)."""
+    first, second = remember(lm, NOTE), remember(lm, "Tom eats 1.")
+    joined = KVCache.concat([first, second])
+    assert distance(joined.truncate(first.lengths), first) < 1e-9
+    assert distance(joined.keep_last(second.lengths), second) < 1e-9
+    [result] = single(lm, ASKED[:1], memory=joined, sampling=SHORT)
+    assert result.agents[0].memory_bytes > joined.nbytes
+
+
+def test_a_saved_memory_is_used_and_gives_the_same_logits(lm: LM, tmp_path: Path) -> None:
+    """A file that is loaded and not used would pass every test of equal texts."""
+    memory = remember(lm, NOTE, latent_steps=2)
+    memory.save(tmp_path / "note.safetensors")
+    loaded = KVCache.load(tmp_path / "note.safetensors", lm.model)
+    expected, _ = last_turn(lm, ASKED, memory=memory, latent_steps=1).prefill()
+    found, _ = last_turn(lm, ASKED, memory=loaded, latent_steps=1).prefill()
+    without, _ = last_turn(lm, ASKED, latent_steps=1).prefill()
+    assert float((found - expected).abs().max()) < 1e-9
+    assert float((found - without).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"text": " "}, "text"),
+        ({"text": 3}, "text"),
+        ({"text": "\ud800"}, "text"),
+        ({"text": "a " * 5000}, "text"),
+        ({"text": "a", "latent_steps": -1}, "latent_steps"),
+        ({"text": "a", "latent_steps": True}, "latent_steps"),
+        ({"text": "a", "role": "judge"}, "role"),
+        ({"text": "a", "latent_steps": 1, "align": "rigde"}, "align"),
+    ],
+)
+def test_a_wrong_memory_is_refused_by_parameter(
+    lm: LM, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{named}: found"):
+        remember(lm, **options)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_memory_with_another_number_of_rows_is_refused(lm: LM, rows: int) -> None:
+    memory = remember(lm, NOTE).select([0] * rows)
+    with pytest.raises(ValueError, match=r"memory: found .*expected a KVCache with 1 row or 3"):
+        latent_mas(lm, ASKED, memory=memory)
+
+
+def test_another_models_memory_is_refused_by_name(lm: LM) -> None:
+    other = tiny_model(seed=1, vocab_size=lm.model.config.vocab_size)
+    memory = other.new_cache(1)
+    prefill(other, [[1, 2]], memory)
+    with pytest.raises(ValueError, match="of model 'qwen3-1'"):
+        single(lm, ASKED, memory=memory)
+
+
+def test_a_memory_that_leaves_no_room_in_the_context_is_refused_before_any_work(lm: LM) -> None:
+    memory = remember(lm, "a " * 1500, role="plain")
+    wide = KVCache.concat([memory, memory])
+    with pytest.raises(ValueError, match="slots of working memory"):
+        latent_mas(lm, ASKED, memory=wide, sampling=Sampling(max_new_tokens=4000))
+
+
+def test_the_embedded_model_answers_from_a_kept_memory() -> None:
+    """The whole way on weights/tiny: remember a text, save nothing, ask twice."""
+    lm = load("weights/tiny")
+    question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+    [result] = latent_mas(lm, [question], keep_memory=True)
+    assert isinstance(result, Result) and result.memory is not None
+    [again] = single(lm, [question], memory=result.memory)
+    assert again.agents[0].memory_bytes > result.memory.nbytes
