@@ -19,21 +19,21 @@ except KeyboardInterrupt:
         raise
     sys.exit(130)
 
-from .agents import latent_mas, single, text_mas
+from .agents import latent_mas, single, stream, text_mas
 from .core.cache import KVCache
 from .core.config import Config
 from .core.latent import Aligner, alignment_matrix, think
 from .core.model import Qwen3
 from .load import LM, load
 from .memory import remember
-from .results import Result, Watcher
+from .results import Result
 from .teams import Agent, Team, hierarchical, sequential
 from .text.generate import Sampling, generate
 from .text.tokenizer import Tokenizer
 
 __all__ = [
     "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team",
-    "Tokenizer", "Watcher", "alignment_matrix", "generate", "hierarchical", "latent_mas", "load",
-    "remember", "sequential", "single", "text_mas", "think",
+    "Tokenizer", "alignment_matrix", "generate", "hierarchical", "latent_mas", "load",
+    "remember", "sequential", "single", "stream", "text_mas", "think",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -238,7 +238,7 @@ def run_ask(args: argparse.Namespace) -> None:
         results: list[Any] = [None] * len(batch)
         try:
             questions = [row["question"] for row in batch]
-            results = METHODS[args.method](lm, questions, watcher=screen, **options)
+            results = METHODS[args.method](lm, questions, on_event=screen, **options)
         except KeyboardInterrupt:
             screen.show(results)  # the text so far
             raise

@@ -10,7 +10,7 @@ attention, how a thought is made, printing.
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from .core.latent import think
 from .core.model import prefill
 from .layout import ChatLayout
 from .load import LM
-from .results import Result, Watcher
+from .results import Event, Result, finish
 from .teams import TEAMS, Agent, Team, single_agent
 from .text.generate import Sampling
 from .text.tokenizer import Turn
@@ -39,13 +39,13 @@ def single(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    watcher: Watcher | None = None,
+    on_event: Callable[[Event], Any] | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory)
-    return hand_over_text(run, lm.teams.get("single") or single_agent()).answer()
+    run = Run(lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory)
+    return finish(answer_text(run, single_team(lm)), on_event)
 
 
 def text_mas(
@@ -56,7 +56,7 @@ def text_mas(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    watcher: Watcher | None = None,
+    on_event: Callable[[Event], Any] | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
@@ -65,8 +65,8 @@ def text_mas(
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory)
-    return hand_over_text(run, choose_team(lm, team)).answer()
+    run = Run(lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory)
+    return finish(answer_text(run, choose_team(lm, team)), on_event)
 
 
 def latent_mas(
@@ -80,7 +80,7 @@ def latent_mas(
     sampling: Sampling | None = None,
     transfer: str = "full",
     seed: int = 0,
-    watcher: Watcher | None = None,
+    on_event: Callable[[Event], Any] | None = None,
     close: bool = True,
     layout: str | None = None,
     memory: KVCache | None = None,
@@ -92,7 +92,8 @@ def latent_mas(
     map (see `core.latent`), the FILE.safetensors of one, or any callable from hidden states to
     embeddings. `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or
     one per question) pick the form and the extraction of the answer. `sampling` None is the
-    model's. `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
+    model's. `on_event` is called with every event (see `results`); to iterate over them, use
+    `stream`. `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
     "latents" (thoughts only), "last" (the previous agent's only), and the control arms "none" and
     "shuffled" (question i gets the cache of question i + 1, the last one the first's). `layout` is
     "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns of
@@ -106,16 +107,48 @@ def latent_mas(
     before any work starts.
     """
     run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, watcher, memory, keep_memory,
+        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory,
         team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
         layout=layout,
     )  # fmt: skip
+    return finish(answer_latent(run), on_event)
+
+
+def stream(
+    lm: LM, questions: Sequence[str], method: str = "latent_mas", **settings: Any
+) -> Iterator[Event | Result]:
+    """Yield each event of a method's call as it happens, and a `Result` per question at the end.
+
+    `settings` are the other parameters of the method. Raises as the method does.
+    """
+    if method == "latent_mas":
+        events = answer_latent(LatentRun(lm, questions, **settings))
+    elif method == "text_mas":
+        team = choose_team(lm, settings.pop("team", "sequential"))
+        events = answer_text(Run(lm, questions, **settings), team)
+    elif method == "single":
+        events = answer_text(Run(lm, questions, **settings), single_team(lm))
+    else:
+        found = f"found {method!r}, expected single, text_mas or latent_mas"
+        raise ParameterError("method", found)
+    results = yield from events
+    yield from results
+
+
+def answer_latent(run: "LatentRun") -> Generator[Event, None, list[Result]]:
+    """Let the team work; yields what happens, and returns the results."""
     # Another question's cache is the cache of agents who were asked another question.
-    working = run.rotated() if transfer == "shuffled" else run
-    return run.last_turn(hand_over(working)).answer()
+    handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
+    return (yield from run.last_turn(handed).answer())
 
 
-def hand_over(run: "LatentRun") -> "HandOver":
+def answer_text(run: Run, team: Team) -> Generator[Event, None, list[Result]]:
+    """Let agents pass text; yields what happens, and returns the results."""
+    last = yield from hand_over_text(run, team)
+    return (yield from last.answer())
+
+
+def hand_over(run: "LatentRun") -> Generator[Event, None, "HandOver"]:
     """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
     cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
@@ -129,7 +162,7 @@ def hand_over(run: "LatentRun") -> "HandOver":
         if first:
             own = [layout.head_tokens(i) for i, layout in layouts]
             head = [start + count for start, count in zip(cache.lengths, own, strict=True)]
-        turn = run.turn(
+        turn = yield from run.turn(
             agents,
             [layout.prompt(i, first) for i, layout in layouts],
             cache,
@@ -148,7 +181,7 @@ def hand_over(run: "LatentRun") -> "HandOver":
     return HandOver(run, cache, head, turns)
 
 
-def hand_over_text(run: Run, team: Team) -> "LastTurn":
+def hand_over_text(run: Run, team: Team) -> Generator[Event, None, "LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
     B, turns = len(run.questions), []
     notes = [""] * B  # for prompts with {context}
@@ -172,7 +205,7 @@ def hand_over_text(run: Run, team: Team) -> "LastTurn":
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in side_by_side:
         asked = [turn for agent in agents for turn in prompts_of(agent, not team.parallel)]
-        turn = run.turn(agents, asked, run.new_cache(len(agents)))
+        turn = yield from run.turn(agents, asked, run.new_cache(len(agents)))
         turns.append(turn)
         for row, out in enumerate(turn.outputs):
             agent, q = agents[row // B], row % B
@@ -201,9 +234,9 @@ class LastTurn(NamedTuple):
     align: Align | None
     turns: list[TurnResult]  # of the agents before
 
-    def answer(self) -> list[Result]:
+    def answer(self) -> Generator[Event, None, list[Result]]:
         """Prefill, think if the agent says so itself, and decode the answers."""
-        turn = self.run.turn(
+        turn = yield from self.run.turn(
             [self.agent],
             self.prompts,
             self.cache,
@@ -336,6 +369,11 @@ class LatentRun(Run):
                 added = steps if self.transfer == "latents" else end - max(start, head)
                 kept = head if self.transfer == "last" else max(held, head)
                 held = base if self.transfer == "none" else kept + added
+
+
+def single_team(lm: LM) -> Team:
+    """Return the team of one agent: the folder's own, or the generic one."""
+    return lm.teams.get("single") or single_agent()
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

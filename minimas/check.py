@@ -11,14 +11,14 @@ data.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .agents import LastTurn, LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import PrefillOnce, losses_after
-from .results import Watcher
+from .results import Event, finish
 from .text.generate import Sampling, generate
 
 STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
@@ -127,7 +127,10 @@ class Report:
 
 
 def check(
-    lm: LM, layout: str | None = None, latent_steps: int = STEPS, watcher: Watcher | None = None
+    lm: LM,
+    layout: str | None = None,
+    latent_steps: int = STEPS,
+    on_event: Callable[[Event], Any] | None = None,
 ) -> Report:
     """Measure what the model's sequential team does to the last agent, with greedy decoding.
 
@@ -141,7 +144,7 @@ def check(
         f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
     }
-    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher}
+    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "on_event": on_event}
     how |= {"prefill": PrefillOnce(), "team": team}  # the first prompt once for all settings
     found = {name: _measure(last_turn(lm, **how | own)) for name, own in settings.items()}
     base, _ = found["prompts only"]
@@ -161,7 +164,7 @@ def check(
 def last_turn(lm: LM, **options: Any) -> LastTurn:
     """Return the last agent's turn on the built-in questions, after all others have worked."""
     run = LatentRun(lm, ASKED, **options)
-    return run.last_turn(hand_over(run))
+    return run.last_turn(finish(hand_over(run), run.on_event))
 
 
 def _measure(last: LastTurn) -> tuple[list[float], list[int]]:

@@ -4,8 +4,11 @@ This file does not know printing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from .core.cache import KVCache
 
@@ -65,26 +68,56 @@ class Result:
         return Usage.total(self.agents)
 
 
-class Watcher:
-    """Is told what happens while a team works; override the methods of interest.
+class AgentStart(NamedTuple):
+    """An agent starts, with this many prompt tokens in all rows and latent steps in each."""
 
-    `question` is the number of the question in the call, from 0.
+    agent: str
+    prompt_tokens: int
+    latent_steps: int
+
+
+class Thought(NamedTuple):
+    """One latent step is done: the states it started from and the embeddings that were fed."""
+
+    hidden: Tensor  # (R, 1, D)
+    embedding: Tensor  # (R, 1, D)
+
+
+class Piece(NamedTuple):
+    """An agent has generated a piece of text; `final` is the agent who answers."""
+
+    question: int  # its number in the call, from 0
+    text: str
+    final: bool
+
+
+class TurnEnd(NamedTuple):
+    """The turn of one or more agents is over; `memory` is its KV cache. Do not keep it.
+
+    It has one row per agent and question. The last generated tokens may be missing if the agent
+    does not hand its KV cache over.
     """
 
-    def begin(self, agent: str, reads: int, thinks: int) -> None:
-        """An agent starts, with `reads` prompt tokens and `thinks` latent steps to do."""
+    memory: KVCache
 
-    def thought(self) -> None:
-        """One latent step begins."""
 
-    def text(self, question: int, piece: str) -> None:
-        """The last agent has generated a piece of text."""
+class AgentEnd(NamedTuple):
+    """An agent is done, with one trace per question."""
 
-    def memory(self, memory: KVCache) -> None:
-        """An agent's turn is over, with this KV cache, one row per trace of `end`; do not keep it.
+    traces: list[AgentTrace]
 
-        The last generated tokens may be missing if the agent does not hand its KV cache over.
-        """
 
-    def end(self, traces: Sequence[AgentTrace]) -> None:
-        """An agent is done; there is one trace per question."""
+Event = AgentStart | Thought | Piece | TurnEnd | AgentEnd
+T = TypeVar("T")
+
+
+def finish(events: Generator[Event, None, T], on_event: Callable[[Event], Any] | None = None) -> T:
+    """Run a method to its end, calling `on_event` with every event; returns what it returns."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        if on_event is not None:
+            on_event(event)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .results import AgentTrace, Result, Usage, Watcher
+from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought, Usage
 from .rows import Row
 
 
@@ -31,7 +31,7 @@ def print_bill(name: str, usages: Sequence[Usage]) -> None:
     print(f"{name:>14}: {tokens}{spent}{memory}", file=sys.stderr, flush=True)
 
 
-class Screen(Watcher):
+class Screen:
     """Shows one batch: the answer on stdout as it is generated, progress and bills on stderr."""
 
     def __init__(
@@ -42,26 +42,30 @@ class Screen(Watcher):
         self.texts = [""] * len(batch)
         self.bar = tqdm(disable=True)
 
-    def begin(self, agent: str, reads: int, thinks: int) -> None:
-        title = f"{agent}: {reads} prompt tokens"
-        hidden = self.args.quiet or None  # None: hidden unless stderr is a terminal
-        self.bar = tqdm(total=thinks, desc=title, leave=False, file=sys.stderr, disable=hidden)
+    def __call__(self, event: Event) -> None:
+        """Show one event of the methods."""
+        if isinstance(event, AgentStart):
+            title = f"{event.agent}: {event.prompt_tokens} prompt tokens"
+            hidden = self.args.quiet or None  # None: hidden unless stderr is a terminal
+            steps = event.latent_steps
+            self.bar = tqdm(total=steps, desc=title, leave=False, file=sys.stderr, disable=hidden)
+        elif isinstance(event, Piece):
+            if event.final:
+                self._add(event)
+        elif isinstance(event, AgentEnd):
+            self.bar.close()
+            if self.streams and self.texts[0]:
+                print(flush=True)  # the answer is complete
+            if not self.args.quiet:
+                print_bill(event.traces[0].name, event.traces)
+        elif isinstance(event, Thought):
+            self.bar.update()
 
-    def thought(self) -> None:
-        self.bar.update()
-
-    def text(self, question: int, piece: str) -> None:
+    def _add(self, piece: Piece) -> None:
         self.bar.close()
-        self.texts[question] += piece
+        self.texts[piece.question] += piece.text
         if self.streams:
-            print(piece, end="", flush=True)
-
-    def end(self, traces: Sequence[AgentTrace]) -> None:
-        self.bar.close()
-        if self.streams and self.texts[0]:
-            print(flush=True)  # the answer is complete
-        if not self.args.quiet:
-            print_bill(traces[0].name, traces)
+            print(piece.text, end="", flush=True)
 
     def show(self, results: Sequence[Result | None]) -> None:
         """Print what is not on stdout yet. None is a question that was interrupted."""

@@ -9,7 +9,7 @@ the second. Does not know: which agent comes after which, and what is handed ove
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
-from .results import AgentTrace, Result, Watcher
+from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought, TurnEnd
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
@@ -83,7 +83,7 @@ class Run:
     choices: Any = None
     sampling: Sampling | None = None
     seed: int = 0
-    watcher: Watcher | None = None
+    on_event: Callable[[Event], Any] | None = None
     memory: KVCache | None = None
     keep_memory: bool = False
     prefill: Prefill = prefill_prompts
@@ -113,7 +113,6 @@ class Run:
             raise ValueError(f"choices: {found}, expected a dict letter -> text for each question")
         self.tokenizer = tokenizer
         self.used_sampling = self.sampling or self.lm.sampling
-        self.observer = self.watcher or Watcher()
         self.end_ids = self.lm.end_ids
         self.closing = tokenizer.encode(tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
@@ -216,27 +215,30 @@ class Run:
         final: bool = False,
         closes: bool = False,
         head: Sequence[int] | None = None,
-    ) -> TurnResult:
+    ) -> Generator[Event, None, TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
-        `turns` holds one prompt per row. `final` is the turn of the agent who answers: it streams
-        to the watcher, and its cache is not used afterwards. `head` counts each row's head slots.
+        Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
+        answers; its cache is not used afterwards. `head` counts each row's head slots.
         """
         model, began = self.lm.model, self._clock()
         start = list(cache.lengths)
         ids = self.encode(agents, turns, cache, steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
-        self.observer.begin(name, sum(map(len, ids)), steps)
+        yield AgentStart(name, sum(map(len, ids)), steps)
 
         hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
         if align is not None:
-            align = self._told_of_thoughts(self.own_align(align, len(agents)))
-            _, hidden = think(model, align, hidden, cache, steps)
+            align = self.own_align(align, len(agents))
+            for _ in range(steps):
+                embedding, following = think(model, align, hidden, cache, 1)
+                yield Thought(hidden, embedding)
+                hidden = following
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
-            outputs = self._decode(hidden, cache, ids, len(agents), final, keeps_cache)
+            outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # left open, the next agent's system message would stand inside this answer
             prefill(model, [self.closing] * len(ids), cache)
 
@@ -250,9 +252,9 @@ class Run:
             bill = (len(ids[row]), steps, len(out.ids), seconds, slots * cache.slot_nbytes)
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
-        self.observer.memory(cache)
+        yield TurnEnd(cache)
         for first in range(0, len(traces), len(self.questions)):
-            self.observer.end(traces[first : first + len(self.questions)])
+            yield AgentEnd(traces[first : first + len(self.questions)])
         head = [0] * len(ids) if head is None else list(head)
         return TurnResult(cache, start, head, prompt_end, steps, traces, outputs)
 
@@ -277,28 +279,21 @@ class Run:
         hidden: Tensor,
         cache: KVCache,
         ids: list[list[int]],
-        agents: int,
         final: bool,
         remember: bool,
-    ) -> list[GeneratedText]:
+    ) -> Generator[Event, None, list[GeneratedText]]:
         outputs: dict[int, GeneratedText] = {}
+        B = len(self.questions)
         pieces = stream(
             self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
-            self.generators * agents, ids, remember,
+            self.generators * (len(ids) // B), ids, remember,
         )  # fmt: skip
         for row, piece, done in pieces:
-            if final and piece:
-                self.observer.text(row, piece)
+            if piece:
+                yield Piece(row % B, piece, final)
             if done is not None:
                 outputs[row] = done
         return [outputs[row] for row in range(len(ids))]
-
-    def _told_of_thoughts(self, align: Align) -> Align:
-        def told(hidden: Tensor) -> Tensor:
-            self.observer.thought()
-            return align(hidden)
-
-        return told
 
     def _clock(self) -> float:
         if self.lm.model.device.type == "cuda":

@@ -30,11 +30,13 @@ from minimas import (
     latent_mas,
     sequential,
     single,
+    stream,
     text_mas,
     think,
 )
-from minimas.agents import TRANSFERS, LatentRun, Watcher, hand_over
+from minimas.agents import TRANSFERS, LatentRun, hand_over
 from minimas.core.model import prefill
+from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, TurnEnd, finish
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import (
@@ -673,37 +675,52 @@ def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -
         assert result.usage.seconds > 0
 
 
-class Notes(Watcher):
-    """A watcher that records its calls."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def begin(self, agent: str, reads: int, thinks: int) -> None:
-        self.events.append(("begin", agent, reads, thinks))
-
-    def thought(self) -> None:
-        self.events.append("thought")
-
-    def text(self, question: int, piece: str) -> None:
-        self.events.append((question, piece))
-
-    def end(self, traces: Any) -> None:
-        self.events.append([trace.name for trace in traces])
+@pytest.mark.parametrize("method", METHODS)
+def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
+    """Only the last agent's text is the answer; the text of others must not be shown as such."""
+    extra = {"latent_steps": 2} if method == "latent_mas" else {}
+    *events, first, second = stream(lm, QUESTIONS[:2], method, sampling=SHORT, **extra)
+    results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, **extra)
+    for i, (found, result) in enumerate(zip((first, second), results, strict=True)):
+        assert isinstance(found, Result) and found.text == result.text
+        pieces = [e for e in events if isinstance(e, Piece) and e.question == i]
+        assert "".join(piece.text for piece in pieces if piece.final) == result.text
+        earlier = "".join(agent.text for agent in result.agents[:-1])
+        assert "".join(piece.text for piece in pieces if not piece.final) == earlier
+    names = [trace.name for trace in results[0].agents]
+    assert [event.traces[0].name for event in events if isinstance(event, AgentEnd)] == names
+    assert [event.agent for event in events if isinstance(event, AgentStart)] == names
+    thoughts = [event for event in events if isinstance(event, Thought)]
+    assert len(thoughts) == (6 if method == "latent_mas" else 0)
+    assert all(torch.equal(lm.aligner("ridge")(t.hidden), t.embedding) for t in thoughts)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_watcher_sees_the_answer_as_it_is_written(lm: LM, method: str) -> None:
-    """Only the last agent's text is the answer; the text of others must not be shown as such."""
-    notes, extra = Notes(), {"latent_steps": 2} if method == "latent_mas" else {}
-    results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, watcher=notes, **extra)
-    for i, result in enumerate(results):
-        pieces = [event[1] for event in notes.events if isinstance(event, tuple) and event[0] == i]
-        assert "".join(pieces) == result.text
-    names = [trace.name for trace in results[0].agents]
-    assert [event[0] for event in notes.events if isinstance(event, list)] == names
-    assert [event[1] for event in notes.events if event[0] == "begin"] == names
-    assert notes.events.count("thought") == (6 if method == "latent_mas" else 0)
+def test_a_method_calls_on_event_with_what_stream_yields(lm: LM, method: str) -> None:
+    """The command line listens and must see each event once, in order."""
+    heard: list[Any] = []
+    METHODS[method](lm, QUESTIONS[:1], sampling=SHORT, on_event=heard.append)
+    streamed = list(stream(lm, QUESTIONS[:1], method, sampling=SHORT))
+    assert list(map(type, heard)) == list(map(type, streamed[:-1]))
+    assert [e for e in heard if isinstance(e, Piece)] == [
+        e for e in streamed if isinstance(e, Piece)
+    ]
+
+
+def test_a_stream_that_is_left_early_stops_the_work(lm: LM) -> None:
+    """A reader who has seen enough must not pay for the rest."""
+    with watched(lm.model) as (ids, _, _):
+        for event in stream(lm, QUESTIONS[:1], latent_steps=2, sampling=SHORT):
+            if isinstance(event, AgentEnd):
+                break
+        seen = len(ids)
+    [result] = latent_mas(lm, QUESTIONS[:1], latent_steps=2, sampling=SHORT)
+    assert seen == result.agents[0].prompt_tokens
+
+
+def test_an_unknown_method_of_a_stream_is_refused(lm: LM) -> None:
+    with pytest.raises(ValueError, match=r"method: found 'both', expected single"):
+        next(stream(lm, QUESTIONS[:1], "both"))
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -962,7 +979,7 @@ def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfe
     assert hidden.shape == (2, 1, 16)
     assert cache.lengths != turn.cache.lengths
     for _ in range(2):
-        results = turn._replace(cache=turn.cache.fork()).answer()
+        results = finish(turn._replace(cache=turn.cache.fork()).answer())
         assert [r.text for r in results] == [r.text for r in expected]
         assert [len(r.agents) for r in results] == [len(CHAIN.agents)] * 2
 
@@ -971,21 +988,21 @@ def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
     """What "shuffled" does within a call, over calls: the traces are those of who thought."""
     how: dict[str, Any] = {"team": CHAIN, "latent_steps": 2, "sampling": SHORT}
     own, other = (LatentRun(lm, [question], **how) for question in QUESTIONS[:2])
-    [found] = own.last_turn(hand_over(other)).answer()
+    [found] = finish(own.last_turn(finish(hand_over(other))).answer())
     expected, _ = latent_mas(lm, QUESTIONS[:2], transfer="shuffled", **how)
     assert found.text == expected.text
     assert [agent.prompt for agent in found.agents] == [agent.prompt for agent in expected.agents]
 
 
-def test_a_watcher_sees_each_agents_memory(lm: LM) -> None:
-    """One row per trace, after its turn, to be measured or saved."""
+def test_events_show_each_agents_memory(lm: LM) -> None:
+    """One row per agent and question, after its turn, to be measured or saved."""
     seen: list[list[int]] = []
 
-    class Eye(Watcher):
-        def memory(self, memory: KVCache) -> None:
-            seen.append(memory.lengths)
+    def look(event: Event) -> None:
+        if isinstance(event, TurnEnd):
+            seen.append(event.memory.lengths)
 
-    results = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, sampling=SHORT, watcher=Eye())
+    results = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, sampling=SHORT, on_event=look)
     assert [row[0] * lm.model.new_cache(1).slot_nbytes for row in seen] == [
         a.memory_bytes for a in results[0].agents
     ]

@@ -13,14 +13,14 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from minimas import LM, KVCache, Sampling, Team
-from minimas.results import AgentTrace, Result, Watcher
+from minimas import LM, Sampling, Team
+from minimas.results import AgentTrace, Event, Result, TurnEnd
 from minimas.teams import TEAMS
 from minimas.turns import Prefill, prefill_prompts
 
@@ -44,7 +44,7 @@ class How:
 
     seed: int = 0
     sampling: Sampling | None = None
-    watcher: Watcher | None = None
+    on_event: Callable[[Event], Any] | None = None
     prefill: Prefill = prefill_prompts
     align: Feeder | None = None
 
@@ -116,7 +116,7 @@ class Bench:
                 "choices": [row.get("choices") for row in taken],
                 "sampling": how.sampling or self.sampling,
                 "seed": how.seed,
-                "watcher": how.watcher,
+                "on_event": how.on_event,
                 "prefill": how.prefill,
             }
 
@@ -183,7 +183,7 @@ class Bench:
         if self._prefill[0] != batch:
             self._prefill = (batch, PrefillOnce())
         marks, start, records = Marks(), time.perf_counter(), []
-        last = self.last_turn(rows, arm, How(seed, watcher=marks, prefill=self._prefill[1]))
+        last = self.last_turn(rows, arm, How(seed, on_event=marks, prefill=self._prefill[1]))
         texts = [[gold_text(self.rows[i]), *option_texts(self.rows[i]).values()] for i in rows]
         found = last.losses(texts)
         seconds = (time.perf_counter() - start) / len(rows)
@@ -258,7 +258,7 @@ def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
     return total | {"agents": agents}
 
 
-class Marks(Watcher):
+class Marks:
     """Keeps a mark of each agent's memory: the mean size of the last slot's keys and values.
 
     The mean is over all layers. The last slot depends on all before it, so that a memory that
@@ -268,8 +268,11 @@ class Marks(Watcher):
     def __init__(self) -> None:
         self.turns: list[list[list[float]]] = []
 
-    def memory(self, memory: KVCache) -> None:
+    def __call__(self, event: Event) -> None:
         """Keep the marks of one turn's memory, a row per trace."""
+        if not isinstance(event, TurnEnd):
+            return
+        memory = event.memory
         rows = torch.arange(len(memory.lengths), device=memory.device)
         last = torch.tensor(slots(memory), device=memory.device).sub(1).clamp(min=0)
         pairs = []

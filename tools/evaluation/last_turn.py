@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from minimas import LM, KVCache, Qwen3, Tokenizer
-from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text
+from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.nll import Loss, PrefillOnce, losses
-from minimas.results import AgentTrace, Result
-from minimas.teams import Agent, Team, single_agent
+from minimas.results import AgentTrace, Result, finish
+from minimas.teams import Agent, Team
 from minimas.text.tokenizer import Turn
 from minimas.turns import Run
 
@@ -29,7 +29,8 @@ def latent_turn(
     """
     run = LatentRun(lm, questions, **settings)
     if handed is None:
-        given = hand_over(run.rotated() if run.transfer == "shuffled" else run)
+        working = run.rotated() if run.transfer == "shuffled" else run
+        given = finish(hand_over(working), run.on_event)
     else:
         assert handed.given is not None, "a text agent hands no KV cache over"
         given = handed.given
@@ -41,8 +42,8 @@ def text_turn(
 ) -> "LastTurn":
     """Let every agent but the last work, as in `text_mas`; with `team` None as in `single`."""
     run = Run(lm, questions, **settings)
-    chosen = choose_team(lm, team) if team else lm.teams.get("single") or single_agent()
-    return LastTurn(hand_over_text(run, chosen))
+    chosen = choose_team(lm, team) if team else single_team(lm)
+    return LastTurn(finish(hand_over_text(run, chosen), run.on_event))
 
 
 class LastTurn:
@@ -68,7 +69,7 @@ class LastTurn:
 
     def answer(self) -> list[Result]:
         """Let the last agent answer."""
-        return self.turn.answer()
+        return finish(self.turn.answer(), self.turn.run.on_event)
 
     def losses(
         self, texts: Sequence[Sequence[str]], memory: KVCache | None = None
