@@ -69,7 +69,10 @@ class Result:
 
 
 class AgentStart(NamedTuple):
-    """An agent starts, with this many prompt tokens in all rows and latent steps in each."""
+    """An agent starts, with this many prompt tokens in all rows and latent steps in each.
+
+    Agents who work side by side share their events; `agent` then names all of them.
+    """
 
     agent: str
     prompt_tokens: int
@@ -91,23 +94,19 @@ class Piece(NamedTuple):
     final: bool
 
 
-class TurnEnd(NamedTuple):
-    """The turn of one or more agents is over; `memory` is its KV cache. Do not keep it.
+class AgentEnd(NamedTuple):
+    """An agent is done. There is one trace, and one row of `memory`, per agent and question.
 
-    It has one row per agent and question. The last generated tokens may be missing if the agent
-    does not hand its KV cache over.
+    Do not keep `memory`, the KV cache. The last generated tokens may be missing in it if the agent
+    does not hand it over.
     """
 
+    agent: str
+    traces: list[AgentTrace]
     memory: KVCache
 
 
-class AgentEnd(NamedTuple):
-    """An agent is done, with one trace per question."""
-
-    traces: list[AgentTrace]
-
-
-Event = AgentStart | Thought | Piece | TurnEnd | AgentEnd
+Event = AgentStart | Thought | Piece | AgentEnd
 T = TypeVar("T")
 
 

@@ -57,7 +57,9 @@ class Screen:
             if self.streams and self.texts[0]:
                 print(flush=True)  # the answer is complete
             if not self.args.quiet:
-                print_bill(event.traces[0].name, event.traces)
+                for first in range(0, len(event.traces), len(self.batch)):
+                    traces = event.traces[first : first + len(self.batch)]
+                    print_bill(traces[0].name, traces)
         elif isinstance(event, Thought):
             self.bar.update()
 

@@ -24,7 +24,7 @@ from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
-from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought, TurnEnd
+from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
@@ -232,9 +232,9 @@ class Run:
         if align is not None:
             align = self.own_align(align, len(agents))
             for _ in range(steps):
-                embedding, following = think(model, align, hidden, cache, 1)
-                yield Thought(hidden, embedding)
-                hidden = following
+                before = hidden
+                embedding, hidden = think(model, align, before, cache, 1)
+                yield Thought(before, embedding)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
@@ -252,11 +252,8 @@ class Run:
             bill = (len(ids[row]), steps, len(out.ids), seconds, slots * cache.slot_nbytes)
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
-        yield TurnEnd(cache)
-        for first in range(0, len(traces), len(self.questions)):
-            yield AgentEnd(traces[first : first + len(self.questions)])
-        head = [0] * len(ids) if head is None else list(head)
-        return TurnResult(cache, start, head, prompt_end, steps, traces, outputs)
+        yield AgentEnd(name, traces, cache)
+        return TurnResult(cache, start, list(head or []), prompt_end, steps, traces, outputs)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""

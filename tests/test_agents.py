@@ -36,7 +36,7 @@ from minimas import (
 )
 from minimas.agents import TRANSFERS, LatentRun, hand_over
 from minimas.core.model import prefill
-from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, TurnEnd, finish
+from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, finish
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import (
@@ -688,8 +688,10 @@ def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
         earlier = "".join(agent.text for agent in result.agents[:-1])
         assert "".join(piece.text for piece in pieces if not piece.final) == earlier
     names = [trace.name for trace in results[0].agents]
-    assert [event.traces[0].name for event in events if isinstance(event, AgentEnd)] == names
+    assert [event.agent for event in events if isinstance(event, AgentEnd)] == names
     assert [event.agent for event in events if isinstance(event, AgentStart)] == names
+    ended = [trace for event in events if isinstance(event, AgentEnd) for trace in event.traces]
+    assert [trace.text for trace in ended[::2]] == [trace.text for trace in results[0].agents]
     thoughts = [event for event in events if isinstance(event, Thought)]
     assert len(thoughts) == (6 if method == "latent_mas" else 0)
     assert all(torch.equal(lm.aligner("ridge")(t.hidden), t.embedding) for t in thoughts)
@@ -999,7 +1001,7 @@ def test_events_show_each_agents_memory(lm: LM) -> None:
     seen: list[list[int]] = []
 
     def look(event: Event) -> None:
-        if isinstance(event, TurnEnd):
+        if isinstance(event, AgentEnd):
             seen.append(event.memory.lengths)
 
     results = latent_mas(lm, QUESTIONS[:2], CHAIN, latent_steps=2, sampling=SHORT, on_event=look)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from minimas import LM, Sampling, Team
-from minimas.results import AgentTrace, Event, Result, TurnEnd
+from minimas.results import AgentEnd, AgentTrace, Event, Result
 from minimas.teams import TEAMS
 from minimas.turns import Prefill, prefill_prompts
 
@@ -270,7 +270,7 @@ class Marks:
 
     def __call__(self, event: Event) -> None:
         """Keep the marks of one turn's memory, a row per trace."""
-        if not isinstance(event, TurnEnd):
+        if not isinstance(event, AgentEnd):
             return
         memory = event.memory
         rows = torch.arange(len(memory.lengths), device=memory.device)
