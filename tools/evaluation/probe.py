@@ -9,8 +9,7 @@ Does not know: records, statistics, files.
     B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimas import Aligner, KVCache
+from minimas import Aligner, KVCache, lens
 from minimas.text.tokenizer import Turn
 
 from .arms import Arm
@@ -43,20 +42,8 @@ def attention(last: LastTurn, gold: str) -> dict[str, list[float]]:
     parts, model, tokenizer = segments(last), last.model, last.tokenizer
     solution = Turn(gold, ((0, len(gold)),))
     ids = tokenizer.encode_turn(last.prompts[0]) + tokenizer.encode_turn(solution)
-    shares: list[list[float]] = []
-    plain = F.scaled_dot_product_attention
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).float()  # (1, K, H/K · T, S)
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        weight = scores.softmax(-1).mean((0, 1, 2))  # (S,)
-        shares.append([float(weight[start:end].sum()) for _, start, end in parts])
-        return plain(q, k, v, attn_mask=attn_mask)
-
-    with replaced(F, "scaled_dot_product_attention", watched):
-        model(model.embed(torch.tensor([ids], device=model.device)), last.memory.fork())
-    return {part[0]: [layer[i] for layer in shares] for i, part in enumerate(parts)}
+    weights = lens.attention(model, ids, last.memory).mean(1)  # (layers, S)
+    return {name: weights[:, start:end].sum(-1).tolist() for name, start, end in parts}
 
 
 def segments(last: LastTurn) -> list[tuple[str, int, int]]:
@@ -83,17 +70,6 @@ def segments(last: LastTurn) -> list[tuple[str, int, int]]:
     if at != held:
         raise ValueError(f"memory: found {held} slots, expected {at}: only a full memory has parts")
     return parts
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute within a block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 # -- transplants ------------------------------------------------------------------------------

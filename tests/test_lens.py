@@ -1,0 +1,124 @@
+"""What a thought says and who is attended to, against transformers and against plain formulas."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import LM, latent_mas, load, single
+from minimas.core.config import FAMILIES
+from minimas.core.model import prefill
+from minimas.lens import Lens, attention
+from minimas.results import Event, Thought
+
+from .models import config_dict, tiny_model
+from .text import SHORT, load_text_lm, text_folder
+
+ASKED = ["How many cards does Eva have?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    """A random model in float64 with weights/tiny's tokenizer."""
+    return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> None:
+    """Experts share a batch: their rows must not be mixed up with the questions'."""
+    heard: list[Event] = []
+    lens = Lens(lm, top=2)
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        lens(event)
+
+    results = latent_mas(lm, ASKED, team, latent_steps=3, sampling=SHORT, on_event=listen)
+    assert [view.agent for view in lens.agents] == [trace.name for trace in results[0].agents]
+    assert lens.agents[-1].thoughts == [[], []]
+    views = [view.thoughts for view in lens.agents[:-1]]
+    assert [[len(row) for row in rows] for rows in views] == [[3, 3]] * 3
+    alone = Lens(lm, top=2)
+    latent_mas(lm, ASKED[1:], team, latent_steps=3, sampling=SHORT, on_event=alone)
+    for both, one in zip(lens.agents, alone.agents, strict=True):
+        for mine, theirs in zip(both.thoughts[1], one.thoughts[0], strict=True):
+            assert mine.tokens[0][0] == theirs.tokens[0][0]
+            assert mine.entropy == pytest.approx(theirs.entropy, abs=1e-5)
+    thoughts = [event for event in heard if isinstance(event, Thought)]
+    first, step = thoughts[0], lens.agents[0].thoughts[0][0]
+    chances = lm.model.logits(first.hidden[0]).softmax(-1)[0]
+    assert [p for _, p in step.tokens] == pytest.approx(chances.topk(2).values.tolist(), abs=1e-6)
+    assert step.entropy == pytest.approx(float(-(chances * chances.log()).sum()), abs=1e-5)
+    assert step.norm == pytest.approx(float(first.embedding[0].norm()), rel=1e-6)
+    assert step.cosine_before is None
+
+
+def test_the_nearest_token_of_a_token_is_itself(lm: LM) -> None:
+    """A map that returns embeddings of tokens shows which rows are compared."""
+    chosen = 40
+    assert lm.tokenizer is not None
+    row = lm.model.embed(torch.tensor([[chosen]]))  # (1, 1, D)
+    lens = Lens(lm)
+    latent_mas(
+        lm, ASKED, align=lambda hidden: 3 * row.expand_as(hidden), latent_steps=2, sampling=SHORT,
+        on_event=lens,
+    )  # fmt: skip
+    for thought in lens.agents[0].thoughts[1]:
+        assert thought.nearest == lm.tokenizer.backend.decode([chosen], skip_special_tokens=False)
+        assert thought.cosine_nearest == pytest.approx(1)
+        assert thought.norm == pytest.approx(3 * float(row.norm()), rel=1e-6)
+    assert lens.agents[0].thoughts[1][1].cosine_before == pytest.approx(1)
+
+
+def test_a_lens_changes_nothing_and_shows_nothing_of_a_single_agent(lm: LM) -> None:
+    how: dict[str, Any] = {"latent_steps": 3, "sampling": SHORT}
+    plain = latent_mas(lm, ASKED, **how)
+    assert [r.text for r in latent_mas(lm, ASKED, on_event=Lens(lm), **how)] == [
+        r.text for r in plain
+    ]
+    lens = Lens(lm)
+    single(lm, ASKED, sampling=SHORT, on_event=lens)
+    assert [view.thoughts for view in lens.agents] == [[[], []]]
+
+
+def test_the_embedded_model_thinks_in_numbers() -> None:
+    """What `--show-thoughts` is for: the plan of weights/tiny is the list of its results."""
+    lm = load("weights/tiny")
+    lens = Lens(lm)
+    question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+    latent_mas(lm, [question], on_event=lens)
+    said = [thought.tokens[0][0].strip() for thought in lens.agents[0].thoughts[0]]
+    assert said[:3] == ["2", "9", "6"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_agrees_with_transformers(family: str) -> None:
+    """The weights of the prompt's tokens on a cache of thoughts' size, layer by layer."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(family, dtype=torch.float32)
+    raw = config_dict(model.config)
+    config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
+    oracle = transformers.AutoModelForCausalLM.from_config(config).eval()
+    oracle.load_state_dict(model.state_dict(), strict=False)
+    before, ids = [3, 1, 4, 1, 5], [9, 2, 6]
+    cache = model.new_cache(1)
+    prefill(model, [before], cache)
+    found = attention(model, ids, cache)
+    with torch.no_grad():
+        shown = oracle(torch.tensor([before + ids]), output_attentions=True).attentions
+    expected = torch.stack(
+        [layer[0].unflatten(0, (-1, 2))[:, :, len(before) :].mean((1, 2)) for layer in shown]
+    )  # (layers, K, S)
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < 1e-5
+    assert float((found.sum(-1) - 1).abs().max()) < 1e-5
+    assert cache.lengths == [len(before)], "the caller's cache must stay as it is"
+    assert float((attention(model, ids[::-1], cache) - expected).abs().max()) > 1e-3
+
+
+def test_a_lens_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="thoughts are shown as tokens"):
+        Lens(LM(tiny_model(), tmp_path))
