@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from minimas import LM, Aligner, Sampling, load
-from tools.evaluation import probe
+from minimas import LM, Aligner, Sampling, lens, load
 from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
 from tools.evaluation.bench import Bench
 from tools.evaluation.command import Evaluation, main, parser
@@ -431,18 +430,14 @@ def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
 
 
 def test_watching_attention_does_not_change_it(lm: LM) -> None:
-    """And the function is put back, even when the model fails."""
-    plain = torch.nn.functional.scaled_dot_product_attention
+    """And no hook is left on the model, even when a forward pass fails."""
     given = briefing(lm)
     before = given.losses([[" 7"]], given.memory.fork())
     attention(given, " 7")
     assert given.losses([[" 7"]]) == before
-    with (
-        pytest.raises(RuntimeError),
-        probe.replaced(torch.nn.functional, "scaled_dot_product_attention", None),
-    ):
-        raise RuntimeError
-    assert torch.nn.functional.scaled_dot_product_attention is plain
+    with pytest.raises(IndexError):
+        lens.attention(lm.model, [10**9], lm.model.new_cache(1))
+    assert not any(module._forward_hooks for module in lm.model.modules())
 
 
 def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) -> None:
