@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minimas import LM, Aligner, Sampling, lens, load
+from tools.evaluation import probe
 from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
 from tools.evaluation.bench import Bench
 from tools.evaluation.command import Evaluation, main, parser
