@@ -28,6 +28,7 @@ from .arms import Arm
 from .feeders import Feeder, Feeders
 from .grading import Grader, gold_text, judge, option_texts, right_letter
 from .last_turn import LastTurn, PrefillOnce, latent_turn, slots, text_turn
+from .layouts import VARIANTS
 from .rows import Row, kind_of
 
 VOTE_TEMPERATURE = 0.7  # of samples to vote on, if the run itself is greedy
@@ -126,6 +127,7 @@ class Bench:
         align = how.align or self.feeders(arm.align or "ridge")
         thinking: dict[str, Any] = {"latent_steps": arm.latent_steps, "align": align}
         thinking["close"] = arm.close is not False
+        thinking["variant"] = VARIANTS.get(arm.layout or "")
         team, transfer = self.team(rows[0], arm), arm.transfer or "full"
         if transfer == "shuffled":
             others = [self.partner(i) for i in rows]
@@ -149,6 +151,8 @@ class Bench:
             *before, last = team.agents
             prefixed = (replace(agent, prefix=arm.prefix) for agent in before)
             team = replace(team, agents=(*prefixed, last))
+        if arm.layout in VARIANTS:
+            return VARIANTS[arm.layout].team(team)
         return team.with_layout(arm.layout)
 
     # -- answers ------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from .arms import (
 from .bench import Bench, samples_in_same_time
 from .feeders import Feeders, kind_of_map
 from .grading import grader
+from .layouts import VARIANTS
 from .ledger import Key, Ledger, all_records, check_settings, files, key_of, read_head, take_up
 from .replay import regrade, replay
 from .rows import Row, read_rows
@@ -92,7 +93,9 @@ def add_settings(top: Parser) -> None:
     add("--align", type=list_of(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
     add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
     add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
-    add("--layout", type=list_of(one_of(LAYOUTS)), default=[None], help="list: turn, chat")
+    layout = one_of((*LAYOUTS, *VARIANTS))
+    about = "list: turn, chat, or a variant of tools/evaluation/layouts.py"
+    add("--layout", type=list_of(layout), default=[None], help=about)
     add("--prefix", type=list_of(str), default=[None], help="list of texts before the thoughts")
 
 

@@ -5,18 +5,37 @@ others' work and the last agent's turn. Does not know: arms, rows, files.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minimas import LM, KVCache, Qwen3, Tokenizer
 from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
 from minimas.agents import LastTurn as MethodsLastTurn
+from minimas.layout import ChatLayout
 from minimas.nll import Loss, PrefillOnce, losses
 from minimas.results import AgentTrace, Result, finish
 from minimas.teams import Agent, Team
 from minimas.text.tokenizer import Turn
 from minimas.turns import Run
 
+from .layouts import Variant
+
 __all__ = ["LastTurn", "PrefillOnce", "latent_turn", "text_turn"]
+
+
+@dataclass
+class VariantRun(LatentRun):
+    """A run of `latent_mas` whose prompts may stand in a layout of measurements."""
+
+    variant: Variant | None = None
+
+    def layouts(self, team: Team) -> list[ChatLayout]:
+        """Return where the team's prompts stand in the conversation, for every question."""
+        library = super().layouts(team)
+        if self.variant is None:
+            return library
+        form = self.variant.form
+        return [form(self.tokenizer, team, one.opening, one.prompts) for one in library]
 
 
 def latent_turn(
@@ -27,7 +46,7 @@ def latent_turn(
     With `handed` no agent works: the last one gets what that turn's agents handed over, one row
     per question.
     """
-    run = LatentRun(lm, questions, **settings)
+    run = VariantRun(lm, questions, **settings)
     if handed is None:
         working = run.rotated() if run.transfer == "shuffled" else run
         given = finish(hand_over(working), run.on_event)
