@@ -14,7 +14,7 @@ from .load import LM
 from .text.tokenizer import Turn, is_text
 from .turns import Align
 
-ROLES = ("user", "system", "plain")
+ROLES = ("user", "system", "agent", "plain")
 
 
 def remember(
@@ -26,9 +26,11 @@ def remember(
 ) -> KVCache:
     """Return the KV cache of a text, and of `latent_steps` thoughts at its end; one row.
 
-    `role` "user" or "system" makes the text a message in the model's chat template, closed after
-    the thoughts, and "plain" takes the text alone. `align` is as in `latent_mas`. Raises ValueError
-    naming the parameter if the text is empty, cannot be encoded, or exceeds the model's context.
+    `role` "user" or "system" makes the text a message in the model's chat template, which is closed
+    after the thoughts. "agent" is a user message with the thoughts in the assistant turn that
+    follows, as of an agent in layout "chat"; "plain" is the text alone. `align` is as in
+    `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
+    exceeds the model's context.
     """
     if lm.tokenizer is None:
         raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
@@ -39,8 +41,11 @@ def remember(
     if type(latent_steps) is not int or latent_steps < 0:
         found = f"found {latent_steps!r}, expected a whole number, 0 or more"
         raise ParameterError("latent_steps", found)
-    opened, closing = Turn(text, ((0, len(text)),)), Turn("")
-    if role != "plain":
+    if role == "plain":
+        opened, closing = Turn(text, ((0, len(text)),)), Turn("")
+    elif role == "agent":
+        opened, closing = lm.tokenizer.turn(text), Turn(lm.tokenizer.turn_end)
+    else:
         opened, closing = lm.tokenizer.message(text, role)
     ids, end = lm.tokenizer.encode_turn(opened), lm.tokenizer.encode_turn(closing)
     needed, limit = len(ids) + latent_steps + len(end), lm.model.config.max_position_embeddings

@@ -40,3 +40,27 @@ def test_the_latentmas_example_gives_the_librarys_answer(arguments: list[str]) -
 def test_the_latentmas_example_fits_on_a_page() -> None:
     lines = (ROOT / "examples" / "latentmas.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ask_a_document", ["Eva 12 (21 prompt tokens)", "Tom 9 (21", "Ben 11 (21"]),
+        ("own_team", ["7 (latent steps: planner 6, judger 0)", "7 (latent steps: math 6"]),
+        ("see_thoughts", ["1  ' 2' 94%", "2  ' 9' 91%", "3  ' 6' 90%"]),
+        ("stream", ["planner ...... (43 slots)", "judger  6 (165 slots)"]),
+        ("memory_files", ["saved 39 slots", "7, with "]),
+    ],
+)
+def test_an_example_runs_and_prints_what_it_promises(name: str, shown: list[str]) -> None:
+    """Offline, without arguments, without warnings, and on less than a page."""
+    path = ROOT / "examples" / f"{name}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(path)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    missing = [text for text in shown if text not in done.stdout]
+    assert not missing, done.stdout

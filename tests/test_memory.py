@@ -16,6 +16,7 @@ from minimas import (
     Qwen3,
     Result,
     Sampling,
+    Team,
     latent_mas,
     load,
     remember,
@@ -155,6 +156,20 @@ def test_thoughts_of_a_memory_follow_its_text_and_come_before_the_end_of_its_tur
     prefill(lm.model, [lm.tokenizer.encode_turn(end)], fed)
     assert distance(remember(lm, NOTE, 4, "prenorm"), fed) < 1e-9
     assert distance(remember(lm, NOTE, 4, "none"), fed) > 1e-4
+
+
+def test_remembered_experts_answer_like_the_team_of_experts() -> None:
+    """weights/tiny: three notes that are joined are what a parallel team hands over."""
+    lm = load("weights/tiny")
+    team = Team.from_json("weights/tiny/split.json")
+    *experts, last = team.agents
+    notes = [remember(lm, agent.prompt, lm.default_steps, role="agent") for agent in experts]
+    memory = KVCache.concat(notes)
+    questions = [f"How many coins does {name} have?" for name in ("Eva", "Tom", "Ben")]
+    expected = latent_mas(lm, questions, team)
+    found = latent_mas(lm, questions, Team((last,)), memory=memory)
+    assert [result.answer for result in found] == [result.answer for result in expected]
+    assert [result.answer for result in expected] == ["Eva 12", "Tom 9", "Ben 11"]
 
 
 def test_joined_memories_are_experts_that_do_not_see_each_other(lm: LM) -> None:
