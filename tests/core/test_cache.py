@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_older_memory(
 
 def test_a_memory_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
     """Nobody's memory has no fingerprint; a folder that is not there is named."""
-    with pytest.raises(ValueError, match="no model has written"):
+    with pytest.raises(ValueError, match="found memory of no model, expected"):
         memory([2]).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")

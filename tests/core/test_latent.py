@@ -339,7 +339,7 @@ def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) ->
 
 def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
     """Nobody's map has no fingerprint; a folder that is not there is named."""
-    with pytest.raises(ValueError, match="/m: found an Aligner of no model, expected"):
+    with pytest.raises(ValueError, match="/m: found aligner of no model, expected"):
         Aligner(norm=1.0).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the aligner"):
         Aligner.from_model(model).save(tmp_path / "nowhere" / "m")
