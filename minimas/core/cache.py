@@ -167,16 +167,26 @@ class KVCache:
         return self.drop(0, [max(end - n, 0) for end, n in kept])
 
     def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
-        """Return the slots before `start`, and behind them those from `stop` on, moved there.
+        """Return the slots before `start`, and after them those from `stop` on, with keys moved.
 
-        Equals a forward pass in which no later slot sees the dropped ones. Slots that have seen
-        them keep what they took in: then it only approximates a pass over what is left, except in
-        the first layer. A row loses only slots that it has. Raises ValueError if a number is
-        below 0.
+        Both may differ per row. As in a slice, slots that a row does not have are ignored. This
+        equals feeding what is left if the model has one layer, or if the slots from `stop` on have
+        seen none before them, as after `concat`. Otherwise it is an approximation: they keep what
+        they took in above the first layer. Raises ValueError if a number is below 0.
         """
         rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
-        starts, stops = [min(row) for row in rows], [min(row[1:]) for row in rows]
-        return self._close(starts, stops, [a - b for a, b in zip(starts, stops, strict=True)])
+        spans = [(min(row), min(row[1:])) for row in rows]  # what each row has of the span
+        new, device = copy.copy(self), self.device
+        new.lengths = [row[2] - end + begin for row, (begin, end) in zip(rows, spans, strict=True)]
+        first, last = torch.tensor(spans, device=device).T[..., None]  # (B, 1) each
+        slots = torch.arange(max(new.lengths), device=device)  # (S,)
+        moves = (last - first) * (slots >= first)  # (B, S)
+        # A slot behind a row's end is free: anything may be there.
+        index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
+        turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
+        new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]
+        new.values = [values.take_along_dim(index, 2) for values in self.values]  # (B, K, S, d)
+        return new
 
     @classmethod
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
@@ -191,16 +201,21 @@ class KVCache:
                 f"caches: found {[kind for kind, _ in kinds]}, "
                 "expected memories of one model, number of rows, dtype and device"
             )
-        joined = caches[0].fork()
-        for cache in caches[1:]:
+        joined = caches[0].truncate(0)
+        c, device = joined.config, joined.device
+        for cache in caches:
             if cache.owner is not None:
                 joined.sign(cache.owner)
-            starts, width = joined.lengths, max(joined.lengths)
-            joined.lengths = [width + n for n in cache.lengths]
-            for stores, others in ((joined.keys, cache.keys), (joined.values, cache.values)):
-                for layer, other in enumerate(others):
-                    stores[layer] = torch.cat([stores[layer][:, :, :width], other], 2)
-            joined = joined._close(starts, [width] * len(starts), starts)
+            first, width = torch.tensor(joined.lengths, device=device)[:, None], max(cache.lengths)
+            rows = torch.arange(len(first), device=device)[:, None]  # (B, 1)
+            where = rows, first + torch.arange(width, device=device)  # (B, 1), (B, T)
+            turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            # Without a mask, as nothing attends: it would be (T, S).
+            positions = Positions(*turn, None, max(joined.lengths) + width, where)
+            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+                keys = rotate(keys[:, :, :width], *turn)
+                joined.append(layer, keys, values[:, :, :width], positions)
+            joined.advance(cache.lengths, width)
         return joined
 
     def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
@@ -213,21 +228,6 @@ class KVCache:
                 f"lengths: found {counts}, expected {len(self.lengths)} numbers, 0 … {most}"
             )
         return counts
-
-    def _close(self, starts: list[int], stops: list[int], moves: list[int]) -> "KVCache":
-        """Return the cache without slots `starts` to `stops`; later keys are rotated by `moves`."""
-        new, rows = copy.copy(self), zip(self.lengths, starts, stops, strict=True)
-        new.lengths = [n - stop + start for n, start, stop in rows]
-        start, stop, move = torch.tensor([starts, stops, moves], device=self.device)[..., None]
-        slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
-        later = slots >= start  # (B, S)
-        # A slot behind a row's end is free: anything may be there.
-        index = (slots + (stop - start) * later).clamp(max=max(self.lengths) - 1)  # (B, S)
-        index = index[:, None, :, None]  # (B, 1, S, 1)
-        turn = angles(move * later, self.config.head_dim, self.config.rope_theta, self.dtype)
-        new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]
-        new.values = [values.take_along_dim(index, 2) for values in self.values]  # (B, K, S, d)
-        return new
 
     def save(self, path: str | Path) -> None:
         """Write the filled slots to a file, with the fingerprint of the model: see `files`.
