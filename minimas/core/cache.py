@@ -64,8 +64,9 @@ class KVCache:
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""
-        vectors = 2 * self.config.num_hidden_layers * self.config.num_key_value_heads
-        return vectors * self.config.head_dim * self.dtype.itemsize
+        c = self.config
+        vectors = 2 * c.num_hidden_layers * c.num_key_value_heads
+        return vectors * c.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -88,15 +89,17 @@ class KVCache:
 
         If not `ragged`, `slots` is (1, T): the last ones, the same for all rows.
         """
-        c, T, device, mask = self.config, slots.shape[1], slots.device, None
+        c = self.config
+        T = slots.shape[1]
+        mask = None
         where: Any = slice(None), slice(total - T, total)
         if ragged or T > 1:
             groups = c.num_attention_heads // c.num_key_value_heads
             queries = slots.repeat(1, groups)[:, None, :, None]  # (B or 1, 1, H/K · T, 1)
             # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.
-            mask = torch.arange(total, device=device) <= queries  # (B or 1, 1, H/K · T, S)
+            mask = torch.arange(total, device=slots.device) <= queries  # (B or 1, 1, H/K · T, S)
         if ragged:
-            where = torch.arange(len(slots), device=device)[:, None], slots  # (B, 1), (B, T)
+            where = torch.arange(len(slots), device=slots.device)[:, None], slots  # (B, 1), (B, T)
         return Positions(*angles(slots, c.head_dim, c.rope_theta, self.dtype), mask, total, where)
 
     def append(
@@ -141,11 +144,13 @@ class KVCache:
 
         Raises IndexError if there is no row, or one that does not exist.
         """
-        rows, B = rows.tolist() if isinstance(rows, Tensor) else list(rows), len(self.lengths)
+        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        B = len(self.lengths)
         # A mask of booleans is not a list of rows, though True == 1.
         if not rows or any(isinstance(row, bool | float) or row not in range(B) for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
-        new, index = copy.copy(self), torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, device=self.device)
+        new = copy.copy(self)
         new.lengths = [self.lengths[row] for row in rows]
         new.keys = [keys[index] for keys in self.keys]
         new.values = [values[index] for values in self.values]
@@ -175,12 +180,13 @@ class KVCache:
         they took in above the first layer. Raises ValueError if a number is below 0.
         """
         rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
-        spans = [(min(row), min(row[1:])) for row in rows]  # what each row has of the span
-        new, device = copy.copy(self), self.device
-        new.lengths = [row[2] - end + begin for row, (begin, end) in zip(rows, spans, strict=True)]
-        first, last = torch.tensor(spans, device=device).T[..., None]  # (B, 1) each
-        slots = torch.arange(max(new.lengths), device=device)  # (S,)
-        moves = (last - first) * (slots >= first)  # (B, S)
+        starts = [min(row) for row in rows]
+        gaps = [min(stop, end) - min(start, stop, end) for start, stop, end in rows]
+        new = copy.copy(self)
+        new.lengths = [end - gap for end, gap in zip(self.lengths, gaps, strict=True)]
+        first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
+        slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
+        moves = gap * (slots >= first)  # (B, S)
         # A slot behind a row's end is free: anything may be there.
         index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
         turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
@@ -202,16 +208,17 @@ class KVCache:
                 "expected memories of one model, number of rows, dtype and device"
             )
         joined = caches[0].truncate(0)
-        c, device = joined.config, joined.device
+        c = joined.config
         for cache in caches:
             if cache.owner is not None:
                 joined.sign(cache.owner)
-            first, width = torch.tensor(joined.lengths, device=device)[:, None], max(cache.lengths)
-            rows = torch.arange(len(first), device=device)[:, None]  # (B, 1)
-            where = rows, first + torch.arange(width, device=device)  # (B, 1), (B, T)
+            width = max(cache.lengths)
+            first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
             turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
+            slots = first + torch.arange(width, device=joined.device)  # (B, T)
             # Without a mask, as nothing attends: it would be (T, S).
-            positions = Positions(*turn, None, max(joined.lengths) + width, where)
+            positions = Positions(*turn, None, max(joined.lengths) + width, (rows, slots))
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 keys = rotate(keys[:, :, :width], *turn)
                 joined.append(layer, keys, values[:, :, :width], positions)
@@ -235,7 +242,8 @@ class KVCache:
         Raises ValueError if no model has written to the cache, OSError if the file cannot be
         written.
         """
-        filled, tensors = max(self.lengths), {"lengths": torch.tensor(self.lengths)}
+        filled = max(self.lengths)
+        tensors = {"lengths": torch.tensor(self.lengths)}
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"keys.{layer}"] = keys[:, :, :filled]
             tensors[f"values.{layer}"] = values[:, :, :filled]
@@ -248,7 +256,8 @@ class KVCache:
         Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
         another model.
         """
-        tensors, c = files.read(path, "memory", model), model.config
+        tensors = files.read(path, "memory", model)
+        c = model.config
         lengths = tensors.get("lengths", torch.empty(0))
         one_per_row = lengths.dtype == torch.int64 and lengths.ndim == 1 and len(lengths)
         if not one_per_row or lengths.min() < 0:

@@ -145,7 +145,8 @@ class Aligner:
         Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
         another model.
         """
-        tensors, D = files.read(path, "aligner", model), model.config.hidden_size
+        tensors = files.read(path, "aligner", model)
+        D = model.config.hidden_size
         shapes = {"matrix": (D, D), "scale": (D,), "shift": (D,), "norm": ()}
         wide = torch.promote_types(model.dtype, torch.float32)
         parts: dict[str, Any] = {}
