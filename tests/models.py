@@ -164,15 +164,18 @@ def distance(a: KVCache, b: KVCache) -> float:
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Qwen3:
-    """Draw a float64 model: any family, tied or not, any head layout, one to three layers."""
+def models(draw: st.DrawFn, layers: int | None = None) -> Qwen3:
+    """Draw a float64 model: any family, tied or not, any head layout, one to three layers.
+
+    `layers` sets their number.
+    """
     heads, kv_heads, head_dim = draw(st.sampled_from(LAYOUTS))
     config = tiny_config(
         draw(st.sampled_from(FAMILIES)),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers or draw(st.integers(1, 3)),
         tie_word_embeddings=draw(st.booleans()),
     )
     return random_model(config, draw(st.integers(0, 99)))

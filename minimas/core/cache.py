@@ -12,16 +12,19 @@ cache; every other method returns a new one. Does not know: tokens, agents, what
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import files
 from .config import Config
-from .rotary import angles, move
+from .rotary import angles, rotate
+
+Lengths = int | Sequence[int] | Tensor  # one number for all rows, or one for each
 
 
 class Positions(NamedTuple):
@@ -31,7 +34,7 @@ class Positions(NamedTuple):
     sin: Tensor  # (B or 1, 1, T, d)
     mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all True
     total: int  # S, the slots that attention reads
-    indices: tuple[Tensor, Tensor] | None  # rows (B, 1) and slots (B, T); None: the last T of the S
+    where: Any  # the new ones among (B, S): an index of rows (B, 1) and slots (B, T), or slices
 
 
 class KVCache:
@@ -50,18 +53,13 @@ class KVCache:
         """Create an empty cache. Slots are allocated when they are needed."""
         if batch_size < 1:
             raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
-        self.config = config
-        self.owner: Any = None  # the model that computed the keys
-        self.lengths = [0] * batch_size
         shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
         empty = torch.zeros(shape, dtype=dtype, device=device)
-        self.dtype, self.device = dtype, empty.device
+        self.config, self.dtype, self.device = config, dtype, empty.device
+        self.owner: Any = None  # the model that computed the keys
+        self.lengths = [0] * batch_size
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
-
-    def __repr__(self) -> str:
-        layers = len(self.keys)
-        return f"KVCache(lengths={self.lengths}, {layers} layers, {self.dtype}, {self.device})"
 
     @property
     def slot_nbytes(self) -> int:
@@ -77,28 +75,32 @@ class KVCache:
 
     def next_positions(self, rows: int, new: int) -> Positions:
         """Return the next `new` positions of every row; raises ValueError if `rows` is not B."""
-        if rows != len(self.lengths):
-            found = f"found {rows} rows, expected {len(self.lengths)} as in the memory"
-            raise ValueError(f"inputs: {found}")
-        ragged = min(self.lengths) != max(self.lengths)
-        starts = self.lengths if ragged else self.lengths[:1]
-        slots = torch.tensor(starts)[:, None] + torch.arange(new)  # (B or 1, T)
-        return self.positions_at(slots.to(self.device), max(self.lengths) + new, ragged)
+        lengths = self.lengths
+        if rows != len(lengths):
+            raise ValueError(f"inputs: found {rows} rows, expected {len(lengths)} as in the memory")
+        ragged = min(lengths) != max(lengths)
+        starts = torch.tensor(lengths if ragged else lengths[:1])[:, None]  # (B or 1, 1)
+        # A copy that blocks would wait for all kernels of the step before.
+        slots = (starts + torch.arange(new)).to(self.device, non_blocking=True)  # (B or 1, T)
+        return self.positions_at(slots, max(lengths) + new, ragged)
 
     def positions_at(self, slots: Tensor, total: int, ragged: bool) -> Positions:
         """Return new positions at `slots` (B, T) of `total` ones.
 
         If not `ragged`, `slots` is (1, T): the last ones, the same for all rows.
         """
-        c, mask, indices = self.config, None, None
-        if ragged or slots.shape[1] > 1:
-            # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.
-            mask = torch.arange(total, device=slots.device) <= slots[:, None, :, None]
+        c = self.config
+        T = slots.shape[1]
+        mask = None
+        where: Any = slice(None), slice(total - T, total)
+        if ragged or T > 1:
             groups = c.num_attention_heads // c.num_key_value_heads
-            mask = mask.repeat(1, 1, groups, 1)  # (B or 1, 1, H/K · T, S)
+            queries = slots.repeat(1, groups)[:, None, :, None]  # (B or 1, 1, H/K · T, 1)
+            # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.
+            mask = torch.arange(total, device=slots.device) <= queries  # (B or 1, 1, H/K · T, S)
         if ragged:
-            indices = torch.arange(len(slots), device=slots.device)[:, None], slots
-        return Positions(*angles(slots, c.head_dim, c.rope_theta, self.dtype), mask, total, indices)
+            where = torch.arange(len(slots), device=slots.device)[:, None], slots  # (B, 1), (B, T)
+        return Positions(*angles(slots, c.head_dim, c.rope_theta, self.dtype), mask, total, where)
 
     def append(
         self, layer: int, keys: Tensor, values: Tensor, positions: Positions
@@ -111,28 +113,26 @@ class KVCache:
         total = positions.total
         for stores, new in ((self.keys, keys), (self.values, values)):
             store = stores[layer] = with_capacity(stores[layer], total, heads=new.shape[1])
-            if positions.indices is None:
-                store[:, :, total - new.shape[2] : total] = new
-            else:
-                rows, slots = positions.indices
-                store[rows, :, slots] = new.transpose(1, 2)  # (B, T, K, d)
+            store.transpose(1, 2)[positions.where] = new.transpose(1, 2)  # (B, T, K, d)
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
-    def advance(self, lengths: int | Sequence[int] | Tensor, most: int) -> None:
+    def advance(self, lengths: Lengths, most: int) -> None:
         """Count the first `lengths` of `most` appended slots as filled, in all rows or per row.
 
         Raises ValueError if a number is below 0 or above `most`.
         """
         counts = self._per_row(lengths, most)
-        self.lengths = [old + count for old, count in zip(self.lengths, counts, strict=True)]
+        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
 
     def sign(self, model: Any) -> None:
         """Set the model that computes the keys; raises ValueError if another one has before."""
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or model.dtype != self.dtype:
-            found = f"a memory in {self.dtype} of model {getattr(self.owner, 'name', None)!r}"
-            expected = f"{model.dtype} and {model.name!r}, with the same weights"
-            raise ValueError(f"cache: found {found}, expected {expected}")
+            name = getattr(self.owner, "name", None)
+            raise ValueError(
+                f"cache: found a memory in {self.dtype} of model {name!r}, expected {model.dtype} "
+                f"and {model.name!r}, with the same weights"
+            )
         self.owner = model
 
     def fork(self) -> "KVCache":
@@ -144,35 +144,54 @@ class KVCache:
 
         Raises IndexError if there is no row, or one that does not exist.
         """
-        rows = list(rows.tolist() if isinstance(rows, Tensor) else rows)
+        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         B = len(self.lengths)
-        integers = [not isinstance(row, bool) and hasattr(row, "__index__") for row in rows]
-        if not rows or not all(integers) or not all(0 <= row < B for row in rows):
+        # A mask of booleans is not a list of rows, though True == 1.
+        if not rows or any(isinstance(row, bool | float) or row not in range(B) for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
-        rows = [int(row) for row in rows]
-        lengths = [self.lengths[row] for row in rows]
         index = torch.tensor(rows, device=self.device)
-        return self._map(lengths, lambda x: x[:, :, : max(lengths)].index_select(0, index))
+        new = copy.copy(self)
+        new.lengths = [self.lengths[row] for row in rows]
+        new.keys = [keys[index] for keys in self.keys]
+        new.values = [values[index] for values in self.values]
+        return new
 
-    def truncate(self, lengths: int | Sequence[int] | Tensor) -> "KVCache":
+    def truncate(self, lengths: Lengths) -> "KVCache":
         """Return the first `lengths` slots, the same number for all rows or one for each row.
 
         Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
         """
-        kept = zip(self.lengths, self._per_row(lengths), strict=True)
-        return self._gather([range(min(pair)) for pair in kept])
+        return self.drop(lengths, self.lengths)
 
-    def keep_last(self, lengths: int | Sequence[int] | Tensor) -> "KVCache":
+    def keep_last(self, lengths: Lengths) -> "KVCache":
         """Return the last `lengths` slots, for all rows or for each, moved to slot 0.
 
         Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
         """
         kept = zip(self.lengths, self._per_row(lengths), strict=True)
-        slots = [range(max(end - n, 0), end) for end, n in kept]
-        new, moves = self._gather(slots), [-row.start for row in slots]
-        if any(moves):
-            delta = torch.tensor(moves, device=self.device)
-            new.keys = [move(keys, delta, self.config.rope_theta) for keys in new.keys]
+        return self.drop(0, [max(end - n, 0) for end, n in kept])
+
+    def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
+        """Return the slots before `start`, and after them those from `stop` on, with keys moved.
+
+        Both may differ per row. As in a slice, slots that a row does not have are ignored. This
+        equals feeding what is left if the model has one layer, or if the slots from `stop` on have
+        seen none before them, as after `concat`. Otherwise it is an approximation: they keep what
+        they took in above the first layer. Raises ValueError if a number is below 0.
+        """
+        rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
+        starts = [min(row) for row in rows]
+        gaps = [min(stop, end) - min(start, stop, end) for start, stop, end in rows]
+        new = copy.copy(self)
+        new.lengths = [end - gap for end, gap in zip(self.lengths, gaps, strict=True)]
+        first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
+        slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
+        moves = gap * (slots >= first)  # (B, S)
+        # A slot behind a row's end is free: anything may be there.
+        index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
+        turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
+        new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]
+        new.values = [values.take_along_dim(index, 2) for values in self.values]  # (B, K, S, d)
         return new
 
     @classmethod
@@ -182,87 +201,87 @@ class KVCache:
         Equals one forward pass in which no part sees another (a block mask), not a sequential one.
         Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.
         """
-        kinds = {(c.config, len(c.lengths), c.dtype, c.device) for c in caches}
+        kinds = {(f"{len(c.lengths)} rows of {c.dtype} on {c.device}", c.config) for c in caches}
         if len(kinds) != 1:
-            found = [f"{n} rows of {dtype} on {device}" for _, n, dtype, device in kinds]
-            expected = "memories of one model, number of rows, dtype and device"
-            raise ValueError(f"caches: found {found}, expected {expected}")
-        wide, start = cls(*kinds.pop()), 0  # all slots of one cache, then all of the next
-        slots: list[list[int]] = [[] for _ in wide.lengths]  # those that are filled
+            raise ValueError(
+                f"caches: found {[kind for kind, _ in kinds]}, "
+                "expected memories of one model, number of rows, dtype and device"
+            )
+        joined = caches[0].truncate(0)
+        c = joined.config
         for cache in caches:
-            delta = torch.tensor([len(row) for row in slots], device=wide.device)
-            width = max(cache.lengths)
-            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                keys = move(keys[:, :, :width], delta, wide.config.rope_theta)
-                values = values[:, :, :width]
-                if start:
-                    keys = torch.cat([wide.keys[layer], keys], 2)
-                    values = torch.cat([wide.values[layer], values], 2)
-                wide.keys[layer], wide.values[layer] = keys, values
-            for row, length in zip(slots, cache.lengths, strict=True):
-                row += range(start, start + length)
-            start += width
             if cache.owner is not None:
-                wide.sign(cache.owner)
-        return wide._gather(slots)
+                joined.sign(cache.owner)
+            width = max(cache.lengths)
+            first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
+            turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
+            slots = first + torch.arange(width, device=joined.device)  # (B, T)
+            # Without a mask, as nothing attends: it would be (T, S).
+            positions = Positions(*turn, None, max(joined.lengths) + width, (rows, slots))
+            for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+                keys = rotate(keys[:, :, :width], *turn)
+                joined.append(layer, keys, values[:, :, :width], positions)
+            joined.advance(cache.lengths, width)
+        return joined
 
-    def _per_row(self, lengths: int | Sequence[int] | Tensor, most: float = math.inf) -> list[int]:
+    def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
         """Return one integer for each row."""
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         each = given if isinstance(given, Iterable) else [given] * len(self.lengths)
-        counts = [int(length) for length in each]
+        counts = list(map(int, each))
         if len(counts) != len(self.lengths) or min(counts) < 0 or max(counts) > most:
-            expected = f"{len(self.lengths)} numbers, 0 … {most}"
-            raise ValueError(f"lengths: found {counts}, expected {expected}")
+            raise ValueError(
+                f"lengths: found {counts}, expected {len(self.lengths)} numbers, 0 … {most}"
+            )
         return counts
 
-    def _gather(self, slots: Sequence[Sequence[int]]) -> "KVCache":
-        """Return a cache whose row b holds `slots[b]` of this one. Keys are not rotated."""
-        index = pad(slots, self.device)[:, None, :, None]  # (B, 1, S, 1)
-        return self._map(
-            [len(row) for row in slots],
-            lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])),  # (B, K, S, d)
-        )
-
-    def _map(self, lengths: list[int], change: Callable[[Tensor], Tensor]) -> "KVCache":
-        new = copy.copy(self)
-        new.lengths = lengths
-        new.keys = [change(keys) for keys in self.keys]
-        new.values = [change(values) for values in self.values]
-        return new
-
     def save(self, path: str | Path) -> None:
-        """Write the filled slots to a file: see `files.write_memory`."""
-        files.write_memory(path, self)
+        """Write the filled slots to a file, with the fingerprint of the model: see `files`.
+
+        Raises ValueError if no model has written to the cache, OSError if the file cannot be
+        written.
+        """
+        filled = max(self.lengths)
+        tensors = {"lengths": torch.tensor(self.lengths)}
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"keys.{layer}"] = keys[:, :, :filled]
+            tensors[f"values.{layer}"] = values[:, :, :filled]
+        files.write(path, "memory", tensors, self.owner and files.identity(self.owner))
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "KVCache":
-        """Read a cache that `save` wrote for `model`: see `files.read_memory`."""
-        lengths, keys, values = files.read_memory(path, model)
-        cache = cls(model.config, len(lengths), model.dtype, model.device)
-        cache.owner, cache.lengths, cache.keys, cache.values = model, lengths, keys, values
-        return cache
+        """Read a cache that `save` wrote for `model`, onto its device and in its dtype.
 
-
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return rows of integers as one tensor (B, T), padded with 0 on the right."""
-    width = max(map(len, rows))
-    padded = [[*row, *[0] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=device)
+        Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
+        another model.
+        """
+        tensors = files.read(path, "memory", model)
+        c = model.config
+        lengths = tensors.get("lengths", torch.empty(0))
+        one_per_row = lengths.dtype == torch.int64 and lengths.ndim == 1 and len(lengths)
+        if not one_per_row or lengths.min() < 0:
+            raise ValueError(f"{path}: lengths: found {lengths}, expected one count for each row")
+        cache = model.new_cache(len(lengths))
+        cache.owner, cache.lengths = model, lengths.tolist()
+        shape = (len(lengths), c.num_key_value_heads, max(cache.lengths), c.head_dim)
+        for kind, stores in (("keys", cache.keys), ("values", cache.values)):
+            for layer in range(len(stores)):
+                name = f"{kind}.{layer}"
+                part = tensors.get(name, torch.empty(0))
+                stores[layer] = files.floats(path, part, name, {name: shape}, model, model.dtype)
+        return cache  # type: ignore[no-any-return]
 
 
 def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
-    """Return `store`, or a copy with more than `slots` slots.
+    """Return `store` (B, K, S, d), or a copy with more than `slots` slots.
 
     The first append sets the number of heads: a shard of a layer has fewer.
     """
-    B, _, capacity, d = store.shape
+    free = store.shape[2] - slots
     # One slot stays free: a slice of the whole store would be contiguous, with other strides, and
     # compiled steps would be compiled again.
-    if slots < capacity:
+    if free > 0:
         return store
     # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
-    grown = store.new_zeros(B, heads, max(slots + 1, capacity + capacity // 2 + 64), d)
-    if capacity:
-        grown[:, :, :capacity] = store
-    return grown
+    return F.pad(store, (0, 0, 0, slots // 2 + 64 - free, 0, heads - store.shape[1]))

@@ -16,6 +16,7 @@ Does not know: tokens, prompts, agents, sampling.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from . import files
 from .cache import KVCache
 from .errors import ParameterError
-from .model import Qwen3, finite
+from .model import Qwen3, finite_on_cpu
 
 LAMBDA = 1e-5  # the paper's
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
@@ -44,8 +45,10 @@ def alignment_matrix(
     whole copy. Raises ValueError for unequal shapes or weights that are not finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
-        found = f"found {tuple(w_out.shape)} and {tuple(w_in.shape)}"
-        raise ValueError(f"w_out, w_in: {found}, expected two equal (V, D)")
+        raise ValueError(
+            f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, "
+            "expected two equal (V, D)"
+        )
     V, D = w_out.shape
     # With V ≤ D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
@@ -85,7 +88,7 @@ class Aligner:
     ) -> None:
         self.matrix, self.norm, self.scale, self.shift = matrix, norm, scale, shift
         # Not the model itself: a map that is kept must not keep the weights in memory.
-        self.made_for = None if model is None else (model.name, model.fingerprint())
+        self.made_for = None if model is None else files.identity(model)
 
     @classmethod
     def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
@@ -99,38 +102,59 @@ class Aligner:
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
+        made = cls(model=model)
         w_in = model.model.embed_tokens.weight
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
         rows = len(w_in) if rows is None else rows
         if not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
         if kind == "none":
-            return cls(model=model)
+            return made
         w_in, w_out = w_in[:rows], w_out[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
-        norms = [part.to(wide).norm(dim=-1).double().sum().item() for part in w_in.split(16384)]
-        norm = sum(norms) / rows
+        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # without a whole copy
+        made.norm = torch.cat(norms).double().mean().item()
         if kind == "identity":
-            return cls(norm=norm, model=model)
+            return made
         matrix = alignment_matrix(w_out, w_in)
         if kind == "random":  # between two random orthogonal bases, the same at every call
             seed = torch.Generator().manual_seed(0)
             bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
-        gain = model.model.norm.weight.to(wide)
-        # Where the gain is 0, h is 0 too.
-        scale = torch.where(gain == 0, 0, 1 / gain) if kind == "prenorm" else None
-        return cls(matrix.to(wide), norm, scale, model=model)
+        made.matrix = matrix.to(wide)
+        if kind == "prenorm":
+            gain = model.model.norm.weight.to(wide)
+            made.scale = torch.where(gain == 0, 0, 1 / gain)  # where the gain is 0, h is 0 too
+        return made
 
     def save(self, path: str | Path) -> None:
-        """Write the map to a file: see `files.write_aligner`."""
-        files.write_aligner(path, self)
+        """Write the map to a file, with the fingerprint of its model: see `files`.
+
+        Raises ValueError if the map was made without `model`, OSError if the file cannot be
+        written.
+        """
+        norm = None if self.norm is None else torch.tensor(self.norm, dtype=torch.float64)
+        parts = {"matrix": self.matrix, "scale": self.scale, "shift": self.shift, "norm": norm}
+        files.write(path, "aligner", parts, self.made_for)
 
     @classmethod
     def load(cls, path: str | Path, model: Qwen3) -> "Aligner":
-        """Read a map that `save` wrote for `model`: see `files.read_aligner`."""
-        return cls(**files.read_aligner(path, model), model=model)
+        """Read a map that `save` wrote for `model`, onto its device and in at least float32.
+
+        Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
+        another model.
+        """
+        tensors = files.read(path, "aligner", model)
+        D = model.config.hidden_size
+        shapes = {"matrix": (D, D), "scale": (D,), "shift": (D,), "norm": ()}
+        wide = torch.promote_types(model.dtype, torch.float32)
+        parts: dict[str, Any] = {}
+        for name, part in tensors.items():
+            parts[name] = files.floats(path, part, name, shapes, model, wide)
+            if name == "norm":
+                parts[name] = part.item()  # in float64, as it was
+        return cls(**parts, model=model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Map hidden states (…, D) to embeddings (…, D), in at least float32, then cast back."""
@@ -149,15 +173,20 @@ def think(
     """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
 
     Each step maps the last hidden state to an embedding by `align`, any callable from (B, 1, D) to
-    (B, 1, D), and feeds it: `cache` grows by one slot. Returns the embeddings, (B, steps, D), and
-    the last hidden state, (B, 1, D), which has not been fed. With 0 steps nothing changes. Raises
-    ValueError for negative steps, or a state that is not finite.
+    (B, 1, D) in the same dtype, and feeds it: `cache` grows by one slot. Returns the embeddings,
+    (B, steps, D), and the last hidden state, (B, 1, D), which has not been fed. With 0 steps
+    nothing changes. Raises ValueError for negative steps, a map to another shape or dtype, or, on
+    a CPU, a state that is not finite.
     """
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    thoughts = hidden.new_empty(hidden.shape[0], steps, hidden.shape[-1])  # (B, steps, D)
-    for step in range(steps):
+    thoughts = [hidden[:, :0]]  # (B, 0, D)
+    finite_on_cpu(hidden, model.name)
+    for _ in range(steps):
         embedding = align(hidden)
-        thoughts[:, step : step + 1] = embedding
-        hidden = model(embedding, cache)
-    return thoughts, finite(hidden, model.name)
+        found, expected = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (embedding, hidden))
+        if found != expected:
+            raise ParameterError("align", f"found a map to {found}, expected {expected}")
+        thoughts.append(finite_on_cpu(embedding, "align", "the map has returned it"))
+        hidden = finite_on_cpu(model(embedding, cache), model.name)
+    return torch.cat(thoughts, 1), hidden

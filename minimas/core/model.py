@@ -19,19 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from .cache import KVCache, Positions, pad
+from .cache import KVCache, Positions
 from .config import Config
 from .rotary import rotate
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x²) + eps) in at least float32, cast back, then scaled, as in Hugging Face."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -46,14 +42,14 @@ class Attention(nn.Module):
         q_size = c.num_attention_heads * c.head_dim
         kv_size = c.num_key_value_heads * c.head_dim
         bias = c.model_type == "qwen2"
+        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, q_size, bias)
         self.k_proj = nn.Linear(c.hidden_size, kv_size, bias)
         self.v_proj = nn.Linear(c.hidden_size, kv_size, bias)
         self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        normed = c.model_type == "qwen3"
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity()
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -100,18 +96,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-class Trunk(nn.Module):
-    """The parameters that Hugging Face keeps under `model.`."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        # Not nn.Embedding(V, D): on the meta device its normal_() takes a second of imports.
-        weight = torch.empty(c.vocab_size, c.hidden_size).uniform_(-1, 1)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-
 class Qwen3(nn.Module):
     """A decoder-only transformer from embeddings to hidden states.
 
@@ -126,9 +110,16 @@ class Qwen3(nn.Module):
         self.config, self.name = config, name
         # A faster (inputs_embeds, cache) -> hidden for one position, or None.
         self.step: Callable[[Tensor, KVCache], Tensor] | None = None
-        self.linear: Any = F.linear  # of a tied LM head
-        self.model = Trunk(config)
-        # None: tied to the embedding. A quantized copy of the embedding may take its place.
+        # Not nn.Embedding(V, D): on the meta device its normal_() takes a second of imports.
+        embedding = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)  # (V, D)
+        self.model: Any = nn.ModuleDict(
+            {  # the names of Hugging Face
+                "embed_tokens": nn.Embedding.from_pretrained(embedding),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        # None: tied to the embedding. A faster product with the embedding may take its place.
         self.lm_head: Any = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -136,11 +127,11 @@ class Qwen3(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+        return self.model.norm.weight.dtype  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self.model.norm.weight.device  # type: ignore[no-any-return]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return token embeddings: (B, T) int64 -> (B, T, D)."""
@@ -174,10 +165,9 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores of the next token: (B, T, D) -> (B, T, V)."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)  # type: ignore[no-any-return]
-        scores: Tensor = self.linear(hidden, self.model.embed_tokens.weight)
-        return scores
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int) -> KVCache:
         """Return an empty cache of this model's shape, dtype and device."""
@@ -189,8 +179,9 @@ class Qwen3(nn.Module):
         They do not depend on the dtype, except that float16 rounds otherwise.
         """
         c = self.config
-        constants = f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}"
-        digest = hashlib.sha256(constants.encode())
+        digest = hashlib.sha256(
+            f"{c.model_type} {c.num_attention_heads} {c.rope_theta} {c.rms_norm_eps}".encode()
+        )
         for module_name, module in self.named_modules():
             if any(module.children()):
                 continue  # one layer at a time: a packed weight is unpacked here
@@ -202,12 +193,21 @@ class Qwen3(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def finite(x: Tensor, name: str) -> Tensor:
-    """Return `x`; raises ValueError with the model's name if it holds NaN or infinity."""
+def finite(
+    x: Tensor, name: str, cause: str = "damaged weights or map, or --dtype float32 is needed"
+) -> Tensor:
+    """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity."""
     if not bool(torch.isfinite(x).all()):
-        expected = "damaged weights, or --dtype float32 is needed"
-        raise ValueError(f"{name}: found a state that is not finite: {expected}")
+        raise ValueError(f"{name}: found a state that is not finite: {cause}")
     return x
+
+
+def finite_on_cpu(x: Tensor, *name_and_cause: str) -> Tensor:
+    """Return `x` after the check of `finite`, which is left out on a GPU.
+
+    Reading a value there waits for all kernels. `decode` checks the scores, which it reads anyway.
+    """
+    return finite(x, *name_and_cause) if x.device.type == "cpu" else x
 
 
 def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
@@ -232,11 +232,11 @@ def prefill(
     """
     if not all(ids):
         raise ValueError("ids: found a row without tokens, expected at least one in every row")
-    last = [torch.empty(0)] * len(ids)
-    for start in range(0, max(map(len, ids)), chunk_tokens):
-        chunk = [row[start : start + chunk_tokens] for row in ids]
-        hidden = model(model.embed(pad(chunk, model.device)), cache, [len(row) for row in chunk])
-        for row, new in enumerate(chunk):
-            if new:
-                last[row] = hidden[row, len(new) - 1 :][:1]  # (1, D)
-    return finite(torch.stack(last), model.name)
+    padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True)  # (B, T)
+    states = []
+    for start in range(0, padded.shape[1], chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        counts = [len(row[chunk]) for row in ids]
+        states.append(model(model.embed(padded[:, chunk].to(model.device)), cache, counts))
+    last = take_last(torch.cat(states, 1), [len(row) for row in ids])  # (B, 1, D)
+    return finite_on_cpu(last, model.name)

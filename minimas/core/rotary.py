@@ -1,4 +1,4 @@
-"""Positions as rotations (RoPE, Su et al., arXiv 2104.09864): angles, a rotation, moving a key.
+"""Positions as rotations (RoPE, Su et al., arXiv 2104.09864): angles, and a rotation by them.
 
 A key rotated for position p and rotated again by Δ is the key for position p + Δ, because
 R(Δ) R(p) = R(p + Δ). Therefore a cache can be cut, moved and joined without running the model.
@@ -15,6 +15,7 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine for integer `positions` (B, T), each (B, 1, T, d), for `rotate`.
 
+    A key moves by the rotation for the difference of two positions, which may be negative.
     Computed in float64 and rounded once: to float32 for models of 16 or 32 bits, not at all for
     float64 ones. Angles in float32 are off by 1e-3 at position 10,000.
     """
@@ -30,8 +31,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)  # (B, H, T, d)
     return (x * cos + turned * sin).to(x.dtype)
-
-
-def move(keys: Tensor, delta: Tensor, theta: float) -> Tensor:
-    """Return keys (B, K, S, d) moved by `delta` (B,) positions, which may be negative."""
-    return rotate(keys, *angles(delta[:, None], keys.shape[-1], theta, keys.dtype))

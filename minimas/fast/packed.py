@@ -10,7 +10,7 @@ rows 53 and 65 ms (2-core AMD EPYC with AVX2, 2026-11-29).
 Does not know: files, fewer bits.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -140,8 +140,9 @@ def pack(model: Any) -> None:
     packs = model.dtype == torch.bfloat16 and can_pack()
     if model.device.type != "cpu" or not (widens or packs):
         return
-    if widens:
-        model.linear = linear
+    if widens and model.lm_head is None:  # tied
+        embedding = model.model.embed_tokens.weight
+        model.lm_head = partial(linear, weight=embedding)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:

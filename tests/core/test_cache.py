@@ -5,6 +5,7 @@ their slots.
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,32 @@ def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, s
     assert lengths_of(cache.keep_last(one)) == [min(one, n) for n in lengths]
 
 
+@given(row_lengths, st.integers(0, 6), st.integers(0, 6), seeds)
+def test_dropping_is_joining_what_is_left(
+    lengths: list[int], start: int, more: int, seed: int
+) -> None:
+    """A span inside, at an end, empty or behind a row's end: later keys must close the gap."""
+    cache, stop = memory(lengths, seed), start + more
+    rest = [max(n - stop, 0) for n in lengths]
+    joined = KVCache.concat([cache.truncate(start), cache.keep_last(rest)])
+    assert distance(cache.drop(start, stop), joined) <= 1e-12
+    each = [start] * len(lengths), torch.tensor([stop] * len(lengths))
+    assert distance(cache.drop(*each), cache.drop(start, stop)) == 0
+    assert distance(cache.drop(0, stop), cache.keep_last(rest)) == 0
+    assert distance(cache.drop(stop, start), cache if more else cache.drop(start, start)) == 0
+
+
+def test_each_row_drops_its_own_span() -> None:
+    """The spans of a ragged batch, one agent's share for example, differ per row."""
+    lengths, starts, stops = [5, 2, 4], [1, 0, 4], [3, 2, 9]
+    cache = memory(lengths)
+    dropped = cache.drop(starts, stops)
+    assert lengths_of(dropped) == [3, 0, 4]
+    for row in range(3):
+        alone = cache.select([row]).drop(starts[row], stops[row])
+        assert distance(dropped.select([row]), alone) == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -134,9 +161,10 @@ def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, s
         lambda cache: cache.select([0, 1]),
         lambda cache: cache.truncate(9),
         lambda cache: cache.keep_last(9),
+        lambda cache: cache.drop(9, 9),
         lambda cache: KVCache.concat([cache]),
     ],
-    ids=["fork", "select", "truncate", "keep_last", "concat"],
+    ids=["fork", "select", "truncate", "keep_last", "drop", "concat"],
 )
 def test_what_comes_of_a_memory_does_not_write_into_it(
     change: Callable[[KVCache], KVCache], model: Qwen3
@@ -177,6 +205,8 @@ def test_a_forward_that_fails_leaves_the_memory_as_it_was(
         (lambda: memory([2]).select([]), IndexError, "rows: found"),
         (lambda: memory([2]).select([1]), IndexError, "rows: found"),
         (lambda: memory([2]).select([-1]), IndexError, "rows: found"),
+        (lambda: memory([2, 2]).select([True, False]), IndexError, "rows: found"),
+        (lambda: memory([2]).select([0.0]), IndexError, "rows: found"),  # type: ignore[list-item]
         (
             lambda: memory([2]).truncate(-1),
             ValueError,
@@ -187,6 +217,8 @@ def test_a_forward_that_fails_leaves_the_memory_as_it_was(
             ValueError,
             r"lengths: found \[-1\], expected 1 numbers",
         ),
+        (lambda: memory([2]).drop(-1, 2), ValueError, r"lengths: found \[-1\], expected 1"),
+        (lambda: memory([2]).drop([0, 0], 1), ValueError, r"lengths: found \[0, 0\], expected 1"),
         (lambda: KVCache.concat([]), ValueError, "caches: found "),
         (lambda: KVCache.concat([memory([2]), memory([2, 2])]), ValueError, "2 rows"),
         (lambda: KVCache.concat([memory([2]), KVCache(CONFIG, 1)]), ValueError, "float32"),
@@ -376,10 +408,28 @@ def test_a_full_disk_leaves_the_older_memory(
 
 def test_a_memory_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
     """Nobody's memory has no fingerprint; a folder that is not there is named."""
-    with pytest.raises(ValueError, match="no model has written"):
+    with pytest.raises(ValueError, match="found memory of no model, expected"):
         memory([2]).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")
+
+
+def test_an_lm_in_place_of_its_model_is_named(model: Qwen3, tmp_path: Path) -> None:
+    """The command line's object has the same attributes as far as `.model`."""
+    path = tmp_path / "m"
+    remember(model, random_ids(model, 1, 3))[1].save(path)
+    with pytest.raises(ValueError, match=r"^model: found SimpleNamespace, .*lm\.model"):
+        KVCache.load(path, SimpleNamespace(model=model))
+
+
+def test_a_memory_of_nan_is_not_read(tmp_path: Path) -> None:
+    """On a GPU nothing looks at a state before it is saved: the reader must not go on from it."""
+    model, path = tiny_model(), tmp_path / "m"
+    model.model.norm.weight.data[0] = torch.nan
+    model.model.layers[1].self_attn.v_proj.weight.data[0] = torch.nan
+    remember(model, random_ids(model, 1, 3))[1].save(path)
+    with pytest.raises(ValueError, match=r"/m: values\.1: found NaN or infinity"):
+        KVCache.load(path, model)
 
 
 def test_two_live_memories_do_not_disturb_each_other(model: Qwen3) -> None:

@@ -4,6 +4,7 @@ hand.
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,20 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimas import Aligner, Qwen3, alignment_matrix, think
+from minimas import Aligner, KVCache, Qwen3, alignment_matrix, think
 from minimas.core.latent import ALIGNMENTS, LAMBDA
-from minimas.core.model import take_last
+from minimas.core.model import finite, prefill, take_last
 
-from ..models import apart, distance, models, random_ids, reference, remember, tiny_model
+from ..models import (
+    apart,
+    distance,
+    models,
+    random_ids,
+    reference,
+    remember,
+    tiny_config,
+    tiny_model,
+)
 from .test_cache import rewritten
 
 seeds = st.integers(0, 99)
@@ -339,7 +349,7 @@ def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) ->
 
 def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
     """Nobody's map has no fingerprint; a folder that is not there is named."""
-    with pytest.raises(ValueError, match="/m: found an Aligner of no model, expected"):
+    with pytest.raises(ValueError, match="/m: found aligner of no model, expected"):
         Aligner(norm=1.0).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the aligner"):
         Aligner.from_model(model).save(tmp_path / "nowhere" / "m")
@@ -436,3 +446,99 @@ def test_left_padding_is_not_taken_for_right_padding(model: Qwen3) -> None:
         hidden, cache = remember(model, row)
         found.append(think(model, Aligner.from_model(model), hidden[:, -1:], cache, 3)[0])
     assert apart(found[0], found[1]) > 1e-3
+
+
+MAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "another dtype": (lambda h: h.float(), r"found a map to torch.float32 of shape \(2, 1, 16\)"),
+    "one row for all": (lambda h: h[:1], r"torch.float64 of shape \(1, 1, 16\), expected"),
+    "no step": (lambda h: h[:, 0], r"torch.float64 of shape \(2, 16\), expected"),
+    "two steps": (lambda h: torch.cat([h, h], 1), r"shape \(2, 2, 16\), expected"),
+    "another width": (lambda h: h[..., :8], r"shape \(2, 1, 8\), expected"),
+}
+
+
+@pytest.mark.parametrize(("align", "said"), MAPS.values(), ids=MAPS)
+def test_a_map_to_something_else_is_named(
+    align: Callable[[Tensor], Tensor], said: str, model: Qwen3
+) -> None:
+    """By the parameter, before the model: one row would be broadcast over all in silence."""
+    hidden, cache = remember(model, random_ids(model, 2, 3))
+    with pytest.raises(ValueError, match=f"^align: .*{said}"):
+        think(model, align, hidden[:, -1:], cache, 2)
+    assert cache.lengths == [3, 3]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_map_that_returns_nan_is_not_the_weights_fault(bad: float, model: Qwen3) -> None:
+    """Noticed in the state after it, it was called a damaged weight of the model."""
+    hidden, cache = remember(model, random_ids(model, 2, 3))
+    seen: list[Tensor] = []
+
+    def align(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden if len(seen) < 3 else torch.full_like(hidden, bad)
+
+    with pytest.raises(ValueError, match=r"^align: found a state that is not finite") as caught:
+        think(model, align, hidden[:, -1:], cache, 5)
+    assert "weights" not in str(caught.value)
+    assert len(seen) == 3
+
+
+def test_an_lm_in_place_of_its_model_is_named(model: Qwen3, tmp_path: Path) -> None:
+    """It has a `.model` and no embedding: Python's own error names neither."""
+    path, lm = tmp_path / "m.safetensors", SimpleNamespace(model=model)
+    Aligner.from_model(model).save(path)
+    for wrong in (
+        lambda: Aligner.load(path, lm),  # type: ignore[arg-type]
+        lambda: Aligner.from_model(lm),  # type: ignore[arg-type]
+        lambda: Aligner(norm=1.0, model=lm),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"^model: found SimpleNamespace, .*lm\.model"):
+            wrong()
+
+
+# -- a step on a GPU -------------------------------------------------------------------------------
+
+
+def rollout(align: Callable[[Tensor], Tensor]) -> KVCache:
+    """Prefill, think, cut and join ragged rows on "meta", where tensors have shapes and no values.
+
+    It stands for a GPU: what reads a value there waits for it, and fails here.
+    """
+    with torch.device("meta"):
+        model = Qwen3(tiny_config())
+    cache = model.new_cache(2)
+    hidden = prefill(model, [[1, 2, 3, 4, 5], [6, 7]], cache, chunk_tokens=3)
+    _, hidden = think(model, align, hidden, cache, 3)
+    parts = [cache.truncate([2, 9]), cache.keep_last(2), cache.drop(1, 4), cache.fork()]
+    joined = KVCache.concat([*parts, cache.select([1, 0])])
+    _, hidden = think(model, align, hidden, joined, 2)
+    assert hidden.shape == (2, 1, 16)
+    return joined
+
+
+def test_no_step_waits_for_a_value() -> None:
+    """One `bool(tensor)` per step, and a GPU idles while Python prepares the next kernels."""
+    assert rollout(Aligner()).lengths == [2 + 2 + 5 + 8 + 5 + 2, 5 + 2 + 2 + 5 + 8 + 2]
+
+
+@pytest.mark.parametrize(
+    "reads", [lambda h: h * float(h.norm()), lambda h: h[h > 0], lambda h: finite(h, "map")]
+)
+def test_a_step_that_reads_a_value_is_noticed(reads: Callable[[Tensor], Tensor]) -> None:
+    """The negative control of the test above."""
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        rollout(reads)
+
+
+@pytest.mark.cuda
+def test_no_step_waits_for_a_gpu() -> None:
+    """PyTorch itself reports what waits, a copy from the host included."""
+    model = tiny_model().to("cuda")
+    hidden, cache = remember(model, random_ids(model, 2, 4).cuda(), [4, 2])
+    last, align = take_last(hidden, [4, 2]), Aligner.from_model(model)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        think(model, align, last, cache, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minimas.core.rotary import angles, move, rotate
+from minimas.core.rotary import angles, rotate
 
 positions = st.integers(0, 40_000)
 seeds = st.integers(0, 99)
@@ -25,6 +25,11 @@ def keys(
 def at(x: Tensor, position: int, theta: float) -> Tensor:
     """x with every slot rotated for one position."""
     return rotate(x, *angles(torch.full((1, 1), position), x.shape[-1], theta, x.dtype))
+
+
+def move(x: Tensor, delta: Tensor, theta: float) -> Tensor:
+    """x (B, K, S, d) moved by delta (B,) positions."""
+    return rotate(x, *angles(delta[:, None], x.shape[-1], theta, x.dtype))
 
 
 @given(positions, heads, bases, seeds)

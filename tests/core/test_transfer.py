@@ -168,6 +168,43 @@ def test_kept_thoughts_equal_the_forward_that_hides_what_was_dropped(
         assert apart(hidden[row], reference(model, x, visible=visible)[-3:]) <= CLOSE
 
 
+@given(models(layers=1), st.data())
+def test_a_dropped_span_of_one_layer_equals_feeding_what_is_left(
+    model: Qwen3, data: st.DataObject
+) -> None:
+    """Keys and values of the first layer know their own input only: nothing of the span is left."""
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    start = data.draw(st.integers(0, 7))
+    stop = start + data.draw(st.integers(0, 7))
+    ids, new = random_ids(model, len(lengths), max(lengths)), random_ids(model, 1, 3, seed=999)
+    _, cache = remember(model, ids, lengths)
+    hidden = model(model.embed(new.expand(len(lengths), -1)), cache.drop(start, stop))
+    for row, length in enumerate(lengths):
+        left = [*range(length)[:start], *range(length)[stop:]]
+        x = model.embed(torch.cat([ids[row, left], new[0]]))
+        assert apart(hidden[row], reference(model, x)[-3:]) <= CLOSE
+
+
+@given(models(), st.data())
+def test_a_dropped_part_that_nobody_saw_equals_not_joining_it(
+    model: Qwen3, data: st.DataObject
+) -> None:
+    """Experts do not see each other: without one of them, its memory is as if it had never been."""
+    rows = data.draw(st.integers(1, 3))
+    parts = []
+    for seed in range(3):
+        lengths = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
+        ids = random_ids(model, rows, 4, seed)
+        parts.append(remember(model, ids, lengths)[1])
+    gone = data.draw(st.integers(0, 2))
+    starts = [sum(part.lengths[row] for part in parts[:gone]) for row in range(rows)]
+    stops = [start + n for start, n in zip(starts, parts[gone].lengths, strict=True)]
+    x = model.embed(random_ids(model, rows, 2, seed=999))
+    dropped = model(x, KVCache.concat(parts).drop(starts, stops))
+    kept = model(x, KVCache.concat([part for i, part in enumerate(parts) if i != gone]))
+    assert apart(dropped, kept) <= CLOSE
+
+
 # -- negative controls: what these equalities would not survive ------------------------------------
 
 
@@ -214,6 +251,26 @@ def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
         mine[:] = [store[:, :, 5:8].clone() for store in theirs]
     x = any_model.embed(ids[:, :3])
     assert apart(any_model(x, wrong), any_model(x, right)) > FAR
+
+
+def test_dropping_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
+    """The gap would stay in the distances: later slots would stand behind the new tokens."""
+    ids = random_ids(any_model, 1, 8)
+    _, cache = remember(any_model, ids)
+    right, wrong = cache.drop(1, 6), cache.drop(1, 6)
+    wrong.keys[:] = [torch.cat([keys[:, :, :1], keys[:, :, 6:8]], 2) for keys in cache.keys]
+    x = any_model.embed(ids[:, :3])
+    assert apart(any_model(x, wrong), any_model(x, right)) > FAR
+
+
+def test_a_dropped_span_that_was_seen_is_an_approximation(any_model: Qwen3) -> None:
+    """With two layers, later slots have taken the span in: it is not as if it had not been read."""
+    ids, new = random_ids(any_model, 1, 8), any_model.embed(random_ids(any_model, 1, 2, seed=1))
+    dropped = remember(any_model, ids)[1].drop(2, 5)
+    left = remember(any_model, torch.cat([ids[:, :2], ids[:, 5:]], 1))[1]
+    assert apart(any_model(new, dropped), any_model(new, left)) > FAR
+    first = [stores[0][:, :, :5] for stores in (dropped.keys, left.keys)]
+    assert apart(*first) <= 1e-12  # the first layer of both is the same
 
 
 def test_joined_is_not_chained(any_model: Qwen3) -> None:
