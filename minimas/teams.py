@@ -158,17 +158,18 @@ EXPECTED = {
 }
 
 
-def _build(kind: type[T], raw: dict[str, Any], where: str) -> T:
+def _build(kind: type[T], raw: Any, where: str) -> T:
     """Return an agent or a team of these fields; raises ValueError naming `where` and the field."""
     hints = get_type_hints(kind)
-    for field in hints.keys() & raw.keys() - {"agents"}:
-        value, hint = raw[field], hints[field]
-        if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+    for field, value in raw.items() if isinstance(raw, dict) else ():
+        hint = hints.get(field)
+        is_flag = type(value) is bool  # an int in Python
+        if hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool)):
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[hint]}")
     try:
         return kind(**raw)
     except TypeError as error:  # a field is missing or unknown
-        expected = f"expected {', '.join(hints)} ({error})"
-        raise ValueError(f"{where}: found {', '.join(raw)}, {expected}") from error
+        expected = f"expected an object of {', '.join(hints)} ({error})"
+        raise ValueError(f"{where}: found {raw!r:.80}, {expected}") from error
     except ValueError as error:  # the layout is unknown, or these agents cannot have it
         raise ValueError(f"{where}: {error}") from error
