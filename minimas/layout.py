@@ -61,11 +61,11 @@ class TurnLayout(ChatLayout):
         *earlier, last = self.prompts
         # The last agent's prompt is that of a single agent: the opening, then its paragraph.
         paragraphs = [*earlier, user_text(self.opening, last) if earlier else last]
-        parts = [self.opening]
+        parts = [self.opening, SEPARATOR if self.opening else ""]
         for paragraph in paragraphs:
-            parts += [SEPARATOR if len(parts) > 1 or self.opening else "", paragraph]
+            parts += [paragraph, SEPARATOR]
         role = self.team.agents[-1]
-        before, first, *pieces = self.tokenizer.user_turn(parts, role.system, role.prefix)
+        before, first, *pieces = self.tokenizer.user_turn(parts[:-1], role.system, role.prefix)
         self.head = before + first
         self._separators, self._paragraphs = pieces[::2], pieces[1::2]
 
@@ -74,7 +74,7 @@ class TurnLayout(ChatLayout):
             return self._separators[agent] + self._paragraphs[agent]
         if self.is_last(agent):
             return super().prompt(agent, first)
-        return self.head + Turn(SEPARATOR if self.opening else "") + self._paragraphs[agent]
+        return self.head + self._separators[0] + self._paragraphs[agent]
 
 
 def user_text(opening: str, prompt: str) -> str:

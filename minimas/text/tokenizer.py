@@ -62,8 +62,9 @@ class Turn:
 
     def cut(self, start: int, end: int) -> "Turn":
         """Return the part of the turn from character `start` up to `end`."""
-        spans = [(max(a, start) - start, min(b, end) - start) for a, b in self.untrusted]
-        return Turn(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
+        inside = [(a, b) for a, b in self.untrusted if a < end and start < b]
+        spans = tuple((max(a - start, 0), min(b, end) - start) for a, b in inside)
+        return Turn(self.text[start:end], spans)
 
 
 class Tokenizer:
@@ -80,7 +81,7 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         if files is None:
             data = self.path.read_bytes()
-            settings = read_json(Path(folder) / "tokenizer_config.json", needed=False)
+            settings = read_json(self.path.with_name("tokenizer_config.json"), needed=False)
         else:
             data = json.dumps(files["tokenizer.json"]).encode()
             settings = files.get("tokenizer_config.json", {})
@@ -98,7 +99,21 @@ class Tokenizer:
             for i, token in self.backend.get_added_tokens_decoder().items()
             if token.special or TAG.search(token.content)
         }
-        self._find_template(Path(folder), settings)
+        self._special = {}  # the text of special tokens that the template may use
+        for field, token in settings.items():
+            name = token.get("content") if isinstance(token, dict) else token
+            if field.endswith("_token") and isinstance(name, str):
+                self._special[field] = name
+        source = settings.get("chat_template")
+        if isinstance(source, list):  # several templates by name
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
+        self.template_path = self.path.with_name("chat_template.jinja")
+        if self.template_path.is_file():
+            source = read_text(self.template_path)
+        else:
+            self.template_path = self.path.with_name("tokenizer_config.json")
+        self._source = CHATML if source is None else source
         dialog = self._conversation(EXCHANGE, generation_prompt=False)
         names = self._special.get("eos_token", "<|im_end|>"), "<|im_end|>"
         self.turn_end = dialog.text[dialog.untrusted[1][1] :] or names[0]
@@ -243,22 +258,6 @@ class Tokenizer:
             raise ValueError(
                 f"{self.template_path}: the chat template cannot be rendered ({error})"
             ) from error
-
-    def _find_template(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Find the template and the texts of special tokens that it may use."""
-        source, self.template_path = settings.get("chat_template"), folder / "tokenizer_config.json"
-        own_file = folder / "chat_template.jinja"
-        if own_file.is_file():
-            source, self.template_path = read_text(own_file), own_file
-        if isinstance(source, list):  # several templates by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
-        self._source = CHATML if source is None else source
-        self._special = {}  # the text of the special tokens, such as eos_token
-        for field, token in settings.items():
-            name = token.get("content") if isinstance(token, dict) else token
-            if field.endswith("_token") and isinstance(name, str):
-                self._special[field] = name
 
     @functools.cached_property
     def _template(self) -> Template:

@@ -133,7 +133,7 @@ TEMPLATES = {
     "falcon, a turn has no end": (
         "{% for m in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
         "{{ {'user': 'User: ', 'system': 'System: ', 'assistant': 'Falcon: '}[m.role] }}"
-        "{{ m.content.strip().replace('\r\n', '\n').replace('\n\n', '\n') }}{% endfor %}"
+        "{{ m.content.strip() }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\nFalcon:' }}{% endif %}"
     ),
     "openchat, loop controls": (
