@@ -39,11 +39,8 @@ class ChatLayout:
     def prompt(self, agent: int, first: bool) -> Turn:
         """Return the prompt of agent number `agent`; `first`: the KV cache before it is empty."""
         text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
-        return self.tokenizer.turn(text, role.system, role.prefix, first, self.is_last(agent))
-
-    def is_last(self, agent: int) -> bool:
-        """Return whether this is the number of the agent who answers."""
-        return agent in (-1, len(self.prompts) - 1)
+        last = agent in (-1, len(self.prompts) - 1)
+        return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
     def head_tokens(self, agent: int) -> int:
         """Return how many tokens of the agent's prompt, as the first one, belong to the head."""
@@ -70,11 +67,12 @@ class TurnLayout(ChatLayout):
         self._separators, self._paragraphs = pieces[::2], pieces[1::2]
 
     def prompt(self, agent: int, first: bool) -> Turn:
+        paragraph = self._paragraphs[agent]
         if not first:
-            return self._separators[agent] + self._paragraphs[agent]
-        if self.is_last(agent):
+            return self._separators[agent] + paragraph
+        if paragraph is self._paragraphs[-1]:
             return super().prompt(agent, first)
-        return self.head + self._separators[0] + self._paragraphs[agent]
+        return self.head + self._separators[0] + paragraph
 
 
 def user_text(opening: str, prompt: str) -> str:

@@ -8,14 +8,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from . import prompts
 from .core.config import read_json
 from .core.errors import ParameterError
 
 LAYOUTS = ("turn", "chat")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Team:
             _build(Agent, fields, f"{source}: agents[{i}]")
             for i, fields in enumerate(raw["agents"])
         ]
-        team = _build(cls, raw | {"agents": agents}, source)
+        team: Team = _build(cls, raw | {"agents": agents}, source)
         texts = [team.opening, *(agent.prompt for agent in agents)]
         if not any("{question}" in text for text in texts):
             expected = "expected {question} in the opening or in a prompt"
@@ -158,7 +157,7 @@ EXPECTED = {
 }
 
 
-def _build(kind: type[T], raw: Any, where: str) -> T:
+def _build(kind: type[Any], raw: Any, where: str) -> Any:
     """Return an agent or a team of these fields; raises ValueError naming `where` and the field."""
     hints = get_type_hints(kind)
     for field, value in raw.items() if isinstance(raw, dict) else ():

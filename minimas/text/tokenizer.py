@@ -123,7 +123,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_turn(Turn(text))
 
     def encode_turn(self, turn: Turn) -> list[int]:
         """Return the ids of a turn in which no control token comes from an untrusted span.
@@ -209,8 +209,8 @@ class Tokenizer:
         turn = self.turn(message, system, prefix)
         start, end = turn.untrusted[-1]
         unstripped = start - message.find(turn.text[start:end])
-        ends = itertools.accumulate(map(len, parts[:-1]), initial=0)
-        edges = [min(max(unstripped + length, start), end) for length in ends]
+        starts = itertools.accumulate(map(len, parts[:-1]), initial=unstripped)
+        edges = [min(max(edge, start), end) for edge in starts]
         return [turn.cut(a, b) for a, b in itertools.pairwise([0, *edges, len(turn.text)])]
 
     def written(self, text: str) -> Turn:
@@ -244,7 +244,7 @@ class Tokenizer:
             f"{self.template_path}: chat_template: found one that {problem}, {expected}"
         )
 
-    def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True) -> str:
+    def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool) -> str:
         """Return the template's text for (role, content) messages."""
         try:
             return self._template.render(
