@@ -21,7 +21,7 @@ from .core.cache import KVCache
 from .core.errors import ParameterError
 from .core.latent import think
 from .core.model import prefill
-from .layout import ChatLayout
+from .layout import user_text
 from .load import LM
 from .results import Event, Result, finish
 from .teams import TEAMS, Agent, Team, single_agent
@@ -185,20 +185,25 @@ def hand_over_text(run: Run, team: Team) -> Generator[Event, None, "LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
     B, turns = len(run.questions), []
     notes = [""] * B  # for prompts with {context}
-    talk = [Turn("")] * B  # the conversation so far, for prompts without it
+    said: list[list[tuple[Agent, str]]] = [[] for _ in notes]  # for prompts without it
 
-    def prompt(agent: Agent, q: int, context: str = "") -> Turn:
-        filled = run.fill(agent.prompt, q, context)
-        opening = run.fill(team.opening, q)
-        return ChatLayout(run.tokenizer, Team((agent,)), opening, [filled]).prompt(0, first=True)
+    def prompt(agent: Agent, q: int, context: str = "", first: bool = True, **options: Any) -> Turn:
+        filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
+        return run.tokenizer.turn(filled, agent.system, agent.prefix, first, **options)
+
+    def talk(q: int) -> Turn:
+        turn = Turn("")
+        for agent, text in said[q]:
+            turn += prompt(agent, q, first=not turn.text, last=False) + run.tokenizer.written(text)
+        return turn
 
     def prompts_of(agent: Agent, sees_others: bool) -> list[Turn]:
         found = []
         for q in range(B):
             context = prompts.CONTEXT.format(work=notes[q]) if sees_others and notes[q] else ""
-            asked = prompt(agent, q, context)
             alone = "{context}" in agent.prompt or not sees_others
-            found.append(asked if alone else talk[q] + asked)
+            before = Turn("") if alone else talk(q)
+            found.append(before + prompt(agent, q, context, first=not before.text))
         return found
 
     *earlier, last = team.agents
@@ -210,7 +215,7 @@ def hand_over_text(run: Run, team: Team) -> Generator[Event, None, "LastTurn"]:
         for row, out in enumerate(turn.outputs):
             agent, q = agents[row // B], row % B
             notes[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
-            talk[q] = talk[q] + prompt(agent, q) + run.tokenizer.written(out.text)
+            said[q].append((agent, out.text))
     return LastTurn(run, last, prompts_of(last, True), run.new_cache(), 0, None, turns)
 
 

@@ -3,13 +3,17 @@
     chat   system · user: P1 · assistant: ⟨thoughts⟩ · end of turn · system · user: P2 · …
     turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … Pn · assistant: (last agent answers)
 
-In layout "turn" there is no empty assistant turn before the last agent's, so the last agent has no
-empty answer to imitate (docs/results.md). The part up to the opening is the *head*. Every cut of
-the KV cache keeps the head, so that a paragraph always stands in a well-formed user turn. This
-file does not know models, thoughts, or the order in which agents work.
+Without the thoughts, the prompts of a team add up to the conversation as the chat template renders
+it. A template with which they cannot is refused. In layout "turn" there is no empty assistant turn
+before the last agent's, so the last agent has no empty answer to imitate (docs/results.md).
+
+The part up to the opening of layout "turn" is the *head*. Every cut of the KV cache keeps the head,
+so that a paragraph always stands in a well-formed user turn. This file does not know models,
+thoughts, or the order in which agents work.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .teams import Team
 from .text.tokenizer import Tokenizer, Turn
@@ -17,59 +21,63 @@ from .text.tokenizer import Tokenizer, Turn
 SEPARATOR = "\n\n"  # between two paragraphs
 
 
+@dataclass
 class ChatLayout:
     """Each agent's prompt is a chat turn of its own.
 
-    `head` is what the prompts of all agents have in common and what hand-overs keep.
+    `opening` and `prompts` are those of the team for one question, completely filled in. `head` is
+    what the prompts of all agents have in common and what hand-overs keep.
     """
 
+    tokenizer: Tokenizer
+    team: Team
+    opening: str
+    prompts: Sequence[str]
     closes_turns = True
-
-    def __init__(
-        self, tokenizer: Tokenizer, team: Team, opening: str, prompts: Sequence[str]
-    ) -> None:
-        """`opening` and `prompts` are those of the team for one question, completely filled in."""
-        self.tokenizer, self.team, self.opening, self.prompts = tokenizer, team, opening, prompts
-        self.head = Turn("")
+    head = Turn("")
 
     def prompt(self, agent: int, first: bool) -> Turn:
         """Return the prompt of agent number `agent`; `first`: the KV cache before it is empty."""
-        text = SEPARATOR.join(filter(None, [self.opening, self.prompts[agent]]))
-        role = self.team.agents[agent]
-        return self.tokenizer.turn(text, role.system, role.prefix)
+        text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
+        last = agent in (-1, len(self.prompts) - 1)
+        return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
     def head_tokens(self, agent: int) -> int:
         """Return how many tokens of the agent's prompt, as the first one, belong to the head."""
-        return self.tokenizer.tokens_before(self.prompt(agent, first=True), len(self.head.text))
+        tokens = self.tokenizer.tokens(self.prompt(agent, first=True))
+        return sum(start < len(self.head.text) for _, start, _ in tokens)
 
 
+@dataclass
 class TurnLayout(ChatLayout):
     """All prompts are paragraphs of one user turn; an agent's thoughts follow its paragraph."""
 
     closes_turns = False
 
-    def __init__(
-        self, tokenizer: Tokenizer, team: Team, opening: str, prompts: Sequence[str]
-    ) -> None:
-        super().__init__(tokenizer, team, opening, prompts)
-        parts = [opening]
-        for prompt in prompts:
-            parts += [SEPARATOR if any(parts) else "", prompt]
+    def __post_init__(self) -> None:
+        *earlier, last = self.prompts
         # The last agent's prompt is that of a single agent: the opening, then its paragraph.
-        again = opening + SEPARATOR if opening and len(prompts) > 1 else ""
-        parts.insert(-1, again)
-        last = team.agents[-1]
-        before, first, *pieces = tokenizer.user_turn(parts, last.system, last.prefix)
+        paragraphs = [*earlier, user_text(self.opening, last) if earlier else last]
+        parts = [self.opening, SEPARATOR if self.opening else ""]
+        for paragraph in paragraphs:
+            parts += [paragraph, SEPARATOR]
+        role = self.team.agents[-1]
+        before, first, *pieces = self.tokenizer.user_turn(parts[:-1], role.system, role.prefix)
         self.head = before + first
-        *earlier, again_piece, final = pieces
-        self._paragraphs = [*earlier[1::2], final]  # the last one ends with the assistant header
-        self._later = [*earlier[1::2], again_piece + final]
+        self._separators, self._paragraphs = pieces[::2], pieces[1::2]
 
     def prompt(self, agent: int, first: bool) -> Turn:
-        if first:
-            separator = Turn(SEPARATOR if self.opening else "")
-            return self.head + separator + self._paragraphs[agent]
-        return Turn(SEPARATOR) + self._later[agent]
+        paragraph = self._paragraphs[agent]
+        if not first:
+            return self._separators[agent] + paragraph
+        if paragraph is self._paragraphs[-1]:
+            return super().prompt(agent, first)
+        return self.head + self._separators[0] + paragraph
+
+
+def user_text(opening: str, prompt: str) -> str:
+    """Return the text of a user message: the opening, if there is one, and an agent's prompt."""
+    return SEPARATOR.join(filter(None, [opening, prompt]))
 
 
 LAYOUTS: dict[str, type[ChatLayout]] = {"chat": ChatLayout, "turn": TurnLayout}

@@ -3,11 +3,12 @@
 This file does not know models, or how a team works.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from . import prompts
 from .core.config import read_json
@@ -108,14 +109,18 @@ class Team:
 
         Raises ValueError naming `source` and the field.
         """
-        _check(raw, TEAM_FIELDS, {"agents"}, source)
-        for i, fields in enumerate(raw["agents"]):
-            _check(fields, AGENT_FIELDS, {"name", "prompt"}, f"{source}: agents[{i}]")
-        agents = tuple(Agent(**fields) for fields in raw["agents"])
-        try:
-            return cls(**raw | {"agents": agents})
-        except ValueError as error:  # the layout is unknown, or these agents cannot have it
-            raise ValueError(f"{source}: {error}") from error
+        if not isinstance(raw, dict) or not isinstance(raw.get("agents"), list):
+            raise ValueError(f"{source}: found {raw!r:.80}, expected an object with a list, agents")
+        agents = [
+            _build(Agent, fields, f"{source}: agents[{i}]")
+            for i, fields in enumerate(raw["agents"])
+        ]
+        team: Team = _build(cls, raw | {"agents": agents}, source)
+        texts = [team.opening, *(agent.prompt for agent in agents)]
+        if not any("{question}" in text for text in texts):
+            expected = "expected {question} in the opening or in a prompt"
+            raise ValueError(f"{source}: found no agent who sees the question, {expected}")
+        return team
 
 
 def sequential() -> Team:
@@ -123,7 +128,7 @@ def sequential() -> Team:
 
     Each agent works on the KV cache of all agents before it.
     """
-    agents = tuple(Agent(name, prompt) for name, prompt in prompts.SEQUENTIAL.items())
+    agents = tuple(itertools.starmap(Agent, prompts.SEQUENTIAL.items()))
     return Team(agents, layout="turn", opening=prompts.OPENING)
 
 
@@ -133,7 +138,7 @@ def hierarchical(chained: bool = False) -> Team:
     The experts work side by side and do not see each other. `chained` makes them work one after the
     other on one KV cache, as in the authors' code (LatentMAS #32).
     """
-    agents = tuple(Agent(name, prompt) for name, prompt in prompts.HIERARCHICAL.items())
+    agents = tuple(itertools.starmap(Agent, prompts.HIERARCHICAL.items()))
     return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)
 
 
@@ -144,35 +149,26 @@ def single_agent() -> Team:
 
 TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
 
-TEAM_FIELDS = {"parallel": bool, "agents": list, "layout": str, "opening": str}
-AGENT_FIELDS = {
-    "name": str,
-    "prompt": str,
-    "system": str | None,
-    "latent_steps": int | None,
-    "writes": bool,
-    "prefix": str,
-}
 EXPECTED = {
     bool: "true or false",
-    list: "a list, not empty",
     str: "text",
     str | None: "text",
     int | None: "a whole number, 0 or more",
 }
 
 
-def _check(raw: Any, fields: Mapping[str, Any], needed: set[str], where: str) -> None:
-    """Raise ValueError unless `raw` is an object with all `needed` fields and only known ones."""
-    if not isinstance(raw, dict) or not needed <= raw.keys():
-        names = " and ".join(sorted(needed))
-        raise ValueError(f"{where}: found {raw!r:.80}, expected an object with {names}")
-    for field, value in raw.items():
-        if field not in fields:
-            known = ", ".join(fields)
-            raise ValueError(f"{where}: {field}: found an unknown field, expected one of {known}")
-        kind = fields[field]
+def _build(kind: type[Any], raw: Any, where: str) -> Any:
+    """Return an agent or a team of these fields; raises ValueError naming `where` and the field."""
+    hints = get_type_hints(kind)
+    for field, value in raw.items() if isinstance(raw, dict) else ():
+        hint = hints.get(field)
         is_flag = type(value) is bool  # an int in Python
-        good = isinstance(value, kind) and is_flag == (kind is bool)
-        if not good or value == [] or (type(value) is int and value < 0):
-            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[kind]}")
+        if hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool)):
+            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[hint]}")
+    try:
+        return kind(**raw)
+    except TypeError as error:  # a field is missing or unknown
+        expected = f"expected an object of {', '.join(hints)} ({error})"
+        raise ValueError(f"{where}: found {raw!r:.80}, {expected}") from error
+    except ValueError as error:  # the layout is unknown, or these agents cannot have it
+        raise ValueError(f"{where}: {error}") from error

@@ -38,17 +38,18 @@ class Sampling:
     top_k: int = 0  # keep this many tokens; 0: all
     repetition_penalty: float = 1.0  # divides the positive scores of earlier tokens; 1: none
     max_new_tokens: int = 256
+    min_p: float = 0.0  # keep tokens of at least this share of the largest probability; 0: all
 
     def __post_init__(self) -> None:
-        number, whole = (int, float), (int,)
-        for name, kinds, low, high, expected in (
-            ("temperature", number, 0, LARGEST, "0 or more"),
-            ("top_p", number, SMALLEST, 1, "more than 0 and at most 1"),
-            ("top_k", whole, 0, LARGEST, "a whole number, 0 or more"),
-            ("repetition_penalty", number, SMALLEST, LARGEST, "more than 0"),
-            ("max_new_tokens", whole, 1, LARGEST, "a whole number, 1 or more"),
+        for name, low, high, expected in (
+            ("temperature", 0, LARGEST, "0 or more"),
+            ("top_p", SMALLEST, 1, "more than 0 and at most 1"),
+            ("top_k", 0, LARGEST, "a whole number, 0 or more"),
+            ("repetition_penalty", SMALLEST, LARGEST, "more than 0"),
+            ("max_new_tokens", 1, LARGEST, "a whole number, 1 or more"),
+            ("min_p", 0, 1, "0 to 1"),
         ):
-            value = getattr(self, name)
+            value, kinds = getattr(self, name), (int, type(getattr(Sampling, name)))
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise ParameterError(name, f"found {value!r:.40}, expected {expected}")
 
@@ -63,7 +64,7 @@ class Sampling:
         names = ["repetition_penalty", "max_new_tokens"]
         values: dict[str, Any] = {}
         if raw.get("do_sample"):
-            names += ["temperature", "top_p", "top_k"]
+            names += ["temperature", "top_p", "top_k", "min_p"]
             values["temperature"] = 1.0  # the default in Hugging Face
         values |= {name: raw[name] for name in names if raw.get(name) is not None}
         try:
@@ -103,7 +104,8 @@ def sample(
     probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
     # A token stays if the ones before it have less than top_p; the most likely one always stays.
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.where(before < sampling.top_p, 0.0)
+    stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
+    probabilities = probabilities.where(stays, 0.0)
     mass = probabilities.cumsum(-1)  # (B, kept)
     draws = [
         0.0 if g is None else torch.rand((), dtype=torch.float64, generator=g).item()
@@ -201,20 +203,10 @@ def stream(
             return
 
 
-def generate(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    hidden: Tensor,
-    cache: KVCache,
-    sampling: Sampling,
-    end_ids: Collection[int],
-    generators: Sequence[torch.Generator],
-    prompts: Sequence[Sequence[int]],
-) -> list[GeneratedText]:
-    """Return the finished text of each row; the arguments are those of `stream`.
+def generate(*arguments: Any, **options: Any) -> list[GeneratedText]:
+    """Return the finished text of each row. Takes what `stream` takes.
 
-    The KV cache must not be used afterwards.
+    Without `remember` the KV cache must not be used afterwards.
     """
-    pieces = stream(model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts)
-    done = {row: text for row, _, text in pieces if text is not None}
+    done = {row: text for row, _, text in stream(*arguments, **options) if text is not None}
     return [done[row] for row in sorted(done)]

@@ -10,6 +10,7 @@ the model has none. This file does not know torch, models or roles.
 import functools
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
@@ -34,6 +32,10 @@ CHATML = (
 # Stands for a message in a rendered template, to see what the template puts around it. The two
 # private-use characters make sure that no template holds this text.
 PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
+EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for another turn, answered
+# An added token such as <think> or [INST]; other ones may be ordinary words or characters.
+TAG = re.compile(r"<.*\w.*>|\[.*\w.*\]")
+GENERATION = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})")
 # What compiling or rendering a faulty template raises.
 TEMPLATE_ERRORS = (
     TemplateError,
@@ -58,6 +60,12 @@ class Turn:
         moved = tuple((start + shift, end + shift) for start, end in other.untrusted)
         return Turn(self.text + other.text, self.untrusted + moved)
 
+    def cut(self, start: int, end: int) -> "Turn":
+        """Return the part of the turn from character `start` up to `end`."""
+        inside = [(a, b) for a, b in self.untrusted if a < end and start < b]
+        spans = tuple((max(a - start, 0), min(b, end) - start) for a, b in inside)
+        return Turn(self.text[start:end], spans)
+
 
 class Tokenizer:
     """The tokenizer and chat template of a model folder, or of the `files` that a GGUF file holds.
@@ -73,52 +81,62 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         if files is None:
             data = self.path.read_bytes()
-            settings = read_json(Path(folder) / "tokenizer_config.json", needed=False)
+            settings = read_json(self.path.with_name("tokenizer_config.json"), needed=False)
         else:
             data = json.dumps(files["tokenizer.json"]).encode()
             settings = files.get("tokenizer_config.json", {})
         try:
             self.backend = Backend.from_buffer(data)
             self.backend.encode("\ue000 a")  # fails for a missing unknown token
+            self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
         # Padding or truncation set for training would add or drop tokens silently.
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if not self.size:
-            raise ValueError(f"{self.path}: found an empty vocabulary, expected tokens")
-        added = self.backend.get_added_tokens_decoder()
-        self.control = {token.content: i for i, token in added.items()}
-        self._find_template(Path(folder), settings)
-        end_token = self._special.get("eos_token", "<|im_end|>")
-        self.end_ids = frozenset(
-            i for name, i in self.control.items() if name in (end_token, "<|im_end|>")
-        )
-        answer = 2 * PLACEHOLDER
-        both = self._render({"user": PLACEHOLDER, "assistant": answer}, generation_prompt=False)
-        _, shown, turn_end = both.rpartition(answer)  # a template may show the last message only
-        if not shown:
-            self._around("user", "assistant", generation_prompt=False)  # raises
-        self.turn_end = turn_end or end_token
+        self.control = {
+            token.content: i
+            for i, token in self.backend.get_added_tokens_decoder().items()
+            if token.special or TAG.search(token.content)
+        }
+        self._special = {}  # the text of special tokens that the template may use
+        for field, token in settings.items():
+            name = token.get("content") if isinstance(token, dict) else token
+            if field.endswith("_token") and isinstance(name, str):
+                self._special[field] = name
+        source = settings.get("chat_template")
+        if isinstance(source, list):  # several templates by name
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
+        self.template_path = self.path.with_name("chat_template.jinja")
+        if self.template_path.is_file():
+            source = read_text(self.template_path)
+        else:
+            self.template_path = self.path.with_name("tokenizer_config.json")
+        self._source = CHATML if source is None else source
+        dialog = self._conversation(EXCHANGE, generation_prompt=False)
+        names = self._special.get("eos_token", "<|im_end|>"), "<|im_end|>"
+        self.turn_end = dialog.text[dialog.untrusted[1][1] :] or names[0]
+        closing = [i for i in self.encode(self.turn_end) if i in self.control.values()]
+        ids = [*map(self.backend.token_to_id, names), *closing[:1]]
+        self.end_ids = frozenset(i for i in ids if i is not None)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_turn(Turn(text))
 
     def encode_turn(self, turn: Turn) -> list[int]:
         """Return the ids of a turn in which no control token comes from an untrusted span.
 
         Raises ValueError if an untrusted span holds a control token of a single character.
         """
-        return [token for token, _, _ in self._encode(turn)]
+        return [token for token, _, _ in self.tokens(turn)]
 
-    def tokens_before(self, turn: Turn, end: int) -> int:
-        """Return how many of the turn's tokens begin before character `end`."""
-        return sum(start < end for _, start, _ in self._encode(turn))
+    def tokens(self, turn: Turn) -> list[tuple[int, int, int]]:
+        """Return the tokens of a turn as (id, start, end), with the characters that they cover.
 
-    def _encode(self, turn: Turn) -> list[tuple[int, int, int]]:
-        """Return the tokens of a turn as (id, start, end), with the characters that they cover."""
+        Raises ValueError as `encode_turn` does.
+        """
         cuts, control = {0, len(turn.text)}, set(self.control.values())
         while True:
             tokens: list[tuple[int, int, int]] = []
@@ -148,27 +166,35 @@ class Tokenizer:
         """Return the text of generated ids, without special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def turn(self, user: str, system: str | None = None, prefix: str = "") -> Turn:
+    def turn(
+        self,
+        user: str,
+        system: str | None = None,
+        prefix: str = "",
+        first: bool = True,
+        last: bool = True,
+    ) -> Turn:
         """Return the turn of one user message, up to `prefix` in the open assistant turn.
 
-        A system message comes first if one is given. Both messages are untrusted, `prefix` is
-        trusted. Raises ValueError naming the template's file if it cannot be rendered or changes a
-        message.
+        A system message comes before it if one is given. Both messages are untrusted, `prefix` is
+        trusted. A turn that is not the `first` follows an earlier one that was closed with
+        `turn_end`. One that is not the `last` ends where the template puts an assistant's message,
+        which is not always where it lets the assistant begin.
+
+        Raises ValueError naming the template's file if it cannot be rendered, if it changes a
+        message, or if it cannot put such a turn after another one.
         """
-        messages = {"user": user} if system is None else {"system": system, "user": user}
-        text = self._render(messages)
-        around = self._around(*messages)
-        # Some templates strip some of the messages.
-        for bodies in itertools.product(*((m, m.strip()) for m in messages.values())):
-            turn = Turn(around[0])
-            for body, after in zip(bodies, around[1:], strict=True):
-                turn += Turn(body, ((0, len(body)),)) + Turn(after)
-            if turn.text == text:
-                return turn + Turn(prefix)
-        raise ValueError(
-            f"{self.template_path}: chat_template: found one that changes a message or depends on "
-            "what it says, expected every message as it is"
-        )
+        own = [("user", user)] if system is None else [("system", system), ("user", user)]
+        earlier, later = [] if first else EXCHANGE, [] if last else EXCHANGE[::-1]
+        turn = self._conversation([*earlier, *own, *later])
+        if not last:
+            turn = turn.cut(0, turn.untrusted[-2][0])
+        if not first:
+            before = self.turn("x", last=False).text + "x" + self.turn_end
+            if not turn.text.startswith(before):
+                raise self._refusal("puts no whole turn after the end of another one")
+            turn = turn.cut(len(before), len(turn.text))
+        return turn + Turn(prefix)
 
     def user_turn(
         self, parts: Sequence[str], system: str | None = None, prefix: str = ""
@@ -182,15 +208,10 @@ class Tokenizer:
         message = "".join(parts)
         turn = self.turn(message, system, prefix)
         start, end = turn.untrusted[-1]
-        unstripped = start - message.index(turn.text[start:end])
-        ends = itertools.accumulate(len(part) for part in parts)
-        edges = [start, *(min(max(unstripped + length, start), end) for length in ends)]
-        pieces = [
-            Turn(turn.text[a:b], ((0, b - a),) if a < b else ())
-            for a, b in itertools.pairwise(edges)
-        ]
-        pieces[-1] += Turn(turn.text[end:])
-        return [Turn(turn.text[:start], turn.untrusted[:-1]), *pieces]
+        unstripped = start - message.find(turn.text[start:end])
+        starts = itertools.accumulate(map(len, parts[:-1]), initial=unstripped)
+        edges = [min(max(edge, start), end) for edge in starts]
+        return [turn.cut(a, b) for a, b in itertools.pairwise([0, *edges, len(turn.text)])]
 
     def message(self, text: str, role: str) -> tuple[Turn, Turn]:
         """Return one untrusted message up to its last character, and the end of its turn.
@@ -211,22 +232,38 @@ class Tokenizer:
         """Return an agent's generated text and the end of its turn, which follow its prompt."""
         return Turn(text, ((0, len(text)),)) + Turn(self.turn_end)
 
-    def _around(self, *roles: str, generation_prompt: bool = True) -> list[str]:
-        """Return what the template puts before, between and after messages of these roles."""
-        messages = dict.fromkeys(roles, PLACEHOLDER)
-        around = self._render(messages, generation_prompt).split(PLACEHOLDER)
-        if len(around) != len(roles) + 1:
-            raise ValueError(
-                f"{self.template_path}: chat_template: found one that drops, repeats or changes a "
-                f"message, expected each of {', '.join(roles)} once and as it is"
-            )
-        return around
+    def _conversation(
+        self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True
+    ) -> Turn:
+        """Return the template's text for (role, content) messages.
 
-    def _render(self, messages: Mapping[str, str], generation_prompt: bool = True) -> str:
-        """Return the template's text for messages given as role -> content."""
+        It has one untrusted span for each message: what the template leaves of it. A template may
+        strip the white space around a message.
+        """
+        text = self._render(messages, generation_prompt)
+        marked = [(role, PLACEHOLDER) for role, _ in messages]
+        around = self._render(marked, generation_prompt).split(PLACEHOLDER)
+        pattern = re.escape(around[0])
+        for (_, message), after in zip(messages, around[1:], strict=False):
+            core, spaces_after = re.escape(message.strip()), len(message) - len(message.rstrip())
+            pattern += rf"(\s*?{core}\s{{0,{spaces_after}}}){re.escape(after)}"
+        whole = re.fullmatch(pattern, text)
+        if whole is None or len(around) != len(messages) + 1:
+            roles = ", ".join(role for role, _ in messages)
+            raise self._refusal(f"drops, repeats, moves or changes a message of {roles}")
+        return Turn(text, tuple(map(whole.span, range(1, len(around)))))
+
+    def _refusal(self, problem: str) -> ValueError:
+        expected = "expected every message once, as it is and in order"
+        return ValueError(
+            f"{self.template_path}: chat_template: found one that {problem}, {expected}"
+        )
+
+    def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool) -> str:
+        """Return the template's text for (role, content) messages."""
         try:
             return self._template.render(
-                messages=[{"role": role, "content": text} for role, text in messages.items()],
+                messages=[{"role": role, "content": text} for role, text in messages],
                 add_generation_prompt=generation_prompt,
                 tools=None,
                 documents=None,
@@ -237,48 +274,40 @@ class Tokenizer:
                 f"{self.template_path}: the chat template cannot be rendered ({error})"
             ) from error
 
-    def _find_template(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Find the template and the texts of special tokens that it may use."""
-        source, self.template_path = settings.get("chat_template"), folder / "tokenizer_config.json"
-        own_file = folder / "chat_template.jinja"
-        if own_file.is_file():
-            source, self.template_path = read_text(own_file), own_file
-        if isinstance(source, list):  # several templates by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
-        self._source = CHATML if source is None else source
-        self._special = {}  # the text of the special tokens, such as eos_token
-        for field, token in settings.items():
-            name = token.get("content") if isinstance(token, dict) else token
-            if field.endswith("_token") and isinstance(name, str):
-                self._special[field] = name
-
     @functools.cached_property
     def _template(self) -> Template:
         """Compile the template, with what transformers gives to one and nothing more."""
         sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", GenerationTag],
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         sandbox.filters["tojson"] = _to_json
-        return sandbox.from_string(self._source)
+        # {% generation %} marks the assistant's text for training, and is a scope like {% with %}.
+        return sandbox.from_string(GENERATION.sub(r"\1with", self._source))
 
 
 class TextStream:
-    """The text of ids that come one at a time, in pieces of whole characters."""
+    """The text of ids that come one at a time, in pieces that later ids do not change."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self._returned = 0  # characters returned so far
+        self._settled = self._returned = 0  # ids that were decoded, characters returned so far
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes, "" while a character is unfinished."""
+        """Return the text that `token` settles, "" while it may still change.
+
+        A character may be unfinished. A run of byte tokens such as <0xE2> is decoded as a whole,
+        and only a token with a text of its own ends it.
+        """
         self.ids.append(token)
-        piece: str = self._stream.step(self._tokenizer.backend, token) or ""
+        backend = self._tokenizer.backend
+        in_run = str(backend.id_to_token(token)).startswith("<0x")
+        if in_run or not self._tokenizer.decode([token]):
+            return ""
+        piece = self._stream.step(backend, self.ids[self._settled :]) or ""
+        self._settled = len(self.ids)
         self._returned += len(piece)
         return piece
 
@@ -308,22 +337,11 @@ def is_text(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-class GenerationTag(Extension):
-    """Ignore {% generation %}, which marks the assistant's text for training."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """Return the statements between the tag and {% endgeneration %}."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
+    indent: Any = None,
+    separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
     """Return JSON text, with the parameters that transformers gives to templates."""

@@ -30,6 +30,7 @@ SAMPLINGS = st.builds(
     top_p=st.sampled_from([1.0, 0.9, 0.4, 1e-6]),
     top_k=st.sampled_from([0, 1, 5, 1000]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    min_p=st.sampled_from([0.0, 0.2, 1.0]),
     max_new_tokens=st.integers(1, 8),
 )
 
@@ -156,6 +157,21 @@ def test_only_what_top_k_and_top_p_keep_is_drawn(
     assert set(drawn(logits, sampling, 50)) <= set(expected.nonzero()[:, 0].tolist())
 
 
+@given(LOGITS, st.floats(0.1, 5), st.sampled_from([0.0, 0.05, 0.3, 0.9, 1.0]))
+@settings(max_examples=50)
+def test_only_what_min_p_keeps_is_drawn(
+    scores: list[float], temperature: float, min_p: float
+) -> None:
+    """`min_p` of generation_config.json had no effect, and nobody said so."""
+    transformers = pytest.importorskip("transformers")
+    logits, sampling = torch.tensor(scores), Sampling(temperature, min_p=min_p)
+    kept = transformers.MinPLogitsWarper(min_p)(None, logits[None].double() / temperature)[0]
+    share = (logits.double() / temperature - (logits.double() / temperature).max()).exp()
+    assume(float((share - min_p).abs().min()) > 1e-9 or min_p == 1)
+    allowed = set(kept.isfinite().nonzero()[:, 0].tolist())
+    assert set(drawn(logits, sampling, 50)) <= allowed
+
+
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(1.0), Sampling(2.0, top_k=4), Sampling(0.7, top_p=0.8), Sampling(1, 0.9, 5)],
@@ -245,6 +261,7 @@ def test_a_setting_that_is_no_number_is_refused_by_its_name(name: str, value: An
         *[("top_k", v) for v in (-1, 1.5)],
         *[("repetition_penalty", v) for v in (0, -1)],
         *[("max_new_tokens", v) for v in (0, -1, 1.5)],
+        *[("min_p", v) for v in (-0.1, 1.01)],
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(name: str, value: float) -> None:
@@ -276,6 +293,8 @@ def test_a_typo_in_a_setting_is_no_setting() -> None:
         ),  # Hugging Face samples at 1 then, not greedily
         ({"repetition_penalty": 1.1, "eos_token_id": 2}, Sampling(repetition_penalty=1.1)),
         ({"max_new_tokens": 32}, Sampling(max_new_tokens=32)),
+        ({"do_sample": True, "min_p": 0.1}, Sampling(1.0, min_p=0.1)),
+        ({"min_p": 0.1}, Sampling()),
     ],
 )
 def test_the_models_own_settings_are_read_as_hugging_face_reads_them(

@@ -181,6 +181,48 @@ def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
         return Tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("added", "text"),
+    [
+        (["\u00e4", "\u00b7"], "3 \u00b7 4, K\u00e4se?"),
+        (["gpt-4", "user"], "the user of gpt-4"),
+        (["\t\t", "   ", "\n\n\n"], "a\t\tb   c\n\n\nd"),
+        (["->", "<=", "[", ">"], "a <= b -> c[0] > [1]"),
+        (["<>", "[]"], "a <> b, []"),
+    ],
+)
+def test_an_added_token_that_is_a_word_keeps_its_id_in_user_text(
+    tmp_path: Path, added: list[str], text: str
+) -> None:
+    """Every added token was taken for a control token: cut in two, or refused if it was one
+    character.
+    """
+    backend = Backend.from_str(byte_level(("<|im_start|>", "<|im_end|>")).backend.to_str())
+    backend.add_tokens(added)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode_turn(tokenizer.turn(text))
+    assert ids == backend.encode(tokenizer.turn(text).text, add_special_tokens=False).ids
+    assert any(i in ids for i in range(tokenizer.size - len(added), tokenizer.size))
+
+
+@pytest.mark.parametrize(
+    "token", ["<think>", "[INST]", "<\uff5cUser\uff5c>", "</tool_call>", "\u2581<PRE>"]
+)
+def test_an_added_token_that_looks_like_a_control_token_is_guarded(
+    tmp_path: Path, token: str
+) -> None:
+    """Some folders do not mark such tokens as special."""
+    backend = Backend.from_str(byte_level(("<|im_start|>", "<|im_end|>")).backend.to_str())
+    backend.add_tokens([token])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    number = backend.token_to_id(token)
+    assert number in tokenizer.encode_turn(tokenizer.turn("x", prefix=token))
+    ids = tokenizer.encode_turn(tokenizer.turn(f"a{token}b", token))
+    assert number not in ids and spelled(tokenizer, ids).count(token) == 2
+
+
 # -- the same ids as anybody's tokenizer -----------------------------------------------------------
 
 
@@ -478,6 +520,34 @@ def test_how_a_turn_ends_is_seen_in_the_template(tmp_path: Path, template: str, 
     assert Tokenizer(text_folder(tmp_path, chat_template=template)).turn_end == end
 
 
+@pytest.mark.parametrize(
+    ("ending", "ends"),
+    [
+        ("<|eot|>", ["<|eot|>"]),
+        ("\n<|eot|>\n<|end_of_text|>", ["<|eot|>"]),  # a model says the first one
+        (" [/ANSWER]", []),  # no token of the tokenizer
+        ("", []),
+    ],
+)
+def test_generation_stops_at_the_templates_own_end_of_turn(
+    tmp_path: Path, ending: str, ends: list[str]
+) -> None:
+    """tokenizer_config.json names the end of a text, and a chat model ends its turn otherwise."""
+    backend = byte_level(("<|eot|>", "<|end_of_text|>", "<|other|>")).backend
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<|other|>{{ m.content }}" + ending + "{% endfor %}"
+    settings = {"eos_token": "<|end_of_text|>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = {backend.token_to_id(name) for name in ["<|end_of_text|>", *ends]}
+    assert Tokenizer(tmp_path).end_ids == expected
+
+
+def test_an_end_token_may_be_an_ordinary_token_of_the_vocabulary(tmp_path: Path) -> None:
+    """Only added tokens were looked at."""
+    tokenizer = Tokenizer(text_folder(tmp_path, eos_token="!"))
+    assert tokenizer.backend.token_to_id("!") in tokenizer.end_ids
+
+
 def test_an_assistant_message_that_a_template_drops_is_refused(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
@@ -532,6 +602,71 @@ def test_a_character_cut_off_by_the_limit_comes_last(tokenizer: Tokenizer, text:
         pieces = streamed(tokenizer, ids[:limit])
         assert "".join(pieces) == tokenizer.decode(ids[:limit])
         assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+WORDS = ["\u2581", "\u2581\u2581", "a", "b", "\u2581a", "\u2581the", "\u00e9", "\ufffd", "."]
+FALLBACK = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+DECODERS = {
+    "llama 2": decoders.Sequence([*FALLBACK, decoders.Strip(" ", 1, 0)]),
+    "gemma": decoders.Sequence(FALLBACK),
+    "metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    "no byte fallback": decoders.Metaspace(),
+    "word pieces": decoders.WordPiece(),
+}
+
+
+@functools.cache
+def byte_fallback(name: str) -> Tokenizer:
+    """A tokenizer with a token for every byte, as Llama 2's, and one of the decoders."""
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *WORDS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = DECODERS[name]
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    with tempfile.TemporaryDirectory() as folder:
+        backend.save(str(Path(folder) / "tokenizer.json"))
+        return Tokenizer(folder)
+
+
+FOREIGN = st.sampled_from(["\n", "\u00e9", "\U0001f642", "\u8a9e"]).map(lambda text: text.encode())
+RUNS = st.lists(
+    (FOREIGN | st.binary(min_size=1, max_size=3)).map(lambda raw: [3 + byte for byte in raw])
+    | st.integers(0, len(BYTES) + len(WORDS) + 5).map(lambda i: [i]),
+    max_size=10,
+).map(lambda parts: [i for part in parts for i in part])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@given(RUNS, st.integers(0, 12))
+@settings(max_examples=150)
+def test_a_stream_of_byte_tokens_adds_up_whatever_the_bytes(
+    name: str, ids: list[int], limit: int
+) -> None:
+    """Ids that are no UTF-8 ended in a traceback, and a shown character was taken back."""
+    tokenizer = byte_fallback(name)
+    pieces = streamed(tokenizer, ids[:limit])
+    assert "".join(pieces) == tokenizer.decode(ids[:limit])
+
+
+def test_a_character_of_byte_tokens_is_shown_when_it_can_no_longer_change() -> None:
+    """One wrong byte later in the run turns all of its characters into replacement characters."""
+    tokenizer, smile = byte_fallback("llama 2"), [3 + byte for byte in "\U0001f642".encode()]
+    letter = tokenizer.backend.token_to_id("a")
+    assert streamed(tokenizer, [letter, *smile, letter]) == ["a", *[""] * 4, "\U0001f642a", ""]
+    assert streamed(tokenizer, [letter, *smile]) == ["a", *[""] * 4, "\U0001f642"]
+    assert streamed(tokenizer, [*smile, 3 + 0xFF, letter]) == [*[""] * 5, "\ufffd" * 5 + "a", ""]
+    assert streamed(tokenizer, [*smile, *smile[:2]]) == [*[""] * 6, "\ufffd" * 6]
+
+
+def test_a_long_text_is_streamed_token_by_token() -> None:
+    """Nothing but runs of bytes and unfinished characters is held back."""
+    tokenizer = byte_fallback("llama 2")
+    ids = [
+        tokenizer.backend.token_to_id(token) for token in ["\u2581the", "\u2581a", "b", "."] * 99
+    ]
+    *pieces, rest = streamed(tokenizer, ids)
+    assert rest == "" and pieces[:5] == ["the", " a", "b", ".", " the"]
 
 
 @pytest.mark.parametrize(
