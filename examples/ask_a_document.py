@@ -13,7 +13,8 @@ from minimas import Agent, KVCache, Team, latent_mas, load, remember
 
 lm = load("weights/tiny")
 notes = [
-    "Math expert: work it out. Eva has 5 coins. She buys 7 more. She eats 6. She doubles the coins.",
+    "Math expert: work it out. Eva has 5 coins. She buys 7 more. She eats 6. "
+    "She doubles the coins.",
     "Science expert: work it out. Tom has 3 coins. He loses 1. He gets 7 more.",
     "Code expert: work it out. Ben has 8 coins. He loses 3. He doubles the coins. He gets 1 more.",
 ]

@@ -1,6 +1,6 @@
 """Keep a working memory in a file, and use it later, in another process if you like.
 
-    python examples/memory_files.py
+python examples/memory_files.py
 """
 
 import sys

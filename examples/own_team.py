@@ -1,6 +1,6 @@
 """Make a team of your own: two agents in order, and three who work side by side.
 
-    python examples/own_team.py
+python examples/own_team.py
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Follow a team while it works: one event per agent, thought and piece of text.
 
-    python examples/stream.py
+python examples/stream.py
 """
 
 import sys

@@ -44,7 +44,7 @@ def remember(
     if role == "plain":
         opened, closing = Turn(text, ((0, len(text)),)), Turn("")
     elif role == "agent":
-        opened, closing = lm.tokenizer.turn(text), Turn(lm.tokenizer.turn_end)
+        opened, closing = lm.tokenizer.turn(text, last=False), Turn(lm.tokenizer.turn_end)
     else:
         opened, closing = lm.tokenizer.message(text, role)
     ids, end = lm.tokenizer.encode_turn(opened), lm.tokenizer.encode_turn(closing)

@@ -218,15 +218,9 @@ class Tokenizer:
 
         Raises ValueError as `turn` does.
         """
-        rendered = self._render({role: text}, generation_prompt=False)
-        before, after = self._around(role, generation_prompt=False)
-        body = rendered.removeprefix(before).removesuffix(after)
-        if body not in (text, text.strip()):
-            raise ValueError(
-                f"{self.template_path}: chat_template: found one that changes a message of role "
-                f"{role}, expected it as it is"
-            )
-        return Turn(before) + Turn(body, ((0, len(body)),)), Turn(after)
+        turn = self._conversation([(role, text)], generation_prompt=False)
+        end = turn.untrusted[0][1]
+        return turn.cut(0, end), turn.cut(end, len(turn.text))
 
     def written(self, text: str) -> Turn:
         """Return an agent's generated text and the end of its turn, which follow its prompt."""

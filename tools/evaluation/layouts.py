@@ -3,8 +3,8 @@
 They say why the layout matters (docs/results.md). They are for measurements only and for ChatML
 models. U is the user's text, A the assistant header, ⟨t⟩ are thoughts, and E ends a turn:
 
-    chat              system U1 E A ⟨t⟩ E  system U2 E A ⟨t⟩ E  …        (the library's)
-    chat:one-system   system U1 E A ⟨t⟩ E  U2 E A ⟨t⟩ E  …
+    chat              system U1 E A ⟨t⟩ E  U2 E A ⟨t⟩ E  …               (the library's)
+    chat:systems      system U1 E A ⟨t⟩ E  system U2 E A ⟨t⟩ E  …        (the authors')
     chat:sentence     as chat, with a fixed sentence between ⟨t⟩ and E
     chat:user-end     as chat, with ⟨t⟩ at the end of U: the assistant turns are empty
     chat:users        as chat:user-end, without assistant turns before the last agent's
@@ -22,18 +22,16 @@ from minimas.layout import LAYOUTS, ChatLayout
 from minimas.teams import Team
 from minimas.text.tokenizer import Turn
 
-USER = "<|im_start|>user"
 SENTENCE = "I have worked it out."
 LEAD = "Let's solve this step by step."
 HEADINGS = ("Plan:", "\nCheck of the plan:", "\nBetter plan:", "\nSolution, step by step:")
 
 
-class OneSystem(ChatLayout):
-    """Chat turns with one system message, before the first one."""
+class Systems(ChatLayout):
+    """Chat turns that are each rendered alone, with the template's own system message."""
 
     def prompt(self, agent: int, first: bool) -> Turn:
-        turn = super().prompt(agent, first)
-        return turn if first else part(turn, turn.text.rindex(USER, 0, turn.untrusted[-1][0]))
+        return super().prompt(agent, first=True)
 
 
 class Sentence(ChatLayout):
@@ -56,7 +54,7 @@ class UserEnd(ChatLayout):
         turn = super().prompt(agent, first)
         end = turn.untrusted[-1][1]
         rest = turn.text[end:]  # the end of the user turn and the assistant header
-        own = turn if agent == -1 else part(turn, 0, end)
+        own = turn if agent == -1 else turn.cut(0, end)
         if first:
             return own
         if self.assistant_turns:
@@ -97,7 +95,7 @@ class Variant:
 
 
 VARIANTS = {
-    "chat:one-system": Variant(OneSystem),
+    "chat:systems": Variant(Systems),
     "chat:sentence": Variant(Sentence),
     "chat:user-end": Variant(UserEnd),
     "chat:users": Variant(Users),
@@ -105,10 +103,3 @@ VARIANTS = {
     "turn:lead": Variant(LAYOUTS["turn"], "turn", LEAD),
     "assistant": Variant(OneAssistantTurn),
 }
-
-
-def part(turn: Turn, start: int, end: int | None = None) -> Turn:
-    """Return the characters start … end of a turn, with the untrusted spans inside them."""
-    text = turn.text[start:end]
-    spans = [(max(a - start, 0), min(b - start, len(text))) for a, b in turn.untrusted]
-    return Turn(text, tuple((a, b) for a, b in spans if a < b))
