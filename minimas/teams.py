@@ -116,8 +116,7 @@ class Team:
             for i, fields in enumerate(raw["agents"])
         ]
         team: Team = _build(cls, raw | {"agents": agents}, source)
-        texts = [team.opening, *(agent.prompt for agent in agents)]
-        if not any("{question}" in text for text in texts):
+        if "{question}" not in "\n".join([team.opening, *(agent.prompt for agent in agents)]):
             expected = "expected {question} in the opening or in a prompt"
             raise ValueError(f"{source}: found no agent who sees the question, {expected}")
         return team

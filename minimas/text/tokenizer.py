@@ -62,9 +62,8 @@ class Turn:
 
     def cut(self, start: int, end: int) -> "Turn":
         """Return the part of the turn from character `start` up to `end`."""
-        inside = [(a, b) for a, b in self.untrusted if a < end and start < b]
-        spans = tuple((max(a - start, 0), min(b, end) - start) for a, b in inside)
-        return Turn(self.text[start:end], spans)
+        spans = [(max(a, start) - start, min(b, end) - start) for a, b in self.untrusted]
+        return Turn(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
 
 
 class Tokenizer:
