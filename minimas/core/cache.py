@@ -129,7 +129,7 @@ class KVCache:
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or model.dtype != self.dtype:
             raise ValueError(
-                f"cache: found a memory in {self.dtype} of {getattr(self.owner, 'name', None)!r}, "
+                f"cache: found {self.dtype} and model {getattr(self.owner, 'name', None)!r}, "
                 f"expected {model.dtype} and {model.name!r}, with the same weights"
             )
         self.owner = model
