@@ -128,10 +128,9 @@ class KVCache:
         """Set the model that computes the keys; raises ValueError if another one has before."""
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or model.dtype != self.dtype:
-            name = getattr(self.owner, "name", None)
             raise ValueError(
-                f"cache: found a memory in {self.dtype} of model {name!r}, expected {model.dtype} "
-                f"and {model.name!r}, with the same weights"
+                f"cache: found {self.dtype} and model {getattr(self.owner, 'name', None)!r}, "
+                f"expected {model.dtype} and {model.name!r}, with the same weights"
             )
         self.owner = model
 
@@ -278,10 +277,11 @@ def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
 
     The first append sets the number of heads: a shard of a layer has fewer.
     """
-    free = store.shape[2] - slots
+    capacity = store.shape[2]
     # One slot stays free: a slice of the whole store would be contiguous, with other strides, and
     # compiled steps would be compiled again.
-    if free > 0:
+    if slots < capacity:
         return store
     # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
-    return F.pad(store, (0, 0, 0, slots // 2 + 64 - free, 0, heads - store.shape[1]))
+    grown = max(slots + 1, capacity + capacity // 2 + 64)
+    return F.pad(store, (0, 0, 0, grown - capacity, 0, heads - store.shape[1]))

@@ -184,7 +184,10 @@ def think(
     finite_on_cpu(hidden, model.name)
     for _ in range(steps):
         embedding = align(hidden)
-        found, expected = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (embedding, hidden))
+        found, expected = (
+            f"{getattr(x, 'dtype', type(x))} of shape {tuple(getattr(x, 'shape', ()))}"
+            for x in (embedding, hidden)
+        )
         if found != expected:
             raise ParameterError("align", f"found a map to {found}, expected {expected}")
         thoughts.append(finite_on_cpu(embedding, "align", "the map has returned it"))

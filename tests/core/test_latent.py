@@ -448,7 +448,8 @@ def test_left_padding_is_not_taken_for_right_padding(model: Qwen3) -> None:
     assert apart(found[0], found[1]) > 1e-3
 
 
-MAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+MAPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (lambda h: None, r"found a map to <class 'NoneType'> of shape \(\), expected"),
     "another dtype": (lambda h: h.float(), r"found a map to torch.float32 of shape \(2, 1, 16\)"),
     "one row for all": (lambda h: h[:1], r"torch.float64 of shape \(1, 1, 16\), expected"),
     "no step": (lambda h: h[:, 0], r"torch.float64 of shape \(2, 16\), expected"),
@@ -459,7 +460,7 @@ MAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize(("align", "said"), MAPS.values(), ids=MAPS)
 def test_a_map_to_something_else_is_named(
-    align: Callable[[Tensor], Tensor], said: str, model: Qwen3
+    align: Callable[[Tensor], Any], said: str, model: Qwen3
 ) -> None:
     """By the parameter, before the model: one row would be broadcast over all in silence."""
     hidden, cache = remember(model, random_ids(model, 2, 3))
