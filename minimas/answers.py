@@ -28,10 +28,11 @@ from itertools import islice
 from unicodedata import normalize
 
 KINDS = ("math", "choice", "code", "free")
+Choices = Mapping[str, str] | None  # each option's letter and text
 LIMIT = 500  # digits of a number; a longer one is compared as text
 
 
-def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
+def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     """Return the answer in `text` in plain form ("1234", "-1/2", "50%"; "b"; a program), or None if
     there is none.
 
@@ -52,7 +53,7 @@ def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> s
 
 
 def grade(
-    kind: str, text: str, gold: str, choices: Mapping[str, str] | None = None, verify: bool = False
+    kind: str, text: str, gold: str, choices: Choices = None, verify: bool = False
 ) -> bool:
     """Return whether the answer in `text` is `gold`.
 
@@ -72,16 +73,14 @@ def grade(
         return _bare(gold) in map(_bare, (answer, last, _box(answer)[0] or answer))
     if kind == "choice":
         return {answer} == _named(gold, choices)
-    right = _math(gold) if "####" in gold or _box(gold)[0] else _value(gold)
-    variables = set(re.findall(_VARIABLE_IS, text) + re.findall(_VARIABLE_IS, gold))
+    right = _math(gold) if re.search(r"####|\\f?box", gold) else _value(gold)
+    variables = set(re.findall(_VARIABLE_IS, f"{text}\0{gold}"))
     if right is None or len(variables) > 1:  # x = 5 is not y = 5
         return False
     if _number(answer) and _number(right):
         number, value = (Fraction(word.rstrip("%")) for word in (answer, right))
         shares = answer.endswith("%") - right.endswith("%")
         return number in (value, value * Fraction(100) ** shares)
-    if len(answer) > 2 and answer.replace(" ", "").isalpha():  # not x and X
-        return answer.casefold() == right.casefold()
     return answer == right or (verify and _verified(answer, right))
 
 
@@ -127,13 +126,15 @@ _HELD = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
     _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
 _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"
-# What precedes, and what follows, a box that is only a part of the answer.
-_BEFORE_BOX = rf"""(?xs)(?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
-        (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)? (?:\w+\ *=\ *)?
-    | \bor[\s$}}]*(?:\w+\ *=\ *)? | [\d)=$]\s*- | - | \d ) \$?\Z"""
-_AFTER_BOX = r"""(?x) [ $.,]*(?:\\text\w*\{)?\ *or\b[\s$}]*[\d\\] | [a-zA-Z](?![a-zA-Z])
-    | [ $]*(?:\^(?!\{?\\circ)|[/*]\ *[\d(\\]|\\(?:pi|sqrt|frac|times|cdot|div)
-            |(?:hundred|thousand|million|billion|trillion|dozen)\b)"""
+# A box that is only a part of the answer: after another one, "18 or", "-" or "2"; before "or 20",
+# "x", "^2", "million".
+_PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
+        (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
+        (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
+    | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-|-|\d) \$?@\{{ )
+    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\]|[a-zA-Z](?![a-zA-Z])
+      |[ $]*(?:\^(?!\{{?\\circ)|[/*]\ *[\d(\\]|\\(?:pi|sqrt|frac|times|cdot|div)
+              |(?:hundred|thousand|million|billion|trillion|dozen)\b))"""
 _ANSWER = (
     r"(?<![A-Za-z])(?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta|ответ|jawaban"
     r"|cevap|đáp án|الإجابة|उत्तर|答[案え]?|正解|정?답)(?! (?:choices|options))"
@@ -158,8 +159,7 @@ def _box(text: str) -> tuple[str | None, str]:
     if len(parts) == 1:
         return None, text
     box = re.match(rf"(?s)({_HELD})\}}(.*)", parts[-1])
-    before = re.search(_BEFORE_BOX, parts[-2])
-    if not box or (before and before[1] != box[1]) or re.match(_AFTER_BOX, box[2]):
+    if not box or re.search(_PART, f"{parts[-2]}@{{{parts[-1]}"):
         return "", ""
     return box[1], box[2]
 
@@ -178,7 +178,8 @@ _REWRITES = {
     | (?:\^\ ?\{?\\circ\}?|°)\ ?(?:\\(?:text|mathrm)\ ?\{\ ?[CFK]\ ?\}|[CFK]\b)?
     | \\! | \\(?:left|right)(?![a-z]) | \\[()\[\]] | ` | __ | (?<!\d)\*\* | \*\*(?!-?\d)
     | (?<![\w*)}])\*(?=[^\s*]) | (?<=[^\s*])\*(?![\w*({\\ -])""": "",
-    r"\{,\}|(?<=\d)(?:\\,|['_])(?=\d{3}(?!\d))": ",",  # 1{,}234, 1\,234 and 1'234
+    # 1,234, 1{,}234, 1\,234 and 1'234; but not 0,123 and 1234,567
+    r"(?<!\d{4})(?<!\b0)(?<=\d)(?:,|\{,\}|\\,|['_])(?=\d{3}(?!\d))": "",
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
     # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
     rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?answer>
@@ -242,20 +243,20 @@ _BREAK = r"""(?x) [,;:→⇒] | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
 # x_1, f(3), (in dollars)
 _INDEX = r"_\{[^{}]*\}|_\w|(?<=\b[A-Za-z])\d+\b|(?<=\b[f-hCEPSTV])\([^()]*\)|\((?:[a-z]{2,} ?)+\)"
 _OPERATOR = r"""(?x) [+*^!|(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
-    | (?<=[\d%])\ of\b | (?<![A-Za-z])(?:frac|sqrt|binom|div|half|twice|double|triple|third|quarter
+    | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | (?<![A-Za-z])(?:frac|sqrt|binom|div|half|twice|double|triple|third|quarter
       |square[ds]?|cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided
       |percent|reciprocal|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
       |[xyz]{2,3}|ab|bc|mn|pq)\b"""
-# x and theta, the x of 5x; not "a", the units g and L, 5km
-_VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ [\w]|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
+# x and theta, the x of 5x; not "a", times as in 2 x 3, the units g and L, 5km
+_VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
       [A-Za-z](?![A-Za-z'])
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
     | \b(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)\b"""
-_VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n]*\Z"
-_DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"  # 1,234.5e6
+_VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
+_DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 # Sign, the 3 of 3&1/2, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
-_NUMBER = rf"""(?x) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL}) (?:\^(\d{{1,3}}))?
-    (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
+_NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
+    (?:\^(\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
     (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
 _UNIT = rf"""(?xi) (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUNT})\b)
     (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])?"""
@@ -278,12 +279,12 @@ def _math(text: str) -> str | None:
         return None
     if stated:
         answer = re.sub(_LATER, r"\1", answer)
-    numbers = re.findall(r"\S*(?:\d|\\[a-z])\S*", answer)
+    numbers = re.findall(r"(?<!\S)[(\"']*(\S*(?:\d|\\[a-z])\S*)", answer)
     if numbers == [answer.strip()]:
         return _value(answer)
     if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
         return None
-    return _number(numbers[-1].lstrip("(\"'").rstrip(",.;:!?)\"'"))
+    return _number(numbers[-1].rstrip(",.;:!?)\"'"))
 
 
 def _simple(text: str) -> str:
@@ -295,8 +296,7 @@ def _simple(text: str) -> str:
 
 def _last(separator: str, text: str) -> str:
     """The last part with a digit."""
-    parts = re.findall(r"(?m)^.*\d.*", re.sub(separator, "\n", text))
-    return "".join(parts[-1:])
+    return "".join(re.findall(r"(?m)^.*\d.*", re.sub(separator, "\n", text))[-1:])
 
 
 def _result(text: str) -> str:
@@ -308,7 +308,7 @@ def _result(text: str) -> str:
 
 def _states(left: str) -> bool:
     """Whether the left side of an equation is a name or arithmetic without variables."""
-    left = re.sub(r"(?<=\w) x (?=\d)|(?<=\d)x(?=\d)", "*", re.sub(_INDEX, "", left))
+    left = re.sub(_INDEX, "", left)
     variables = re.findall(_VARIABLE, left)
     if not re.search(r"\d", left):
         return len(variables) < 2 and not re.search(_OPERATOR, left)
@@ -326,6 +326,7 @@ def _value(text: str) -> str | None:
     value = _number(number.strip("(){}"))
     if value and all(re.fullmatch(_UNIT, unit.strip("()")) for unit in units):
         return value
+    text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}\b", lambda word: word[0].lower(), text)  # not x and X
     # The space in "1 2" and "no solution" means something.
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None
 
@@ -333,9 +334,9 @@ def _value(text: str) -> str | None:
 def _number(word: str) -> str | None:
     """A number in plain form, "1234", "0.5" for a decimal, "-7/2" for a fraction, "50%"."""
     found = re.fullmatch(_NUMBER, word)
-    if not found or len(word) > LIMIT:
+    if not found:
         return None
-    sign, whole, base, power, divisor, percent = [part.replace(",", "") for part in found.groups("")]
+    sign, whole, base, power, divisor, percent = found.groups("")
     value = Fraction(base) ** int(power or 1) / Fraction(divisor or 1) + int(whole or 0)
     if max(value.numerator, value.denominator) > 10**LIMIT:
         return None
@@ -389,7 +390,7 @@ _LABEL = r"(?:(?:option|choice|answer)\b[^\w-]*)?"
 _GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after its words
 
 
-def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
+def _choice(text: str, choices: Choices) -> set[str]:
     held, text = _box(text)
     if held and (letters := _named(held, choices)):
         return letters
@@ -402,7 +403,7 @@ def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
     return {letter for line in lines for letter in _named(line, choices, "")}
 
 
-def _named(text: str, choices: Mapping[str, str] | None, ends: str = ")].:,;!") -> set[str]:
+def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
     """The options that `text` names; all of them for "A or B".
 
     A letter that one of `ends` follows may go on with words that are not its option's: "(B) as it
@@ -467,7 +468,8 @@ def _program(text: str) -> str | None:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
     program = ([block for block in blocks if re.search(_SOLUTION, block)] or blocks)[-1]
     for earlier in reversed(blocks[: blocks.index(program)]):
-        if _connected(program, earlier):
+        shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
+        if not shared.isdisjoint(_names(program) ^ _names(earlier)):  # one uses the other
             program = f"{earlier}\n\n{program}"
     return program or None
 
@@ -499,11 +501,6 @@ def _parses(program: str) -> bool:
         return False
 
 
-def _connected(one: str, other: str) -> bool:
-    """Whether one of two programs uses a name that only the other defines or imports."""
-    shared = set(re.findall(r"\w+", one)).intersection(re.findall(r"\w+", other))
-    return not shared.isdisjoint(_names(one) ^ _names(other))
-
-
 def _names(program: str) -> set[str]:
-    return set(re.findall(r"\w+", " ".join(re.findall(_DEFINED, program))))
+    """What a program defines and imports."""
+    return set(re.findall(r"\w+", str(re.findall(_DEFINED, program))))
