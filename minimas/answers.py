@@ -399,8 +399,7 @@ def _choice(text: str, choices: Choices) -> set[str]:
         letters = _named(marker["said"], choices, ".:,;!" if marker["weak"] else ")].:,;!")
         if letters and not re.search(_NEGATED, text[: marker.end()][-99:]):
             return letters
-    lines = set(text.split("\n"))
-    return {letter for line in lines for letter in _named(line, choices, "")}
+    return {letter for line in set(text.split("\n")) for letter in _named(line, choices, "")}
 
 
 def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
@@ -445,14 +444,19 @@ def _bare(text: str) -> str:
 
 # -- code ------------------------------------------------------------------------------------------
 
-_FENCE = r"(?m)^[^\n`~]*(`{3,}|~{3,})[ {.]*(\w*)[^\n`]*\n"  # models put it after other text too
+# Models also put a fence after other text. What a Markdown block holds is Markdown.
+_FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]*(\w*).*\n"
+_STATEMENT = (
+    r"(?m)^ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b|@|[\w ,.]+=)"
+)
+_NOT_EXAMPLE = (
+    r"(?!.*TestCase|check\(candidate|(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"
+)
+_LAMBDA = r"\w+\ *=\ *lambda\b"
+_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^{_LAMBDA}"
 # Functions, classes, imports, CONSTANTS and lambdas.
-_DEFINED = r"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +|(?:from\ .*)?import\ +
-    |(?=[A-Z_\d]+\b[^=\n]*=|\w+\ *=\ *lambda\b)) ([\w\ ,]+)"""
-_STATEMENT = r"(?m)^ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b|@|[\w ,.]+=)"
-_SOLUTION = r"""(?mx) ^(?:(?:async\ +)?def|class)\ +(?!.*TestCase|check\(candidate)
-      (?!(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))
-    | ^\w+\ *=\ *lambda\b"""
+_DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
+    | (?={_LAMBDA}|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
 
 
 def _program(text: str) -> str | None:
@@ -462,14 +466,15 @@ def _program(text: str) -> str | None:
     Without one: a block that the token limit cut off, the last block, or the text itself if it is a
     program.
     """
-    text = text.replace("\r\n", "\n")
-    blocks = _blocks(text)
+    blocks = _blocks(text.replace("\r\n", "\n"))
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
-    program = ([block for block in blocks if re.search(_SOLUTION, block)] or blocks)[-1]
+    ranked = sorted(blocks, key=lambda block: (re.search(_SOLUTION, block) is None, not _parses(block)), reverse=True)
+    program = ranked[-1]
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
-        if not shared.isdisjoint(_names(program) ^ _names(earlier)):  # one uses the other
+        names = _names(earlier)
+        if names and not shared.isdisjoint(names ^ _names(program)):  # one uses the other
             program = f"{earlier}\n\n{program}"
     return program or None
 
@@ -487,7 +492,7 @@ def _blocks(text: str) -> list[str]:
         closing = re.compile(rf"(?m)^ *{fence}[`~]* *$|(?<=[^\s`~]){fence} *$|\Z")
         ends = list(islice(closing.finditer(text, start), 5))
         end = next((end for end in ends if _parses(text[start : end.start()])), ends[0])
-        if re.fullmatch("(?i)(?:py(?:thon)?3?)?", opening[2]):
+        if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
             program = textwrap.dedent(text[start : end.start()]).strip("\n")
             blocks.insert(len(blocks) if end[0] else 0, program)
         position = end.end()
