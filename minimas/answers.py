@@ -52,9 +52,7 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     return _math(said) if kind == "math" else _program(said)
 
 
-def grade(
-    kind: str, text: str, gold: str, choices: Choices = None, verify: bool = False
-) -> bool:
+def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool = False) -> bool:
     """Return whether the answer in `text` is `gold`.
 
     `gold` may carry commas, units, a box or GSM8K's whole solution, or be an option's text. A
@@ -86,9 +84,7 @@ def grade(
 
 # math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, takes x for X
 # and hangs on towers of powers and long texts.
-_NOT_VERIFIED = (
-    r"[=:<>;A-Z]|\.|\\[lc]?dots|(?<![\\A-Za-z])[A-Za-z]{2,}|\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!|.{999}"
-)
+_NOT_VERIFIED = r"[=:<>;A-Z]|\.|\\[lc]?dots|(?<![\\A-Za-z])[A-Za-z]{2,}|\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!|.{999}"
 
 
 def _verified(answer: str, gold: str) -> bool:
@@ -109,7 +105,7 @@ def _verified(answer: str, gold: str) -> bool:
 
 # -- text ------------------------------------------------------------------------------------------
 
-_ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’、【】「」", "-----**//=\"\"'',[]\"\"")
+_ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’、【】「」", '-----**//=""\'\',[]""')
 # The number separators of typographers; 10³ is 10^3, 3½ is 3 1/2.
 _UNICODE = {
     "(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))": ",",
@@ -131,15 +127,15 @@ _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"
 _PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
-    | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-|-|\d) \$?@\{{ )
+    | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
     | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\]|[a-zA-Z](?![a-zA-Z])
-      |[ $]*(?:\^(?!\{{?\\circ)|[/*]\ *[\d(\\]|\\(?:pi|sqrt|frac|times|cdot|div)
+      |[ $]*(?:\^(?!\{{?\\circ)|[-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)|\\(?:pi|sqrt|frac|times|cdot|div)
               |(?:hundred|thousand|million|billion|trillion|dozen)\b))"""
 _ANSWER = (
     r"(?<![A-Za-z])(?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta|ответ|jawaban"
-    r"|cevap|đáp án|الإجابة|उत्तर|答[案え]?|正解|정?답)(?! (?:choices|options))"
+    r"|cevap|đáp án|câu trả lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)(?! (?:choices|options))"
 )
-_IS = r"(?:\b(?:is|was|be|es|est|ist|lautet|é|è)\b|[是为為は은]|[:=]| - )[\s:]*"
+_IS = r"(?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]| - )[\s:]*"
 
 
 def _plain(text: str) -> str:
@@ -166,7 +162,7 @@ def _box(text: str) -> tuple[str | None, str]:
 
 # -- math ------------------------------------------------------------------------------------------
 
-_TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])(?<!'s)"  # after a number, a bracket or a variable, not after a word
+_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"  # after a number, a bracket or a variable, not after a word
 _FRAC = (
     r"(?<![/^])\\[dtc]?frac ?"
     r"(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
@@ -197,7 +193,6 @@ _REWRITES = {
     r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)": "*",
     r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])": r"\1",  # 2 * 3
     r"(?<=\d)\*10\^(?=-?\d)": "e",  # 2*10^3
-    r"(?<![\w.*/^])10\^(?=-?\d)": "1e",
     rf"{_TERM} ([-+]) (?=[\d(\\]|[A-Za-z]\b)": r"\1",  # x + 5
     rf"{_TERM} (?=\\[a-z])": "",  # 2 \sqrt{3}
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
@@ -205,7 +200,7 @@ _REWRITES = {
     _FRAC: r"\1\3/\2\4",
     # It is 18, not 5.
     r"(?:\bnot|\bcannot|n't|\brather than|\binstead of)(?: be)? -?\d+(?:[.,]\d+)*": "",
-    r" ?(?<![<>!])= ?": " = ",
+    r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
     # "minus 5"; "- 5" alone is no list
     r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
     | (?<=\b(?:is|be|'s)\ )-\ (?=\d) | (?<=(?:are|was)\ )-\ (?=\d) | (?<=[:=]\ )-\ (?=\d)""": "-",
@@ -219,11 +214,13 @@ _ANSWER_IS = rf"""(?xim)
     (?! (?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b) )"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
 _ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
-_CLAUSE = r"[a-z]+ [a-z]+[,;:] |[,;:] (?![-+]?\d)|\b(?:then|because)\b"
-_DOUBTFUL = r" (?:in|for|at|per|on|of|after|every|each|within|while|and|when) (?:\w+ ){0,2}\S*\d\S*\D*\Z"
+_CLAUSE = r"[a-z]+ [a-z]+[,;:] |[,;:] (?![-+]?\d)|\b(?:then|because)\b|\b(?:is|are|was|equals) (?=[-+]?\d)"
+_DOUBTFUL = (
+    r" (?:in|for|at|per|on|of|after|every|each|within|while|and|when) (?:\w+ ){0,2}\S*\d\S*\D*\Z"
+)
 _LATER = (
-    r"(\b\d\S{0,30}(?: [A-Za-z]+){0,9}?) (?:in|for|at|per|on|with|after|every|each|out of)\b"
-    r"(?!.*\band\b).*"
+    r"(\b\d\S{0,30}(?: [A-Za-z]+){0,9}?) (?:in|for|at|per|on|with|after|every|each|out of(?! \d))\b"
+    r"(?!.*\b(?:and|or|but)\b).*"
 )
 # 2 dozen, 5 to ten, 2 and a half, 5 squared
 _COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
@@ -232,21 +229,23 @@ _COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousa
     |mod|below)\b"""
 # Two numbers, an inequality, a question, a refuted number.
 _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
-    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \bthan\ \S*\d
+    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
+      |not|(?:any|every|no)thing\ but)\ (?:of\ )?\S*\d
     | \d[^\s\d]{{0,3}}\ (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
-      (?:(?:and|to|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )? (?:[-+(~]*\d|{_COUNT})
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )? (?:[-+(~]*\d|{_COUNT})
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
-_BREAK = r"""(?x) [,;:→⇒] | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
+_BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
 # x_1, f(3), (in dollars)
-_INDEX = r"_\{[^{}]*\}|_\w|(?<=\b[A-Za-z])\d+\b|(?<=\b[f-hCEPSTV])\([^()]*\)|\((?:[a-z]{2,} ?)+\)"
-_OPERATOR = r"""(?x) [+*^!|(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
-    | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | (?<![A-Za-z])(?:frac|sqrt|binom|div|half|twice|double|triple|third|quarter
-      |square[ds]?|cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided
-      |percent|reciprocal|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
-      |[xyz]{2,3}|ab|bc|mn|pq)\b"""
+_INDEX = r"_\{[^{}]*\}|_\w|(?<=\b[A-Za-z])\d+\b|(?<=\b[f-hCEPSTV])\([^()]*\)|(?<=[a-z] )\((?:[a-z]{2,} ?)+\)"
+_OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
+    | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
+    | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
+      |cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided|percent
+      |reciprocal|(?:more|less)\ than)|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
+      |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b"""
 # x and theta, the x of 5x; not "a", times as in 2 x 3, the units g and L, 5km
 _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
       [A-Za-z](?![A-Za-z'])
@@ -256,10 +255,10 @@ _VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
 _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 # Sign, the 3 of 3&1/2, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
 _NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
-    (?:\^(\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
+    (?:\^(\d{{1,3}}|(?<=\b10\^)-\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
     (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
-_UNIT = rf"""(?xi) (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUNT})\b)
-    (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])?"""
+_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUNT})\b)
+    (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])? \)?"""
 
 
 def _math(text: str) -> str | None:
@@ -273,14 +272,11 @@ def _math(text: str) -> str | None:
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
     answer = _result(clause)
     stated = bool(said) or answer != clause
-    if not stated:
-        answer = _last(_CLAUSE, clause)
+    answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)
     if " = " in answer or re.search(_UNCLEAR, answer):
         return None
-    if stated:
-        answer = re.sub(_LATER, r"\1", answer)
     numbers = re.findall(r"(?<!\S)[(\"']*(\S*(?:\d|\\[a-z])\S*)", answer)
-    if numbers == [answer.strip()]:
+    if numbers == answer.split():
         return _value(answer)
     if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
         return None
@@ -303,7 +299,7 @@ def _result(text: str) -> str:
     """The right side of an equation whose left side is a name or arithmetic; else the text."""
     left, _, right = text.rpartition(" = ")
     chain = re.split(_BREAK, left)[-1].split(" = ")
-    return text if re.search(_TWO_VALUES, text) or not all(map(_states, chain)) else right
+    return right if all(map(_states, chain)) and not re.search(_TWO_VALUES, text) else text
 
 
 def _states(left: str) -> bool:
@@ -324,7 +320,7 @@ def _value(text: str) -> str | None:
     text = re.sub(r"^[A-Za-z ]+(?::| is) *(?=-?[\d.])", "", text)
     number, *units = text.split() or [""]
     value = _number(number.strip("(){}"))
-    if value and all(re.fullmatch(_UNIT, unit.strip("()")) for unit in units):
+    if value and all(re.fullmatch(_UNIT, unit) for unit in units):
         return value
     text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}\b", lambda word: word[0].lower(), text)  # not x and X
     # The space in "1 2" and "no solution" means something.
@@ -352,15 +348,16 @@ def _number(word: str) -> str | None:
 _CHOSEN = (
     rf"(?i)(?:{_ANSWER}(?:(?! \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))|"
     r"""(?x: ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
-    | \b(?:correct|right|best|final|my)\ (?:option|choice)\W*[:=]
-    | \b(?:option|choice|opci[óo]n)(?:\ \w{2,}){0,3}\ (?:is|was|be|es)\b
+    | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
+    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{2,}){0,3}\ (?:is|was|be|es|é)\b
     | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|must\ be)\b
     | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{4}\ *(?=[^\n]*\Z)
     | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?))"""
     r")(?=(?P<said>.{0,500}))"
 )
 # "I would not choose", "the answer can't be"; but not "not A so I choose"
-_NEGATED = r"""(?xi) (?:\bnot|\bnever|\bcannot|n't)\b
+_NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|least|unlikely|if|suppose
+      |(?:any|every)thing\ but)|n't)\b
       (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
 _ANSWER_LINE = (
@@ -370,22 +367,21 @@ _DRESS = rf"</?[a-z]{{1,6}}>|{_FONT}|\\[()\[\]!]|[*_`${{}}]|\\(?=[%&#])|<\|\w+\|
 _AROUND = " .,;:!\"'"
 # "the correct option" "(" B ")." or B -
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
-      |correct|right|best|final|answer|ans|option|choice|letter|la|le|die|opci[óo]n|a\ letra|lettre)
+      |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be|opci[óo]n|a\ letra|lettre)
       \b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
 # because …; but not C
 _AFFIRMED = r"""(?x)
-    \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です|입니다|选项|是?正[确確]
-       |is\ (?:the\ )?(?:correct|right|best|answer)\b)
+    \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です|번?(?:입니다|이다|다)|选项|是?正[确確]
+       |(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ |the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
     | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to)\ (?:option\ )?
       \(?[a-z0-9]\b(?!\ \w)"""
 # (A) or B; A, B
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
-    |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ \w|\ \())"""
-_REFUSED = r"""(?x)
-    \ ?(?:is|are|was|were|would\ be|must\ be|seems)?
-    \ ?(?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out)\b
-    | \ ?(?:isn't|can't|cannot|doesn't|does\ not)"""
+    |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
+_REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
+    (?:is|are|was|were|would\ be|must\ be|seems)?\ ?(?:clearly\ |also\ |the\ |an?\ )?
+    (?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out|isn't|can't|cannot|doesn't)\b"""
 _LABEL = r"(?:(?:option|choice|answer)\b[^\w-]*)?"
 _GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after its words
 
@@ -413,16 +409,16 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
     text = _bare(text)
     lead = re.match(_LETTER, text)
     if lead and lead[1] in options:
+        key = lead[1]
         rest = text[lead.end() :]
         words = _bare(rest)
-        if words in ("", options[lead[1]]) or re.match(_AFFIRMED, rest):
-            return {lead[1]}
+        if words in ("", options[key]) or re.match(_AFFIRMED, rest):
+            return {key}
         if re.match(_SECOND, rest):
             return set(options)
-        closed = set(lead[2]) & set(ends)
-        # Not the letter of one and the text of another.
-        if closed and words not in options.values() and not re.match(_REFUSED, rest):
-            return {lead[1]}
+        refused = words in options.values() or re.match(_REFUSED, rest)  # (A) the text of B
+        if set(lead[2]) & set(ends) and not refused:
+            return {key}
     goes_on = _GOES_ON if ends else "$"
     said = {
         key: len(words)
@@ -449,9 +445,7 @@ _FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]
 _STATEMENT = (
     r"(?m)^ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b|@|[\w ,.]+=)"
 )
-_NOT_EXAMPLE = (
-    r"(?!.*TestCase|check\(candidate|(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"
-)
+_NOT_EXAMPLE = r"(?!.*TestCase|check\(candidate|(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"
 _LAMBDA = r"\w+\ *=\ *lambda\b"
 _SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^{_LAMBDA}"
 # Functions, classes, imports, CONSTANTS and lambdas.
@@ -469,12 +463,12 @@ def _program(text: str) -> str | None:
     blocks = _blocks(text.replace("\r\n", "\n"))
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
-    ranked = sorted(blocks, key=lambda block: (re.search(_SOLUTION, block) is None, not _parses(block)), reverse=True)
+    ranked = sorted(blocks, key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block)))
     program = ranked[-1]
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
         names = _names(earlier)
-        if names and not shared.isdisjoint(names ^ _names(program)):  # one uses the other
+        if names and shared & (names ^ _names(program)):  # one uses the other
             program = f"{earlier}\n\n{program}"
     return program or None
 

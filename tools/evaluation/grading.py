@@ -111,7 +111,9 @@ def tested_code(row: Row, text: str) -> str:
 
 def defines(code: str, *names: str) -> bool:
     """Return whether a program defines one of the names as a function, a class or a variable."""
-    return not set(re.findall(r"(?m)^(?:(?:async )?def |class )?(\w+) *[(:=]", code)).isdisjoint(names)
+    return not set(re.findall(r"(?m)^(?:(?:async )?def |class )?(\w+) *[(:=]", code)).isdisjoint(
+        names
+    )
 
 
 def hoisted(code: str) -> tuple[str, str]:
