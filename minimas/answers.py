@@ -82,9 +82,10 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
     return answer == right or (verify and _verified(answer, right))
 
 
-# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, takes x for X
-# and hangs on towers of powers and long texts.
-_NOT_VERIFIED = r"[=:<>;A-Z]|\.|\\[lc]?dots|(?<![\\A-Za-z])[A-Za-z]{2,}|\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!|.{999}"
+# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, takes x for
+# X, and hangs on towers of powers and on long texts.
+_NOT_VERIFIED = r"""(?x) [=:<>;A-Z] | \. | \\[lc]?dots | (?<![\\A-Za-z])[A-Za-z]{2,}
+    | \^[^+\-=,]*\^ | \^\{?-?\d{4} | \d{5}! | .{999}"""
 
 
 def _verified(answer: str, gold: str) -> bool:
@@ -114,10 +115,8 @@ _UNICODE = {
     "[负負]|マイナス": "-",
     "。": ". ",
 }
-_FONT = (
-    r"\\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|large|Large)[a-z]*"
-    r"(?![A-Za-z])"
-)
+_FONT = r"""(?x: \\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)
+    [a-z]* (?![A-Za-z]))"""
 _HELD = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
     _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
@@ -127,15 +126,15 @@ _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"
 _PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
-    | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
-    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\]|[a-zA-Z](?![a-zA-Z])
-      |[ $]*(?:\^(?!\{{?\\circ)|[-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)|\\(?:pi|sqrt|frac|times|cdot|div)
-              |(?:hundred|thousand|million|billion|trillion|dozen)\b))"""
-_ANSWER = (
-    r"(?<![A-Za-z])(?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta|ответ|jawaban"
-    r"|cevap|đáp án|câu trả lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)(?! (?:choices|options))"
-)
-_IS = r"(?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]| - )[\s:]*"
+      | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
+    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\] | [a-zA-Z](?![a-zA-Z])
+      | [ $]* (?: \^(?!\{{?\\circ) | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)
+        | \\(?:pi|sqrt|frac|times|cdot|div) | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
+_ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
+    |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
+    (?!\ (?:choices|options)))"""
+_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]
+    |\ -\ )[\s:]*)"""
 
 
 def _plain(text: str) -> str:
@@ -162,11 +161,10 @@ def _box(text: str) -> tuple[str | None, str]:
 
 # -- math ------------------------------------------------------------------------------------------
 
-_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"  # after a number, a bracket or a variable, not after a word
-_FRAC = (
-    r"(?<![/^])\\[dtc]?frac ?"
-    r"(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
-)
+# After a number, a bracket or a variable, not after a word.
+_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"
+_FRAC = r"""(?x: (?<![/^])\\[dtc]?frac\ ?
+    (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d)) (?!\ ?[\\^]|\d))"""
 # From LaTeX and Markdown to plain text, in this order. After it a number is one word.
 _REWRITES = {
     # Currency: US$18; degrees; delimiters; **18** and *18*, but 2**3.
@@ -207,21 +205,18 @@ _REWRITES = {
     r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
 }
 _END = r"\n|(?<=[.!?])\s(?!=)"  # of a sentence
-_HASHES = r"#### *(?!\d+[.)] )([-+]?[\d.].*)"  # not the heading "#### 1. Add"
-_ANSWER_IS = rf"""(?xim)
-    (?:{_ANSWER.replace(" ", "[ ]")} [^\n.:=]{{0,40}}? {_IS.replace(" ", "[ ]")} | ^[#\ ]*(?:final\ )?answer\ *\n\s* )
-    (?= ([^\n]{{0,200}}[\d\\][^\n]{{0,200}}) )  # a value, and neither a question nor refuted
-    (?! (?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b) )"""
+_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\ )?answer\ *\n\s*)
+    (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
+    (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
 _ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
-_CLAUSE = r"[a-z]+ [a-z]+[,;:] |[,;:] (?![-+]?\d)|\b(?:then|because)\b|\b(?:is|are|was|equals) (?=[-+]?\d)"
-_DOUBTFUL = (
-    r" (?:in|for|at|per|on|of|after|every|each|within|while|and|when) (?:\w+ ){0,2}\S*\d\S*\D*\Z"
-)
-_LATER = (
-    r"(\b\d\S{0,30}(?: [A-Za-z]+){0,9}?) (?:in|for|at|per|on|with|after|every|each|out of(?! \d))\b"
-    r"(?!.*\b(?:and|or|but)\b).*"
-)
+_CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d) | \b(?:then|because)\b
+    | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
+# "18 in 3 days" without an equation: is it 3?
+_DOUBTFUL = r"""(?x) \ (?:in|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
+    (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
+_LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+){0,9}?)
+    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d))\b (?!.*\b(?:and|or|but)\b).*"""
 # 2 dozen, 5 to ten, 2 and a half, 5 squared
 _COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
     |trillion|bn|mn|lakh|crore|two|three|four|five|six|seven|eight|nine|ten|zero|squared|cubed
@@ -229,24 +224,28 @@ _COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousa
     |mod|below)\b"""
 # Two numbers, an inequality, a question, a refuted number.
 _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
-    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
+    | \\(?:[gln]eq?|pm|equiv)(?![a-z])
+    | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
       |not|(?:any|every|no)thing\ but)\ (?:of\ )?\S*\d
-    | \d[^\s\d]{{0,3}}\ (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
-      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )? (?:[-+(~]*\d|{_COUNT})
+    | \d[^\s\d]{{0,3}}[ ]
+      (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )?
+      (?:[-+(~]*\d|{_COUNT})
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
 _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
 # x_1, f(3), (in dollars)
-_INDEX = r"_\{[^{}]*\}|_\w|(?<=\b[A-Za-z])\d+\b|(?<=\b[f-hCEPSTV])\([^()]*\)|(?<=[a-z] )\((?:[a-z]{2,} ?)+\)"
+_INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
+    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\)"""
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
       |cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided|percent
       |reciprocal|(?:more|less)\ than)|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
       |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b"""
-# x and theta, the x of 5x; not "a", times as in 2 x 3, the units g and L, 5km
+# Such as x and theta, and the x of 5x; but neither "a" nor times as in 2 x 3 nor a unit: 5g, 5km.
 _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
       [A-Za-z](?![A-Za-z'])
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
@@ -266,7 +265,7 @@ def _math(text: str) -> str | None:
     if held is not None:
         return _value(held)
     text = _simple(text)
-    if hashes := re.findall(_HASHES, text):
+    if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
         return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
@@ -345,38 +344,36 @@ def _number(word: str) -> str | None:
 
 # -- choice ----------------------------------------------------------------------------------------
 
-_CHOSEN = (
-    rf"(?i)(?:{_ANSWER}(?:(?! \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))|"
-    r"""(?x: ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
+_CHOSEN = rf"""(?ix) (?: {_ANSWER}
+      (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
+    | ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
     | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
-    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{2,}){0,3}\ (?:is|was|be|es|é)\b
+    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
     | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|must\ be)\b
-    | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{4}\ *(?=[^\n]*\Z)
-    | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?))"""
-    r")(?=(?P<said>.{0,500}))"
-)
+    | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{{4}}\ *(?=[^\n]*\Z)
+    | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
+    (?=(?P<said>.{{0,500}}))"""
 # "I would not choose", "the answer can't be"; but not "not A so I choose"
-_NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|least|unlikely|if|suppose
-      |(?:any|every)thing\ but)|n't)\b
+_NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|least|unlikely|if
+      |suppose|(?:any|every)thing\ but)|n't)\b
       (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
-_ANSWER_LINE = (
-    r"(?i)^[^a-z]*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?answer(?: is\b|:|\** *:)"
-)
+_ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
+    answer(?:\ is\b|:|\**\ *:)"""
 _DRESS = rf"</?[a-z]{{1,6}}>|{_FONT}|\\[()\[\]!]|[*_`${{}}]|\\(?=[%&#])|<\|\w+\|>"
 _AROUND = " .,;:!\"'"
-# "the correct option" "(" B ")." or B -
+# Up to six words as in "the correct option (B).", then the letter and what closes it.
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
-      |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be|opci[óo]n|a\ letra|lettre)
-      \b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
+      |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
+      |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
 # because …; but not C
-_AFFIRMED = r"""(?x)
-    \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です|번?(?:입니다|이다|다)|选项|是?正[确確]
-       |(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ |the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
+_AFFIRMED = r"""(?x) \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
+      |번?(?:입니다|이다|다)|选项|是?正[确確]|(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
+      (?:the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
     | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to)\ (?:option\ )?
       \(?[a-z0-9]\b(?!\ \w)"""
-# (A) or B; A, B
+# A second letter, as in "(A) or B" and "A, B".
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
     |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
 _REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
@@ -442,15 +439,14 @@ def _bare(text: str) -> str:
 
 # Models also put a fence after other text. What a Markdown block holds is Markdown.
 _FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]*(\w*).*\n"
-_STATEMENT = (
-    r"(?m)^ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b|@|[\w ,.]+=)"
-)
-_NOT_EXAMPLE = r"(?!.*TestCase|check\(candidate|(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"
-_LAMBDA = r"\w+\ *=\ *lambda\b"
-_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^{_LAMBDA}"
-# Functions, classes, imports, CONSTANTS and lambdas.
+_STATEMENT = r"""(?mx) ^\ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b
+    |@|[\w\ ,.]+=)"""
+_NOT_EXAMPLE = r"""(?x: (?!.*TestCase|check\(candidate
+    |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage))))"""
+_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^\w+\ *=\ *lambda\b"
+# What functions, classes, imports, CONSTANTS and lambdas are called.
 _DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
-    | (?={_LAMBDA}|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
+    | (?=\w+\ *=\ *lambda\b|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
 
 
 def _program(text: str) -> str | None:
@@ -502,4 +498,4 @@ def _parses(program: str) -> bool:
 
 def _names(program: str) -> set[str]:
     """What a program defines and imports."""
-    return set(re.findall(r"\w+", str(re.findall(_DEFINED, program))))
+    return set(re.findall(r"\w+", " ".join(re.findall(_DEFINED, program))))

@@ -103,7 +103,7 @@ def tested_code(row: Row, text: str) -> str:
     If it defines nothing that the tests name, as an example of another function does, a program
     that ends before it and does define something of that kind comes first.
     """
-    wanted = re.findall(r"\w+", row.get("entry_point", row["tests"]))
+    wanted = re.findall(r"\w+", str(row.get("entry_point", row["tests"])))
     ends = [fence.start() for fence in re.finditer(r"(?m)^.*(?:```|~~~)", text)]
     programs = [extract("code", text[:end]) or "" for end in [None, *ends[:-20:-1]]]
     return next((code for code in programs if defines(code, *wanted)), programs[0])
