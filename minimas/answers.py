@@ -22,6 +22,7 @@ expressions are equal.
 import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import islice
@@ -274,7 +275,7 @@ def _math(text: str) -> str | None:
     answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)
     if " = " in answer or re.search(_UNCLEAR, answer):
         return None
-    numbers = re.findall(r"(?<!\S)[(\"']*(\S*(?:\d|\\[a-z])\S*)", answer)
+    numbers = re.findall(r"(?<!\S)[(\"']*+(\S*(?:\d|\\[a-z])\S*)", answer)
     if numbers == answer.split():
         return _value(answer)
     if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
@@ -379,7 +380,6 @@ _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|
 _REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
     (?:is|are|was|were|would\ be|must\ be|seems)?\ ?(?:clearly\ |also\ |the\ |an?\ )?
     (?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out|isn't|can't|cannot|doesn't)\b"""
-_LABEL = r"(?:(?:option|choice|answer)\b[^\w-]*)?"
 _GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after its words
 
 
@@ -388,7 +388,7 @@ def _choice(text: str, choices: Choices) -> set[str]:
     if held and (letters := _named(held, choices)):
         return letters
     text = _plain(text)
-    for marker in reversed(list(re.finditer(_CHOSEN, text))[-1000:]):
+    for marker in reversed(list(re.finditer(_CHOSEN, text))[-300:]):
         letters = _named(marker["said"], choices, ".:,;!" if marker["weak"] else ")].:,;!")
         if letters and not re.search(_NEGATED, text[: marker.end()][-99:]):
             return letters
@@ -421,7 +421,11 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
         key: len(words)
         for key, words in options.items()
         if words
-        and re.match(rf"{_LABEL}{re.escape(words)}(?:$| \({re.escape(key)}\)|{goes_on})", text)
+        and re.match(
+            rf"(?:(?:option|choice|answer)\b[^\w-]*)?{re.escape(words)}"
+            rf"(?:$| \({re.escape(key)}\)|{goes_on})",
+            text,
+        )
     }
     return {key for key in said if said[key] == max(said.values())}
 
@@ -491,7 +495,8 @@ def _blocks(text: str) -> list[str]:
 
 def _parses(program: str) -> bool:
     try:  # the parser takes a kilobyte of memory per byte of text
-        return len(program) < 100_000 and bool(ast.parse(textwrap.dedent(program)))
+        with warnings.catch_warnings(action="ignore"):
+            return len(program) < 100_000 and bool(ast.parse(textwrap.dedent(program)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
 
