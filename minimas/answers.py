@@ -8,8 +8,8 @@ The rules are tried in this order; the first one that finds something decides.
 * choice: the last `\boxed{}` that names an option; the last "#### B" at the end, "the answer is
   (B)", "I choose B" or "so B is correct"; a line that is an option. An option is named by its
   letter or by its own words.
-* code: the last closed Python block that defines something other than tests, with the blocks it is
-  connected to.
+* code: the last closed Python block that parses and defines something other than tests and
+  examples, with the blocks it is connected to.
 * free: the text after the thoughts. Its last line may state the answer alone.
 
 Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20"), a
@@ -177,7 +177,7 @@ _REWRITES = {
     r"(?<!\d{4})(?<!\b0)(?<=\d)(?:,|\{,\}|\\,|['_])(?=\d{3}(?!\d))": "",
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
     # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
-    rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?answer>
+    rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?[a-z]+>|<\|\w+\|>
     | (?:(?<!\d)|(?![万萬亿億兆千百十半点點]))[\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
     r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
     r"(?<=\d) ?hundred\b": "e2",
@@ -211,13 +211,14 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
 _ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
-_CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d) | \b(?:then|because)\b
-    | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
+_CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
+    | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
 # "18 in 3 days" without an equation: is it 3?
 _DOUBTFUL = r"""(?x) \ (?:in|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
     (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
-_LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+){0,9}?)
-    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d))\b (?!.*\b(?:and|or|but)\b).*"""
+_LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
+    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d)|so|which|because|since)\b
+    (?!.*\b(?:and|or|but)\b).*"""
 # 2 dozen, 5 to ten, 2 and a half, 5 squared
 _COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
     |trillion|bn|mn|lakh|crore|two|three|four|five|six|seven|eight|nine|ten|zero|squared|cubed
@@ -322,7 +323,7 @@ def _value(text: str) -> str | None:
     value = _number(number.strip("(){}"))
     if value and all(re.fullmatch(_UNIT, unit) for unit in units):
         return value
-    text = re.sub(r"(?<!\\)\b[A-Za-z]{2,}\b", lambda word: word[0].lower(), text)  # not x and X
+    text = re.sub(r"(?<!\\)\b(?:[A-Z][a-z]+|NO|[A-Z]{3,})\b", lambda word: word[0].lower(), text)
     # The space in "1 2" and "no solution" means something.
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None
 
@@ -454,8 +455,8 @@ _DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that defines something other than tests, and the blocks it is
-    connected to.
+    """The last closed Python block that parses and defines something other than tests and examples,
+    and the blocks it is connected to.
 
     Without one: a block that the token limit cut off, the last block, or the text itself if it is a
     program.
