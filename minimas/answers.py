@@ -3,36 +3,37 @@ r"""Find the answer in a generated text and compare it with the gold answer: `ex
 The rules are tried in this order; the first one that finds something decides.
 
 * math: the last `\boxed{}`; `#### 42`; "the answer is 42"; the last sentence with a number: there
-  the result of an equation ("3 * 6 = 18"), else the last number. Numbers are compared exactly, as
-  fractions; expressions as strings.
+  the result of an equation ("3 * 6 = 18"), else the number in its last clause. Numbers are compared
+  exactly, as fractions; expressions as strings.
 * choice: the last `\boxed{}` that names an option; the last "#### B" at the end, "the answer is
   (B)", "I choose B" or "so B is correct"; a line that is an option. An option is named by its
   letter or by its own words.
-* code: the last closed Python block that defines something other than tests, with the blocks it is
-  connected to.
+* code: the last closed Python block that parses and defines something other than tests and
+  examples, with the blocks it is connected to.
 * free: the text after the thoughts. Its last line may state the answer alone.
 
-Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20") and
-an equation that states no value ("2x = 10") are not an answer. The rules prefer a missed right
-answer to an accepted wrong one. Does not know: models, prompts, data sets, running programs, and
-algebra. `grade(…, verify=True)` asks math-verify whether two different expressions are equal.
+Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20"), a
+question, an inequality and an equation that states no value ("2x = 10") are not an answer. The
+rules prefer a missed right answer to an accepted wrong one. Does not know: models, prompts, data
+sets, running programs, and algebra. `grade(…, verify=True)` asks math-verify whether two different
+expressions are equal.
 """
 
 import ast
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping
-from decimal import Context, Decimal
 from fractions import Fraction
-from typing import Any
+from itertools import islice
 from unicodedata import normalize
 
 KINDS = ("math", "choice", "code", "free")
+Choices = Mapping[str, str] | None  # each option's letter and text
 LIMIT = 500  # digits of a number; a longer one is compared as text
-_ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’。", "-----**//=\"\"''.")
 
 
-def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> str | None:
+def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     """Return the answer in `text` in plain form ("1234", "-1/2", "50%"; "b"; a program), or None if
     there is none.
 
@@ -52,9 +53,7 @@ def extract(kind: str, text: str, choices: Mapping[str, str] | None = None) -> s
     return _math(said) if kind == "math" else _program(said)
 
 
-def grade(
-    kind: str, text: str, gold: str, choices: Mapping[str, str] | None = None, verify: bool = False
-) -> bool:
+def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool = False) -> bool:
     """Return whether the answer in `text` is `gold`.
 
     `gold` may carry commas, units, a box or GSM8K's whole solution, or be an option's text. A
@@ -69,25 +68,25 @@ def grade(
     if answer is None:
         return False
     if kind == "free":
-        last = _ANSWER_LINE.sub("", answer.rpartition("\n")[2])
-        held = (_box(answer) or ("", ""))[0] or answer
-        return _bare(gold) in map(_bare, (answer, last, held))
+        last = re.sub(_ANSWER_LINE, "", answer.rpartition("\n")[2])
+        return _bare(gold) in map(_bare, (answer, last, _box(answer)[0] or answer))
     if kind == "choice":
         return {answer} == _named(gold, choices)
-    right = _math(gold) if "####" in gold or _box(gold) else _value(gold)
-    if right is None:
+    right = _math(gold) if re.search(r"####|\\f?box", gold) else _value(gold)
+    variables = set(re.findall(_VARIABLE_IS, f"{text}\0{gold}"))
+    if right is None or len(variables) > 1:  # x = 5 is not y = 5
         return False
-    if not _number(answer) or not _number(right):
-        return answer.casefold() == right.casefold() or (verify and _verified(answer, right))
-    number, value = Fraction(answer.rstrip("%")), Fraction(right.rstrip("%"))
-    return number in (value, value * Fraction(100) ** (answer.endswith("%") - right.endswith("%")))
+    if _number(answer) and _number(right):
+        number, value = (Fraction(word.rstrip("%")) for word in (answer, right))
+        shares = answer.endswith("%") - right.endswith("%")
+        return number in (value, value * Fraction(100) ** shares)
+    return answer == right or (verify and _verified(answer, right))
 
 
-# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, and hangs on
-# towers of powers.
-_NOT_VERIFIED = re.compile(
-    r"[=:<>;]|\.|\\[lc]?dots|(?<![\\A-Za-z])[A-Za-z]{2,}|\^[^+\-=,]*\^|\^\{?-?\d{4}|\d{5}!"
-)
+# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, takes x for
+# X, and hangs on towers of powers and on long texts.
+_NOT_VERIFIED = r"""(?x) [=:<>;A-Z] | \. | \\[lc]?dots | (?<![\\A-Za-z])[A-Za-z]{2,}
+    | \^[^+\-=,]*\^ | \^\{?-?\d{4} | \d{5}! | .{999}"""
 
 
 def _verified(answer: str, gold: str) -> bool:
@@ -100,291 +99,336 @@ def _verified(answer: str, gold: str) -> bool:
         raise ImportError(
             "verify: found no math-verify, expected it from: pip install math-verify"
         ) from error
-    if len(answer) > LIMIT or _NOT_VERIFIED.search(f"{answer},{gold}"):
+    if re.search(_NOT_VERIFIED, f"{answer},{gold}"):
         return False
-    return bool(verify(parse("$1$"), parse(rf"$\frac{{{gold}}}{{{answer}}}$")))
+    quotient = re.sub(r"\^(-?\d+)", r"^{\1}", rf"$\frac{{{gold}}}{{{answer}}}$")
+    return bool(verify(parse("$1$"), parse(quotient)))
 
 
+# -- text ------------------------------------------------------------------------------------------
+
+_ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’、【】「」", '-----**//=""\'\',[]""')
+# The number separators of typographers; 10³ is 10^3, 3½ is 3 1/2.
+_UNICODE = {
+    "(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))": ",",
+    "[⁰¹²³⁴-⁹⁻]+": r"^\g<0>",
+    "(?=[¼-¾⅐-⅞])": " ",
+    "[负負]|マイナス": "-",
+    "。": ". ",
+}
+_FONT = r"""(?x: \\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)
+    [a-z]* (?![A-Za-z]))"""
 _HELD = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
     _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
-_OPENED = r"\\(?:boxed|fbox) ?\{"
-_BOX = re.compile(rf"(?s){_OPENED}({_HELD})\}}")
-_TWO_BOXES = re.compile(_OPENED + r".{0,100}\}[\s$.]*(?:or|and)[\s$]*$")
+_OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"
+# A box that is only a part of the answer: after another one, "18 or", "-" or "2"; before "or 20",
+# "x", "^2", "million".
+_PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
+        (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
+        (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
+      | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
+    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\] | [a-zA-Z](?![a-zA-Z])
+      | [ $]* (?: \^(?!\{{?\\circ) | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)
+        | \\(?:pi|sqrt|frac|times|cdot|div) | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
+_ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
+    |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
+    (?!\ (?:choices|options)))"""
+_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]
+    |\ -\ )[\s:]*)"""
 
 
-def _box(text: str) -> tuple[str, str] | None:
+def _plain(text: str) -> str:
+    """Digits, letters and signs in ASCII where they have such a form, as full-width ones have."""
+    for pattern, replacement in _UNICODE.items():
+        text = re.sub(pattern, replacement, text)
+    return normalize("NFKC", text).translate(_ASCII)
+
+
+def _box(text: str) -> tuple[str | None, str]:
     r"""What the last box holds, and the text after it.
 
-    None without a box, ("", "") if it is cut off or two are offered. An empty \boxed{} quotes the
-    instruction.
+    None and the text without a box; "" and "" if it is cut off or a part of the answer. An empty
+    \boxed{} quotes the instruction.
     """
-    opened = [match.start() for match in re.finditer(_OPENED + r"(?!\s*\})", text)]
-    if not opened:
-        return None
-    start = opened[-1]
-    box = _BOX.match(text, start)
-    if not box or _TWO_BOXES.search(text[max(0, start - 150) : start]):
+    parts = re.split(_OPENED, text)
+    if len(parts) == 1:
+        return None, text
+    box = re.match(rf"(?s)({_HELD})\}}(.*)", parts[-1])
+    if not box or re.search(_PART, f"{parts[-2]}@{{{parts[-1]}"):
         return "", ""
-    return box[1], text[box.end() :]
+    return box[1], box[2]
 
 
 # -- math ------------------------------------------------------------------------------------------
 
-_TERM = r"(?<=[\d)}\]%]|\b[A-Za-z])"  # after a number, a bracket or a variable, not after a word
-_FRAC = (
-    r"(?<![/^])\\[dtc]?frac ?"
-    r"(?:\{ ?(-?\d[\d,.]*) ?\} ?\{ ?(\d[\d,.]*) ?\}|(\d) ?(\d))(?! ?[\\^]|\d)"
-)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# After a number, a bracket or a variable, not after a word.
+_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"
+_FRAC = r"""(?x: (?<![/^])\\[dtc]?frac\ ?
+    (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d)) (?!\ ?[\\^]|\d))"""
 # From LaTeX and Markdown to plain text, in this order. After it a number is one word.
-_REWRITES: list[tuple[str, Any]] = [
-    (r"[\u2e80-\u9fff]+|</?answer>", " "),  # they stand next to a number without a space
-    (r"\b[A-Z]{2}\\?\$(?=\d)", ""),  # US$18
-    (r"(?:\^ ?\{?\\circ\}?|°) ?(?:\\(?:text|mathrm) ?\{ ?[CFK] ?\}|[CFK]\b)?", ""),
-    (
-        r"\\!|\\left(?![a-z])|\\right(?![a-z])|\\[()\[\]]|\\?[$€£¥]|(?<!\d)\*\*|\*\*(?!-?\d)|`",
-        "",
-    ),
-    (r"\{,\}|(?<=\d)\\,(?=\d{3}(?!\d))", ","),  # 1{,}234 and 1\,234
-    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r" \1 "),
-    (r"(?:\\[\\,;: ]|\\q?quad(?![a-z])|~|[^\S\n])+", " "),
-    (rf"(?<=\d) ?({'|'.join(_SCALES)})\b", lambda scale: f"*10^{_SCALES[scale[1]]}"),
-    (r"\*\*|\^\{(-?\d+)\}", r"^\1"),  # 10**3 and 10^{3}
-    (r"√ ?(\w+)|\\sqrt ?(\w)", r"\\sqrt{\1\2}"),
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r" ?(?:\\?%|\bpercent\b)", "%"),
-    (r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)", "*"),
-    (r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])", r"\1"),  # 2 * 3
-    (_TERM + r" ([-+]) (?=[\d(\\]|[A-Za-z]\b)", r"\1"),  # x + 5
-    (_TERM + r" (?=\\[a-z])", ""),  # 2 \sqrt{3}
+_REWRITES = {
+    # Currency: US$18; degrees; delimiters; **18** and *18*, but 2**3.
+    r"""(?x) \b(?:[A-Z]{1,2}\\?\$|Rs\.?\ ?)(?=\d) | \\?[$¢-¥\u20a0-\u20bf]
+    | (?:\^\ ?\{?\\circ\}?|°)\ ?(?:\\(?:text|mathrm)\ ?\{\ ?[CFK]\ ?\}|[CFK]\b)?
+    | \\! | \\(?:left|right)(?![a-z]) | \\[()\[\]] | ` | __ | (?<!\d)\*\* | \*\*(?!-?\d)
+    | (?<![\w*)}])\*(?=[^\s*]) | (?<=[^\s*])\*(?![\w*({\\ -])""": "",
+    # 1,234, 1{,}234, 1\,234 and 1'234; but not 0,123 and 1234,567
+    r"(?<!\d{4})(?<!\b0)(?<=\d)(?:,|\{,\}|\\,|['_])(?=\d{3}(?!\d))": "",
+    rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
+    # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
+    rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?[a-z]+>|<\|\w+\|>
+    | (?:(?<!\d)|(?![万萬亿億兆千百十半点點]))[\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
+    r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
+    r"(?<=\d) ?hundred\b": "e2",
+    r"(?<=\d) ?thousand\b": "e3",
+    r"(?<=\d) ?million\b": "e6",
+    r"(?<=\d) ?billion\b": "e9",
+    r"(?<=\d) ?trillion\b": "e12",
+    r"\*\*|\^\{(-?\d+)\}": r"^\1",  # 10**3 and 10^{3}
+    r"√ ?(\w+)|\\sqrt ?(\w)": r"\\sqrt{\1\2}",
+    r"\\[dtc]frac(?![a-z])": r"\\frac",
+    r" ?(?:\\?%|\bper ?cent\b)": "%",
+    r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)": "*",
+    r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])": r"\1",  # 2 * 3
+    r"(?<=\d)\*10\^(?=-?\d)": "e",  # 2*10^3
+    rf"{_TERM} ([-+]) (?=[\d(\\]|[A-Za-z]\b)": r"\1",  # x + 5
+    rf"{_TERM} (?=\\[a-z])": "",  # 2 \sqrt{3}
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
-    (rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w/^*]))", "&"),
-    (_FRAC, r"\1\3/\2\4"),
-    (r"(?:\b[Nn]egative|(?<![\d)%] )\b[Mm]inus) (?=\d)", "-"),
-    (r"(?:\bnot|\bcannot|n't)(?: be)? -?\d+(?:[.,]\d+)*", ""),  # it is 18, not 5
-    (r"\A\s*- (?=\S+\s*\Z)", "-"),  # "- 5" alone is no list
-    (r"(\b(?:is|are|was|be):?) - (?=\d)", r"\1 -"),
-    (r" ?(?<![<>!])= ?(-(?= ))? ?", r" = \1"),
-]
-_END = r"\n|[.!?](?=\s|$)"  # of a sentence
-_HASHES = r"#### *(?!\d+[.)] )([-+]?[\d.].*)"  # not the heading "#### 1. Add"
-_ANSWER_IS = (
-    r"(?im)\banswer\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])[\s:]*"
-    r"|^[# ]*(?:final )?answer *\n\s*"
-)
-_ASIDE = r",(?! ?-?\d)|;| (?:because|since|as|so|which)\b"
-# 2 dozen, 5 to ten, 2 and a half
-_COUNT = (
-    "(?:(?:a )?half|a quarter|dozen|pi|sqrt|hundred|thousand|million|billion|trillion|two|three"
-    r"|four|five|six|seven|eight|nine|ten)\b"
-)
-_WORD = (  # a possible unit
-    r"(?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives|leaves)\b)[A-Za-z]+,? )?"
-)
-_JOINED_BEFORE = re.compile(
-    rf"(?:\bor (?:[a-z]+ )?|\d[^\s\d]{{0,3}} {_WORD}(?:(?:and|to|-) )?|{_COUNT} (?:to|and) |\S - )$"
-)
-_JOINED_AFTER = re.compile(rf"{_WORD}(?:or\b|(?:(?:and|to|-) )?(?:[-+(]*\d|{_COUNT}))")
-_MORE_VALUES = r"[,;] \w = "  # x = 1, y = 2
-# The last word before an equation. These words do not end one: they belong to it.
-_WORDS = (
-    r"(?s)\A.*(?:[,;:]|(?<![\\A-Za-z])"
-    r"(?!(?:sin|cos|tan|log|ln|and|or|plus|minus"
-    r"|times|twice|double|half|of(?= [A-Za-z]\b))\b)[A-Za-z]{2,}) (?!=)"
-)
-_UNIT_WORD = (  # a word that is no function and no product of two variables
-    r"(?<![\\A-Za-z_{])(?!(?:sin|cos|tan|log|and|plus|minus|times|twice|double|half)\b)"
-    r"[A-Za-z]{3,}\b"
-)
-_STATES = re.compile(  # a variable, a word, f(x); else arithmetic without variables
-    r"\s*(?:(?:[A-Za-z](?:_?\d+|_\w|_\{\w+\})?|\\[a-z]+|[A-Za-z]{3,})'*|[f-hEPTV]\(-?\w+\)"
-    r"|(?:a )?(?:[\d.,+\-*/^!(){}\[\]%&]|\\(?:sqrt|frac|binom|div|pi)(?![a-z])| (?![a-z]))*"
-    r"(?: [A-Za-z]{3,})?)\s*"
-)
-_FACTOR = (  # 1,234.5e6^7
-    r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\^-?\d{1,3})?"
-)
-_NUMBER = re.compile(  # sign, the 3 of 3&1/2, product, percent, attached unit: 5km, 5/day, not 5x
-    rf"([-+]?)(?:(\d+)&(?=\d+/\d+\b))?({_FACTOR}(?:[*/]{_FACTOR})*)(%?)"
-    r"(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|/[A-Za-z]{3,})?"
-)
-_UNIT = re.compile(
-    rf"(?i)(?:(?!(?:or|and|to|plus|minus|times|over|{_COUNT})\b)(?:[a-z]+-)?[a-z]{{2,}}"
-    r"|(?-i:[amghsLNJ]))(?:/[a-z]+)?(?:\^[23])?"
-)
+    rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
+    _FRAC: r"\1\3/\2\4",
+    # It is 18, not 5.
+    r"(?:\bnot|\bcannot|n't|\brather than|\binstead of)(?: be)? -?\d+(?:[.,]\d+)*": "",
+    r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
+    # "minus 5"; "- 5" alone is no list
+    r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
+    | (?<=\b(?:is|be|'s)\ )-\ (?=\d) | (?<=(?:are|was)\ )-\ (?=\d) | (?<=[:=]\ )-\ (?=\d)""": "-",
+    r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
+}
+_END = r"\n|(?<=[.!?])\s(?!=)"  # of a sentence
+_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\ )?answer\ *\n\s*)
+    (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
+    (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
+_NAME_IS = r"[A-Za-z]\S{0,20} = "
+_ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
+_CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
+    | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
+# "18 in 3 days" without an equation: is it 3?
+_DOUBTFUL = r"""(?x) \ (?:in|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
+    (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
+_LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
+    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d)|so|which|because|since)\b
+    (?!.*\b(?:and|or|but)\b).*"""
+# 2 dozen, 5 to ten, 2 and a half, 5 squared
+_COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
+    |trillion|bn|mn|lakh|crore|two|three|four|five|six|seven|eight|nine|ten|zero|squared|cubed
+    |factorial|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|thirds?|halves|base
+    |mod|below)\b"""
+# Two numbers, an inequality, a question, a refuted number.
+_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
+    | \\(?:[gln]eq?|pm|equiv)(?![a-z])
+    | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
+      |not|(?:any|every|no)thing\ but)\ (?:of\ )?\S*\d
+    | \d[^\s\d]{{0,3}}[ ]
+      (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )?
+      (?:[-+(~]*\d|{_COUNT})
+    | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
+# x = 1, y = 2
+_TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
+_BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
+    | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
+# x_1, f(3), (in dollars)
+_INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
+    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\)"""
+_OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
+    | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
+    | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
+      |cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided|percent
+      |reciprocal|(?:more|less)\ than)|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
+      |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b"""
+# Such as x and theta, and the x of 5x; but neither "a" nor times as in 2 x 3 nor a unit: 5g, 5km.
+_VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
+      [A-Za-z](?![A-Za-z'])
+    | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
+    | \b(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)\b"""
+_VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
+_DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
+# Sign, the 3 of 3&1/2, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
+_NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
+    (?:\^(\d{{1,3}}|(?<=\b10\^)-\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
+    (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
+_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUNT})\b)
+    (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])? \)?"""
 
 
-def _plain(text: str) -> str:
-    """Unicode forms of digits, letters and signs as ASCII: full-width, 10³ as 10^3, 3½ as 3 1/2."""
-    text = re.sub("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))", ",", text)
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda power: "^" + normalize("NFKC", power[0]), text)
-    return normalize("NFKC", re.sub("(?=[¼-¾⅐-⅞])", " ", text)).translate(_ASCII)
+def _math(text: str) -> str | None:
+    held, _ = _box(text)
+    if held is not None:
+        return _value(held)
+    text = _simple(text)
+    if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
+        return _value(hashes[-1])
+    said = re.findall(_ANSWER_IS, text)
+    clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
+    answer = _result(clause)
+    stated = bool(said) or answer != clause
+    answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)
+    if " = " in answer or re.search(_UNCLEAR, answer):
+        return None
+    numbers = re.findall(r"(?<!\S)[(\"']*+(\S*(?:\d|\\[a-z])\S*)", answer)
+    if numbers == answer.split():
+        return _value(answer)
+    if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
+        return None
+    return _number(numbers[-1].rstrip(",.;:!?)\"'"))
 
 
 def _simple(text: str) -> str:
     text = _plain(text)
-    for pattern, replacement in _REWRITES:
+    for pattern, replacement in _REWRITES.items():
         text = re.sub(pattern, replacement, text)
-    return re.sub(r"(?<=\d )([ckm]?m|ft)\^[23]\b", r"\1", text)  # 18 m^2: the 2 is no number
+    return text
 
 
-def _math(text: str) -> str | None:
-    if box := _box(text):
-        return _value(box[0])
-    text = _simple(text)
-    if hashes := re.findall(_HASHES, text):
-        return _value(hashes[-1])
-    sentences = [part for part in re.split(_END, text) if re.search(r"\d", part)]
-    sentence, which = "".join(sentences[-1:]), -1  # the last number
-    if markers := list(re.finditer(_ANSWER_IS, text)):
-        said, *end = re.split(f"({_END})", text[markers[-1].end() :], maxsplit=1)
-        doubted = end[:1] == ["?"] or re.search(r"\b(?:wrong|incorrect)\b", said)
-        if re.search(r"[\d\\]", said) and not doubted:
-            sentence, which = re.sub("^- ", "-", said), 0  # the first one
-    if re.search(_MORE_VALUES, sentence):
-        return None
-    if which == 0:
-        sentence = re.split(_ASIDE, sentence, maxsplit=1)[0]
-    if " = " in sentence:
-        sentence, which = _result(sentence), 0
-    words = sentence.split()
-    numbers = [i for i, word in enumerate(words) if re.search(r"[\d\\]", word)]
-    if not numbers or "=" in words:
-        return None
-    if len(words) == 1:
-        return _value(sentence)
-    i = numbers[which]
-    before, after = " ".join([*words[max(0, i - 3) : i], ""]), " ".join(words[i + 1 : i + 4])
-    if _JOINED_BEFORE.search(before) or _JOINED_AFTER.match(after):
-        return None
-    return _number(words[i].lstrip("(\"'").rstrip(",.;:!?)\"'"))
+def _last(separator: str, text: str) -> str:
+    """The last part with a digit."""
+    return "".join(re.findall(r"(?m)^.*\d.*", re.sub(separator, "\n", text))[-1:])
 
 
 def _result(text: str) -> str:
-    """The right side of an equation if its left side is a name or arithmetic; else the equation
-    as it is.
-    """
+    """The right side of an equation whose left side is a name or arithmetic; else the text."""
     left, _, right = text.rpartition(" = ")
-    chain = re.sub(_UNIT_WORD, "", re.sub(_WORDS, "", left))
-    chain = re.sub(r"(?<=\d) *x *(?=\d)", "*", chain)  # 700x2
-    return right if all(map(_STATES.fullmatch, chain.split(" = "))) else text
+    chain = re.split(_BREAK, left)[-1].split(" = ")
+    return right if all(map(_states, chain)) and not re.search(_TWO_VALUES, text) else text
+
+
+def _states(left: str) -> bool:
+    """Whether the left side of an equation is a name or arithmetic without variables."""
+    left = re.sub(_INDEX, "", left)
+    variables = re.findall(_VARIABLE, left)
+    if not re.search(r"\d", left):
+        return len(variables) < 2 and not re.search(_OPERATOR, left)
+    terms = re.split(_OPERATOR, left)
+    return not variables and all(re.search(r"\d|pi\b|^\W*$", term) for term in terms)
 
 
 def _value(text: str) -> str | None:
     """What a box, a gold or a `####` line says: a number with its unit, else an expression
     without its spaces.
     """
-    text = _simple(text)
-    if not re.search(r",(?!\d{3})|;|\b(?:and|or)\b", text.rpartition(" = ")[0]):
-        text = _result(text)
-    text = re.sub("^- ", "-", text.strip(" \n,;:").rstrip("."))
-    if re.fullmatch(r"-?\d{1,3}(?: \d{3})+", text):
-        text = text.replace(" ", "")
+    text = _result(_simple(text)).rstrip(" \n,;:.")
+    text = re.sub(r"^[A-Za-z ]+(?::| is) *(?=-?[\d.])", "", text)
     number, *units = text.split() or [""]
     value = _number(number.strip("(){}"))
-    if value and all(_UNIT.fullmatch(unit.strip("()")) for unit in units):
+    if value and all(re.fullmatch(_UNIT, unit) for unit in units):
         return value
+    text = re.sub(r"(?<!\\)\b(?:[A-Z][a-z]+|NO|[A-Z]{3,})\b", lambda word: word[0].lower(), text)
     # The space in "1 2" and "no solution" means something.
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None
 
 
 def _number(word: str) -> str | None:
     """A number in plain form, "1234", "0.5" for a decimal, "-7/2" for a fraction, "50%"."""
-    found = _NUMBER.fullmatch(word)
-    if not found or len(word) > LIMIT:
+    found = re.fullmatch(_NUMBER, word)
+    if not found:
         return None
-    value = Fraction(1)
-    try:
-        for operator, factor in re.findall(rf"([*/]?)({_FACTOR})", found[3].replace(",", "")):
-            base, _, power = factor.partition("^")
-            value *= Fraction(base) ** (int(power or 1) * (-1 if operator == "/" else 1))
-            if max(value.numerator, value.denominator) > 10**LIMIT:
-                return None
-    except ZeroDivisionError:
+    sign, whole, base, power, divisor, percent = found.groups("")
+    value = Fraction(base) ** int(power or 1) / Fraction(divisor or 1) + int(whole or 0)
+    if max(value.numerator, value.denominator) > 10**LIMIT:
         return None
-    value += int(found[2] or 0)
-    sign = "-" if found[1] == "-" and value else ""
-    top, bottom = Decimal(value.numerator), Decimal(value.denominator)
-    decimal = Context(prec=2 * LIMIT).divide(top, bottom)
-    if "/" in found[3] or Fraction(decimal) != value:
-        return f"{sign}{value}{found[4]}"
-    return f"{sign}{decimal:f}{found[4]}"
+    units, decimals = divmod(value, 1)
+    plain = f"{units}.{int(decimals * 10**LIMIT):0{LIMIT}}".rstrip("0").rstrip(".")
+    if divisor or Fraction(plain) != value:
+        plain = str(value)
+    return f"{'-' if sign == '-' and value else ''}{plain}{percent}"
 
 
 # -- choice ----------------------------------------------------------------------------------------
 
-_CHOSEN = (
-    r"(?i)\b(?:answer|option|choice)\b[^\n.:=]{0,40}?(?:\b(?:is|was|be)\b|[:=])\s*|答案\W*[是为]?"
-    r"|\b(?:choose|pick|select|think|must be)\b|\b(?:so|thus|hence|therefore)\b,?"
-    r"|#### *(?=[^\n]*\Z)"
-)
-_NEGATED = re.compile(  # "I would not choose", "the answer can't be"; but not "not A so I choose"
-    r"(?i)(?:\bnot|\bnever|\bcannot|n['’]t)\b"
-    r"(?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$"
-)
-_ANSWER_LINE = re.compile(
-    r"(?i)^[^a-z]*(?:so |thus |therefore,? )?(?:the )?(?:final |correct )?"
-    r"answer(?: is\b|:|\** *:)"
-)
-_DRESS = r"</?answer>|\\(?:text|math)[a-z]*|\\[()\[\]!]|[*_`${}]|\\(?=[%&#])|<\|\w+\|>"
-_LETTER = re.compile(  # "the correct option" "(" B ")." or B -
-    r"(?:(?:it|it's|that|is|most|likely|probably|definitely|the|correct|best|final|answer|option"
-    r"|choice|letter)\b:? ?){0,6}([(\[]?)([a-z0-9])([)\].:,;!]*(?: -(?= ))?)(?=\s|$)"
-)
-_SECOND = re.compile(  # (A) or B; A, B
-    r"\W*(?:(?:or|and)\W+(?:option )?([a-z0-9])\b|([a-z0-9])(?!\w| \w| \())"
-)
-_CONTRAST = re.compile(r"\W*(?:not|rather than|instead of) (?:option )?\(?[a-z0-9]\b(?! \w)")
-_REFUSED = re.compile(
-    r" ?(?:is|are|was|were|would be|must be|seems)? ?"
-    r"(?:not|never|wrong|incorrect|false|invalid|unlikely|ruled out)\b"
-    r"| ?(?:isn't|can't|cannot|doesn't|does not)"
-)
-_AFFIRMED = re.compile(" (?:because|since|is (?:the )?(?:correct|right|best|answer))")
-_GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \()"  # after an option's words
+_CHOSEN = rf"""(?ix) (?: {_ANSWER}
+      (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
+    | ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
+    | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
+    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
+    | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|must\ be)\b
+    | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{{4}}\ *(?=[^\n]*\Z)
+    | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
+    (?=(?P<said>.{{0,500}}))"""
+# "I would not choose", "the answer can't be"; but not "not A so I choose"
+_NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|least|unlikely|if
+      |suppose|(?:any|every)thing\ but)|n't)\b
+      (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
+    | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
+_ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
+    answer(?:\ is\b|:|\**\ *:)"""
+_DRESS = rf"</?[a-z]{{1,6}}>|{_FONT}|\\[()\[\]!]|[*_`${{}}]|\\(?=[%&#])|<\|\w+\|>"
+_AROUND = " .,;:!\"'"
+# Up to six words as in "the correct option (B).", then the letter and what closes it.
+_LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
+      |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
+      |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
+    [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
+# because …; but not C
+_AFFIRMED = r"""(?x) \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
+      |번?(?:입니다|이다|다)|选项|是?正[确確]|(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
+      (?:the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
+    | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to)\ (?:option\ )?
+      \(?[a-z0-9]\b(?!\ \w)"""
+# A second letter, as in "(A) or B" and "A, B".
+_SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
+    |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
+_REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
+    (?:is|are|was|were|would\ be|must\ be|seems)?\ ?(?:clearly\ |also\ |the\ |an?\ )?
+    (?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out|isn't|can't|cannot|doesn't)\b"""
+_GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after its words
 
 
-def _choice(text: str, choices: Mapping[str, str] | None) -> set[str]:
-    if box := _box(text):
-        held, text = box
-        if letters := _named(held, choices):
+def _choice(text: str, choices: Choices) -> set[str]:
+    held, text = _box(text)
+    if held and (letters := _named(held, choices)):
+        return letters
+    text = _plain(text)
+    for marker in reversed(list(re.finditer(_CHOSEN, text))[-300:]):
+        letters = _named(marker["said"], choices, ".:,;!" if marker["weak"] else ")].:,;!")
+        if letters and not re.search(_NEGATED, text[: marker.end()][-99:]):
             return letters
-    for marker in reversed(list(re.finditer(_CHOSEN, text))[-1000:]):
-        said = text[marker.end() : marker.end() + LIMIT].partition("\n")[0]
-        letters = _named(said, choices)
-        if letters and not _NEGATED.search(text[max(0, marker.start() - 40) : marker.end()]):
-            return letters
-    lines = set(text.split("\n"))
-    return {letter for line in lines for letter in _named(line, choices, alone=True)}
+    return {letter for line in set(text.split("\n")) for letter in _named(line, choices, "")}
 
 
-def _named(text: str, choices: Mapping[str, str] | None, alone: bool = False) -> set[str]:
-    """The options that `text` names. Only a letter with a bracket or a stop, "(B)" or "B.", may be
-    followed by words that are not its option's, so that "A cat sat" and "I think" name none.
-    `alone`: not even that one.
+def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
+    """The options that `text` names; all of them for "A or B".
+
+    A letter that one of `ends` follows may go on with words that are not its option's: "(B) as it
+    is", but not "A cat sat". Without `ends`, the text must be an option.
     """
     given = choices or dict.fromkeys("abcdefghij", "")
     options = {str(key).strip().lower(): _bare(str(words)) for key, words in given.items()}
     text = _bare(text)
-    if (lead := _LETTER.match(text)) and (key := lead[2]) in options:
+    lead = re.match(_LETTER, text)
+    if lead and lead[1] in options:
+        key = lead[1]
         rest = text[lead.end() :]
         words = _bare(rest)
-        if words in ("", options[key]) or _CONTRAST.match(rest):
+        if words in ("", options[key]) or re.match(_AFFIRMED, rest):
             return {key}
-        if words in options.values() or _REFUSED.match(rest):
-            return set()  # the letter of one and the text of another
-        if second := _SECOND.match(rest):
-            return {key, second[1] or second[2]} & options.keys()
-        closed = lead[3] and (not lead[1] or lead[3][0] in ")]")  # "(A mouse" is not
-        if _AFFIRMED.match(rest) or (closed and not alone):
+        if re.match(_SECOND, rest):
+            return set(options)
+        refused = words in options.values() or re.match(_REFUSED, rest)  # (A) the text of B
+        if set(lead[2]) & set(ends) and not refused:
             return {key}
-    said = (text, _bare(re.sub(r"^(?:option|choice|answer)\b", "", text)))
-    same = {key for key, words in options.items() if words and words in said}
-    if same or alone:
-        return same
-    begun = [k for k in options if options[k] and re.match(re.escape(options[k]) + _GOES_ON, text)]
-    return {max(begun, key=lambda key: len(options[key]))} if begun else set()
+    goes_on = _GOES_ON if ends else "$"
+    said = {
+        key: len(words)
+        for key, words in options.items()
+        if words
+        and re.match(
+            rf"(?:(?:option|choice|answer)\b[^\w-]*)?{re.escape(words)}"
+            rf"(?:$| \({re.escape(key)}\)|{goes_on})",
+            text,
+        )
+    }
+    return {key for key in said if said[key] == max(said.values())}
 
 
 def _bare(text: str) -> str:
@@ -392,56 +436,72 @@ def _bare(text: str) -> str:
     around all of it.
     """
     text = re.sub(r"\\[,;: ]|~", " ", _plain(text))
-    text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(" .,;:!?\"'")
-    bracketed = re.fullmatch(r"\(((?:[^()]|\([^()]*\))*)\)", text)
-    return bracketed[1].strip(" .,;:!?\"'") if bracketed else text
+    text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(_AROUND)
+    return re.sub(r"\A\(((?:[^()]|\([^()]*\))*)\)\Z", r"\1", text).strip(_AROUND)
 
 
 # -- code ------------------------------------------------------------------------------------------
 
-# Indent, fence, language, program, closing fence. As in CommonMark, the closing fence has at least
-# the length of the opening one and at most three more spaces before it. Models also put a fence
-# after other text on the same line.
-_BLOCK = re.compile(
-    r"(?ms)^( *)[^\n`~]*(`{3,}|~{3,})[ {.]*(\w*)[^\n`]*\n(.*?)"
-    r"(^(?:\1)? {0,3}\2[`~]* *$|(?<=[^\s`~])\2 *$|\Z)"
-)
-_DEFINED = r"(?m)^(?:(?:async +)?def|class) +(\w+)|^(?:from .* )?import +(.+)"
-_SOLUTION = r"(?m)^(?:(?:async +)?def|class) +(?!(?i:_?test|main\b|\w*test\b))(?!.*TestCase)"
+# Models also put a fence after other text. What a Markdown block holds is Markdown.
+_FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]*(\w*).*\n"
+_STATEMENT = r"""(?mx) ^\ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b
+    |@|[\w\ ,.]+=)"""
+_NOT_EXAMPLE = r"""(?x: (?!.*TestCase|check\(candidate
+    |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage))))"""
+_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^\w+\ *=\ *lambda\b"
+# What functions, classes, imports, CONSTANTS and lambdas are called.
+_DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
+    | (?=\w+\ *=\ *lambda\b|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that defines something other than tests, and the blocks it is
-    connected to.
+    """The last closed Python block that parses and defines something other than tests and examples,
+    and the blocks it is connected to.
 
     Without one: a block that the token limit cut off, the last block, or the text itself if it is a
     program.
     """
-    found = _BLOCK.findall(text.replace("\r\n", "\n"))
-    python = [block for block in found if block[2].lower() in ("", "python", "python3", "py")]
-    blocks = [(textwrap.dedent(code).strip("\n"), end) for *_, code, end in python]
-    defining = [block for block in blocks if re.search(_SOLUTION, block[0])]
-    wanted = [block for block in defining if block[1]] or defining or blocks
-    if wanted:
-        program = wanted[-1][0]
-        for earlier, _ in reversed(blocks[: blocks.index(wanted[-1])]):
-            if _connected(program, earlier) or _connected(earlier, program):
-                program = f"{earlier}\n\n{program}"
-        return program or None
-    if found or len(text) > 100_000:  # the parser takes a kilobyte of memory per byte of text
-        return None
-    try:
-        nodes = ast.parse(text).body
+    blocks = _blocks(text.replace("\r\n", "\n"))
+    if not blocks:
+        return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
+    ranked = sorted(blocks, key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block)))
+    program = ranked[-1]
+    for earlier in reversed(blocks[: blocks.index(program)]):
+        shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
+        names = _names(earlier)
+        if names and shared & (names ^ _names(program)):  # one uses the other
+            program = f"{earlier}\n\n{program}"
+    return program or None
+
+
+def _blocks(text: str) -> list[str]:
+    """The Python blocks of Markdown text. One that is not closed is the first: any other is better.
+
+    The closing fence is at least as long as the opening one. A fence where the program would break
+    off is part of it, as in a docstring.
+    """
+    blocks: list[str] = []
+    position = 0
+    while opening := re.compile(_FENCE).search(text, position):
+        start, fence = opening.end(), opening[1]
+        closing = re.compile(rf"(?m)^ *{fence}[`~]* *$|(?<=[^\s`~]){fence} *$|\Z")
+        ends = list(islice(closing.finditer(text, start), 5))
+        end = next((end for end in ends if _parses(text[start : end.start()])), ends[0])
+        if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
+            program = textwrap.dedent(text[start : end.start()]).strip("\n")
+            blocks.insert(len(blocks) if end[0] else 0, program)
+        position = end.end()
+    return blocks
+
+
+def _parses(program: str) -> bool:
+    try:  # the parser takes a kilobyte of memory per byte of text
+        with warnings.catch_warnings(action="ignore"):
+            return len(program) < 100_000 and bool(ast.parse(textwrap.dedent(program)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    says_only = all(isinstance(node, ast.Expr | ast.AnnAssign | ast.Pass) for node in nodes)
-    return None if says_only else text.strip("\n")
+        return False
 
 
-def _connected(program: str, other: str) -> bool:
-    """Whether `program` uses a name that only `other` defines or imports."""
-    defined, own = (
-        set(re.findall(r"\w+", " ".join(map(" ".join, re.findall(_DEFINED, code)))))
-        for code in (other, program)
-    )
-    return not (defined - own).isdisjoint(re.findall(r"\w+", program))
+def _names(program: str) -> set[str]:
+    """What a program defines and imports."""
+    return set(re.findall(r"\w+", " ".join(re.findall(_DEFINED, program))))

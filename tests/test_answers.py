@@ -129,11 +129,11 @@ REPEATED = (
     "|\\text{|\\frac{1}{"
     "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
-    "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,"
+    "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,|'|x = |1 in |答案是"
 ).split("|")
 
 
-@pytest.mark.parametrize("start", ["", "The answer is ", "\\boxed{"])
+@pytest.mark.parametrize("start", ["", "1 ", "The answer is ", "\\boxed{"])
 def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
     """A pattern that backtracks hangs the run on the one model that says the same for 8,000
     letters.
@@ -346,6 +346,16 @@ def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
             assert grade("math", text, gold), row["id"]
             assert grade("math", text, row["solution"]), row["id"]
             assert grade("math", text, wrong) == (int(gold) == int(wrong)), row["id"]
+
+
+def test_the_last_line_of_a_solution_has_an_answer() -> None:
+    """Units, multiplication signs and names on the left side hid the result of one in twenty."""
+    data = rows("gsm8k_test")[:200]
+    right = 0
+    for row in data:
+        solution = re.sub(r"<<.*?>>", "", row["solution"].partition("####")[0])
+        right += grade("math", solution.strip().rpartition("\n")[2], row["answer"])
+    assert right >= 195
 
 
 def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:

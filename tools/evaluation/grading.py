@@ -3,6 +3,7 @@
 Does not know: models, how texts come about.
 """
 
+import ast
 import re
 import textwrap
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from . import sandbox
 from .rows import Row, kind_of, option_of
 
 Grader = Callable[[Row, str], bool | None]  # None: not graded, as code that may not be run
-FUTURE_IMPORT = r"(?m)^from __future__ import (?:\([^)]*\)|.*)$"
 
 
 def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
@@ -85,18 +85,50 @@ def code_program(row: Row, text: str) -> str:
     with imports and helpers that answers leave out; it comes first. A text without a program adds
     nothing, and the tests fail.
     """
-    code = extract("code", text) or ""
-    future_imports = "\n".join(re.findall(FUTURE_IMPORT, code))  # must be first in a program
-    code = re.sub(FUTURE_IMPORT, "", code)
+    future_imports, code = hoisted(tested_code(row, text))
     parts = [code, "\n".join(row.get("test_imports", [])), row["tests"]]
     if "entry_point" in row and compiles(row["question"]):
-        if code and not re.search(rf"\b{re.escape(row['entry_point'])}\b *[(=]", code):
+        if code and not defines(code, row["entry_point"]):
             # The answer is the body of the function that the question begins.
             parts[0] = textwrap.indent(code, "    ")
         parts.insert(0, row["question"])
     program = "\n\n".join([future_imports, *parts])
     # A bug of the data set: the test of HumanEval/32 unpacks the answer, and no program passes.
     return program.replace("_poly(*candidate(*inp), inp)", "_poly(*inp, candidate(*inp))")
+
+
+def tested_code(row: Row, text: str) -> str:
+    """Return the program in a text, "" without one.
+
+    If it defines nothing that the tests name, as an example of another function does, a program
+    that ends before it and does define something of that kind comes first.
+    """
+    wanted = re.findall(r"\w+", str(row.get("entry_point", row["tests"])))
+    ends = [fence.start() for fence in re.finditer(r"(?m)^.*(?:```|~~~)", text)]
+    programs = [extract("code", text[:end]) or "" for end in [None, *ends[:-20:-1]]]
+    return next((code for code in programs if defines(code, *wanted)), programs[0])
+
+
+def defines(code: str, *names: str) -> bool:
+    """Return whether a program defines one of the names as a function, a class or a variable."""
+    return not set(re.findall(r"(?m)^(?:(?:async )?def |class )?(\w+) *[(:=]", code)).isdisjoint(
+        names
+    )
+
+
+def hoisted(code: str) -> tuple[str, str]:
+    """Return a program's imports from __future__, which must be first, and the program without."""
+    try:
+        nodes = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return "", code
+    imports = ""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            statement = ast.get_source_segment(code, node) or ""
+            code = code.replace(statement, "pass", 1)
+            imports += f"{ast.unparse(node)}\n"
+    return imports, code
 
 
 def compiles(program: str) -> bool:

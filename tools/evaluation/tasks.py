@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .grading import code_program as code_program  # a task's rows and their programs go together
 from .rows import Row, read_rows
 
 

@@ -1,0 +1,76 @@
+"""Programs that models wrote are graded as they were meant. Each test names the bug it prevents."""
+
+import pytest
+
+from tools.evaluation.grading import code_program
+from tools.evaluation.rows import Row
+
+SOLUTION = "```python\ndef total(a, b):\n    return a + b\n```"
+HUMANEVAL: Row = {
+    "id": "1",
+    "question": 'def total(a: int, b: int) -> int:\n    """Add two numbers."""\n',
+    "entry_point": "total",
+    "tests": "assert total(1, 2) == 3",
+    "answer": "",
+}
+MBPP: Row = {"id": "2", "question": "Add.", "tests": "assert total(1, 2) == 3", "answer": ""}
+
+
+def passes(row: Row, text: str) -> bool:
+    """Whether the row's tests pass. The texts here are harmless."""
+    program = compile(code_program(row, text), "program", "exec", dont_inherit=True)
+    try:
+        exec(program, {"__name__": "program"})
+    except (AssertionError, NameError, SystemExit, ImportError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("row", [HUMANEVAL, MBPP], ids=["humaneval", "mbpp"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        "def halves(a):\n    return a / 2",
+        "class Timer:\n    pass",
+        "def square(x):\n    return x * x\n\nassert square(2) == 5",
+        "def test_total():\n    assert total(1, 1) == 3\n\ntest_total()",
+        "def example():\n    raise SystemExit\n\nexample()",
+        "from solution import total\n\nclass TotalTests(unittest.TestCase):\n    pass",
+        "assert total(1, 1) == 3",
+    ],
+)
+def test_the_block_that_the_tests_name_wins(row: Row, block: str) -> None:
+    """A later example that defined another function replaced the solution."""
+    assert passes(row, f"{SOLUTION}\nAlso:\n```python\n{block}\n```")
+
+
+def test_the_last_of_two_solutions_counts() -> None:
+    """Otherwise a corrected mistake stays one, and a spoilt solution passes."""
+    wrong = SOLUTION.replace("+", "-")
+    assert passes(MBPP, f"{wrong}\nNo:\n{SOLUTION}")
+    assert not passes(MBPP, f"{SOLUTION}\nNo:\n{wrong}")
+    assert not passes(MBPP, "I do not know.")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from __future__ import annotations",
+        "from __future__ import (\n    annotations,\n    division,\n)",
+        "from __future__ import (  # (as in PEP 563)\n    annotations,  # :)\n)",
+        "from __future__ import annotations, \\\n    division",
+        "from __future__ import annotations; import operator",
+        '"""Adds."""\nfrom __future__ import annotations\nfrom __future__ import division',
+    ],
+)
+@pytest.mark.parametrize("row", [HUMANEVAL, MBPP], ids=["humaneval", "mbpp"])
+def test_imports_from_the_future_come_first_in_every_form(row: Row, statement: str) -> None:
+    """They must precede the question, and were found only on one line or without a comment."""
+    assert passes(row, f"```python\n{statement}\ndef total(a, b):\n    return a + b\n```")
+
+
+def test_the_body_alone_continues_the_question() -> None:
+    """HumanEval asks for the rest of a function that the question begins."""
+    assert passes(HUMANEVAL, "```python\n    return a + b\n```")
+    assert passes(HUMANEVAL, "return a + b")
+    assert not passes(HUMANEVAL, "```python\n    return a - b\n```")
