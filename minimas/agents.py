@@ -382,8 +382,12 @@ def single_team(lm: LM) -> Team:
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:
-    """Return a team given by name: the folder's own first, then the generic one."""
+    """Return a team given by name: the folder's own first, then the generic one.
+
+    Raises ValueError for an unknown name, or a team in which nobody sees the question.
+    """
     if isinstance(team, Team):
+        team.require_question()
         return team
     if team not in lm.teams.keys() | TEAMS.keys():
         found = f"found {team!r}, expected a Team or one of {', '.join(TEAMS)}"

@@ -95,6 +95,12 @@ class Team:
         """
         return self if layout is None else replace(self, layout=layout)
 
+    def require_question(self) -> None:
+        """Raise ValueError if no agent sees the question, as after a typo such as {Question}."""
+        if "{question}" not in "".join([self.opening, *(agent.prompt for agent in self.agents)]):
+            expected = "expected {question} in the opening or in a prompt"
+            raise ParameterError("team", f"found no agent who sees the question, {expected}")
+
     @classmethod
     def from_json(cls, path: str | Path) -> "Team":
         """Read a file such as {"parallel": false, "agents": [{"name": …, "prompt": …}, …]}.
@@ -116,9 +122,10 @@ class Team:
             for i, fields in enumerate(raw["agents"])
         ]
         team: Team = _build(cls, raw | {"agents": agents}, source)
-        if "{question}" not in "\n".join([team.opening, *(agent.prompt for agent in agents)]):
-            expected = "expected {question} in the opening or in a prompt"
-            raise ValueError(f"{source}: found no agent who sees the question, {expected}")
+        try:
+            team.require_question()
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         return team
 
 

@@ -176,7 +176,11 @@ AGENTS = st.builds(
     writes=st.booleans(),
     prefix=st.sampled_from(["", "<think>\n"]),
 )
-LINES = st.lists(AGENTS, min_size=1, max_size=4).map(tuple)
+LINES = (
+    st.lists(AGENTS, min_size=1, max_size=4)
+    .map(tuple)
+    .filter(lambda agents: any("{question}" in agent.prompt for agent in agents))
+)
 ASKED = st.lists(harmless_texts(12).filter(str.strip), min_size=1, max_size=3)
 
 
@@ -531,6 +535,19 @@ def test_a_team_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) ->
 def test_a_missing_team_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*team\.json'"):
         Team.from_json(tmp_path / "team.json")
+
+
+@pytest.mark.parametrize("method", [text_mas, latent_mas])
+@pytest.mark.parametrize("prompt", ["Solve {Question}.", "Solve { question }.", "Solve it."])
+def test_a_team_in_which_nobody_sees_the_question_is_refused(
+    lm: LM, method: Callable[..., list[Result]], prompt: str
+) -> None:
+    """A typo in the placeholder would give an answer to nothing."""
+    team = Team((Agent("first", "Plan."), Agent("last", prompt)))
+    with pytest.raises(ValueError, match="team: found no agent who sees the question"):
+        method(lm, QUESTIONS[:1], team)
+    asked = dataclasses.replace(team, opening="Question: {question}")
+    assert method(lm, QUESTIONS[:1], asked, sampling=SHORT)
 
 
 def test_a_team_without_agents_is_refused() -> None:

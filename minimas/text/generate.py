@@ -203,10 +203,20 @@ def stream(
             return
 
 
-def generate(*arguments: Any, **options: Any) -> list[GeneratedText]:
-    """Return the finished text of each row. Takes what `stream` takes.
-
-    Without `remember` the KV cache must not be used afterwards.
-    """
-    done = {row: text for row, _, text in stream(*arguments, **options) if text is not None}
+def generate(
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    hidden: Tensor,
+    cache: KVCache,
+    sampling: Sampling,
+    end_ids: Collection[int],
+    generators: Sequence[torch.Generator],
+    prompts: Sequence[Sequence[int]],
+    remember: bool = False,
+) -> list[GeneratedText]:
+    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters as in `stream`."""
+    pieces = stream(
+        model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, remember
+    )
+    done = {row: text for row, _, text in pieces if text is not None}
     return [done[row] for row in sorted(done)]

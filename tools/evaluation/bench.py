@@ -134,8 +134,9 @@ class Bench:
             their_team = self.team(others[0], arm)
             handed = latent_turn(self.lm, team=their_team, **thinking, **asked(others))
             return latent_turn(self.lm, team=team, handed=handed, **thinking, **asked(rows))
-        if transfer == "none":
-            team = replace(team, agents=team.agents[-1:])  # nobody sees the others' work
+        last = team.agents[-1]
+        if transfer == "none" and "{question}" in team.opening + last.prompt:
+            team = replace(team, agents=(last,))  # nobody sees the others' work
         return latent_turn(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 
     def team(self, i: int, arm: Arm) -> Team:
