@@ -47,8 +47,8 @@ def check_compiler(device_type: str = "cpu") -> None:
         problem = f"found no C++ compiler, expected g++ or clang++ ({error})"
         raise ParameterError("compile", problem) from error
     if device_type == "cuda" and not has_triton():
-        problem = "found no Triton that runs on this GPU, expected it (pip install triton)"
-        raise ParameterError("compile", f"{problem} and compute capability 7.0 or newer")
+        expected = "expected compute capability 7.0 or newer, and: pip install triton"
+        raise ParameterError("compile", f"found no Triton that runs on this GPU, {expected}")
 
 
 def compile_steps(model: Qwen3) -> None:

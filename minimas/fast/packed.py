@@ -116,7 +116,7 @@ class CPULinear(nn.Module):
     def __getstate__(self) -> Any:
         # A packed weight cannot be copied: both copies are packed again at their next use.
         self._apply(lambda weight: weight)
-        return super().__getstate__()
+        return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._apply(lambda weight: weight)

@@ -121,7 +121,8 @@ class Replacer:
         bias = None if module.bias is None else self._read(f"{name}.bias")
         if blocks is not None and (self.quantize is None or blocks[2] is not None):
             parts: Any = (part if part is None else part.to(self.device) for part in blocks)
-            self.made.append(kept(*parts, bias, self.dtype))
+            values, scale, minimum = parts
+            self.made.append(kept(values, scale, minimum, bias, self.dtype))
         else:
             assert self.quantize is not None
             self.made.append(quantized(self.quantize, self._read(key), bias))
