@@ -33,17 +33,16 @@ def require(found: str, device: torch.device) -> None:
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
-    bnb = _package().nn
-    (N, K), options = weight.shape, {"requires_grad": False}
+    bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
         made = bnb.Linear4bit(K, N, bias is not None, torch.bfloat16, True, "nf4", device="meta")
-        how = {"compress_statistics": True, "quant_type": "nf4"}
-        made.weight = bnb.Params4bit(weight.bfloat16(), **options, **how).to(weight.device)
+        stored = bnb.Params4bit(
+            weight.bfloat16(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
     else:
         made = bnb.Linear8bitLt(K, N, bias is not None, has_fp16_weights=False, device="meta")
-        made.weight = bnb.Int8Params(weight.half(), **options, has_fp16_weights=False).to(
-            weight.device
-        )
+        stored = bnb.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    made.weight = stored.to(weight.device)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
     made.eval()(weight.new_zeros(1, K))  # packs at its first call

@@ -97,7 +97,7 @@ class Compiled:
 
     def layers(self, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""
-        many = len(x) > MAX_ROWS and x.device.type == "cpu"
+        many = len(x) > MAX_ROWS and x.is_cpu
         block = Block.forward if many else self.block
         layers: Any = self.model.model.layers
         for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):

@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     keep every widened chunk.
     """
     R, (N, K) = x.shape[:-1].numel(), weight.shape
-    if x.device.type != "cpu" or has_units(x.dtype) or R <= MAX_NARROW_ROWS or x.requires_grad:
+    if not x.is_cpu or has_units(x.dtype) or R <= MAX_NARROW_ROWS or x.requires_grad:
         return F.linear(x, weight, bias)
     rows = x.reshape(R, K).float()  # (R, K)
     y = x.new_empty(R, N)
@@ -96,8 +96,8 @@ class CPULinear(nn.Module):
         """Replace a frozen bf16 weight on the CPU by a packed one, where this CPU can."""
         if self.packed is not None or not can_pack():
             return
-        weight, on_cpu = self.weight, self.weight.device.type == "cpu"
-        if weight.dtype == torch.bfloat16 and on_cpu and not weight.requires_grad:
+        weight = self.weight
+        if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
             del self.weight
 
@@ -135,7 +135,7 @@ def pack(model: Any) -> None:
     """
     widens = not has_units(model.dtype)
     packs = model.dtype == torch.bfloat16 and can_pack()
-    if model.device.type != "cpu" or not (widens or packs):
+    if not (widens or packs) or model.device.type != "cpu":
         return
     if widens and model.lm_head is None:
         model.lm_head = partial(linear, weight=model.model.embed_tokens.weight)

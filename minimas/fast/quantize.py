@@ -106,8 +106,8 @@ class Replacer:
         Blocks are kept in a 16-bit model, where q4's kernels run.
         """
         self.source, self.device, self.dtype, self.quantize = source, device, dtype, quantize
-        bits16 = dtype.itemsize == 2
-        self.keeps_blocks = quantize in (None, "q4", "q8") and bits16 and has_kernels(device)
+        runs = dtype.itemsize == 2 and has_kernels(device)
+        self.keeps_blocks = runs and quantize in (None, "q4", "q8")
         self.made: list[nn.Module | None] = []  # None for a matrix of sizes that do not divide
 
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
@@ -118,14 +118,17 @@ class Replacer:
         blocks = self.source.blocks(key) if self.keeps_blocks else None
         if blocks is None and self.quantize is None:
             return None
-        bias = None if module.bias is None else self._read(f"{name}.bias")
+        bias = None
+        if module.bias is not None:
+            bias = self.source.read(f"{name}.bias", self.dtype).to(self.device)
         if blocks is not None and (self.quantize is None or blocks[2] is not None):
             parts: Any = (part if part is None else part.to(self.device) for part in blocks)
             values, scale, minimum = parts
             self.made.append(kept(values, scale, minimum, bias, self.dtype))
         else:
             assert self.quantize is not None
-            self.made.append(quantized(self.quantize, self._read(key), bias))
+            weight = self.source.read(key, self.dtype).to(self.device)
+            self.made.append(quantized(self.quantize, weight, bias))
         return self.made[-1]
 
     def finish(self, model: Any) -> None:
@@ -144,10 +147,6 @@ class Replacer:
             model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
         if any(self.made):
             model._apply = refuse_to_move
-
-    def _read(self, key: str) -> Tensor:
-        tensor: Tensor = self.source.read(key, self.dtype)
-        return tensor.to(self.device)
 
 
 def kept(
@@ -199,8 +198,8 @@ def _fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             scale = torch.where(slope > 1e-30, slope, scale)
             zero = mean - scale * centre
         grids.append((scale, zero))
-    scale, zero = (torch.stack(parts) for parts in zip(*grids, strict=True))  # (4, N · G, 1)
-    scale, zero = scale.bfloat16(), zero.bfloat16()  # what is stored
+    # What is stored, (4, N · G, 1).
+    scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
     off = (_nearest(x, scale, zero) - 8) * scale + zero - x
     best = (importance * off.square()).sum(-1, keepdim=True).argmin(0, keepdim=True)
     scale, zero = (grid.gather(0, best)[0] for grid in (scale, zero))  # (N · G, 1)
@@ -294,7 +293,7 @@ class Q4Linear(QuantizedLinear):
         self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
-        self.order = order_of_this_cpu() if values.device.type == "cpu" else None
+        self.order = order_of_this_cpu() if values.is_cpu else None
         self.max_kernel_rows = self.order.max_kernel_rows if self.order else torch.inf
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -351,7 +350,7 @@ class Q8Linear(QuantizedLinear):
         super().__init__(values.shape, bias, dtype)
         kind = values.device.type
         # CUDA's kernel would convert them at every call.
-        self.values, self.scale = values, scale if kind == "cpu" else scale.float()
+        self.values, self.scale = values, scale if values.is_cpu else scale.float()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", kind.upper()
         )
