@@ -138,7 +138,7 @@ def load(
     if quantize is not None:
         check(quantize, target, asked)
     if compile:
-        check_compiler()
+        check_compiler(target.type)
     path = resolve(name)
     source = open_source(path)
     raw, config_path = read_settings(path, source.files, "config.json", needed=True)

@@ -5,6 +5,7 @@ What they gain is memory; for speed there are q4 and q8. Does not know: models, 
 
 import logging
 from importlib import import_module
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,46 +18,48 @@ def require(found: str, device: torch.device) -> None:
     Raises ImportError beginning with `found`.
     """
     try:
-        bitsandbytes: Any = import_module("bitsandbytes")
+        package = _package()
     except ImportError as error:
-        raise ImportError(
-            f"{found} without bitsandbytes, expected it: pip install 'minimas[bnb]'"
-        ) from error
-    version = tuple(int(part) for part in bitsandbytes.__version__.split(".")[:2])
-    if version < (0, 46):
-        raise ImportError(
-            f"{found} with bitsandbytes {bitsandbytes.__version__}, expected 0.46 or newer"
-        )
-    if (
-        device.type == "cuda"
-        and getattr(bitsandbytes.cextension.lib, "compiled_with_cuda", False) is not True
-    ):
-        raise ImportError(
-            f"{found} on {device} with bitsandbytes {bitsandbytes.__version__} built without CUDA, "
-            "expected a build for it: pip install -U bitsandbytes"
-        )
+        expected = "expected it: pip install bitsandbytes"
+        raise ImportError(f"{found} without bitsandbytes ({error}), {expected}") from error
+    found += f" on {device} with bitsandbytes {package.__version__}"
+    if tuple(map(int, package.__version__.split(".")[:2])) < (0, 46):
+        raise ImportError(f"{found}, expected 0.46 or newer: pip install -U bitsandbytes")
+    # A build that failed to load has a function under any name.
+    if device.type == "cuda" and package.cextension.lib.compiled_with_cuda is not True:
+        expected = "expected a build for it: pip install -U bitsandbytes"
+        raise ImportError(f"{found} built without CUDA, {expected}")
 
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
-    bnb: Any = import_module("bitsandbytes.nn")
-    (N, K), options = weight.shape, {"requires_grad": False}
+    bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
         made = bnb.Linear4bit(K, N, bias is not None, torch.bfloat16, True, "nf4", device="meta")
-        how = {"compress_statistics": True, "quant_type": "nf4"}
-        made.weight = bnb.Params4bit(weight.bfloat16(), **options, **how).to(weight.device)
+        stored = bnb.Params4bit(
+            weight.bfloat16(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
     else:
         made = bnb.Linear8bitLt(K, N, bias is not None, has_fp16_weights=False, device="meta")
-        # It warns at every call that activations are converted to fp16, as the format does.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        made.weight = bnb.Int8Params(weight.half(), **options, has_fp16_weights=False).to(
-            weight.device
-        )
+        stored = bnb.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    made.weight = stored.to(weight.device)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
     made.eval()(weight.new_zeros(1, K))  # packs at its first call
-    # Its own way rounds the scales anew each time, and a fingerprint must not change.
-    made._save_to_state_dict = lambda state, prefix, _: state.update(
-        {prefix + "weight": made.weight.data}
-    )
+    made._save_to_state_dict = MethodType(_save_weight, made)
     return made  # type: ignore[no-any-return]
+
+
+def _package() -> Any:
+    """Return bitsandbytes, of whose log only errors are shown.
+
+    It warns at its import of kernels that it does not find, and at every product of int8 that
+    activations are converted to fp16, as the format does.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return import_module("bitsandbytes")
+
+
+def _save_weight(layer: Any, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    # Its own way rounds the scales anew each time, and a fingerprint must not change.
+    state[prefix + "weight"] = layer.weight.data

@@ -1,187 +1,148 @@
 """Faster steps of one position: what `load(compile=True)` does to a model. Results stay the same.
 
 A step of one thought or token is hundreds of tiny operations between a few large products.
-torch.compile fuses them, in one function per layer: from after the append to the KV cache up to
-the append of the next layer. All layers share what was compiled, and a growing cache compiles
-nothing anew. On a GPU the whole step is also recorded as a CUDA graph, once per cache, so that no
-launch waits for Python. Longer inputs, where the products take all the time, are not compiled.
+torch.compile fuses them, one layer at a time. All layers share what was compiled, and a growing
+cache compiles nothing anew. On a GPU the whole step is also recorded as a CUDA graph, once per
+cache: one call then starts all of its kernels, and no kernel waits for Python. Longer inputs,
+where the products take nearly all the time, are not compiled.
+
+What it gains on a CPU with AVX2 is mostly the loop of few_rows.py, which only a compiler makes
+fast: see there. Without it a compiled step of one row was 1.1 times as fast in bf16, q8 and q4
+(Qwen2.5-Coder-0.5B, one thread of a 2-core AMD EPYC, medians of 9 to 15 interleaved rounds,
+2026-11-29). A CUDA graph was not run.
 
 Does not know: prompts, agents.
 
-    B rows   T new positions   S slots   D hidden   H query heads   K key-value heads   d head size
+    B rows   D hidden   S slots
 """
 
-import functools
-import itertools
+import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.cache import KVCache, Positions, with_capacity
 from ..core.errors import ParameterError
 from ..core.model import Block, Qwen3
-from ..core.rotary import rotate
-from .packed import CPULinear, has_units
+from .few_rows import MAX_ROWS
+from .packed import CPULinear, can_pack, has_units
 
 SPARE_SLOTS = 256  # steps until a recorded step must be recorded anew
 
-# No graph can hold a packed weight. It goes in as a number, by which the operator finds the layer.
-_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_namespace = __name__.replace(".", "_")
-_library = torch.library.Library(_namespace, "DEF")
-_library.define("product(Tensor x, Tensor handle, int n) -> Tensor")
-_library.impl("product", lambda x, handle, n: _layers[int(handle)].product(x), "CPU")
-_library.impl("product", lambda x, handle, n: x.new_empty(*x.shape[:-1], n), "Meta")
-_product = getattr(torch.ops, _namespace).product.default
 
+def check_compiler(device_type: str = "cpu") -> None:
+    """Check, before any file is read, that torch.compile has the compilers that it calls.
 
-def check_compiler() -> None:
-    """Raise ValueError if torch.compile has no C++ compiler to call, before any file is read."""
+    Raises ValueError without a C++ compiler, or on a GPU without Triton.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils._triton import has_triton
 
     try:
         get_cpp_compiler()
     except RuntimeError as error:
         problem = f"found no C++ compiler, expected g++ or clang++ ({error})"
         raise ParameterError("compile", problem) from error
+    if device_type == "cuda" and not has_triton():
+        expected = "expected compute capability 7.0 or newer, and: pip install triton"
+        raise ParameterError("compile", f"found no Triton that runs on this GPU, {expected}")
 
 
 def compile_steps(model: Qwen3) -> None:
-    """Compile the model's steps of one position, in place. The first step takes seconds for it."""
+    """Compile the model's steps of one position, in place. The first step takes seconds for it.
+
+    On a CPU a model of packed bf16 weights or of float16 stays as it is: compiled, its steps were
+    less than 1.1 times as fast.
+    """
+    plain = any(isinstance(layer, CPULinear) for layer in model.model.layers.modules())
+    if plain and (can_pack() or model.dtype == torch.float16):
+        return
     # The compiler cannot trace this question, only keep its answer. Not a decorator: that would
     # import the compiler, 2 s and 75 MB, with every `import minimas`.
     torch.compiler.assume_constant_result(has_units)
-    for layer in model.model.layers.modules():
-        if hasattr(layer, "opaque"):
-            layer.opaque, layer.handle = _product, torch.tensor(id(layer))
-            _layers[id(layer)] = layer
     compiled = Compiled(model)
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
 
 
-def pre_attention(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """Return what `block` does before the append: queries (B, H, T, d), keys, values (B, K, T, d).
+def allocate(cache: KVCache) -> None:
+    """Allocate the slot of the next step, and some to spare.
 
-    This and `post_attention` are `Attention.forward` and `Block.forward`, without the cache.
+    A compiled step cannot do it, and a recorded one needs tensors that stay where they are.
     """
-    attention, x = block.self_attn, block.input_layernorm(x)
-    heads = (*x.shape[:2], -1, attention.head_dim)
-    q = attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, d)
-    k = attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, d)
-    v = attention.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, d)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-
-def post_attention(
-    block: Block, mask: Tensor | None, x: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Return what `block` does after the append: all keys and values (B, K, S, d) -> (B, T, D)."""
-    B, H, T, d = q.shape
-    q = q.reshape(B, k.shape[1], -1, d)  # (B, K, H/K · T, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
-    x = x + block.self_attn.o_proj(out)
-    return x + block.mlp(block.post_attention_layernorm(x))  # type: ignore[no-any-return]
-
-
-def _between(
-    block: Block, following: Block, positions: Sequence[Any], x: Tensor, *qkv: Tensor
-) -> tuple[Tensor, ...]:
-    cos, sin, mask = positions
-    x = post_attention(block, mask, x, *qkv)
-    return x, *pre_attention(following, x, cos, sin)
+    needed = max(cache.lengths) + 1
+    if cache.keys[0].shape[2] <= needed:  # `append` keeps one slot free
+        for stores in (cache.keys, cache.values):
+            stores[:] = [with_capacity(x, needed + SPARE_SLOTS, x.shape[1]) for x in stores]
 
 
 class Compiled:
-    """A model's step of one position, compiled in pieces: the parts between two appends."""
+    """A model's step of one position with compiled layers.
+
+    On a CPU more than `few_rows.MAX_ROWS` rows are left to the layers as they are: there the
+    products take nearly all the time, and compiling them takes minutes.
+    """
 
     def __init__(self, model: Qwen3) -> None:
         self.model = model
-        layers = model.model.layers.modules()
-        self.packing = [layer for layer in layers if isinstance(layer, CPULinear)]
-        self.first, self.between, self.last = (
-            # Size checks took 3 % of a step.
-            torch.compile(piece, dynamic=True, options={"size_asserts": False})
-            for piece in (pre_attention, _between, post_attention)
-        )
+        options: Any = {"size_asserts": False}  # they took 3 % of a step
+        self.block: Any = torch.compile(Block.forward, dynamic=True, options=options)
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        if len(inputs_embeds) > 1:  # one row reads plain weights faster, more read packed ones
-            for layer in self.packing:
-                layer.pack()
         positions = cache.next_positions(len(inputs_embeds), 1)
+        allocate(cache)
         return self.layers(inputs_embeds, positions, cache)
 
     def layers(self, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""
-        cos, sin, mask = positions[:3]
-        blocks: Any = self.model.model.layers
-        q, k, v = self.first(blocks[0], x, cos, sin)
-        for layer, (block, following) in enumerate(itertools.pairwise(blocks)):
-            k, v = cache.append(layer, k, v, positions)
-            x, q, k, v = self.between(block, following, positions[:3], x, q, k, v)
-        k, v = cache.append(len(blocks) - 1, k, v, positions)
-        x = self.last(blocks[-1], mask, x, q, k, v)  # type: ignore[assignment]
+        many = len(x) > MAX_ROWS and x.is_cpu
+        block = Block.forward if many else self.block
+        layers: Any = self.model.model.layers
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            # A cache of one layer: the number of a layer would become part of the compiled code.
+            one = copy.copy(cache)
+            one.keys, one.values = [keys], [values]
+            x = block(layer, x, positions, one, 0)
         return self.model.model.norm(x)  # type: ignore[no-any-return]
 
 
 class Recorded:
-    """A model's step of one position on a cache whose address and size do not change.
+    """A model's step of one position on one cache, for as long as the cache keeps its tensors.
 
     A recording holds addresses, not values. So positions are a tensor, keys go to the slots that
     it names, and queries read all allocated slots under a mask. A step on another cache, or on one
-    that has grown, is recorded anew.
+    that has grown, is recorded anew. The cache is not kept alive.
     """
 
     def __init__(self, layers: Callable[[Tensor, Positions, KVCache], Tensor]) -> None:
         self.layers = layers
-        self.recorded_for: list[Any] = []
+        self.recorded_for: list[Any] = []  # weak references
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        slots = torch.tensor(cache.lengths)[:, None]  # (B, 1)
-        needed = int(slots.max()) + 1
-        if cache.keys[0].shape[2] <= needed:
-            for stores in (cache.keys, cache.values):
-                stores[:] = [with_capacity(x, needed + SPARE_SLOTS, x.shape[1]) for x in stores]
-        addresses = [x.data_ptr() for x in (*cache.keys, *cache.values)]
-        recorded_for = [cache.keys[0].shape, *addresses]
-        if self.recorded_for != recorded_for:
-            self.embeds, self.slots = inputs_embeds.clone(), slots.to(cache.device)
-            self.replay = record(functools.partial(self._step, cache), cache.device)
-            self.recorded_for = recorded_for
-        self.embeds.copy_(inputs_embeds)
-        self.slots.copy_(slots)
-        return self.replay().clone()
+        allocate(cache)
+        # Not blocking: the host would wait for the step before.
+        slots = torch.tensor(cache.lengths)[:, None].to(cache.device, non_blocking=True)  # (B, 1)
+        # The tensors and not their addresses, which a later cache of another shape may have too.
+        # `self`, because a deep copy of this object is for another model.
+        used = (self, cache, *cache.keys, *cache.values)
+        if [id(old()) for old in self.recorded_for] != [id(new) for new in used]:
+            self.replay = self._record(cache, inputs_embeds, slots)
+            self.recorded_for = [weakref.ref(new) for new in used]
+        return self.replay(inputs_embeds, slots).clone()  # type: ignore[no-any-return]
 
-    def _step(self, cache: KVCache) -> Tensor:
+    def _record(self, cache: KVCache, *sample: Tensor) -> Callable[..., Any]:
+        """Return the step of `cache` as a function of embeddings and slots, on a GPU recorded."""
+        the_cache: Any = weakref.ref(cache)
         total = cache.keys[0].shape[2] - 1  # `append` keeps one slot free
-        positions = cache.positions_at(self.slots, total, ragged=True)
-        return self.layers(self.embeds, positions, cache)
 
+        def step(inputs_embeds: Tensor, slots: Tensor) -> Tensor:
+            positions = the_cache().positions_at(slots, total, ragged=True)
+            return self.layers(inputs_embeds, positions, the_cache())
 
-def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return a CUDA graph of `step`: a call runs it on what its tensors hold then.
-
-    On other devices, return `step` itself.
-    """
-    if device.type != "cuda":
-        return step
-    # A first run compiles and allocates, which a recording must not.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
+        if cache.device.type != "cuda":
+            return step
+        with torch.cuda.device(cache.device):
+            copies = tuple(x.clone() for x in sample)  # what the recording reads
+            return torch.cuda.make_graphed_callables(step, copies)

@@ -7,10 +7,10 @@ the matrix at the same time, because a core reads two streams faster than one. W
 the function computes the same, slowly.
 
 What it gains: a compiled latent step of one row (Qwen2.5-Coder-0.5B in bf16, one thread) takes
-61 ms in place of 101 ms, 1.65 times as fast; of eight rows 432 in place of 758 ms (2-core AMD EPYC
-with AVX2, 2026-11-29, best of ten and of five, one after the other, on a loaded machine).
-Interleaved, the products alone of one row gained 1.06 times by medians, 1.31 by minima. For
-8-bit weights the same loop gained less than 1.2 times and was removed. It was not run on AVX-512.
+81 ms in place of 128 ms, 1.6 times as fast; of eight rows 200 in place of 357 ms, the step that is
+not compiled, 1.8 times as fast (2-core AMD EPYC with AVX2, 2026-11-29, processor time, medians of
+15 and of 7 interleaved rounds). For 8-bit weights the same loop gained less than 1.2 times and was
+removed. It was not run on AVX-512.
 
     R rows   K inputs   N outputs
 
@@ -26,7 +26,7 @@ MAX_ROWS = 12  # at sixteen rows, widening the matrix is as fast (docs/design.md
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Return whether `product` should be compiled: few rows, bf16, whole 32-bit words, on a CPU."""
     whole_words = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    return whole_words and weight.device.type == "cpu" and x.shape[:-1].numel() <= MAX_ROWS
+    return whole_words and weight.is_cpu and x.shape[:-1].numel() <= MAX_ROWS
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     keep every widened chunk.
     """
     R, (N, K) = x.shape[:-1].numel(), weight.shape
-    if x.device.type != "cpu" or has_units(x.dtype) or R <= MAX_NARROW_ROWS or x.requires_grad:
+    if not x.is_cpu or has_units(x.dtype) or R <= MAX_NARROW_ROWS or x.requires_grad:
         return F.linear(x, weight, bias)
     rows = x.reshape(R, K).float()  # (R, K)
     y = x.new_empty(R, N)
@@ -67,47 +67,39 @@ class CPULinear(nn.Module):
     """A linear layer whose frozen bf16 weight is replaced by a packed one at its first use.
 
     Packing is the reordering that the compiler's freezing does; the results are bit-equal.
-    `.weight` and `state_dict()` return copies; `.to()` restores the plain weight. A weight that
-    cannot be packed is multiplied by `linear`. In compiled steps, a weight that is not packed is
-    multiplied by `few_rows` while its rows are few.
+    `.weight` and `state_dict()` return copies; `.to()` and `copy.deepcopy` restore the plain
+    weight. One that cannot be packed is multiplied by `linear`, and in compiled steps by
+    `few_rows`.
     """
 
     bias: Tensor | None
-    opaque: Any = None  # set by compiled.py: `product` as one operator that the compiler calls
-    handle: Tensor
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor | None = None
-        self.weight, self.bias, self.out_features = plain.weight, plain.bias, plain.out_features
+        self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:  # the packed operator has no gradient
             return F.linear(x, self.weight, self.bias)
-        if self.opaque is None:
+        if not torch.compiler.is_compiling():
             self.pack()
-        elif torch.compiler.is_compiling():
-            if self.packed is None and few_rows.fits(x, self.weight):
-                y = few_rows.product(x, self.weight)
-                return (y if self.bias is None else y + self.bias).to(x.dtype)
-            return self.opaque(x, self.handle, self.out_features)  # type: ignore[no-any-return]
-        return self.product(x)
+        elif few_rows.fits(x, self.weight):
+            y = few_rows.product(x, self.weight)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        if self.packed is None:
+            return linear(x, self.weight, self.bias)
+        kernel = torch.ops.mkldnn._linear_pointwise
+        return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def pack(self) -> None:
         """Replace a frozen bf16 weight on the CPU by a packed one, where this CPU can."""
         if self.packed is not None or not can_pack():
             return
-        weight, on_cpu = self.weight, self.weight.device.type == "cpu"
-        if weight.dtype == torch.bfloat16 and on_cpu and not weight.requires_grad:
+        weight = self.weight
+        if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
             del self.weight
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b, by the packed weight if there is one."""
-        if self.packed is None:
-            return linear(x, self.weight, self.bias)
-        kernel = torch.ops.mkldnn._linear_pointwise
-        return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.packed is not None:
@@ -120,6 +112,11 @@ class CPULinear(nn.Module):
         if packed is not None:
             self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> Any:
+        # A packed weight cannot be copied: both copies are packed again at their next use.
+        self._apply(lambda weight: weight)
+        return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._apply(lambda weight: weight)
@@ -138,11 +135,10 @@ def pack(model: Any) -> None:
     """
     widens = not has_units(model.dtype)
     packs = model.dtype == torch.bfloat16 and can_pack()
-    if model.device.type != "cpu" or not (widens or packs):
+    if not (widens or packs) or model.device.type != "cpu":
         return
     if widens and model.lm_head is None:  # tied
-        embedding = model.model.embed_tokens.weight
-        model.lm_head = partial(linear, weight=embedding)
+        model.lm_head = partial(linear, weight=model.model.embed_tokens.weight)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, TILE, order_of_this_cpu, pack4, unpack4
+from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
 from .packed import CHUNK_WEIGHTS, linear
 
-MAX_INT8_ROWS = {"cpu": 64, "cuda": 384}  # rows up to which q8's kernel is faster than unpacking
+# Rows up to which q8's kernel is faster than unpacking; CUDA's computes 16 in the time of one.
+MAX_INT8_ROWS = {"cpu": 64, "cuda": 16}
 
 
 class Format(NamedTuple):
@@ -68,14 +69,15 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         raise ParameterError("quantize", f"{found} {problem}")
     if FORMATS[name].package:
         bnb.require(f"quantize: {found}", device)
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
         runs = f"expected {FORMATS[name].runs}; nf4 runs"
         raise ParameterError("quantize", f"{found} on a GPU of compute capability {seen}, {runs}")
-    elif not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        raise ParameterError(
-            "quantize", f"{found} with torch {torch.__version__}, expected torch 2.6 or newer"
-        )
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether torch's kernels of 4 and 8 bits run on `device`."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
@@ -104,13 +106,9 @@ class Replacer:
         Blocks are kept in a 16-bit model, where q4's kernels run.
         """
         self.source, self.device, self.dtype, self.quantize = source, device, dtype, quantize
-        self.keeps_blocks = quantize in (None, "q4", "q8") and dtype.itemsize == 2
-        self.not_divisible = 0
-        if self.keeps_blocks:
-            try:
-                check("q4", device, dtype)
-            except ValueError:
-                self.keeps_blocks = False
+        runs = dtype.itemsize == 2 and has_kernels(device)
+        self.keeps_blocks = runs and quantize in (None, "q4", "q8")
+        self.made: list[nn.Module | None] = []  # None for a matrix of sizes that do not divide
 
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
         """Return the layer to put in place of `module`; None keeps it in 16 or 32 bits."""
@@ -120,17 +118,18 @@ class Replacer:
         blocks = self.source.blocks(key) if self.keeps_blocks else None
         if blocks is None and self.quantize is None:
             return None
-        bias = None if module.bias is None else self._read(f"{name}.bias")
+        bias = None
+        if module.bias is not None:
+            bias = self.source.read(f"{name}.bias", self.dtype).to(self.device)
         if blocks is not None and (self.quantize is None or blocks[2] is not None):
-            values, scale, minimum = blocks
-            if minimum is not None:
-                minimum = minimum.to(self.device)
-            on_device = values.to(self.device), scale.to(self.device)
-            return kept(*on_device, minimum, bias, self.dtype)
-        assert self.quantize is not None
-        new = quantized(self.quantize, self._read(key), bias)
-        self.not_divisible += new is None
-        return new
+            parts: Any = (part if part is None else part.to(self.device) for part in blocks)
+            values, scale, minimum = parts
+            self.made.append(kept(values, scale, minimum, bias, self.dtype))
+        else:
+            assert self.quantize is not None
+            weight = self.source.read(key, self.dtype).to(self.device)
+            self.made.append(quantized(self.quantize, weight, bias))
+        return self.made[-1]
 
     def finish(self, model: Any) -> None:
         """Complete a model whose layers were replaced, and refuse to move it from now on.
@@ -138,21 +137,16 @@ class Replacer:
         A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
         quantized.
         """
-        if self.not_divisible:
+        if None in self.made:
             logging.getLogger("minimas").warning(
                 "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
-                *(model.name, self.not_divisible, self.quantize),
+                *(model.name, self.made.count(None), self.quantize),
             )
-        modules = list(model.modules())
-        ours = any(isinstance(module, QuantizedLinear) for module in modules)
+        ours = any(isinstance(layer, QuantizedLinear) for layer in self.made)
         if ours and model.lm_head is None:
             model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
-        if ours or any("bitsandbytes" in type(module).__module__ for module in modules):
+        if any(self.made):
             model._apply = refuse_to_move
-
-    def _read(self, key: str) -> Tensor:
-        tensor: Tensor = self.source.read(key, self.dtype)
-        return tensor.to(self.device)
 
 
 def kept(
@@ -180,8 +174,8 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     # In chunks, because what stays in the cache is fast.
     parts = [_fit(part) for part in weight.split(max(1, 2**18 // weight.shape[1]))]
-    values, scale, zero = zip(*parts, strict=True)
-    return torch.cat(values), torch.cat(scale), torch.cat(zero)
+    values, scale, zero = map(torch.cat, zip(*parts, strict=True))
+    return values, scale, zero
 
 
 def _fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,17 +198,13 @@ def _fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             scale = torch.where(slope > 1e-30, slope, scale)
             zero = mean - scale * centre
         grids.append((scale, zero))
-    errors = []
-    for i, (scale, zero) in enumerate(grids):
-        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()  # what is stored
-        grids[i] = scale, zero
-        off = (_nearest(x, scale, zero) - 8) * scale + zero - x
-        errors.append((importance * off.square()).sum(-1))
-    best = torch.stack(errors).argmin(0)[None, :, None]  # (1, N · G, 1)
-    scale, zero = (torch.stack(t).gather(0, best)[0] for t in zip(*grids, strict=True))
+    # What is stored, (4, N · G, 1).
+    scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
+    off = (_nearest(x, scale, zero) - 8) * scale + zero - x
+    best = (importance * off.square()).sum(-1, keepdim=True).argmin(0, keepdim=True)
+    scale, zero = (grid.gather(0, best)[0] for grid in (scale, zero))  # (N · G, 1)
     values = _nearest(x, scale, zero).to(torch.uint8).view(weight.shape)  # (N, K)
-    shape = len(weight), -1
-    return values, scale.bfloat16().view(shape), zero.bfloat16().view(shape)  # (N, G)
+    return values, scale.view(len(weight), -1), zero.view(len(weight), -1)  # (N, G)
 
 
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -224,12 +214,12 @@ def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return values int8 (N, K) and scale bf16 (N,), so that values · scale is near `weight`."""
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = (weight.abs().amax(1).float() / 127).clamp_min(1e-30).bfloat16()
-    for start in range(0, len(weight), 4096):  # in chunks, because they are widened
-        rows = slice(start, start + 4096)
-        exact = weight[rows].float() / scale[rows, None].float()
-        values[rows] = exact.round_().clamp_(-127, 127)
+    parts = []
+    for part in weight.split(4096):  # in chunks, because they are widened
+        x = part.float()
+        scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
+        parts.append(((x / scale).round_().clamp_(-127, 127).to(torch.int8), scale[:, 0]))
+    values, scale = map(torch.cat, zip(*parts, strict=True))
     return values, scale
 
 
@@ -249,7 +239,7 @@ class QuantizedLinear(nn.Module):
     `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
     """
 
-    max_kernel_rows: float
+    max_kernel_rows: float = 0
 
     def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -264,7 +254,7 @@ class QuantizedLinear(nn.Module):
         else:
             y = torch.cat([linear(rows, part.to(x.dtype)) for part in self.unpack()], -1)
         y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype).view(*x.shape[:-1], -1)  # (…, N)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (…, N)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Return x Wᵀ through the kernel, (R, K) -> (R, N)."""
@@ -300,18 +290,14 @@ class Q4Linear(QuantizedLinear):
         super().__init__(values.shape, bias, dtype)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
         # In chunks, because packing needs the values as 32-bit integers.
-        self.packed = torch.cat([pack4(F.pad(p, pad)) for p in values.split(self.chunk_rows)])
-        scales = [F.pad(part.bfloat16(), pad).T for part in (scale, zero)]
-        self.scales = torch.stack(scales, dim=-1).contiguous()  # (G, N, 2)
-        on_cpu = values.device.type == "cpu"
-        self.order = order_of_this_cpu() if on_cpu else None
+        self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
+        scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
+        self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
+        self.order = order_of_this_cpu() if values.is_cpu else None
         self.max_kernel_rows = self.order.max_kernel_rows if self.order else torch.inf
-        name = "_weight_int4pack_mm_for_cpu" if on_cpu else "_weight_int4pack_mm"
-        self.kernel = getattr(torch.ops.aten, name)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        product: Tensor = self.kernel(rows.bfloat16(), self.packed, GROUP, self.scales)
-        return product[:, : self.out_features]
+        return multiply4(rows, self.packed, self.scales)[:, : self.out_features]
 
     def unpack(self) -> Iterator[Tensor]:
         if self.order is None:  # only the kernel knows the order: multiply W by the unit vectors
@@ -327,28 +313,27 @@ class Q4Linear(QuantizedLinear):
 class Q8GroupLinear(QuantizedLinear):
     """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
 
-    Two planes of four bits, 16 · high + low: torch has no kernel of 8 bits with groups.
+    torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
+    4 bits (N, 2 K) holds all high parts and then all low ones.
     """
 
     def __init__(
         self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(values.shape, bias, dtype)
-        high, low = (values >> 4) + 8, values & 15  # both 0 … 15
-        none = torch.zeros_like(scale)
-        self.planes = (  # a tuple, so that they are not modules with weights of their own
-            Q4Linear(high.to(torch.uint8), 16 * scale, none, None, dtype),
-            Q4Linear(low.to(torch.uint8), scale, 8 * scale, None, dtype),
-        )
-        self.max_kernel_rows = self.planes[0].max_kernel_rows
+        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
+        scales = torch.cat([16 * scale, scale], 1)
+        zeros = torch.cat([0 * scale, 8 * scale], 1)
+        # In a tuple, so that it is not a module with weights of its own.
+        self.halves = (Q4Linear(halves, scales, zeros, None, dtype),)
+        self.max_kernel_rows = self.halves[0].max_kernel_rows
 
     def multiply(self, rows: Tensor) -> Tensor:
-        return self.planes[0].multiply(rows) + self.planes[1].multiply(rows)
+        return self.halves[0].multiply(rows.repeat(1, 2))
 
     def unpack(self) -> Iterator[Tensor]:
-        high, low = self.planes
-        for upper, lower in zip(high.unpack(), low.unpack(), strict=True):
-            yield upper + lower
+        for part in self.halves[0].unpack():
+            yield part[:, : self.in_features] + part[:, self.in_features :]
 
 
 class Q8Linear(QuantizedLinear):
@@ -363,16 +348,15 @@ class Q8Linear(QuantizedLinear):
         self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(values.shape, bias, dtype)
-        self.values, self.scale = values, scale
         kind = values.device.type
-        if kind != "cpu":
-            self.chunk_rows = len(values)
+        # CUDA's kernel would convert them at every call.
+        self.values, self.scale = values, scale if values.is_cpu else scale.float()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", kind.upper()
         )
         # The CPU's kernel reads beyond rows whose length is not a multiple of its vectors.
-        runs = has_kernel and self.in_features % 16 == 0
-        self.max_kernel_rows = MAX_INT8_ROWS.get(kind, 0) if runs else 0
+        if has_kernel and self.in_features % 16 == 0:
+            self.max_kernel_rows = MAX_INT8_ROWS[kind]
 
     def multiply(self, rows: Tensor) -> Tensor:
         kernel = torch.ops.aten._weight_int8pack_mm
@@ -381,4 +365,4 @@ class Q8Linear(QuantizedLinear):
     def unpack(self) -> Iterator[Tensor]:
         for start in range(0, self.out_features, self.chunk_rows):
             chunk = slice(start, start + self.chunk_rows)
-            yield self.values[chunk] * self.scale[chunk, None]  # (chunk_rows, K)
+            yield self.values[chunk] * self.scale[chunk, None].bfloat16()  # (chunk_rows, K)

@@ -2,19 +2,27 @@
 once.
 """
 
+import contextlib
+import copy
+import gc
 import shutil
-from collections.abc import Callable
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from minimas import Aligner, KVCache, Qwen3, load, think
 from minimas.core.cache import Positions
+from minimas.core.checkpoint import fill
 from minimas.fast import packed
 from minimas.fast.compiled import SPARE_SLOTS, Recorded, check_compiler, compile_steps
-from minimas.fast.packed import CPULinear, pack
+from minimas.fast.packed import pack
+from minimas.fast.quantize import Replacer
 
-from ..models import TINY, apart, random_ids, remember, tiny_model
+from ..models import TINY, apart, random_ids, remember, tiny_config, tiny_model
 
 # torch's own compiler imports what torch deprecates
 pytestmark = pytest.mark.filterwarnings(
@@ -36,15 +44,16 @@ def steps(
 # -- recorded (what a GPU replays; elsewhere the same function, called) --------------------------
 
 
-def plain_layers(model: Qwen3) -> Callable[[torch.Tensor, Positions, KVCache], torch.Tensor]:
-    """Return the loop over the layers, without the compiler."""
+class Layers:
+    """The loop over the layers, without the compiler."""
 
-    def layers(x: torch.Tensor, positions: Positions, cache: KVCache) -> torch.Tensor:
-        for layer, block in enumerate(model.model.layers):
+    def __init__(self, model: Qwen3) -> None:
+        self.model = model
+
+    def __call__(self, x: torch.Tensor, positions: Positions, cache: KVCache) -> torch.Tensor:
+        for layer, block in enumerate(self.model.model.layers):
             x = block(x, positions, cache, layer)
-        return model.model.norm(x)
-
-    return layers
+        return self.model.model.norm(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("lengths", [None, [7, 3]])
@@ -53,7 +62,7 @@ def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
     recorded for.
     """
     model, recorded = tiny_model(), tiny_model()
-    recorded.step = Recorded(plain_layers(recorded))
+    recorded.step = Recorded(Layers(recorded))
     found, expected = (
         steps(recorded, SPARE_SLOTS + 90, lengths),
         steps(model, SPARE_SLOTS + 90, lengths),
@@ -67,7 +76,7 @@ def test_memories_taking_turns_are_recorded_anew() -> None:
     slots.
     """
     model, recorded = tiny_model(), tiny_model()
-    recorded.step = Recorded(plain_layers(recorded))
+    recorded.step = Recorded(Layers(recorded))
     results = []
     for which in (model, recorded):
         memories = [remember(which, random_ids(which, 2, 5, seed=seed)) for seed in (1, 2)]
@@ -79,6 +88,120 @@ def test_memories_taking_turns_are_recorded_anew() -> None:
         results.append(torch.cat(states))
     assert apart(results[1], results[0]) <= 1e-9
     assert apart(results[0][:2], results[0][2:]) > 0.1
+
+
+def test_a_new_cache_in_the_place_of_an_old_one_is_recorded_anew() -> None:
+    """A recording was found by addresses. A cache of another size that got the memory of the one
+    before was read in that one's layout.
+    """
+    model, recorded = tiny_model(), tiny_model()
+    recorded.step = Recorded(Layers(recorded))
+    memory = torch.zeros(4, 2, 2 * 2 * 400 * 6, dtype=torch.float64)  # of keys and values, by layer
+    for rows, slots in ((2, 400), (2, 300), (1, 400)):
+        hidden, cache = remember(recorded, random_ids(recorded, rows, 7, seed=rows))
+        _, other = remember(model, random_ids(model, rows, 7, seed=rows))
+        for store, stores in ((memory[0], cache.keys), (memory[1], cache.values)):
+            for layer, old in enumerate(stores):
+                shape = (rows, 2, slots, 6)
+                new = store[layer].flatten()[: rows * 2 * slots * 6].view(shape)
+                new[:, :, :7] = old[:, :, :7]
+                stores[layer] = new
+        for _ in range(2):
+            assert apart(recorded(hidden[:, -1:], cache), model(hidden[:, -1:], other)) <= 1e-9
+
+
+def test_a_recording_does_not_keep_its_cache_alive() -> None:
+    """The memory of the last question stayed allocated until the next one."""
+    recorded = tiny_model()
+    recorded.step = Recorded(Layers(recorded))
+    hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
+    recorded(hidden[:, -1:], cache)
+    references = [weakref.ref(cache), weakref.ref(cache.keys[0])]
+    del cache
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
+    recorded(hidden[:, -1:], cache)
+
+
+def test_a_copy_of_a_recorded_model_does_not_replay_the_recording_of_the_first() -> None:
+    recorded = tiny_model()
+    recorded.step = Recorded(Layers(recorded))
+    hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
+    expected = recorded(hidden[:, -1:], cache.fork())
+    recorded(hidden[:, -1:], cache)
+    twin = copy.deepcopy(recorded)
+    twin.model.norm.weight.data.mul_(2)
+    found = twin.step(hidden[:, -1:], cache.truncate(7))  # type: ignore[misc]
+    assert apart(found, 2 * expected) <= 1e-9
+
+
+class FakeSource:
+    """Tensors without values, as a checkpoint that `fill` reads."""
+
+    def __init__(self, model: Qwen3) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(self.shapes[key], dtype=dtype, device="cuda:0")
+
+    def blocks(self, key: str) -> None:
+        """None: nothing is quantized."""
+
+
+class FakeGPU(TorchFunctionMode):
+    """Counts the copies to a GPU that wait for its kernels, in `blocking`.
+
+    A build for CPUs cannot index or pad tensors of a GPU, even those without values. This is
+    done with tensors on "meta".
+    """
+
+    blocking = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and args[0].is_cpu and torch.device("cuda:0") in args:
+            self.blocking += not kwargs.get("non_blocking", False)
+        by_hand = func.__name__ in ("__getitem__", "__setitem__", "pad", "contiguous")
+        if by_hand and args[0].device.type == "cuda":
+            found = func(*torch.utils._pytree.tree_map_only(torch.Tensor, on_meta, args))
+            return found if found is None else torch.empty_like(found, device="cuda:0")
+        return func(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def on_meta(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+@pytest.mark.parametrize("quantize", [None, "q4", "q8"])
+def test_the_host_does_not_wait_for_a_gpu_within_a_step(
+    quantize: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a number waits for all kernels, and so does a copy that blocks. Tensors without
+    values cannot be read.
+    """
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda step, sample: step)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    with torch.device("meta"):
+        model = Qwen3(tiny_config(hidden_size=64, intermediate_size=96))
+    source, device = FakeSource(model), torch.device("cuda:0")
+    with FakeTensorMode(allow_non_fake_inputs=False), FakeGPU() as gpu:
+        replacer = Replacer(source, device, torch.bfloat16, quantize)
+        fill(model, source, device, torch.bfloat16, replacer)
+        replacer.finish(model)
+        ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
+        for step in (None, Recorded(Layers(model))):
+            model.step, cache = step, model.new_cache(2)
+            model(model.embed(ids), cache, [3, 7])
+            hidden, gpu.blocking = model.embed(ids[:, :1]), 0
+            for _ in range(3):
+                hidden = model(hidden, cache)
+            assert hidden.device == device and hidden.shape == (2, 1, 64)
+            assert cache.lengths == [6, 10]
+        assert gpu.blocking == 0, "a recorded step waits"
 
 
 # -- compiled --------------------------------------------------------------------------------------
@@ -128,7 +251,7 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
 def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nothing is packed. One compilation for each piece: another layout in a later layer
+    """Where nothing is packed. One compilation for all layers: another layout in a later layer
     would be one more.
     """
     from torch._dynamo.utils import counters
@@ -137,20 +260,21 @@ def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
     monkeypatch.setattr(packed, "can_pack", lambda: False)
     plain, fast = load(TINY, device="cpu").model, load(TINY, device="cpu", compile=True).model
-    product, called = CPULinear.product, list[CPULinear]()
+    called: list[torch.Size] = []
+    linear = packed.linear
 
-    def counted(layer: CPULinear, x: torch.Tensor) -> torch.Tensor:
-        called.append(layer)
-        return product(layer, x)
+    def counted(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        called.append(x.shape)
+        return linear(x, *weights)
 
-    for rows, graphs in ((5, 3), (12, 0)):
+    for rows, graphs in ((5, 1), (12, 0)):
         _, cache = remember(fast, random_ids(fast, rows, 7))
         _, other = remember(plain, random_ids(plain, rows, 7))
         new = fast.embed(random_ids(fast, rows, 1, seed=1))
         counters.clear()
-        monkeypatch.setattr(CPULinear, "product", counted)
+        monkeypatch.setattr(packed, "linear", counted)
         found = fast(new, cache).double()
-        monkeypatch.setattr(CPULinear, "product", product)
+        monkeypatch.setattr(packed, "linear", linear)
         assert counters["stats"]["unique_graphs"] == graphs
         expected = plain(new, other).double()
         assert apart(found, expected) <= 0.02
@@ -158,29 +282,37 @@ def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     assert not called, "few rows went to torch's product"
 
 
-def test_matrices_are_packed_when_a_compiled_step_has_rows_to_share_them(
+def test_a_model_that_compiling_makes_no_faster_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Packed for a prompt, the steps of one row behind it lose their loop; never packed, several
-    rows pay each.
-    """
-    called: list[CPULinear] = []
-    monkeypatch.setattr(CPULinear, "pack", lambda layer: called.append(layer))
-    # CPULinear on any CPU
+    """The compiler cannot read a packed weight, and float16 has no loop for few rows."""
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
-    monkeypatch.setattr("torch.compile", lambda piece, **_: piece)
-    model = tiny_model(dtype=torch.bfloat16)
-    pack(model)
-    remember(model, random_ids(model, 1, 5))
-    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, CPULinear)]
-    assert called[: len(layers)] == layers, "without compiled steps it is at once"
-    called.clear()
-    compile_steps(model)
-    for rows, expected in ((1, []), (2, layers)):
-        _, cache = remember(model, random_ids(model, rows, 5))
-        assert called == []
-        model(model.embed(random_ids(model, rows, 1)), cache)
-        assert called == expected
+    for dtype, can_pack, compiled in (
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, False),
+        (torch.float16, False, False),
+        (torch.float32, True, True),
+    ):
+        monkeypatch.setattr("minimas.fast.compiled.can_pack", lambda can_pack=can_pack: can_pack)
+        model = tiny_model(dtype=dtype)
+        pack(model)
+        compile_steps(model)
+        assert (model.step is not None) == compiled, (dtype, can_pack)
+
+
+@needs_compiler
+def test_a_copy_of_a_compiled_model_multiplies_by_its_own_weights() -> None:
+    """The compiled code found a layer by a number that the copy had too."""
+    torch._dynamo.reset()
+    fast = load(TINY, device="cpu", compile=True).model
+    steps(fast, 2)
+    twin = copy.deepcopy(fast)
+    assert twin.step is not None and twin.step is not fast.step
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in twin.state_dict().items()}
+    twin.load_state_dict(zeros | {"model.embed_tokens.weight": fast.model.embed_tokens.weight})
+    _, cache = remember(twin, random_ids(twin, 2, 7))
+    assert not bool(twin(twin.embed(random_ids(twin, 2, 1)), cache).any())
+    assert apart(steps(fast, 2).double(), steps(load(TINY, device="cpu").model, 2).double()) <= 0.05
 
 
 @needs_compiler
@@ -202,3 +334,14 @@ def test_without_a_compiler_nothing_is_started(monkeypatch: pytest.MonkeyPatch) 
         load("/nowhere/at/all", device="cpu", compile=True)
     with pytest.raises(ValueError, match="no C"):
         check_compiler()
+
+
+def test_without_triton_a_gpu_is_told_so_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It failed at the first step, with a traceback from inside the compiler."""
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    with pytest.raises(ValueError, match=r"compile: found no Triton .* pip install triton"):
+        check_compiler("cuda")
+    check_compiler("cpu")

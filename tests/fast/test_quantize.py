@@ -2,6 +2,7 @@
 and refuses.
 """
 
+import copy
 import importlib
 import os
 import subprocess
@@ -112,6 +113,15 @@ def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
 # -- layers ------------------------------------------------------------------------------------
 
 
+WARNS = """
+import logging
+from minimas.fast import bnb
+bnb.import_module = lambda name: logging.getLogger("bitsandbytes.backends.cpu.ops").warning("!")
+bnb._package()
+logging.getLogger("bitsandbytes.cextension").error("an error")
+"""
+
+
 @needs_bnb
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,6 +133,14 @@ def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> Non
     caplog.clear()
     layer(rows(3, 64))
     assert caplog.messages == []
+
+
+def test_bitsandbytes_says_nothing_but_errors() -> None:
+    """It warns at its import, of kernels that it does not find for a CPU or a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", WARNS], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == "an error\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,6 +169,49 @@ def test_the_kernel_for_few_rows_computes_what_is_stored(
     many = x.repeat(140, 1)
     assert len(many) > layer.max_kernel_rows
     assert apart(layer(many)[:3], expected) < 0.006
+
+
+@pytest.mark.parametrize("name", ["q4", "q8", "Q8_0"])
+@pytest.mark.parametrize(
+    "shape", [(1, 32), (65, 64), (1000, 1056), (130, 16384), (70, 2**17), (3, 2**16 + 32)]
+)
+def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
+    name: str, shape: tuple[int, int]
+) -> None:
+    """The rows that were missing in the last tile were added to every chunk."""
+    N, K = shape
+    weight, bias = gaussian(N, K, 0), rows(1, N, seed=2)[0]
+    layer = quantized(name, weight, bias) if name != "Q8_0" else None
+    if layer is None:
+        values, scale = round_rows(weight)
+        layer = kept(values, scale.float()[:, None].expand(-1, K // 32), None, bias, weight.dtype)
+    assert isinstance(layer, QuantizedLinear)
+    assert apart(layer.weight, weight) < LOSS.get(name, 0.015)
+    for count in (1, 3, 70):
+        x = rows(count, K)
+        expected = F.linear(x.double(), layer.weight.double(), bias.double())
+        assert apart(layer(x), expected) < 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_are_not_contiguous_are_multiplied(name: str) -> None:
+    """The 4-bit kernels refuse them: the last states of a batch are such rows."""
+    layer, x = quantized(name, gaussian(64, 64, 0), None), rows(15, 64).view(3, 5, 64)
+    assert layer is not None
+    assert torch.equal(layer(x[:, -1:]), layer(x[:, -1:].contiguous()))
+    assert layer(x[:0]).shape == (0, 5, 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_of_a_quantized_layer_is_a_layer_of_its_own(name: str) -> None:
+    """Its state dict was the first one's."""
+    layer, x = quantized(name, gaussian(64, 64, 0), None), rows(3, 64)
+    assert layer is not None
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    stored = twin.state_dict()["weight"]
+    assert torch.equal(stored, layer.state_dict()["weight"])
+    assert stored.data_ptr() != layer.state_dict()["weight"].data_ptr()
 
 
 ORDER = """
@@ -460,7 +521,10 @@ def test_a_format_that_cannot_run_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize(
     ("version", "said"),
-    [(None, r"pip install 'minimas\[bnb\]'"), ("0.41.3", "bitsandbytes 0.41.3, expected 0.46")],
+    [
+        (None, "expected it: pip install bitsandbytes$"),
+        ("0.41.3", "bitsandbytes 0.41.3, expected 0.46 or newer: pip install -U bitsandbytes$"),
+    ],
 )
 def test_a_missing_or_old_package_is_named_with_its_command(
     monkeypatch: pytest.MonkeyPatch, version: str | None, said: str
