@@ -84,6 +84,7 @@ def test_memories_taking_turns_are_recorded_anew() -> None:
 # -- compiled --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
@@ -106,6 +107,7 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | N
         assert apart(steps(fast, 2, lengths).double(), steps(plain, 2, lengths).double()) <= 0.05
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q8"])
 def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> None:
@@ -124,6 +126,7 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
     assert fast.fingerprint() == plain.fingerprint()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
@@ -183,6 +186,7 @@ def test_matrices_are_packed_when_a_compiled_step_has_rows_to_share_them(
         assert called == expected
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_are_exact_in_float64() -> None:
     torch._dynamo.reset()
