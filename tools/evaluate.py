@@ -8,8 +8,8 @@
 
 A list, with commas, makes a grid (of --prefix: the flag several times). `DIR/results*.jsonl` has a
 head with every setting and one line for each question, arm and seed; the same command continues
-where it stopped. `DIR/summary.json` and `.md` are made from it at the end. Status: 0 done, 1 failed (or a replay that differs), 2 usage, 130
-stopped by Ctrl-C; what is done is kept.
+where it stopped. `DIR/summary.json` and `.md` are made from it at the end. Status: 0 done, 1 failed
+(or a replay that differs), 2 usage, 130 stopped by Ctrl-C; what is done is kept.
 """
 
 import sys
