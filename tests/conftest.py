@@ -1,8 +1,10 @@
-"""One hypothesis profile for all property tests, and one thread.
+"""One hypothesis profile for all property tests, one thread, and two processes for all tests.
 
 A tiny model spends more time on starting threads than on computing.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +20,25 @@ settings.register_profile(
 )
 settings.load_profile("minimas")
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a background job of a shell: the processes that tests start would ignore Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the number
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run all tests in two processes if pytest-xdist is installed.
+
+    Chosen files run in one process, which starts sooner, and `-n` has its own meaning. Each process
+    gets neighbouring tests ("worksteal"), so that a module's fixtures are rarely made twice.
+    """
+    option, everything = config.option, config.ArgsSource.TESTPATHS
+    if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):
+        return  # there is no pytest-xdist, or this is one of its processes already
+    if option.numprocesses is None and config.args_source is everything:
+        option.numprocesses = 0 if option.usepdb or option.collectonly else 2
+        option.dist = "worksteal" if option.numprocesses else "no"
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import json
 import random
 import re
 import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimas.answers import KINDS, extract, grade
+
+from .processes import within
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 OPTIONS = {
@@ -133,28 +134,27 @@ REPEATED = (
 ).split("|")
 
 
+@pytest.mark.parametrize("letters", [8_000, pytest.param(80_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["", "1 ", "The answer is ", "\\boxed{"])
-def test_a_text_that_repeats_itself_takes_a_moment(start: str) -> None:
+def test_a_text_that_repeats_itself_takes_a_moment(start: str, letters: int) -> None:
     """A pattern that backtracks hangs the run on the one model that says the same for 8,000
-    letters.
+    letters. At ten times as many, work that grows with the square takes a hundred times as long.
     """
     for part in REPEATED:
-        text = start + part * (8_000 // len(part)) + "`"
+        text = start + part * (letters // len(part)) + "`"
         for kind in KINDS:
-            before = time.process_time()
-            extract(kind, text, OPTIONS)
-            assert time.process_time() - before < 0.3, (kind, part)
+            with within(20):
+                extract(kind, text, OPTIONS)
 
 
 @pytest.mark.parametrize("part", ["1, 2 = 3. The answer is (B).\n"])
 def test_a_megabyte_takes_seconds(part: str) -> None:
     """The same at the size where even a small square is an hour."""
     text = part * (10**6 // len(part))
-    before = time.process_time()
-    extract("math", text)
-    extract("choice", text, OPTIONS)
-    extract("code", text)
-    assert time.process_time() - before < 5
+    with within():
+        extract("math", text)
+        extract("choice", text, OPTIONS)
+        extract("code", text)
 
 
 # -- thoughts --------------------------------------------------------------------------------------
@@ -267,9 +267,8 @@ def test_a_huge_exponent_is_not_computed(text: str) -> None:
     """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers
     (torchtitan 4442).
     """
-    start = time.process_time()
-    assert not grade("math", rf"\boxed{{{text}}}", "1")
-    assert time.process_time() - start < 0.5
+    with within(30):
+        assert not grade("math", rf"\boxed{{{text}}}", "1")
 
 
 # -- choice ----------------------------------------------------------------------------------------
@@ -491,9 +490,8 @@ def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> Non
 def test_math_verify_gets_nothing_that_hangs_it(answer: str) -> None:
     """Towers of powers hang it where no alarm can be set (torchtitan 4442)."""
     pytest.importorskip("math_verify")
-    start = time.process_time()
-    assert not grade("math", rf"\boxed{{{answer}}}", r"2\sqrt{2}", verify=True)
-    assert time.process_time() - start < 5
+    with within(30):
+        assert not grade("math", rf"\boxed{{{answer}}}", r"2\sqrt{2}", verify=True)
 
 
 def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from minimas.__main__ import main
 from minimas.core.errors import ParameterError
 
 from .models import TINY, tiny_model, write_folder
+from .processes import Process
 from .text import text_model, tiny_tokenizer
 
 ROOT = TINY.parents[1]
@@ -672,7 +673,7 @@ def test_a_parameter_is_named_by_its_flag_and_its_error_is_a_value_error(
 # -- processes ------------------------------------------------------------------------------------
 
 
-def start(*argv: Any, **options: Any) -> "subprocess.Popen[str]":
+def start(*argv: Any, **options: Any) -> Process:
     command = [sys.executable, "-m", "minimas", *map(str, argv)]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -681,7 +682,7 @@ def start(*argv: Any, **options: Any) -> "subprocess.Popen[str]":
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     options = {"text": True, "env": env, **pipes}
-    return subprocess.Popen(command, **options)
+    return Process(command, **options)
 
 
 def test_the_first_command_works_from_anywhere(tmp_path: Path) -> None:
@@ -699,6 +700,7 @@ def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> N
     assert_one_line(Outcome(process.returncode, out, err), 1, "none: no such folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
     """Status 130, one line, and the text so far is kept: as text, or as an object that says so."""
@@ -734,6 +736,7 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
         assert len(first + out) > 5
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_starts_ends_quietly() -> None:
     """A traceback from the import of torch, before `main` runs."""
     with start("--version") as process:

@@ -10,6 +10,7 @@ import pytest
 from minimas import latent_mas, load
 
 from .models import TINY
+from .processes import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = (
@@ -25,7 +26,7 @@ def test_the_latentmas_example_gives_the_librarys_answer(arguments: list[str]) -
     command = [sys.executable, "-W", "error", "examples/latentmas.py", *arguments]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     [expected] = latent_mas(load(TINY), arguments or [QUESTION])

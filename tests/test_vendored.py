@@ -17,6 +17,7 @@ import pytest
 import minimas
 
 from .models import TINY, tiny_model, write_folder
+from .processes import LIMIT
 from .text import tiny_tokenizer
 
 LIBRARY = Path(minimas.__file__).parent
@@ -170,7 +171,7 @@ def run_python(folder: Path, script: str) -> "subprocess.CompletedProcess[str]":
     }
     command = [sys.executable, "-W", "error", "-c", script]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
     )
 
 

@@ -39,9 +39,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # minimas and tools of the checkout
 
 from tools.benchmarking.command import main
+from tools.shared.streams import run_command
 
 if __name__ == "__main__":
-    try:
-        main(__doc__.partition("\n")[0])
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"benchmark: {error}") from error
+    sys.exit(run_command("benchmark", lambda: main(__doc__.partition("\n")[0])))

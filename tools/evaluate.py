@@ -6,10 +6,10 @@
     python tools/evaluate.py --out runs/tiny --replay q-17             # the same answer again?
     python tools/evaluate.py --out runs/tiny --regrade                 # grade all texts anew
 
-A list, with commas, makes a grid. `DIR/results*.jsonl` has a head with every setting and one line
-for each question, arm and seed; the same command continues where it stopped. `DIR/summary.json` and
-`.md` are made from it at the end. Status: 0 done, 1 failed (or a replay that differs), 2 usage, 130
-stopped by Ctrl-C; what is done is kept.
+A list, with commas, makes a grid (of --prefix: the flag several times). `DIR/results*.jsonl` has a
+head with every setting and one line for each question, arm and seed; the same command continues
+where it stopped. `DIR/summary.json` and `.md` are made from it at the end. Status: 0 done, 1 failed
+(or a replay that differs), 2 usage, 130 stopped by Ctrl-C; what is done is kept.
 """
 
 import sys
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
 
 from tools.evaluation.command import main
+from tools.shared.streams import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("evaluate", main))

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's tools
 
 from tools.evaluation.stats import bootstrap, p_value, paired, share  # noqa: E402
+from tools.shared.arguments import FAILURES, print_error  # noqa: E402
 from tools.shared.files import write_whole  # noqa: E402
+from tools.shared.streams import run_command  # noqa: E402
 
 PAGE, RECORDS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 Record = dict[str, Any]
@@ -114,22 +116,31 @@ def rewritten(page: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 for a table that differs (--check)."""
+    """Run the command line; returns 0 done, 1 failed or a table that differs (--check)."""
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     names = ("NAME", "RUN_DIR")
     parser.add_argument("--add", nargs="+", metavar=names, help="store runs as NAME.jsonl.gz")
     args = parser.parse_args(argv)
-    if args.add:
-        store(args.add[0], [Path(folder) for folder in args.add[1:]])
-        return 0
+    try:
+        if args.add:
+            store(args.add[0], [Path(folder) for folder in args.add[1:]])
+            return 0
+        return rewrite(args.check)
+    except FAILURES as error:
+        print_error("results", error)
+        return 1
+
+
+def rewrite(only_check: bool) -> int:
+    """Write the page with its tables computed anew; return 1 if it differs and is only checked."""
     old = PAGE.read_text(encoding="utf-8")
     new = rewritten(old)
-    if not args.check:
+    if not only_check:
         write_whole(PAGE, new)
-    return int(args.check and new != old)
+    return int(only_check and new != old)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("results", main))

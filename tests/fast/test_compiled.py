@@ -207,6 +207,7 @@ def test_the_host_does_not_wait_for_a_gpu_within_a_step(
 # -- compiled --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
@@ -229,6 +230,7 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | N
         assert apart(steps(fast, 2, lengths).double(), steps(plain, 2, lengths).double()) <= 0.05
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q8"])
 def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> None:
@@ -247,6 +249,7 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
     assert fast.fingerprint() == plain.fingerprint()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
@@ -315,6 +318,7 @@ def test_a_copy_of_a_compiled_model_multiplies_by_its_own_weights() -> None:
     assert apart(steps(fast, 2).double(), steps(load(TINY, device="cpu").model, 2).double()) <= 0.05
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_steps_are_exact_in_float64() -> None:
     torch._dynamo.reset()

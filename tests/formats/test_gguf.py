@@ -6,7 +6,6 @@ import json
 import logging
 import struct
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ..models import (
     tiny_model,
     write_folder,
 )
+from ..processes import within
 
 numpy = pytest.importorskip("numpy")
 gguf = pytest.importorskip("gguf", reason="files are written with it")
@@ -384,9 +384,8 @@ def test_a_vocabulary_is_read_at_once(tmp_path: Path) -> None:
     tokens = struct.pack("<IIQ", 9, 8, 300_000) + b"".join(text(f"t{i}") for i in range(300_000))
     types = struct.pack("<IIQ", 9, 5, 300_000) + struct.pack("<300000i", *[1] * 300_000)
     content = raw_file({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
-    began = time.perf_counter()
-    assert opened(tmp_path / "a.gguf", content).shapes
-    assert time.perf_counter() - began < 2
+    with within(10):
+        assert opened(tmp_path / "a.gguf", content).shapes
 
 
 def test_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path: Path) -> None:
@@ -877,10 +876,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_bad_file_is_one_line(what: str, tmp_path: Path) -> None:
     """A damaged or foreign file that gets through is a model of noise, or an exhausted memory."""
     content, message = BAD[what]
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=message) as caught:
+    with within(30), pytest.raises(ValueError, match=message) as caught:
         opened(tmp_path / "bad.gguf", content())
-    assert time.perf_counter() - began < 2
     assert str(caught.value).startswith(f"{tmp_path / 'bad.gguf'}: ") and "\n" not in str(
         caught.value
     )
@@ -983,21 +980,18 @@ def test_damage_is_an_error_or_another_model_never_a_crash(
         at = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(whole) - 1)))
         content[at] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))]
-    began = time.perf_counter()
     try:
-        file = opened(tmp_path / "a.gguf", bytes(content))
-        with torch.device("meta"):  # as `load` does: damaged sizes may be vast
-            wanted = Qwen3(file.config).state_dict()
-        expected = {name: tuple(weight.shape) for name, weight in wanted.items()}
-        if file.shapes == expected:
-            for name in file.shapes:
-                file.read(name, torch.float32)
-                file.blocks(name)
+        with within():  # a vast count that is believed would take minutes
+            file = opened(tmp_path / "a.gguf", bytes(content))
+            with torch.device("meta"):  # as `load` does: damaged sizes may be vast
+                wanted = Qwen3(file.config).state_dict()
+            expected = {name: tuple(weight.shape) for name, weight in wanted.items()}
+            if file.shapes == expected:
+                for name in file.shapes:
+                    file.read(name, torch.float32)
+                    file.blocks(name)
     except ValueError as error:
         assert str(error).startswith(str(tmp_path / "a.gguf")) and "\n" not in str(error)
-    assert (
-        time.perf_counter() - began < 10
-    )  # on a busy machine; a vast count believed would take minutes
 
 
 # -- loaded ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from minimas import LM, Aligner, Sampling, lens, load
 from tools.evaluation import probe
 from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
+from tools.evaluation.audit import report
 from tools.evaluation.bench import Bench
 from tools.evaluation.command import Evaluation, main, parser
 from tools.evaluation.feeders import Feeders
@@ -218,7 +219,7 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
         "--transfer latents",
         "--method single",
         "--close yes,no",
-        "--prefix a,b",
+        "--prefix a --prefix b",
     ],
 )
 def test_an_audit_refuses_what_it_would_not_read(
@@ -233,6 +234,32 @@ def test_an_audit_refuses_what_it_would_not_read(
     )
     error = capsys.readouterr().err
     assert flags.split()[0] in error and "in an audit" in error
+
+
+@pytest.mark.parametrize(
+    ("questions", "said"),
+    [
+        (1, "On 1 question no p below 1 is possible (on 5, none below 0.0625)"),
+        (3, "On 3 questions no p below 0.25 is possible (on 5, none below 0.0625)"),
+        (5, "On 5 questions no p below 0.0625 is possible, so nothing can be found with fewer"),
+        (7, "On 7 questions no p below 0.015625 is possible"),
+        (8, None),
+    ],
+)
+@pytest.mark.parametrize("metric", ["nll", "accuracy"])
+def test_an_audit_of_few_questions_says_that_it_can_find_nothing(
+    metric: str, questions: int, said: str | None
+) -> None:
+    """ "No effect is found" was the verdict on five questions, whatever the arms did."""
+    some = records(metric, full=[1.0] * questions, prompts_only=[0.0] * questions)
+    numbers, text = report(some, {})
+    smallest = numbers["comparisons"][f"{metric}: full − prompts only"]["p"]
+    assert (smallest < ALPHA) == (said is None)
+    assert f"{smallest:g}" == f"{2 / 2**questions:g}"
+    if said is None:
+        assert "is possible" not in text
+    else:
+        assert said in text.splitlines()[-3]
 
 
 def test_differences_are_paired_by_question_and_seed() -> None:
@@ -525,7 +552,7 @@ def test_an_audit_of_chosen_arms_has_these_and_no_others(
 
 def test_arms_differ_from_full_in_one_setting() -> None:
     """Else a difference has two causes."""
-    asked = parser().parse_args("--data x --out y --latent-steps 5".split())
+    asked = parser().parse_args("--data x --out y --latent-steps 5 --prefix So".split())
     lists = {name: getattr(asked, name) for name in ("method", *LATENT_SETTINGS)}
     full, *others = audit_arms(full_arm(lists), ["prenorm", "pause"], ["nll"])
     for arm in others:

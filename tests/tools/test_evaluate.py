@@ -34,6 +34,7 @@ from tools.evaluation.summary import summarize
 from tools.training.tiny_task import split_stories, split_team, story
 
 from ..models import TINY, reference
+from ..processes import LIMIT
 from ..text import load_text_lm
 
 ROOT = TINY.parents[1]
@@ -121,6 +122,7 @@ def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: P
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of any fork
 def test_ten_kills_and_a_resume_make_the_same_file(
     data: Path, finished: Path, tmp_path: Path
@@ -230,21 +232,19 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert lines(tmp_path) == lines(finished)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path: Path) -> None:
     """Whole batches in turn, a file each, one table; shuffled pairs reach across ranks."""
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "29631",
     ]
     command += ["tools/evaluate.py", "--data", str(data), "--out", str(tmp_path), *FIXED]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     ranks = [lines(tmp_path, f"results-rank{rank}.jsonl") for rank in (0, 1)]
     assert [{r["batch"] for r in found} for found in ranks] == [{0, 2}, {1}]
@@ -352,6 +352,119 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another process is writing here"):
         take_up(tmp_path, {}, {})
     book.close()
+
+
+ONE = [{"id": "x", "batch": 0, "arm": "a", "seed": 0}]
+ANOTHER = [{"id": "y", "batch": 1, "arm": "a", "seed": 0}]
+TWO_UNITS = {Key(0, "a", 0): ["x"], Key(1, "a", 0): ["y"]}
+
+
+def write_unit(path: Path, unit: list[Record]) -> None:
+    book = Ledger(path, {"settings": {}})
+    book.append(unit)
+    book.close()
+
+
+def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The length was read, another process wrote a unit and ended, and the file was cut to the
+    length. Now the other one is refused.
+    """
+    path = tmp_path / "results.jsonl"
+    write_unit(path, ONE)
+
+    def read_and_interrupted(path: Path, units: Any) -> Any:
+        found = whole_units(path, units)
+        with pytest.raises(ValueError, match="another process is writing here"):
+            write_unit(path, ANOTHER)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "whole_units", read_and_interrupted)
+        done, sizes = take_up(tmp_path, {}, TWO_UNITS)
+    assert done == {Key(0, "a", 0)}
+    assert sizes == {"results.jsonl": path.stat().st_size}
+
+
+def test_a_unit_that_is_written_after_a_run_was_taken_up_is_not_computed_again(
+    tmp_path: Path,
+) -> None:
+    """It would be in the file twice, and the file would be refused from then on."""
+    path = tmp_path / "results.jsonl"
+    write_unit(path, ONE)
+    _, sizes = take_up(tmp_path, {}, TWO_UNITS)
+    write_unit(path, ANOTHER)
+    with pytest.raises(ValueError, match=r"results.jsonl: found \d+ bytes, expected \d+: another"):
+        Ledger(path, {"settings": {}}, sizes[path.name])
+    done, sizes = take_up(tmp_path, {}, TWO_UNITS)
+    assert done == set(TWO_UNITS)
+    Ledger(path, {"settings": {}}, sizes[path.name]).close()
+
+
+def test_two_first_starts_write_one_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one opened the new file while it was empty, and locked it after the first had
+    ended.
+    """
+    path, lock = tmp_path / "results.jsonl", ledger.lock
+
+    def late(path: Path, file: Any) -> None:
+        monkeypatch.setattr(ledger, "lock", lock)
+        write_unit(path, ONE)
+        lock(path, file)
+
+    monkeypatch.setattr(ledger, "lock", late)
+    Ledger(path, {"settings": {}}).close()
+    found = path.read_text().splitlines()
+    assert [json.loads(line) for line in found] == [{"settings": {}}, *ONE]
+
+
+def test_a_file_that_was_replaced_before_its_lock_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--regrade` puts a new file in its place: what is appended to the old one is in no folder."""
+    path, lock = tmp_path / "results.jsonl", ledger.lock
+    write_unit(path, ONE)
+
+    def late(path: Path, file: Any) -> None:
+        (tmp_path / "new").write_bytes(path.read_bytes())
+        (tmp_path / "new").replace(path)
+        lock(path, file)
+
+    monkeypatch.setattr(ledger, "lock", late)
+    with pytest.raises(ValueError, match=r"results.jsonl: another process has replaced it"):
+        Ledger(path, {"settings": {}})
+
+
+@pytest.mark.slow
+def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
+    """On Windows even `--help` was a traceback. A run is refused before a model is loaded."""
+    code = (
+        "import runpy, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    for flags, status, stdout in (
+        (["--help"], 0, "usage: evaluate"),
+        (["--model", "nowhere", "--task", "gsm8k", "--out", str(tmp_path / "run")], 1, ""),
+    ):
+        command = [sys.executable, "-c", code, "tools/evaluate.py", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == status, done.stderr
+        assert done.stdout.startswith(stdout)
+    expected = "found no module fcntl, which locks the files of results, expected Linux, macOS"
+    assert done.stderr.startswith(f"evaluate: error: {expected}")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_running_programs_is_refused_where_there_is_no_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is loaded, and not at the first question of that kind."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    command = ["--model", "nowhere", "--task", "mbppplus", "--out", str(tmp_path / "run")]
+    assert main([*command, "--run-untrusted-code"]) == 1
+    error = "evaluate: error: sandbox: found platform win32, expected linux\n"
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.parametrize(
@@ -591,7 +704,7 @@ def test_an_error_names_the_questions_of_its_batch(
 ) -> None:
     """Its place in a batch alone, "question 2", is another question in the file."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    rows[4]["question"] = "Eva has 2 cards. " * 3000
+    rows[4]["question"] = "Eva has 2 cards. " * 5000
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["--data", str(long), "--out", str(tmp_path / "run"), *FIXED]) == 1
@@ -911,8 +1024,8 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
 
 
 def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
-    """And settings of a run: with another text, `fitted` is another map, and the run another
-    run.
+    """A prefix with a comma is one prefix. All are settings of a run: with another text, `fitted`
+    is another map, and the run another run.
     """
     text = tmp_path / "plain.txt"
     text.write_text("Eva has 2 cards and Tom finds 3 coins in his box. " * 40)
@@ -932,7 +1045,9 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
         "--close",
         "yes,no",
         "--prefix",
-        "Eva,Tom",
+        "Eva, Ann",
+        "--prefix",
+        "Tom",
         "--quiet",
         "--out",
         str(tmp_path / "run"),
@@ -944,7 +1059,7 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
     assert list(found) == [
         f"latent_mas close={close} prefix={name}"
         for close in (True, False)
-        for name in ("Eva", "Tom")
+        for name in ("Eva, Ann", "Tom")
     ]
     assert len(set(found.values())) == 4
     text.write_text("Ann doubles the 7 cards, and then she loses 4 of them. " * 40)

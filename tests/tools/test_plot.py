@@ -21,6 +21,7 @@ from tools.evaluation.figures import runs
 from tools.evaluation.stats import bootstrap, wilson
 
 from ..models import TINY
+from ..processes import LIMIT
 from ..text import load_text_lm
 from .test_evaluate import write_data
 
@@ -134,6 +135,7 @@ def test_seeds_are_no_further_questions() -> None:
     assert (point["n"], point["y"]) == (2, 0.375)
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
     code = "import json, pathlib; from tools.evaluation import figures; " + (
         f"print(json.dumps(figures.steps(figures.runs([pathlib.Path({str(finished)!r})]))))"
@@ -142,7 +144,7 @@ def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
         subprocess.run(
             [sys.executable, "-c", code], cwd=TINY.parents[1],
             env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, check=True, timeout=LIMIT,
         ).stdout
         for seed in "12"
     }  # fmt: skip

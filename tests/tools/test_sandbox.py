@@ -16,34 +16,45 @@ import pytest
 from tools.evaluation import sandbox
 from tools.evaluation.sandbox import Outcome, run
 
+from ..processes import LIMIT, Process, within
+
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the sandbox is made of Linux's parts"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="the sandbox is made of Linux's parts"
+    ),
+]
 
 
-def guards() -> set[str]:
-    """Process numbers of all sandboxes on this machine, and of whatever runs in them: they share a
-    command line.
+def guards(folder: Path) -> set[str]:
+    """Process numbers of the sandboxes whose file is in this folder, and of whatever runs in them:
+    they share a command line.
     """
     found = set()
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"--guard" in line.read_bytes() and b"sandbox.py" in line.read_bytes():
-                found.add(line.parent.name)
+            words = line.read_bytes().split(b"\0")
         except OSError:
             continue
+        if b"--guard" in words and any(word.startswith(bytes(folder)) for word in words):
+            found.add(line.parent.name)
     return found
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test run that leaves a process a program slows the machine until somebody looks."""
-    before = guards()
+def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file of this test's sandboxes: a link, which tells their processes from those of other
+    tests. A run that leaves a process a program slows the machine until somebody looks.
+    """
+    link = tmp_path / "guard" / "sandbox.py"
+    link.parent.mkdir()
+    link.symlink_to(sandbox.__file__)
+    monkeypatch.setattr(sandbox, "__file__", str(link))
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
-    yield
+    yield link
     assert not list(tmp_path.glob("sandbox-*"))
-    assert guards() <= before
+    assert not guards(link.parent)
 
 
 GOOD = {
@@ -82,7 +93,6 @@ FORK = (
 )
 HOSTILE = {  # program, what the reason must hold
     "os._exit": ("import os\nos._exit(0)", "ended before its last statement"),
-    "SystemExit": ("raise SystemExit(0)", "SystemExit"),
     "sys.exit in a function": ("import sys\ndef f():\n    sys.exit()\nf()", "SystemExit"),
     "atexit": ("import atexit, os\natexit.register(os._exit, 0)\nassert False", "AssertionError"),
     "a patched os._exit": ("import os\nos._exit = lambda n: None\nassert False", "AssertionError"),
@@ -103,7 +113,6 @@ HOSTILE = {  # program, what the reason must hold
     "a syntax error": ("def f(:", "SyntaxError"),
     "a null character": ("x = '\0'", "null"),
     "lone surrogates": ("x = \udcff", "SyntaxError"),
-    "an endless loop": ("while True:\n    pass", "not done after 1 s"),
     "an endless loop that catches all": (
         (
             "while True:\n    try:\n        while True:\n"
@@ -111,14 +120,12 @@ HOSTILE = {  # program, what the reason must hold
         ),
         "not done after 1 s",
     ),
-    "a sleeper": ("import time\ntime.sleep(600)", "not done after 1 s"),
     "a sleeper that ignores signals": (
         "import signal, time\nfor s in set(signal.valid_signals()) - {9, 19, 32, 33}:\n"
         "    signal.signal(s, signal.SIG_IGN)\ntime.sleep(600)",
         "not done after 1 s",
     ),
     "a pattern that backtracks": ("import re\nre.match('(a+)+b', 'a' * 60)", "not done after 1 s"),
-    "a tower of powers": ("x = 9 ** 9 ** 9 ** 9", "not done after 1 s"),
     "a fork bomb": ("import os\nwhile True:\n    os.fork()", "Error"),
     "a fork bomb that catches all": (
         "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
@@ -132,8 +139,6 @@ HOSTILE = {  # program, what the reason must hold
         "can't start new thread",
     ),
     "a 10 GB list": ("x = [0] * (10 * 2**30 // 8)", "MemoryError"),
-    "a list that grows": ("x = [0]\nwhile True:\n    x += x", "MemoryError"),
-    "a flood of output": ("while True:\n    print('x' * 10**6)", "File too large"),
     "a flood of errors": (
         "import os\nwhile True:\n    os.write(2, b'x' * 10**6)",
         "File too large",
@@ -199,28 +204,31 @@ def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
     ends the run.
     """
     program, reason = HOSTILE[name]
-    before = time.monotonic()
-    outcome = run(program, timeout=1 if reason == "not done after 1 s" else 10)
+    with within():
+        outcome = run(program, timeout=1 if reason == "not done after 1 s" else 20)
     assert not outcome.passed
     assert reason in outcome.reason and "\n" not in outcome.reason and len(outcome.reason) <= 300
-    assert time.monotonic() - before < 10
     assert not Path(ESCAPE).exists()
     assert (ROOT / "pyproject.toml").exists()
 
 
-def test_the_namespaces_alone_hold_files_and_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With Landlock refused the second wall stands; a wall that was never needed may not be
-    there.
-    """
-    weaker = tmp_path / "weaker.py"
-    source = Path(sandbox.__file__).read_text(encoding="utf-8")
+@pytest.fixture
+def without_landlock(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox that calls a function which the kernel does not have in the place of Landlock's."""
+    source = guard.read_text(encoding="utf-8")
     assert "SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444" in source
+    weaker = guard.with_name("weaker.py")
     weaker.write_text(
         source.replace("SYS_LANDLOCK = 442, 444", "SYS_LANDLOCK = 442, 9999"), encoding="utf-8"
     )
     monkeypatch.setattr(sandbox, "__file__", str(weaker))
+
+
+@pytest.mark.usefixtures("without_landlock")
+def test_the_namespaces_alone_hold_files_and_network() -> None:
+    """With Landlock refused the second wall stands; a wall that was never needed may not be
+    there.
+    """
     assert run("import os\nassert os.listdir() == []\nopen('x', 'w')").passed
     assert "Read-only" in run(f"open({ESCAPE!r}, 'w')").reason
     assert (
@@ -229,16 +237,11 @@ def test_the_namespaces_alone_hold_files_and_network(
     assert run("import os\nassert os.listdir('/run') == []").passed
 
 
+@pytest.mark.usefixtures("without_landlock")
 def test_what_the_kernel_refuses_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A sandbox that silently is none."""
-    weaker = tmp_path / "weaker.py"
-    source = Path(sandbox.__file__).read_text(encoding="utf-8")
-    weaker.write_text(
-        source.replace("SYS_LANDLOCK = 442, 444", "SYS_LANDLOCK = 442, 9999"), encoding="utf-8"
-    )
-    monkeypatch.setattr(sandbox, "__file__", str(weaker))
     monkeypatch.setattr(sandbox, "_told", set())
     assert run("x = 1").passed and run("x = 1").passed
     assert (
@@ -256,25 +259,23 @@ def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"this kernel refuses {', '.join(sorted(told))}")
 
 
-def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path) -> None:
+def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path, guard: Path) -> None:
     """A run that was stopped would leave its program to the machine; all that stays is an empty
     folder.
     """
     (tmp_path / "left").mkdir()
-    before = guards()
-    code = "from tools.evaluation.sandbox import run\nrun('import time; time.sleep(600)', 600)"
-    caller = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path / "left")}
+    code = (
+        "import os; from tools.evaluation import sandbox; sandbox.__file__ = os.environ['GUARD']\n"
+        "sandbox.run('import time; time.sleep(600)', 600)"
     )
-    until = time.monotonic() + 20
-    while len(guards() - before) < 3 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(guards() - before) == 3  # the guard, process 1, the program
-    caller.kill()
-    caller.wait()
-    while guards() - before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not guards() - before
+    variables = {"TMPDIR": str(tmp_path / "left"), "GUARD": str(guard)}
+    with within(), Process([sys.executable, "-c", code], env=os.environ | variables, cwd=ROOT) as p:
+        while len(guards(guard.parent)) < 3:  # the guard, process 1, the program
+            time.sleep(0.05)
+        p.kill()
+        p.wait()
+        while guards(guard.parent):
+            time.sleep(0.05)
     assert [list(folder.iterdir()) for folder in (tmp_path / "left").iterdir()] == [[]]
 
 
@@ -295,7 +296,7 @@ def test_the_command_line_ends_with_the_verdict(
         "--memory",
         "512",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.count("\n") == 1 and ("Traceback" not in done.stderr)
 

@@ -91,6 +91,7 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
     assert found["none"] <= 12
 
 
+@pytest.mark.slow
 def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
     """One round, a second call that finds it finished, and a folder that can be loaded.
 

@@ -12,6 +12,7 @@ import torch
 
 from minimas import Config
 from minimas.fast.quantize import FORMATS
+from tools.shared.arguments import print_error
 
 from . import contenders as cast
 from . import end_to_end, loading, page, quality, race
@@ -26,14 +27,24 @@ REPORTS: dict[str, Report] = {
 }
 
 
-def main(description: str) -> None:
-    """Run one measurement, print its page and write the file of `--out`.
-
-    Raises ValueError, OSError or ImportError if it cannot be measured. A wrong flag exits with 2.
-    """
+def main(description: str) -> int:
+    """Run the command line; returns 0 done, 1 failed. A wrong flag exits with 2."""
     parser = make_parser(description)
     args = parser.parse_args()
     mode = check_flags(parser, args)
+    try:
+        report(mode, args)
+    except (OSError, ValueError, ImportError) as error:
+        print_error("benchmark", error)
+        return 1
+    return 0
+
+
+def report(mode: str | None, args: argparse.Namespace) -> None:
+    """Run one measurement, write the file of `--out` and print its page.
+
+    Raises ValueError, OSError or ImportError if it cannot be measured.
+    """
     torch.set_num_threads(args.threads)
     if mode is None:
         lines, samples = compare(args)
@@ -43,11 +54,12 @@ def main(description: str) -> None:
             rest, samples = REPORTS[mode](args)
         lines += rest
     text = "\n".join(lines)
-    print(text)
-    if args.out:
+    if args.out:  # before it is printed: a measurement takes long, and stdout may be gone
+        whole = text
         if args.out.suffix == ".json":
-            text = json.dumps(samples | {"page": lines}, indent=1)
-        args.out.write_text(text + "\n", encoding="utf-8")
+            whole = json.dumps(samples | {"page": lines}, indent=1)
+        args.out.write_text(whole + "\n", encoding="utf-8")
+    print(text)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 Does not know: how records and diagnostics come about.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,23 @@ def report(found: Sequence[Record], diagnostics: Record) -> tuple[Record, str]:
     lines = [CAPTION, "", *comparison_table(compared)]
     if diagnostics:
         lines += diagnostic_tables(diagnostics)
-    lines += ["", LIMITS, "", sentence]
+    lines += ["", " ".join([LIMITS, *few_questions(compared)]), "", sentence]
     numbers = {"comparisons": compared, "diagnostics": diagnostics, "verdict": sentence}
     return numbers, "\n".join(lines)
+
+
+def few_questions(compared: Record) -> list[str]:
+    """Return the sentence that an audit of few questions needs: nothing can be found in them.
+
+    Both tests are exact there, and the smallest p of n pairs is that all go one way, 2 / 2ⁿ.
+    """
+    pairs = max((line["n"] for line in compared.values()), default=0)
+    enough = 1 + math.floor(math.log2(2 / ALPHA))
+    if not 0 < pairs < enough:
+        return []
+    smallest = f"On {pairs} {'question' if pairs == 1 else 'questions'} no p below {2 / 2**pairs:g}"
+    known = " (on 5, none below 0.0625)" if pairs < 5 else ""
+    return [f"{smallest} is possible{known}, so nothing can be found with fewer than {enough}."]
 
 
 def comparison_table(compared: Record) -> list[str]:

@@ -40,15 +40,30 @@ from .bench import Bench, samples_in_same_time
 from .feeders import Feeders, kind_of_map
 from .grading import grader
 from .layouts import VARIANTS
-from .ledger import Key, Ledger, all_records, check_settings, files, key_of, read_head, take_up
+from .ledger import (
+    Key,
+    Ledger,
+    all_records,
+    check_can_lock,
+    check_settings,
+    files,
+    key_of,
+    read_head,
+    take_up,
+)
 from .replay import regrade, replay
 from .rows import Row, read_rows
+from .sandbox import check_platform
 from .settings import Record, has_math_verify, run_head, run_settings
 from .summary import summarize, table
 from .tasks import load_task
 
 VOTE = f"accuracy: {SAME_SECONDS}"
-DESCRIPTION = "Run methods and control arms over a task, lose nothing, and report the results."
+UNIT = "a unit is one batch of questions under one arm and seed, and is written as a whole"
+DESCRIPTION = (
+    "Run methods and control arms over a task, lose nothing, and report the results. "
+    f"Progress counts units: {UNIT}. A stopped run goes on with the first unit that is missing."
+)
 
 
 def parser() -> Parser:
@@ -96,16 +111,21 @@ def add_settings(top: Parser) -> None:
     layout = one_of((*LAYOUTS, *VARIANTS))
     about = "list: turn, chat, or a variant of tools/evaluation/layouts.py"
     add("--layout", type=list_of(layout), default=[None], help=about)
-    add("--prefix", type=list_of(str), default=[None], help="list of texts before the thoughts")
+    prefix = "text before the thoughts, commas included; a list: give the flag several times"
+    add("--prefix", action="append", metavar="TEXT", help=prefix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
+    args.prefix = args.prefix or [None]
     try:
+        check_can_lock()
         if args.replay or args.regrade:
             take_arguments_of_head(args)
+        if args.run_untrusted_code:
+            check_platform()
         run = Evaluation(args)
         if args.replay:
             return 0 if replay(run.bench, run.arms, run.records(), args.replay) else 1
@@ -225,24 +245,28 @@ class Evaluation:
         """Compute every unit that is not done; of several ranks, those of this rank's batches."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.ranks == 1:
-            done = take_up(self.folder, self.settings, self.units)
+            done, sizes = take_up(self.folder, self.settings, self.units)
         else:
-            done = self.take_up_on_rank_0()
+            done, sizes = self.take_up_on_rank_0()
         name = "results.jsonl" if self.ranks == 1 else f"results-rank{self.rank}.jsonl"
-        ledger = Ledger(self.folder / name, self.head())
+        ledger = Ledger(self.folder / name, self.head(), sizes.get(name, 0))
         mine = [key for key in self.units if key.batch % self.ranks == self.rank]
         todo = [key for key in mine if key not in done]
         arms, start = {arm.name: arm for arm in self.arms}, time.perf_counter()
+        if todo:
+            self.show(f"evaluate: {len(todo)} of {len(mine)} units to do; {UNIT}")
         try:
             for count, key in enumerate(todo, start=1):
                 ledger.append(self.bench.compute(key.batch, arms[key.arm], key.seed))
-                self.show(count, len(todo), time.perf_counter() - start)
+                seconds = (time.perf_counter() - start) / count * (len(todo) - count)
+                text = f"evaluate: {count} of {len(todo)} units, {seconds:,.0f} s left "
+                self.show(text, ends=count == len(todo))
         finally:
             ledger.close()
         if self.ranks > 1:
             distributed.barrier()
 
-    def take_up_on_rank_0(self) -> set[Key]:
+    def take_up_on_rank_0(self) -> tuple[set[Key], dict[str, int]]:
         """Let rank 0 repair all files before any rank opens its own; its error ends all ranks."""
         on_gpu = self.bench.lm.model.device.type == "cuda"
         if on_gpu:
@@ -258,17 +282,14 @@ class Evaluation:
         distributed.broadcast_object_list(found)
         if isinstance(found[0], Exception):
             raise found[0]
-        done: set[Key] = found[0]
-        return done
+        taken: tuple[set[Key], dict[str, int]] = found[0]
+        return taken
 
-    def show(self, count: int, total: int, seconds: float) -> None:
-        """Print the progress on stderr, on a terminal in one line."""
-        if self.args.quiet:
-            return
-        left = seconds / count * (total - count)
-        end = "\r" if sys.stderr.isatty() and count < total else "\n"
-        text = f"evaluate: {count} of {total} units, {left:,.0f} s left "
-        print(text, end=end, file=sys.stderr, flush=True)
+    def show(self, text: str, ends: bool = True) -> None:
+        """Print progress on stderr; on a terminal the next text replaces one that does not end."""
+        if not self.args.quiet:
+            end = "\n" if ends or not sys.stderr.isatty() else "\r"
+            print(text, end=end, file=sys.stderr, flush=True)
 
     def records(self) -> list[Record]:
         """Return all records of the run. Raises ValueError for files of other settings."""

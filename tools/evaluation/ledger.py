@@ -9,11 +9,12 @@ as expected is refused, naming file and line.
 Does not know: what a unit computes.
 """
 
+import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -146,43 +147,57 @@ def all_records(folder: Path, units: Units) -> list[Record]:
     return [record for key in units for record in found.get(key, [])]
 
 
-def take_up(folder: Path, settings: Record, units: Units) -> set[Key]:
-    """Cut incomplete units off all files of a folder, and return the keys of the complete ones.
+def take_up(folder: Path, settings: Record, units: Units) -> tuple[set[Key], dict[str, int]]:
+    """Cut incomplete units off all files of a folder.
 
-    Raises ValueError for files of other settings, or with a line that is not as expected; then
-    nothing is cut.
+    Returns the keys of the complete ones, and how many bytes each file has, by its name. Raises
+    ValueError for files of other settings, or with a line that is not as expected; then nothing is
+    cut.
     """
-    ends: dict[Path, int] = {}
+    ends: dict[str, int] = {}
     done: set[Key] = set()
-    for path in files(folder):
-        check_settings(path, settings)
-        complete, ends[path] = whole_units(path, units)
-        keys = {key_of(unit[0]) for unit in complete}
-        if twice := keys & done:
-            problem = f"found {tuple(min(twice))}, which is in another file of the folder too"
-            raise ValueError(f"{path}: {problem}")
-        done |= keys
-    for path, end in ends.items():
-        with path.open("r+b") as file:
-            lock(path, file)
-            file.truncate(end)
-    return done
+    # Locked before they are read: a unit that another process appends after the reading would be
+    # cut off.
+    with locked(folder) as opened:
+        for path in opened:
+            check_settings(path, settings)
+            complete, ends[path.name] = whole_units(path, units)
+            keys = {key_of(unit[0]) for unit in complete}
+            if twice := keys & done:
+                problem = f"found {tuple(min(twice))}, which is in another file of the folder too"
+                raise ValueError(f"{path}: {problem}")
+            done |= keys
+        for path, file in opened.items():
+            file.truncate(ends[path.name])
+    return done, ends
 
 
 class Ledger:
     """A file of results that is open for appending. A second process that opens it is refused."""
 
-    def __init__(self, path: Path, head: Record) -> None:
-        """Open a file, and write `head` if it is new. Raises ValueError, OSError."""
+    def __init__(self, path: Path, head: Record, size: int | None = None) -> None:
+        """Open a file, and write `head` if it is new. Raises ValueError, OSError.
+
+        `size` in bytes is that of the file when it was taken up (None: not known). If it is another
+        one now, a process has written units that the caller does not know, and ValueError is
+        raised.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)
-        lock(path, self._file)
-        if self._file.tell() == 0:
-            self.append([head])
-            folder = os.open(path.parent, os.O_RDONLY)  # it holds the name of the new file
-            os.fsync(folder)
-            os.close(folder)
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(self.close)
+            lock(path, self._file)
+            found = self._file.seek(0, os.SEEK_END)  # others may have written before the lock
+            if size is not None and found != size:
+                problem = f"found {found} bytes, expected {size}: another process has written here"
+                raise ValueError(f"{path}: {problem}; the same command goes on")
+            if found == 0:
+                self.append([head])
+                folder = os.open(path.parent, os.O_RDONLY)  # it holds the name of the new file
+                os.fsync(folder)
+                os.close(folder)
+            if_it_fails.pop_all()
 
     def append(self, unit: Sequence[Record]) -> None:
         """Write one unit's records, all or none, and return when they are on the disk.
@@ -197,7 +212,7 @@ class Ledger:
                 view = view[self._file.write(view) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            os.truncate(self.path, before)
+            self._file.truncate(before)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 problem = f"{self.path}: the disk is full; what was done before is kept"
                 raise OSError(error.errno, problem) from error
@@ -208,13 +223,38 @@ class Ledger:
         self._file.close()
 
 
+def check_can_lock() -> None:
+    """Raise OSError where files cannot be locked, as on Windows."""
+    if find_spec("fcntl") is None:
+        problem = "found no module fcntl, which locks the files of results"
+        raise OSError(f"{problem}, expected Linux, macOS, or WSL on Windows")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Mapping[Path, IO[bytes]]]:
+    """Lock all files of results of a folder within a block, and yield them open.
+
+    Raises ValueError if one is locked.
+    """
+    with contextlib.ExitStack() as held:
+        opened = {path: held.enter_context(path.open("r+b")) for path in files(folder)}
+        for path, file in opened.items():
+            lock(path, file)
+        yield opened
+
+
 def lock(path: Path, file: IO[bytes]) -> None:
     """Lock an open file of results until it is closed. Raises ValueError if it is locked."""
+    import fcntl  # Windows has none, see `check_can_lock`
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         problem = "another process is writing here, expected one at a time"
         raise ValueError(f"{path}: {problem}") from error
+    if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        # What is written to the replaced file would be lost.
+        raise ValueError(f"{path}: another process has replaced it, expected one at a time")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

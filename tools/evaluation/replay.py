@@ -3,7 +3,6 @@
 Does not know: the command line.
 """
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from tools.shared.files import write_whole
 from .arms import Arm
 from .bench import Bench, same_mark
 from .grading import judge
-from .ledger import Units, all_records, check_settings, files, lock, read_head
+from .ledger import Units, all_records, check_settings, locked, read_head
 from .rows import Row
 
 Record = dict[str, Any]
@@ -68,13 +67,12 @@ def regrade(folder: Path, bench: Bench, settings: Record, head: Record, units: U
     """
     grading = {name: settings[name] for name in ("run_untrusted_code", "math_verify")}
     rows, changed = {row["id"]: row for row in bench.rows}, 0
-    with contextlib.ExitStack() as held:
-        for path in files(folder):
-            lock(path, held.enter_context(path.open("rb")))
+    with locked(folder) as opened:
+        for path in opened:
             old = (read_head(path) or {"settings": {}})["settings"]
             check_settings(path, settings | {name: old.get(name) for name in grading})
         all_records(folder, units)  # refuses lines that are not as expected
-        for path in files(folder):
+        for path in opened:
             # Not splitlines(), which splits at characters that a text may contain. What follows
             # the last newline is incomplete and is left out.
             first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

@@ -29,7 +29,6 @@ import ctypes
 import json
 import math
 import os
-import resource
 import secrets
 import select
 import signal
@@ -66,8 +65,7 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
 
     Raises OSError on other systems than Linux. Never raises on what the program does.
     """
-    if not sys.platform.startswith("linux"):
-        raise OSError(f"sandbox: found platform {sys.platform}, expected linux")
+    check_platform()
     start, token = time.monotonic(), secrets.token_hex(16)
     reading, writing = os.pipe()
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
@@ -105,6 +103,12 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
     return _outcome(said, ended, token, timeout, time.monotonic() - start)
 
 
+def check_platform() -> None:
+    """Raise OSError on other systems than Linux."""
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"sandbox: found platform {sys.platform}, expected linux")
+
+
 def _outcome(said: bytes, ended: bool, token: str, timeout: float, seconds: float) -> Outcome:
     """Return how a program ended, from what the guard said; print what the kernel refused."""
     head, _, verdict = said.partition(b"\n")
@@ -138,7 +142,7 @@ def _read(descriptor: int, until: float, most: int = 4096) -> tuple[bytes, bool]
 
 # -- the guard: from here on in a process of its own ------------------------------------------
 
-_C = ctypes.CDLL(None, use_errno=True)
+_C: Any = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 NEW_NAMESPACES = {
     "mount namespaces": 0x20000,
     "IPC namespaces": 0x8000000,
@@ -245,6 +249,8 @@ def _mount(folder: str) -> None:
 
 def _program(order: dict[str, Any], token: int, user: int, missing: list[str]) -> None:
     """Become the program. Never returns; the verdict is the last thing it says."""
+    import resource  # Windows has none
+
     verdict, read, write, leave, hear = order["verdict"], os.read, os.write, os._exit, repr
     try:
         os.setsid()  # kill(0) reaches neither process 1 nor the guard

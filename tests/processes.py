@@ -1,0 +1,49 @@
+"""Child processes and computations that a test ends, whatever they do."""
+
+import contextlib
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+LIMIT = 120.0  # seconds; nothing that a test waits for takes a tenth of it on an idle machine
+
+
+class Process(subprocess.Popen[str]):
+    """A child process that is killed when its `with` block fails, or after `limit` seconds.
+
+    `Popen` alone waits at the end of the block, and a process that ignores Ctrl-C never ends. The
+    limit also ends a `read` in the block: it finds the end of the stream.
+    """
+
+    def __init__(self, *args: Any, limit: float = LIMIT, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._timer = threading.Timer(limit, self.kill)
+        self._timer.start()
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self.kill()
+        super().__exit__(*error)  # waits, until the timer ends the process
+        self._timer.cancel()
+
+
+@contextlib.contextmanager
+def within(seconds: float = LIMIT) -> Iterator[None]:
+    """Fail if a block takes longer: it hangs, or needs far more work than it should.
+
+    The limit is far above the time of an idle machine. An assertion on a tight time fails on a busy
+    one.
+    """
+
+    def expired(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
