@@ -11,24 +11,18 @@ It implements LatentMAS (arXiv 2511.20639):
 """
 
 import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-try:
-    import torch  # noqa: F401  (imported first, because it takes most of the start-up)
-except KeyboardInterrupt:
-    if sys.argv[:1] != ["-m"]:  # `python -m minimas` ends quietly, as with Ctrl-C later on
-        raise
-    sys.exit(130)
-
-from .agents import latent_mas, single, text_mas
-from .core.cache import KVCache
-from .core.config import Config
-from .core.latent import Aligner, alignment_matrix, think
-from .core.model import Qwen3
-from .load import LM, load
-from .results import Result, Watcher
-from .teams import Agent, Team, hierarchical, sequential
-from .text.generate import Sampling, generate
-from .text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from .agents import latent_mas, single, text_mas
+    from .core import Aligner, Config, KVCache, Qwen3, alignment_matrix, think
+    from .load import LM, load
+    from .results import Result, Watcher
+    from .teams import Agent, Team, hierarchical, sequential
+    from .text.generate import Sampling, generate
+    from .text.tokenizer import Tokenizer
 
 __all__ = [
     "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team",
@@ -36,3 +30,28 @@ __all__ = [
     "sequential", "single", "text_mas", "think",
 ]  # fmt: skip
 __version__ = "0.1.0"
+HOMES = ("agents", "core", "load", "results", "teams", "text.generate", "text.tokenizer")
+
+
+class Package(ModuleType):
+    """This package, whose public names are imported on first use.
+
+    Importing torch takes seconds, which `minimas --help` does not need.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            modules = (import_module(f".{home}", __name__) for home in HOMES)
+            self.__dict__[name] = next(getattr(m, name) for m in modules if hasattr(m, name))
+            return self.__dict__[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "load" or not isinstance(value, ModuleType):  # `load` is the function
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*self.__dict__, *__all__]
+
+
+sys.modules[__name__].__class__ = Package

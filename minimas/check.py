@@ -11,11 +11,12 @@ data.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .agents import LastTurn, LatentRun, choose_team, hand_over
+from .agents import LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import PrefillOnce, losses_after
 from .results import Watcher
@@ -79,9 +80,6 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
-    def __format__(self, form: str) -> str:
-        return format(str(self), form)
-
 
 @dataclass(frozen=True)
 class ArmReport:
@@ -121,7 +119,7 @@ class Report:
         title = f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
         table = [f"{title}{'tokens':>7}{'ended':>7}"]
         for arm in self.arms:
-            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or '':<26}"
+            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
             table.append(f"{row}{arm.tokens:>7.1f}{arm.ended:>7.0%}")
         return [sample, *table, self.verdict, f"recommended: {self.command}"]
 
@@ -143,7 +141,7 @@ def check(
     }
     how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher}
     how |= {"prefill": PrefillOnce(), "team": team}  # the first prompt once for all settings
-    found = {name: _measure(last_turn(lm, **how | own)) for name, own in settings.items()}
+    found = {name: _measure(LatentRun(lm, ASKED, **how | own)) for name, own in settings.items()}
     base, _ = found["prompts only"]
     n = len(QUESTIONS)
     arms = []
@@ -158,29 +156,21 @@ def check(
     return replace(report, verdict=verdict, command=command)
 
 
-def last_turn(lm: LM, **options: Any) -> LastTurn:
-    """Return the last agent's turn on the built-in questions, after all others have worked."""
-    run = LatentRun(lm, ASKED, **options)
-    return run.last_turn(hand_over(run))
-
-
-def _measure(last: LastTurn) -> tuple[list[float], list[int]]:
+def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    run, lm = last.run, last.run.lm
-    hidden, cache = last.prefill()
+    hidden, cache = run.last_turn(hand_over(run)).prefill()
     found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
     nlls = [loss.mean for [loss] in found]
     read: list[list[int]] = [[]] * len(ASKED)
-    how = GREEDY, lm.end_ids, run.generators, read
-    answers = generate(lm.model, run.tokenizer, hidden, cache, *how)
+    how = GREEDY, run.end_ids, run.generators, read
+    answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
     return nlls, [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of six paired differences with Student's 95 % interval."""
-    n = len(values)
-    mean = sum(values) / n
-    error = T_95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    mean = statistics.fmean(values)
+    error = T_95 * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - error, mean + error)
 
 

@@ -257,6 +257,7 @@ class Run:
             self.generators * agents, ids, remember,
         )  # fmt: skip
         for row, piece, done in pieces:
+            self.observer.generated()
             if final and piece:
                 self.observer.text(row, piece)
             if done is not None:

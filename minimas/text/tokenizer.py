@@ -102,6 +102,13 @@ class Tokenizer:
             self._around("user", "assistant", generation_prompt=False)  # raises
         self.turn_end = turn_end or end_token
 
+    def set_thinking(self, thinks: bool) -> None:
+        """Set the template's `enable_thinking`. Raises ValueError for a template without it."""
+        if "enable_thinking" not in self._source:
+            problem = "found no enable_thinking, expected it (--think and --no-think switch it)"
+            raise ValueError(f"{self.template_path}: chat_template: {problem}")
+        self._special["enable_thinking"] = thinks
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -232,7 +239,7 @@ class Tokenizer:
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         self._source = CHATML if source is None else source
-        self._special = {}  # the text of the special tokens, such as eos_token
+        self._special: dict[str, Any] = {}  # the text of the special tokens, such as eos_token
         for field, token in settings.items():
             name = token.get("content") if isinstance(token, dict) else token
             if field.endswith("_token") and isinstance(name, str):
@@ -285,7 +292,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        problem = f"found bytes that are not UTF-8 ({error}), expected text"
+        raise ValueError(f"{path}: {problem}") from error
 
 
 def is_text(text: str) -> bool:
