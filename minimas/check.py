@@ -133,22 +133,21 @@ def check(
     Raises ValueError for a model without tokenizer, or one whose context is too short.
     """
     team = choose_team(lm, "sequential").with_layout(layout)
-    settings: dict[str, dict[str, Any]] = {
+    settings: dict[str, Any] = {
         "no cache": {"latent_steps": 0, "team": replace(team, agents=team.agents[-1:])},
         "prompts only": {"latent_steps": 0},
         f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
     }
-    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher}
-    how |= {"prefill": PrefillOnce(), "team": team}  # the first prompt once for all settings
+    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher, "team": team}
+    how["prefill"] = PrefillOnce()  # the first prompt once for all settings
     found = {name: _measure(LatentRun(lm, ASKED, **how | own)) for name, own in settings.items()}
     base, _ = found["prompts only"]
-    n = len(QUESTIONS)
-    arms = []
+    n, arms = len(QUESTIONS), []
     for name, (nlls, tokens) in found.items():
-        differences = [nll - other for nll, other in zip(nlls, base, strict=True)]
-        difference = None if nlls is base else interval(differences)
+        rise = interval([nll - other for nll, other in zip(nlls, base, strict=True)])
         ended = sum(count < MAX_NEW_TOKENS for count in tokens) / n
+        difference = None if nlls is base else rise
         arms.append(ArmReport(name, sum(nlls) / n, difference, sum(tokens) / n, ended))
     report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, n, arms)
     verdict, flags = judge(report)
@@ -159,12 +158,10 @@ def check(
 def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(hand_over(run)).prefill()
-    found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
-    nlls = [loss.mean for [loss] in found]
-    read: list[list[int]] = [[]] * len(ASKED)
-    how = GREEDY, run.end_ids, run.generators, read
+    losses = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
+    how: Any = GREEDY, run.end_ids, run.generators, [[] for _ in QUESTIONS]
     answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
-    return nlls, [len(answer.ids) for answer in answers]
+    return [loss.mean for [loss] in losses], [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -188,20 +185,17 @@ def judge(report: Report) -> tuple[str, str]:
 
     lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
     if short(prompts):
-        said = f"the cache of the prompts alone makes answers short ({lengths})"
-        flags = "--layout turn " if report.layout == "chat" else "--method single "
-        return f"{sample} {said}, so their reasoning is lost.", flags
-    kept = f"answers keep their length ({lengths})"
+        return (
+            f"{sample} the cache of the prompts alone makes answers short ({lengths}), "
+            "so their reasoning is lost.",
+            "--layout turn " if report.layout == "chat" else "--method single ",
+        )
     thoughts = [
         f"{name} {'harms' if harms(arm) else 'shows no harm'} "
         f"({arm.difference} nats per token, {arm.tokens:.0f} tokens)"
         for name, arm in (("the paper's map", ridge), ("prenorm", prenorm))
     ]
-    layout = f"--layout {report.layout} "
-    if not harms(ridge):
-        flags = layout
-    elif not harms(prenorm):
-        flags = f"{layout}--align prenorm "
-    else:
-        flags = f"{layout}--latent-steps 0 "
-    return f"{sample} {'; '.join([kept, *thoughts])}.", flags
+    flags = f"--layout {report.layout} "
+    if harms(ridge):
+        flags += "--latent-steps 0 " if harms(prenorm) else "--align prenorm "
+    return f"{sample} answers keep their length ({lengths}); {'; '.join(thoughts)}.", flags

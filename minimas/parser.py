@@ -6,6 +6,7 @@ a whole number of N or more, or a key of VALUES; a default follows after "=".
 
 import argparse
 import re
+from functools import partial
 from typing import Any, NoReturn
 
 from . import __version__
@@ -17,7 +18,7 @@ ASK = """
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
 --latent-steps    ≥0      (default: the model's, else 40)
---align           text    ridge, identity, prenorm, random, none or FILE.safetensors (default: ridge)
+--align           text    ridge, identity, prenorm, random, none or FILE.safetensors
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
 --transfer        full,latents,last,none,shuffled  what is kept of the KV cache (default: full)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
@@ -43,12 +44,15 @@ RUNNING = """
 --json            yes     one JSON object per result on stdout
 --quiet           yes     print nothing but errors on stderr
 """
+DEBUG = """
+--debug           yes     show a traceback with an error
+"""
 COMMANDS = {
-    "ask": ("answer a question with a team of agents", ASK + RUNNING),
-    "check": ("measure what a hand-over does to a model's answers", CHECK + RUNNING),
-    "info": ("describe a model and the memory that it needs", INFO),
+    "ask": ("answer a question with a team of agents", ASK + RUNNING + DEBUG),
+    "check": ("measure what a hand-over does to a model's answers", CHECK + RUNNING + DEBUG),
+    "info": ("describe a model and the memory that it needs", INFO + DEBUG),
 }
-VALUES: dict[str, dict[str, Any]] = {
+VALUES = {
     "text": {"type": str},
     "real": {"type": float, "metavar": "X"},
     "yes": {"action": "store_true"},
@@ -61,27 +65,14 @@ class Parser(argparse.ArgumentParser):
         """Print one line without the usage, and exit with status 2."""
         self.exit(2, f"minimas: error: {message}\n")
 
-    def add_flags(self, table: str) -> None:
-        """Add the flags of a table."""
-        for names, value, text in re.findall(r"(.+?)  +(\S+)  +(.+)", table):
-            kind, _, default = value.partition("=")
-            if kind[0] == "≥":
-                options = whole_number(int(kind[1:]))
-            else:
-                options = VALUES.get(kind, {"choices": kind.split(",")})
-            self.add_argument(*names.split(), default=default or None, help=text, **options)
 
-
-def whole_number(low: int) -> dict[str, Any]:
-    """Return the type and metavar of a flag whose value is a whole number, `low` or more."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text) or int(text) < low:
-            expected = f"expected a whole number, {low} or more"
-            raise argparse.ArgumentTypeError(f"found {text!r:.40}, {expected}")
-        return int(text)
-
-    return {"type": parse, "metavar": "N"}
+def whole_number(low: int, text: str) -> int:
+    """Return the whole number in a text. Raises ArgumentTypeError if it is less than `low`."""
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < low:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r:.40}, expected a whole number, {low} or more"
+        )
+    return int(text)
 
 
 def build_parser() -> Parser:
@@ -93,11 +84,12 @@ def build_parser() -> Parser:
         parser = commands.add_parser(name, help=purpose, allow_abbrev=False)
         if name == "ask":
             asked = parser.add_mutually_exclusive_group(required=True)
-            asked.add_argument(
-                "question", metavar="QUESTION", nargs="?", help="text, or - for stdin"
-            )
-            file_help = "JSON Lines, an object with a question per line, or - for stdin"
-            asked.add_argument("--file", help=file_help)
-        parser.add_flags(table)
-        parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+            asked.add_argument("question", metavar="QUESTION", nargs="?", help="or - for stdin")
+            asked.add_argument("--file", help="JSON Lines, a question per line, or - for stdin")
+        for names, value, text in re.findall(r"(.+?)  +(\S+)  +(.+)", table):
+            kind, _, default = value.partition("=")
+            options: Any = VALUES.get(kind, {"choices": kind.split(",")})
+            if kind[0] == "≥":
+                options = {"type": partial(whole_number, int(kind[1:])), "metavar": "N"}
+            parser.add_argument(*names.split(), default=default or None, help=text, **options)
     return top

@@ -29,7 +29,7 @@ class Usage:
         """Return the sum of several usages; `memory_bytes` is that of the largest."""
         names = [field.name for field in dataclasses.fields(Usage)]
         total = cls(*(sum(getattr(usage, name) for usage in usages) for name in names))
-        total.memory_bytes = max((usage.memory_bytes for usage in usages), default=0)
+        total.memory_bytes = max(usage.memory_bytes for usage in usages)
         return total
 
 

@@ -4,11 +4,12 @@ Does not know: benchmarks, and which gold answers can be graded.
 """
 
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from decimal import Decimal
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,77 +21,64 @@ Row = dict[str, Any]
 NUMBER = re.compile(r"(?is)(.*\n\s*####)?\s*([-+]?[\d.,/]+(e[-+]?\d+)?)\s*")
 
 
-def finite(text: str) -> float:
+def number(text: str) -> Decimal:
     """Convert a number of JSON. Raises ValueError for NaN, Infinity and what no float can hold."""
-    if not math.isfinite(float(text)):
+    if not isfinite(float(text)):
         raise ValueError(f"found {text:.40}, expected a finite number")
-    return float(text)
+    return Decimal(text)  # with every digit of a gold answer
 
 
-def wrong(where: str, field: str, found: Any, expected: str) -> ValueError:
-    """Return the error for one field of a row."""
-    shown = "nothing" if found is None else f"{found!r:.80}"
-    return ValueError(f"{where}: {field}: found {shown}, expected {expected}")
+def checked_row(row: Any, line: int) -> Row:
+    """Return a row with an "id" and without fields that are null.
 
-
-def checked_row(row: Any, where: str) -> Row:
-    """Return a row without the fields that are null, and with "choices" as letter -> text.
-
-    Raises ValueError "FILE: line N: FIELD: found X, expected Y"; `where` is "FILE: line N".
+    "choices" become letter -> text. Raises ValueError "FIELD: found X, expected Y".
     """
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {type(row).__name__}, expected an object")
-    found: Row = {field: value for field, value in row.items() if value is not None}
+        raise ValueError(f"found {type(row).__name__}, expected an object")
+    found = {"id": f"line-{line}"} | {name: row[name] for name in row if row[name] is not None}
     question, kind = found.get("question"), found.get("kind", "free")
-    if not isinstance(question, str) or not is_text(question):
-        raise wrong(where, "question", question, "text")
-    if not question.strip():
-        raise wrong(where, "question", question, "one that is not empty")
+    if not isinstance(question, str) or not question.strip() or not is_text(question):
+        shown = "nothing" if question is None else f"{question!r:.80}"
+        raise ValueError(f"question: found {shown}, expected text that is not empty")
     if kind not in KINDS:
-        raise wrong(where, "kind", kind, f"one of {', '.join(KINDS)}")
+        raise ValueError(f"kind: found {kind!r:.80}, expected one of {', '.join(KINDS)}")
     if "choices" in found:
-        found["choices"] = options(found["choices"], where)
+        found["choices"] = options(found["choices"])
     return found
 
 
-def options(choices: Any, where: str) -> dict[str, str]:
+def options(choices: Any) -> dict[str, str]:
     """Return letter -> text, also from {"text": […], "label": […]}, without texts that are null."""
-    if not isinstance(choices, dict) or not choices:
-        raise wrong(where, "choices", choices, "an object, letter: text")
-    texts, labels = choices.get("text"), choices.get("label")
-    if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels):
-        choices = dict(zip(map(str, labels), texts, strict=True))
-    found = {letter: text for letter, text in choices.items() if text is not None}
-    for letter, text in found.items():
-        if not letter.strip() or not isinstance(text, str) or not is_text(text):
-            problem = f"found {letter!r:.20}: {text!r:.60}, expected a letter and a text"
-            raise ValueError(f"{where}: choices: {problem}")
-    return found
+    match choices:
+        case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
+            choices = dict(zip(map(str, labels), texts, strict=True))
+    if isinstance(choices, dict):
+        found = {letter: text for letter, text in choices.items() if text is not None}
+        if found and all(isinstance(text, str) for text in found.values()):
+            return found
+    raise ValueError(f"choices: found {choices!r:.80}, expected an object, letter: text")
 
 
-def read_rows(
-    path: str | Path,
-    check: Callable[[Any, str], Row] = checked_row,
-    number: Callable[[str], Any] = finite,
-) -> list[Row]:
-    """Return the rows of a file, or of standard input for "-", each one as `check` returns it.
+def read_rows(path: Path, check: Callable[[Any, int], Row] = checked_row) -> list[Row]:
+    """Return the rows of a file, or of standard input for "-", each as `check` returns it.
 
-    Every row has a "question". `number` converts a number with a fraction or an exponent. Raises
-    OSError, or ValueError naming the file and line, also for a file without rows.
+    `check` gets a line's JSON value, in which a number with a fraction or an exponent is a Decimal,
+    and the line's number. Raises OSError, or ValueError "FILE: line N: FIELD: found X, expected Y",
+    also for a file without rows.
     """
-    text = sys.stdin.read() if str(path) == "-" else read_text(Path(path))
+    text = sys.stdin.read() if str(path) == "-" else read_text(path)
     rows = []
     # Not `splitlines`: U+2028 and U+0085 may stand inside a JSON text.
-    for count, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {count}"
-            try:
-                row = json.loads(line, parse_float=number, parse_constant=finite)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where}: found bad JSON ({error}), expected an object"
-                ) from error
-            rows.append(check(row, where))
+    for line, source in enumerate(text.split("\n"), start=1):
+        try:
+            if source.strip():
+                row = json.loads(source, parse_float=number, parse_constant=number)
+                rows.append(check(row, line))
+        except (ValueError, RecursionError) as error:
+            problem = f"found bad JSON ({error}), expected an object"
+            if type(error) is ValueError:  # of `number` or `check`
+                problem = str(error)
+            raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
         raise ValueError(f"{path}: found no rows, expected one JSON object with a question a line")
     return rows
@@ -111,9 +99,7 @@ def kind_of(row: Row) -> str:
     return "math" if NUMBER.fullmatch(str(row.get("answer", ""))) else "free"
 
 
-def batches(rows: list[Row], kind: str | None, size: int) -> Iterator[tuple[str, list[Row]]]:
-    """Yield (kind, at most `size` rows of it in order); `kind` None: the row's own."""
-    for name, run in groupby(rows, key=lambda row: kind or kind_of(row)):
-        group = list(run)
-        for start in range(0, len(group), size):
-            yield name, group[start : start + size]
+def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
+    """Return (kind, at most `size` rows of it) in the rows' order; `kind` None: the row's own."""
+    runs = groupby(enumerate(rows), lambda item: (kind or kind_of(item[1]), item[0] // size))
+    return [(name, [row for _, row in run]) for (name, _), run in runs]

@@ -218,7 +218,7 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
         "--transfer latents",
         "--method single",
         "--close yes,no",
-        "--prefix a,b",
+        "--prefix a b",
     ],
 )
 def test_an_audit_refuses_what_it_would_not_read(

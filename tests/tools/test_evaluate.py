@@ -932,7 +932,8 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
         "--close",
         "yes,no",
         "--prefix",
-        "Eva,Tom",
+        "Eva",
+        "Tom, well",
         "--quiet",
         "--out",
         str(tmp_path / "run"),
@@ -944,7 +945,7 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
     assert list(found) == [
         f"latent_mas close={close} prefix={name}"
         for close in (True, False)
-        for name in ("Eva", "Tom")
+        for name in ("Eva", "Tom, well")
     ]
     assert len(set(found.values())) == 4
     text.write_text("Ann doubles the 7 cards, and then she loses 4 of them. " * 40)

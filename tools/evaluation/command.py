@@ -93,13 +93,16 @@ def add_settings(top: Parser) -> None:
     add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
     add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
     add("--layout", type=list_of(one_of(LAYOUTS)), default=[None], help="list: turn, chat")
-    add("--prefix", type=list_of(str), default=[None], help="list of texts before the thoughts")
+    # Not a list with commas: a text may hold some.
+    texts = "one or more texts before the thoughts, each of its own argument"
+    add("--prefix", action="extend", nargs="+", metavar="TEXT", help=texts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
+    args.prefix = args.prefix or [None]
     try:
         if args.replay or args.regrade:
             take_arguments_of_head(args)

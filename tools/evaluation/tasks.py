@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .rows import Row, read_rows
+from .rows import kind_of as kind_of  # a task's rows and their kinds are asked for together
 
 
 class Task(NamedTuple):
