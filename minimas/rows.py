@@ -50,7 +50,7 @@ def checked_row(row: Any, line: int) -> Row:
 def options(choices: Any) -> dict[str, str]:
     """Return letter -> text, also from {"text": […], "label": […]}, without texts that are null."""
     match choices:
-        case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
+        case {"text": [*texts], "label": [*labels]} if len({*map(str, labels)}) == len(texts):
             choices = dict(zip(map(str, labels), texts, strict=True))
     if isinstance(choices, dict):
         found = {letter: text for letter, text in choices.items() if text is not None}
