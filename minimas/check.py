@@ -136,11 +136,11 @@ def check(
     settings: dict[str, Any] = {
         "no cache": {"latent_steps": 0, "team": replace(team, agents=team.agents[-1:])},
         "prompts only": {"latent_steps": 0},
-        f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
-        f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
+        f"{latent_steps} thoughts, ridge": {"align": "ridge"},
+        f"{latent_steps} thoughts, prenorm": {"align": "prenorm"},
     }
-    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "watcher": watcher, "team": team}
-    how["prefill"] = PrefillOnce()  # the first prompt once for all settings
+    how = {"kind": "math", "sampling": GREEDY, "watcher": watcher, "team": team}
+    how |= {"latent_steps": latent_steps, "prefill": PrefillOnce()}  # a first prompt only once
     found = {name: _measure(LatentRun(lm, ASKED, **how | own)) for name, own in settings.items()}
     base, _ = found["prompts only"]
     n, arms = len(QUESTIONS), []

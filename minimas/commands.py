@@ -8,9 +8,8 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -71,9 +70,9 @@ def report_error(error: Exception, args: Namespace) -> int:
 
 def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
-    flags, method = vars(args), getattr(agents, args.method)
-    options = method_options(flags, signature(method).parameters)
-    changed = {name: flags[name] for name in SAMPLING_FLAGS if flags[name] is not None}
+    options, method = method_options(args), getattr(agents, args.method)
+    flags = vars(args).items()
+    changed = {name: value for name, value in flags if name in SAMPLING_FLAGS and value is not None}
     Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
         changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
@@ -93,10 +92,13 @@ def run_ask(args: Namespace) -> None:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
     options |= {"sampling": replace(lm.sampling, **changed), "seed": args.seed}
-    settings |= {"seed": args.seed, "sampling": asdict(options["sampling"])}
-    settings |= {"quantization": args.quantize, "device": str(lm.model.device)}
-    settings["dtype"] = str(lm.model.dtype).removeprefix("torch.")
-    settings["versions"] = {"minimas": __version__, "torch": torch.__version__}
+    settings |= {"sampling": asdict(options["sampling"]), "seed": args.seed}
+    settings |= {
+        "quantization": args.quantize,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": str(lm.model.device),
+        "versions": {"minimas": __version__, "torch": torch.__version__},
+    }
     known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
     if args.model == TINY and not all(known):
         say(args, f"minimas: {prompts.TINY_HINT}")
@@ -108,26 +110,26 @@ def run_ask(args: Namespace) -> None:
     usages: list[Usage] = []
     for kind, batch in groups:
         screen = Screen(args, batch, len(usages), len(rows))
-        questions = [row["question"] for row in batch]
         options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
         results: list[Result] = []
         try:
-            results = method(lm, questions, watcher=screen, **options)
+            results = method(lm, [row["question"] for row in batch], watcher=screen, **options)
         finally:
             screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
         usages += [result.usage for result in results]
     say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
 
 
-def method_options(flags: dict[str, Any], parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return a method's own options, given or default; refuse those of other methods."""
-    options = {}
+def method_options(args: Namespace) -> dict[str, Any]:
+    """Return the method's own options, given or default; refuse those of other methods."""
+    options, parameters = {}, signature(getattr(agents, args.method)).parameters
     for name in TEAM_FLAGS:
+        given = getattr(args, name)
         if name in parameters:
-            options[name] = parameters[name].default if flags[name] is None else flags[name]
-        elif flags[name] is not None:
+            options[name] = parameters[name].default if given is None else given
+        elif given is not None:
             raise ParameterError(
-                name, f"found with --method {flags['method']}, expected a method that uses it"
+                name, f"found with --method {args.method}, expected a method that uses it"
             )
     return options
 

@@ -1,7 +1,8 @@
 """The flags of the command line, as tables. Does not know: torch, which takes seconds to import.
 
-A line is a flag: its names, its value, and what --help says. The value is a list of choices, ≥N for
-a whole number of N or more, or a key of VALUES; a default follows after "=".
+After a table's first line, what the command is for, a line is a flag: its names, its value, and
+what --help says. The value is a list of choices, ≥N for a whole number of N or more, or a key of
+VALUES; a default follows after "=".
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 
-ASK = """
+ASK = """answer a question with a team of agents
 --kind            math,choice,code,free  of question (default: by a row's fields, else free)
 --batch-size      ≥1=1    rows of a file at once (default: %(default)s)
 --model -m        text=weights/tiny  folder, FILE.gguf, hub id or hub id:FILE.gguf
@@ -29,13 +30,14 @@ ASK = """
 --seed -s         ≥0=0    (default: %(default)s)
 --compile         yes     faster steps after a warm-up of up to a minute
 """
-CHECK = """
+CHECK = """measure what a hand-over does to a model's answers
 model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
 --layout          turn,chat  (default: the team's)
 --latent-steps    ≥1=10   of each agent (default: %(default)s)
 """
-INFO = """
+INFO = """describe a model and the memory that it needs
 model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
+--debug           yes     show a traceback with an error
 """
 RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
@@ -43,15 +45,9 @@ RUNNING = """
 --device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
 --json            yes     one JSON object per result on stdout
 --quiet           yes     print nothing but errors on stderr
-"""
-DEBUG = """
 --debug           yes     show a traceback with an error
 """
-COMMANDS = {
-    "ask": ("answer a question with a team of agents", ASK + RUNNING + DEBUG),
-    "check": ("measure what a hand-over does to a model's answers", CHECK + RUNNING + DEBUG),
-    "info": ("describe a model and the memory that it needs", INFO + DEBUG),
-}
+COMMANDS = {"ask": ASK + RUNNING, "check": CHECK + RUNNING, "info": INFO}
 VALUES = {
     "text": {"type": str},
     "real": {"type": float, "metavar": "X"},
@@ -80,7 +76,8 @@ def build_parser() -> Parser:
     top = Parser(prog="minimas", description="Agents that share a KV cache, not text (LatentMAS).")
     top.add_argument("--version", action="version", version=f"minimas {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
-    for name, (purpose, table) in COMMANDS.items():
+    for name, table in COMMANDS.items():
+        purpose, *_ = table.split("\n")
         parser = commands.add_parser(name, help=purpose, allow_abbrev=False)
         if name == "ask":
             asked = parser.add_mutually_exclusive_group(required=True)

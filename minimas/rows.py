@@ -6,7 +6,6 @@ Does not know: benchmarks, and which gold answers can be graded.
 import json
 import re
 import sys
-from collections.abc import Callable
 from decimal import Decimal
 from itertools import groupby
 from math import isfinite
@@ -59,12 +58,11 @@ def options(choices: Any) -> dict[str, str]:
     raise ValueError(f"choices: found {choices!r:.80}, expected an object, letter: text")
 
 
-def read_rows(path: Path, check: Callable[[Any, int], Row] = checked_row) -> list[Row]:
-    """Return the rows of a file, or of standard input for "-", each as `check` returns it.
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, or of standard input for "-"; see `checked_row`.
 
-    `check` gets a line's JSON value, in which a number with a fraction or an exponent is a Decimal,
-    and the line's number. Raises OSError, or ValueError "FILE: line N: FIELD: found X, expected Y",
-    also for a file without rows.
+    A number with a fraction or an exponent is a Decimal. Raises OSError, or ValueError "FILE: line
+    N: FIELD: found X, expected Y", also for a file without rows.
     """
     text = sys.stdin.read() if str(path) == "-" else read_text(path)
     rows = []
@@ -73,10 +71,10 @@ def read_rows(path: Path, check: Callable[[Any, int], Row] = checked_row) -> lis
         try:
             if source.strip():
                 row = json.loads(source, parse_float=number, parse_constant=number)
-                rows.append(check(row, line))
+                rows.append(checked_row(row, line))
         except (ValueError, RecursionError) as error:
             problem = f"found bad JSON ({error}), expected an object"
-            if type(error) is ValueError:  # of `number` or `check`
+            if type(error) is ValueError:  # of `number` or `checked_row`
                 problem = str(error)
             raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:

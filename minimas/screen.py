@@ -54,12 +54,13 @@ class Screen(Watcher):
 
     def begin(self, agent: str, reads: int, thinks: int) -> None:
         self.steps = max(self.steps, thinks)
-        title, unit = (
-            f"{self.label}{agent}: {reads} prompt tokens",
-            " steps" if thinks else " tokens",
+        self.bar = tqdm(
+            desc=f"{self.label}{agent}: {reads} prompt tokens",
+            total=thinks or None,
+            unit=" steps" if thinks else " tokens",
+            leave=False,
+            disable=self.args.quiet or None,  # None: hidden unless stderr is a terminal
         )
-        hidden = self.args.quiet or None  # None: hidden unless stderr is a terminal
-        self.bar = tqdm(desc=title, total=thinks or None, unit=unit, leave=False, disable=hidden)
 
     def thought(self) -> None:
         self.bar.update()
@@ -86,9 +87,10 @@ class Screen(Watcher):
             results = [Result("", text, None, "interrupted", [AgentTrace()]) for text in self.texts]
         for row, label, result in zip(self.batch, self.labels, results, strict=False):
             if self.args.json:
-                used = {"id": row.get("id"), **settings, "latent_steps": self.steps}
-                done = {"question": row["question"], "usage": asdict(result.usage)}
-                print(json.dumps(used | asdict(result) | done, default=str), flush=True)
+                record = {"id": row.get("id"), **settings, "latent_steps": self.steps}
+                record |= asdict(result)
+                record |= {"question": row["question"], "usage": asdict(result.usage)}
+                print(json.dumps(record, default=str), flush=True)
             elif not self.streams or not result.text:
                 print(self.gap + result.text, flush=True)
             self.gap = "\n"

@@ -11,17 +11,16 @@ from typing import TextIO
 
 def prepare_streams() -> None:
     """Replace closed streams by the null device, and let no text fail for its encoding."""
-    for name, mode, encoding, errors in (
-        ("stdin", "r", "utf-8-sig", "surrogateescape"),  # UTF-8, as every file
-        ("stdout", "w", None, "backslashreplace"),
-        ("stderr", "w", None, "backslashreplace"),
+    for name, encoding, errors in (
+        ("stdin", "utf-8-sig", "surrogateescape"),  # UTF-8, as every file
+        ("stdout", None, "backslashreplace"),
+        ("stderr", None, "backslashreplace"),
     ):
         stream = getattr(sys, name)
         if stream is None:  # closed, as by `>&-`
-            stream = open(os.devnull, mode)  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=errors)
-        setattr(sys, name, stream)
 
 
 def silence(stream: TextIO) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from minimas import rows
 from minimas.answers import extract
 from minimas.rows import NUMBER, Row, kind_of
+from minimas.text.tokenizer import read_text
 
 __all__ = ["Row", "kind_of", "option_of", "read_rows"]
 
@@ -35,19 +36,22 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises ValueError "FILE: line N: FIELD: found X, expected Y", FileNotFoundError for a missing
     file.
     """
-    lines: dict[str, int] = {}
-
-    def check(value: Any, line: int) -> Row:
-        row = checked_row(rows.checked_row(value, line))
-        first = lines.setdefault(row["id"], line)
-        if first != line:
-            expected = f"expected it once (first in line {first})"
-            raise ValueError(f"id: found {row['id']!r} again, {expected}")
-        return row
-
-    if not Path(path).exists():
+    path, lines = Path(path), dict[str, int]()
+    if not path.exists():
         raise FileNotFoundError(f"{path}: found no such file, expected JSON lines")
-    return rows.read_rows(Path(path), check)
+    found = rows.read_rows(path)
+    sources = enumerate(read_text(path).split("\n"), start=1)
+    numbers = [line for line, source in sources if source.strip()]  # blank lines are no rows
+    for i, line in enumerate(numbers):
+        try:
+            found[i] = checked_row(found[i])
+            first = lines.setdefault(found[i]["id"], line)
+            if first != line:
+                expected = f"expected it once (first in line {first})"
+                raise ValueError(f"id: found {found[i]['id']!r} again, {expected}")
+        except ValueError as error:
+            raise ValueError(f"{path}: line {line}: {error}") from error
+    return found
 
 
 def wrong(field: str, found: Any, expected: str) -> ValueError:
