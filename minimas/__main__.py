@@ -3,9 +3,17 @@
 This module and `parser` do not import torch, so that --help is fast; `commands` does the work.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+
+
+def quit_at_once(*_: object) -> None:
+    """End the process. An exception in an import of torch or numpy may be caught there."""
+    print("\nminimas: stopped", file=sys.stderr)
+    os._exit(130)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         prepare_streams()
         args = build_parser().parse_args(argv)
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is signal.default_int_handler:  # of a job in the background it is another one
+            signal.signal(signal.SIGINT, quit_at_once)
         from .commands import run
 
+        signal.signal(signal.SIGINT, handler)
         args.began = began
         return run(args)
     except KeyboardInterrupt:
