@@ -16,7 +16,7 @@ A public name is imported on first use, because importing torch takes seconds, w
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+
 
 PUBLIC = {
     "agents": "latent_mas single text_mas",
@@ -33,12 +33,12 @@ __version__ = "0.1.0"
 
 
 class Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name not in HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{HOMES[name]}", __name__), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in HOMES or not isinstance(value, ModuleType):  # the function `load` stays
             super().__setattr__(name, value)
 
