@@ -17,7 +17,6 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-
 PUBLIC = {
     "agents": "latent_mas single text_mas",
     "core": "Aligner Config KVCache Qwen3 alignment_matrix think",
