@@ -8,32 +8,42 @@ It implements LatentMAS (arXiv 2511.20639):
     question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
     [result] = latent_mas(lm, [question])
     print(result.text, result.usage)
+
+A public name is imported on first use, because importing torch takes seconds, which
+`minimas --help` does not need. `__init__.pyi` tells type checkers what the names are.
 """
 
 import sys
+from importlib import import_module
+from types import ModuleType
 
-try:
-    import torch  # noqa: F401  (imported first, because it takes most of the start-up)
-except KeyboardInterrupt:
-    if sys.argv[:1] != ["-m"]:  # `python -m minimas` ends quietly, as with Ctrl-C later on
-        raise
-    sys.exit(130)
-
-from .agents import latent_mas, single, stream, text_mas
-from .core.cache import KVCache
-from .core.config import Config
-from .core.latent import Aligner, alignment_matrix, think
-from .core.model import Qwen3
-from .load import LM, load
-from .memory import remember
-from .results import Result
-from .teams import Agent, Team, hierarchical, sequential
-from .text.generate import Sampling, generate
-from .text.tokenizer import Tokenizer
-
-__all__ = [
-    "LM", "Agent", "Aligner", "Config", "KVCache", "Qwen3", "Result", "Sampling", "Team",
-    "Tokenizer", "alignment_matrix", "generate", "hierarchical", "latent_mas", "load",
-    "remember", "sequential", "single", "stream", "text_mas", "think",
-]  # fmt: skip
+PUBLIC = {
+    "agents": "latent_mas single stream text_mas",
+    "core": "Aligner Config KVCache Qwen3 alignment_matrix think",
+    "load": "LM load",
+    "memory": "remember",
+    "results": "Result",
+    "teams": "Agent Team hierarchical sequential",
+    "text.generate": "Sampling generate",
+    "text.tokenizer": "Tokenizer",
+}
+HOMES = {name: home for home, names in PUBLIC.items() for name in names.split()}
+__all__ = list(HOMES)
 __version__ = "0.1.0"
+
+
+class Package(ModuleType):
+    def __getattr__(self, name: str) -> object:
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{HOMES[name]}", __name__), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in HOMES or not isinstance(value, ModuleType):  # the function `load` stays
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*self.__dict__, *HOMES]
+
+
+sys.modules[__name__].__class__ = Package

@@ -279,7 +279,7 @@ class LatentRun(Run):
             found = f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
             raise ParameterError("transfer", found)
         if self.transfer == "shuffled" and len(self.questions) == 1:
-            found = "found 'shuffled' with one question, expected two or more to swap"
+            found = "found 'shuffled' with one question, expected two or more of a kind (--file)"
             raise ParameterError("transfer", found)
         steps = self.latent_steps
         if steps is not None and (not isinstance(steps, int) or steps < 0):

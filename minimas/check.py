@@ -11,11 +11,12 @@ data.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .agents import LastTurn, LatentRun, choose_team, hand_over
+from .agents import LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import PrefillOnce, losses_after
 from .results import Event, finish
@@ -79,9 +80,6 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
-    def __format__(self, form: str) -> str:
-        return format(str(self), form)
-
 
 @dataclass(frozen=True)
 class ArmReport:
@@ -121,7 +119,7 @@ class Report:
         title = f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
         table = [f"{title}{'tokens':>7}{'ended':>7}"]
         for arm in self.arms:
-            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or '':<26}"
+            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
             table.append(f"{row}{arm.tokens:>7.1f}{arm.ended:>7.0%}")
         return [sample, *table, self.verdict, f"recommended: {self.command}"]
 
@@ -138,22 +136,21 @@ def check(
     Raises ValueError for a model without tokenizer, or one whose context is too short.
     """
     team = choose_team(lm, "sequential").with_layout(layout)
-    settings: dict[str, dict[str, Any]] = {
+    settings: dict[str, Any] = {
         "no cache": {"latent_steps": 0, "team": replace(team, agents=team.agents[-1:])},
         "prompts only": {"latent_steps": 0},
-        f"{latent_steps} thoughts, ridge": {"latent_steps": latent_steps, "align": "ridge"},
-        f"{latent_steps} thoughts, prenorm": {"latent_steps": latent_steps, "align": "prenorm"},
+        f"{latent_steps} thoughts, ridge": {"align": "ridge"},
+        f"{latent_steps} thoughts, prenorm": {"align": "prenorm"},
     }
-    how: dict[str, Any] = {"kind": "math", "sampling": GREEDY, "on_event": on_event}
-    how |= {"prefill": PrefillOnce(), "team": team}  # the first prompt once for all settings
-    found = {name: _measure(last_turn(lm, **how | own)) for name, own in settings.items()}
+    how = {"kind": "math", "sampling": GREEDY, "on_event": on_event, "team": team}
+    how |= {"latent_steps": latent_steps, "prefill": PrefillOnce()}  # a first prompt only once
+    found = {name: _measure(LatentRun(lm, ASKED, **how | own)) for name, own in settings.items()}
     base, _ = found["prompts only"]
-    n = len(QUESTIONS)
-    arms = []
+    n, arms = len(QUESTIONS), []
     for name, (nlls, tokens) in found.items():
-        differences = [nll - other for nll, other in zip(nlls, base, strict=True)]
-        difference = None if nlls is base else interval(differences)
+        rise = interval([nll - other for nll, other in zip(nlls, base, strict=True)])
         ended = sum(count < MAX_NEW_TOKENS for count in tokens) / n
+        difference = None if nlls is base else rise
         arms.append(ArmReport(name, sum(nlls) / n, difference, sum(tokens) / n, ended))
     report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, n, arms)
     verdict, flags = judge(report)
@@ -161,29 +158,19 @@ def check(
     return replace(report, verdict=verdict, command=command)
 
 
-def last_turn(lm: LM, **options: Any) -> LastTurn:
-    """Return the last agent's turn on the built-in questions, after all others have worked."""
-    run = LatentRun(lm, ASKED, **options)
-    return run.last_turn(finish(hand_over(run), run.on_event))
-
-
-def _measure(last: LastTurn) -> tuple[list[float], list[int]]:
+def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    run, lm = last.run, last.run.lm
-    hidden, cache = last.prefill()
-    found = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
-    nlls = [loss.mean for [loss] in found]
-    read: list[list[int]] = [[]] * len(ASKED)
-    how = GREEDY, lm.end_ids, run.generators, read
-    answers = generate(lm.model, run.tokenizer, hidden, cache, *how)
-    return nlls, [len(answer.ids) for answer in answers]
+    hidden, cache = run.last_turn(finish(hand_over(run), run.on_event)).prefill()
+    losses = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
+    how: Any = GREEDY, run.end_ids, run.generators, [[] for _ in QUESTIONS]
+    answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
+    return [loss.mean for [loss] in losses], [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of six paired differences with Student's 95 % interval."""
-    n = len(values)
-    mean = sum(values) / n
-    error = T_95 * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    mean = statistics.fmean(values)
+    error = T_95 * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - error, mean + error)
 
 
@@ -201,20 +188,17 @@ def judge(report: Report) -> tuple[str, str]:
 
     lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
     if short(prompts):
-        said = f"the cache of the prompts alone makes answers short ({lengths})"
-        flags = "--layout turn " if report.layout == "chat" else "--method single "
-        return f"{sample} {said}, so their reasoning is lost.", flags
-    kept = f"answers keep their length ({lengths})"
+        return (
+            f"{sample} the cache of the prompts alone makes answers short ({lengths}), "
+            "so their reasoning is lost.",
+            "--layout turn " if report.layout == "chat" else "--method single ",
+        )
     thoughts = [
         f"{name} {'harms' if harms(arm) else 'shows no harm'} "
         f"({arm.difference} nats per token, {arm.tokens:.0f} tokens)"
         for name, arm in (("the paper's map", ridge), ("prenorm", prenorm))
     ]
-    layout = f"--layout {report.layout} "
-    if not harms(ridge):
-        flags = layout
-    elif not harms(prenorm):
-        flags = f"{layout}--align prenorm "
-    else:
-        flags = f"{layout}--latent-steps 0 "
-    return f"{sample} {'; '.join([kept, *thoughts])}.", flags
+    flags = f"--layout {report.layout} "
+    if harms(ridge):
+        flags += "--latent-steps 0 " if harms(prenorm) else "--align prenorm "
+    return f"{sample} answers keep their length ({lengths}); {'; '.join(thoughts)}.", flags

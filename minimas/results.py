@@ -87,7 +87,10 @@ class Thought(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """An agent has generated a piece of text; `final` is the agent who answers."""
+    """An agent has generated a token, and this text with it: "" within an unfinished character.
+
+    `final` is the agent who answers.
+    """
 
     question: int  # its number in the call, from 0
     text: str

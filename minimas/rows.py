@@ -1,75 +1,103 @@
 """Questions in a file: JSON Lines, one object with a question per line.
 
-Does not know: right answers, benchmarks.
+Does not know: benchmarks, and which gold answers can be graded.
 """
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from decimal import Decimal
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from .answers import KINDS
 from .text.tokenizer import is_text, read_text
 
 Row = dict[str, Any]
+# A number as a gold answer, alone or at the end of a solution as in GSM8K.
+NUMBER = re.compile(r"(?is)(.*\n\s*####)?\s*([-+]?[\d.,/]+(e[-+]?\d+)?)\s*")
 
 
-def parse_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("FILE: line N", parsed JSON value) for each line of a file that is not blank.
+def number(text: str) -> Decimal:
+    """Convert a number of JSON. Raises ValueError for NaN, Infinity and what no float can hold."""
+    if not isfinite(float(text)):
+        raise ValueError(f"found {text:.40}, expected a finite number")
+    return Decimal(text)  # with every digit of a gold answer
 
-    Raises ValueError naming the file and line if the text is not UTF-8 or a line is not JSON.
+
+def checked_row(row: Any, line: int) -> Row:
+    """Return a row with an "id" and without fields that are null.
+
+    "choices" become letter -> text. Raises ValueError "FIELD: found X, expected Y".
     """
-    # Not `splitlines`: U+2028 and U+0085 may stand inside a JSON text.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}: line {number}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}, expected an object")
+    found = {"id": f"line-{line}"} | {name: row[name] for name in row if row[name] is not None}
+    question, kind = found.get("question"), found.get("kind", "free")
+    if not isinstance(question, str) or not question.strip() or not is_text(question):
+        shown = "nothing" if question is None else f"{question!r:.80}"
+        raise ValueError(f"question: found {shown}, expected text that is not empty")
+    if kind not in KINDS:
+        raise ValueError(f"kind: found {kind!r:.80}, expected one of {', '.join(KINDS)}")
+    if "choices" in found:
+        found["choices"] = options(found["choices"])
+    return found
+
+
+def options(choices: Any) -> dict[str, str]:
+    """Return letter -> text, also from {"text": […], "label": […]}, without texts that are null."""
+    match choices:
+        case {"text": [*texts], "label": [*labels]} if len({*map(str, labels)}) == len(texts):
+            choices = dict(zip(map(str, labels), texts, strict=True))
+    if isinstance(choices, dict):
+        found = {letter: text for letter, text in choices.items() if text is not None}
+        if found and all(isinstance(text, str) for text in found.values()):
+            return found
+    raise ValueError(f"choices: found {choices!r:.80}, expected an object, letter: text")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file. Every row has a "question", and "choices" if there are options.
+    """Return the rows of a file, or of standard input for "-"; see `checked_row`.
 
-    Raises ValueError "FILE: line N: field: found X, expected Y", also for a file without rows.
+    A number with a fraction or an exponent is a Decimal. Raises OSError, or ValueError "FILE: line
+    N: FIELD: found X, expected Y", also for a file without rows.
     """
+    text = sys.stdin.read() if str(path) == "-" else read_text(path)
     rows = []
-    for where, row in parse_lines(path):
-        question = row.get("question") if isinstance(row, dict) else None
-        if not isinstance(question, str) or not question.strip() or not is_text(question):
-            raise ValueError(
-                f"{where}: question: found {question!a:.80}, expected a text, not empty"
-            )
-        choices = row.get("choices")
-        if choices is not None and not (isinstance(choices, dict) and choices):
-            raise ValueError(
-                f"{where}: choices: found {choices!r:.80}, expected an object, letter: text"
-            )
-        rows.append(row)
+    # Not `splitlines`: U+2028 and U+0085 may stand inside a JSON text.
+    for line, source in enumerate(text.split("\n"), start=1):
+        try:
+            if source.strip():
+                row = json.loads(source, parse_float=number, parse_constant=number)
+                rows.append(checked_row(row, line))
+        except (ValueError, RecursionError) as error:
+            problem = f"found bad JSON ({error}), expected an object"
+            if type(error) is ValueError:  # of `number` or `checked_row`
+                problem = str(error)
+            raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
         raise ValueError(f"{path}: found no rows, expected one JSON object with a question a line")
     return rows
 
 
 def kind_of(row: Row) -> str:
-    """Return the kind of a question by the fields of its row.
+    """Return a row's own kind, else the one that its fields imply.
 
-    "choices" makes it "choice", tests make it "code", a number as "answer" makes it "math".
-    Every other row is "free".
+    "choices" make it "choice", tests make it "code", a number as "answer" makes it "math". Every
+    other row is "free".
     """
+    if "kind" in row:
+        return str(row["kind"])
     if row.get("choices"):
         return "choice"
     if row.keys() & {"tests", "test_list", "entry_point"}:
         return "code"
-    is_number = re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", "")))
-    return "math" if is_number else "free"
+    return "math" if NUMBER.fullmatch(str(row.get("answer", ""))) else "free"
 
 
-def batches(rows: list[Row], kind: str | None, size: int) -> Iterator[tuple[str, list[Row]]]:
-    """Yield (kind, at most `size` rows of it in order); `kind` None: the row's own."""
-    for name, run in groupby(rows, key=lambda row: kind or kind_of(row)):
-        group = list(run)
-        for start in range(0, len(group), size):
-            yield name, group[start : start + size]
+def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
+    """Return (kind, at most `size` rows of it) in the rows' order; `kind` None: the row's own."""
+    runs = groupby(enumerate(rows), lambda item: (kind or kind_of(item[1]), item[0] // size))
+    return [(name, [row for _, row in run]) for (name, _), run in runs]

@@ -286,7 +286,7 @@ class Run:
             self.generators * (len(ids) // B), ids, remember,
         )  # fmt: skip
         for row, piece, done in pieces:
-            if piece:
+            if piece or done is None:
                 yield Piece(row % B, piece, final)
             if done is not None:
                 outputs[row] = done

@@ -1,12 +1,152 @@
-"""Rows of a file: what `ask --file` reads."""
+"""Rows of a file: what `ask --file` and `evaluate --data` both read, in the same way."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from minimas.rows import read_rows
+import pytest
+
+from minimas import rows
+from minimas.rows import batches, kind_of
+from tools.evaluation import rows as tools_rows
+
+READERS = [rows.read_rows, tools_rows.read_rows]
+both = pytest.mark.parametrize("read", READERS, ids=["ask", "evaluate"])
+Read = Callable[[Path], list[dict[str, Any]]]
+
+
+def written(folder: Path, *lines: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def row(**fields: Any) -> str:
+    return json.dumps({"question": "Which?", "answer": "A"} | fields)
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path) -> None:
     """Windows editors write one, and the first line was refused as no JSON."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "One?"}\n{"question": "Two?"}\n', encoding="utf-8-sig")
-    assert [row["question"] for row in read_rows(path)] == ["One?", "Two?"]
+    assert [row["question"] for row in rows.read_rows(path)] == ["One?", "Two?"]
+
+
+@both
+def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
+    """As the hub has them, and with a null where a question has fewer options than others."""
+    plain = {"A": "red", "B": "blue"}
+    path = written(
+        tmp_path,
+        row(choices=plain),
+        row(choices={"label": ["A", "B"], "text": ["red", "blue"]}),
+        row(choices=plain | {"C": None, "D": None}),
+        row(choices={"label": ["A", "B", "C"], "text": ["red", "blue", None]}, id=None),
+        row(choices={"label": ["1", 2], "text": ["red", "blue"]}, answer="1"),
+        row(choices=None),
+    )
+    found = read(path)
+    assert [each.get("choices") for each in found[:4]] == 4 * [plain]
+    assert found[4]["choices"] == {"1": "red", "2": "blue"}
+    assert [kind_of(each) for each in found] == 5 * ["choice"] + ["free"]
+
+
+@both
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"A": None},
+        {"label": ["A", "B"], "text": ["red"]},
+        {"label": [], "text": []},
+        {"A": 1.5},
+        {"A": ["red"]},
+        "A",
+        5,
+        {},
+    ],
+)
+def test_other_options_are_refused_by_line(read: Read, choices: Any, tmp_path: Path) -> None:
+    """A question whose options were lost would be answered, and its answer would be wrong."""
+    path = written(tmp_path, row(), row(choices=choices))
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl: line 2: choices: found .*, expected an obj"
+    ):
+        read(path)
+
+
+@both
+def test_a_row_says_its_own_kind(read: Read, tmp_path: Path) -> None:
+    """`ask --file` did not read "kind", so it asked for the letter of an option not shown."""
+    [first, second] = read(
+        written(tmp_path, row(kind="math", choices={"A": "2"}), row(kind="free", answer=7))
+    )
+    assert (kind_of(first), kind_of(second)) == ("math", "free")
+    with pytest.raises(ValueError, match=r"line 1: kind: found 'maths', expected one of math, "):
+        read(written(tmp_path, row(kind="maths")))
+
+
+@both
+def test_a_row_needs_no_id(read: Read, tmp_path: Path) -> None:
+    """Its line is one, so that a result is found again, and blank lines are lines."""
+    found = read(written(tmp_path, row(), "", row(id="x"), row(id=None)))
+    assert [each["id"] for each in found] == ["line-1", "x", "line-4"]
+
+
+@both
+@pytest.mark.parametrize("answer", ["0.00005", "1e-7", "1E22", "12345678901234567890.0", "-2", "7"])
+def test_a_number_is_a_number_however_it_is_written(
+    read: Read, answer: str, tmp_path: Path
+) -> None:
+    """`str` makes 1e-07 of 0.0000001, which was no number, and rounds long ones."""
+    [found] = read(written(tmp_path, f'{{"question": "How many?", "answer": {answer}}}'))
+    assert kind_of(found) == "math"
+
+
+def test_a_gold_answer_keeps_its_digits(tmp_path: Path) -> None:
+    """A right answer of twenty digits was compared with one that had been rounded to sixteen."""
+    for written_as, text in (
+        ("12345678901234567891.0", "12345678901234567891.0"),
+        ("1e22", "1" + 22 * "0"),
+        ("2.5e-7", "0.00000025"),
+        ("7", "7"),
+    ):
+        path = written(tmp_path, f'{{"question": "How many?", "answer": {written_as}}}')
+        assert tools_rows.read_rows(path)[0]["answer"] == text
+
+
+def test_other_numbers_of_a_row_stay_numbers(tmp_path: Path) -> None:
+    """A run's settings hold a digest of its rows as JSON."""
+    [found] = tools_rows.read_rows(written(tmp_path, row(chance=0.25, extra=[{"score": 1.5}])))
+    assert found["chance"] == 0.25 and json.dumps(found["extra"]) == '[{"score": 1.5}]'
+
+
+@both
+@pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_number_is_refused_by_line(read: Read, answer: str, tmp_path: Path) -> None:
+    """Python reads NaN, which is no JSON, and no answer is equal to it."""
+    path = written(tmp_path, row(), f'{{"question": "How many?", "answer": {answer}}}')
+    with pytest.raises(ValueError, match=rf"line 2: found {answer}, expected a finite number"):
+        read(path)
+
+
+def test_the_answer_of_gsm8k_is_the_number_at_its_end(tmp_path: Path) -> None:
+    """The raw rows hold a solution as "answer": no short answer was ever right."""
+    solution = "She has 2 + 7 = 9.\n#### 1,009"
+    [raw] = rows.read_rows(written(tmp_path, row(answer=solution)))
+    [found] = tools_rows.read_rows(written(tmp_path, row(answer=solution)))
+    assert kind_of(raw) == kind_of(found) == "math"
+    assert (found["answer"], found["solution"]) == ("1,009", solution)
+    [free] = tools_rows.read_rows(written(tmp_path, row(answer="#### nine\n#### ten")))
+    assert kind_of(free) == "free" and "solution" not in free
+
+
+def test_batches_keep_the_order_and_hold_one_kind(tmp_path: Path) -> None:
+    kinds = "math math free free free math".split()
+    given = [{"question": str(i), "kind": kind} for i, kind in enumerate(kinds)]
+    for size in (1, 2, 4, 9):
+        found = batches(given, None, size)
+        assert [each for _, batch in found for each in batch] == given
+        assert all(kind_of(each) == kind for kind, batch in found for each in batch)
+        assert max(len(batch) for _, batch in found) <= size
+    assert batches(given, "code", 9) == [("code", given)]

@@ -31,7 +31,9 @@ def test_a_team_in_which_nobody_sees_the_question_is_refused(tmp_path: Path, raw
     """With a typo in `{question}` all agents worked on a text without the question."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=rf"^{path}: .*found .*, expected {{question}} in") as caught:
+    with pytest.raises(
+        ValueError, match=rf"^{path}: .*found .*, expected {{question}} in"
+    ) as caught:
         Team.from_json(path)
     assert "\n" not in str(caught.value)
     lm = load_text_lm(text_folder(tmp_path / "model", {"sequential": raw}))

@@ -98,7 +98,7 @@ class Tokenizer:
             for i, token in self.backend.get_added_tokens_decoder().items()
             if token.special or TAG.search(token.content)
         }
-        self._special = {}  # the text of special tokens that the template may use
+        self._special: dict[str, Any] = {}  # the text of special tokens that the template may use
         for field, token in settings.items():
             name = token.get("content") if isinstance(token, dict) else token
             if field.endswith("_token") and isinstance(name, str):
@@ -119,6 +119,13 @@ class Tokenizer:
         closing = [i for i in self.encode(self.turn_end) if i in self.control.values()]
         ids = [*map(self.backend.token_to_id, names), *closing[:1]]
         self.end_ids = frozenset(i for i in ids if i is not None)
+
+    def set_thinking(self, thinks: bool) -> None:
+        """Set the template's `enable_thinking`. Raises ValueError for a template without it."""
+        if "enable_thinking" not in self._source:
+            problem = "found no enable_thinking, expected it (--think and --no-think switch it)"
+            raise ValueError(f"{self.template_path}: chat_template: {problem}")
+        self._special["enable_thinking"] = thinks
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
@@ -322,7 +329,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        problem = f"found bytes that are not UTF-8 ({error}), expected text"
+        raise ValueError(f"{path}: {problem}") from error
 
 
 def is_text(text: str) -> bool:

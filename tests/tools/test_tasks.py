@@ -52,15 +52,15 @@ def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
 BAD = {  # rows, what is said
     "bad JSON": ([*(row(i) for i in range(6)), '{"id": '], "line 7: found bad JSON"),
     "no object": (["[1]"], "line 1: found list, expected an object"),
-    "a missing id": (
-        [row(0), {"question": "a", "answer": "b"}],
-        "line 2: id: found nothing, expected text",
+    "a missing answer in line 2": (
+        [row(0), {"id": "a", "question": "b"}],
+        "line 2: answer: found nothing, expected text",
     ),
     "a missing question": ([{"id": "a", "answer": "b"}], "line 1: question: found nothing"),
     "a missing answer": ([{"id": "a", "question": "b"}], "line 1: answer: found nothing"),
     "an empty question": (
         [row(0, question=" \n")],
-        r"line 1: question: found ' \\n', expected one that is not empty",
+        r"line 1: question: found ' \\n', expected text that is not empty",
     ),
     "an empty answer": ([row(0, answer="")], "line 1: answer: found ''"),
     "no question": ([row(0, question=None)], "line 1: question: found nothing"),
@@ -85,7 +85,7 @@ BAD = {  # rows, what is said
     "no choices": ([row(0, choices={})], "line 1: choices: found {}"),
     "a choice that is a number": (
         [row(0, choices={"a": 1})],
-        "line 1: choices: found 'a': 1, expected a letter and a text",
+        "line 1: choices: found {'a': 1}, expected an object, letter: text",
     ),
     "an unknown kind": (
         [row(0, kind="maths")],

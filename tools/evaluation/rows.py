@@ -1,31 +1,32 @@
-"""Questions from a JSONL file, checked, with every mistake named by its line and field.
+"""Questions from a JSONL file for an evaluation: what `minimas.rows` reads, with right answers.
 
 A row is {"id", "question", "answer"} and, if present: "solution" (a worked answer, for the loss),
 "choices" (letter -> text), "tests" (a program), "entry_point", "kind", "chance" (the probability
-that a guess is right), "team" (agents for this row alone). The shapes of MBPP+ and HumanEval+ are
-accepted too: tests in "answer" or "test_list", and "canonical_solution".
+that a guess is right), "team" (agents for this row alone). The shapes of MBPP+, HumanEval+ and
+GSM8K are accepted too: tests in "answer" or "test_list", "canonical_solution", and an answer that
+is a solution with "#### 9" at its end. Every mistake is named by its line and field.
 
 Does not know: tasks, models, grading.
 """
 
 import json
-import re
-from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from minimas.answers import KINDS, extract
+from minimas import rows
+from minimas.answers import extract
+from minimas.rows import NUMBER, Row, kind_of
+from minimas.text.tokenizer import read_text
 
-Row = dict[str, Any]
+__all__ = ["Row", "kind_of", "option_of", "read_rows"]
+
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "id": (str, int), "question": (str,), "answer": (str, int, float), "solution": (str,),
-    "choices": (dict,), "tests": (str,), "test_list": (list,), "entry_point": (str,),
-    "kind": (str,), "chance": (int, float), "team": (dict,),
+    "id": (str, int), "answer": (str, int, Decimal), "solution": (str,), "tests": (str,),
+    "test_list": (list,), "entry_point": (str,), "chance": (int, Decimal), "team": (dict,),
 }  # fmt: skip
-MAY_NOT_BE_EMPTY = ("id", "question", "answer", "tests", "choices")
-TYPE_NAMES = {
-    str: "text", int: "a number", float: "a number", dict: "an object", list: "a list",
-}  # fmt: skip
+MAY_NOT_BE_EMPTY = ("id", "answer", "tests")
+TYPE_NAMES = {str: "text", int: "a number", dict: "an object", list: "a list"}
 SHOWN_TESTS = 3  # MBPP+ questions do not name the function; their first tests do
 
 
@@ -35,78 +36,55 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises ValueError "FILE: line N: FIELD: found X, expected Y", FileNotFoundError for a missing
     file.
     """
-    rows: dict[str, Row] = {}
-    lines: dict[str, int] = {}
-    for number, found in json_lines(Path(path)):
-        where = f"{path}: line {number}"
-        row = checked_row(found, where)
-        id_ = row["id"]
-        if id_ in rows:
-            expected = f"expected it once (first in line {lines[id_]})"
-            raise ValueError(f"{where}: id: found {id_!r} again, {expected}")
-        rows[id_], lines[id_] = row, number
-    if not rows:
-        raise ValueError(f"{path}: found no rows, expected one JSON object a line")
-    return list(rows.values())
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, value) of every line that is not empty. Raises as `read_rows`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: found no such file, expected JSON lines") from error
-    except UnicodeDecodeError as error:
-        problem = f"found bytes that are not UTF-8 ({error}), expected JSON lines"
-        raise ValueError(f"{path}: {problem}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    path, lines = Path(path), dict[str, int]()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: found no such file, expected JSON lines")
+    found = rows.read_rows(path)
+    sources = enumerate(read_text(path).split("\n"), start=1)
+    numbers = [line for line, source in sources if source.strip()]  # blank lines are no rows
+    for i, line in enumerate(numbers):
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problem = f"found bad JSON ({error}), expected an object"
-            raise ValueError(f"{path}: line {number}: {problem}") from error
+            found[i] = checked_row(found[i])
+            first = lines.setdefault(found[i]["id"], line)
+            if first != line:
+                expected = f"expected it once (first in line {first})"
+                raise ValueError(f"id: found {found[i]['id']!r} again, {expected}")
+        except ValueError as error:
+            raise ValueError(f"{path}: line {line}: {error}") from error
+    return found
 
 
-def checked_row(row: Any, where: str) -> Row:
-    """Return a row in the one shape that the tools use. Raises ValueError starting with `where`."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {type(row).__name__}, expected an object")
-    for field in ("id", "question", "answer"):
-        if row.get(field) is None and not (field == "answer" and row.get("tests") is not None):
-            expected = TYPE_NAMES[FIELD_TYPES[field][0]]
-            raise ValueError(f"{where}: {field}: found nothing, expected {expected}")
-    row = {field: value for field, value in row.items() if value is not None}
+def wrong(field: str, found: Any, expected: str) -> ValueError:
+    """Return the error for one field of a row."""
+    shown = "nothing" if found is None else f"{found!r:.80}"
+    return ValueError(f"{field}: found {shown}, expected {expected}")
+
+
+def checked_row(row: Row) -> Row:
+    """Return a row in the one shape that the tools use. Raises ValueError naming the field."""
+    if "answer" not in row and "tests" not in row:
+        raise wrong("answer", None, "text")
     for field, types in FIELD_TYPES.items():
-        if field not in row:
-            continue
-        value = row[field]
-        if not isinstance(value, types) or isinstance(value, bool):
-            expected = TYPE_NAMES[types[0]]
-            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {expected}")
-        if field in MAY_NOT_BE_EMPTY and (value in ("", {}) or str(value).isspace()):
-            problem = f"found {value!r:.80}, expected one that is not empty"
-            raise ValueError(f"{where}: {field}: {problem}")
+        value = row.get(field, "-")
+        if field in row and (not isinstance(value, types) or isinstance(value, bool)):
+            raise wrong(field, value, TYPE_NAMES[types[0]])
+        if field in MAY_NOT_BE_EMPTY and not str(value).strip():
+            raise wrong(field, value, "one that is not empty")
+    if isinstance(row.get("answer"), Decimal):
+        row["answer"] = f"{row['answer']:f}"  # as it is written, but without an exponent
+    row = json.loads(json.dumps(row, default=float))  # other numbers are as in any JSON
     row["id"] = str(row["id"])
-    if "choices" in row:
-        check_choices(row, where)
-    if "kind" in row and row["kind"] not in KINDS:
-        problem = f"found {row['kind']!r:.80}, expected one of {', '.join(KINDS)}"
-        raise ValueError(f"{where}: kind: {problem}")
-    return code_row(row) if kind_of(row) == "code" else row | {"answer": str(row["answer"])}
-
-
-def check_choices(row: Row, where: str) -> None:
-    """Raise ValueError if the options are not texts, or a choice's answer is none of them."""
-    for letter, text in row["choices"].items():
-        if not letter.strip() or not isinstance(text, str):
-            problem = f"found {letter!r:.20}: {text!r:.60}, expected a letter and a text"
-            raise ValueError(f"{where}: choices: {problem}")
-    answer = str(row.get("answer"))
-    if row.get("kind", "choice") == "choice" and option_of(answer, row["choices"]) is None:
-        expected = f"expected one of {', '.join(row['choices'])}"
-        raise ValueError(f"{where}: answer: found {answer!r:.60}, {expected}")
+    if "choices" in row and row.get("kind", "choice") == "choice":
+        answer = str(row.get("answer"))
+        if option_of(answer, row["choices"]) is None:
+            raise wrong("answer", answer, f"one of {', '.join(row['choices'])}")
+    if kind_of(row) == "code":
+        return code_row(row)
+    row["answer"] = str(row["answer"])
+    number = NUMBER.fullmatch(row["answer"])
+    if kind_of(row) == "math" and number and number[1]:  # the answer of GSM8K is a solution
+        row = {"solution": row["answer"]} | row | {"answer": number[2]}
+    return row
 
 
 def code_row(row: Row) -> Row:
@@ -121,20 +99,6 @@ def code_row(row: Row) -> Row:
         head = row["question"] if "entry_point" in row else ""
         row.setdefault("solution", f"```python\n{(head + row['canonical_solution']).strip()}\n```")
     return row
-
-
-def kind_of(row: Row) -> str:
-    """Return a row's own kind, else the one that its fields imply.
-
-    Choices imply a choice, tests code, and a numeric answer math. Anything else is free.
-    """
-    if "kind" in row:
-        return str(row["kind"])
-    if row.get("choices"):
-        return "choice"
-    if row.keys() & {"tests", "test_list", "entry_point"}:
-        return "code"
-    return "math" if re.fullmatch(r"\s*[-+]?[\d.,/]+\s*", str(row.get("answer", ""))) else "free"
 
 
 def option_of(answer: str, choices: dict[str, str]) -> str | None:

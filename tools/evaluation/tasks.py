@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from .grading import code_program as code_program  # a task's rows and their programs go together
 from .rows import Row, read_rows
+from .rows import kind_of as kind_of  # a task's rows and their kinds are asked for together
 
 
 class Task(NamedTuple):

@@ -1,0 +1,159 @@
+"""What the commands do: answer questions, check a hand-over, describe a model.
+
+This module only connects arguments with functions. Does not know: flags, how anything is computed.
+"""
+
+import json
+import os
+import re
+import sys
+from argparse import Namespace
+from dataclasses import asdict, replace
+from inspect import signature
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from . import __version__, agents, prompts
+from .check import QUESTIONS, check
+from .core.errors import ParameterError
+from .info import describe
+from .load import TINY, load
+from .results import Result, Usage
+from .rows import batches, read_rows
+from .screen import Screen, bill, say
+from .streams import silence
+from .teams import Team
+from .text.generate import Sampling
+from .text.tokenizer import is_text
+
+# These flags belong to some methods only: those that have a parameter of this name.
+TEAM_FLAGS = ("team", "latent_steps", "align", "transfer", "layout")
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "max_new_tokens")
+OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
+
+
+def run(args: Namespace) -> int:
+    """Run the command of `args`. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    try:
+        {"ask": run_ask, "check": run_check, "info": run_info}[args.command](args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
+        silence(sys.stdout)
+        return 0
+    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
+        if args.debug:
+            raise
+        return report_error(error, args)
+
+
+def report_error(error: Exception, args: Namespace) -> int:
+    """Print an error in one line, and return the exit status that follows from it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+    text, status = " ".join(str(error).split()) or type(error).__name__, 1
+    if isinstance(error, ParameterError) and hasattr(args, error.parameter):
+        flag = f"--{error.parameter.replace('_', '-')}"
+        text = f"{'QUESTION' if error.parameter == 'question' else flag}: {error.problem}"
+        status = 2
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
+        text = OUT_OF_MEMORY + text
+    print(f"minimas: error: {text}", file=sys.stderr)
+    return status
+
+
+def run_ask(args: Namespace) -> None:
+    """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
+    options, method = method_options(args), getattr(agents, args.method)
+    flags = vars(args).items()
+    changed = {name: value for name, value in flags if name in SAMPLING_FLAGS and value is not None}
+    Sampling(**changed)  # raises for a wrong value
+    if args.temperature == 0:
+        changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
+    rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
+    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
+    groups = batches(rows, args.kind, size)
+    settings = {"model": args.model, "method": args.method, "layout": "chat", **options}
+    team = options.get("team", "")
+    if team.endswith(".json"):
+        team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
+    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    if args.think is not None and lm.tokenizer:
+        lm.tokenizer.set_thinking(args.think)
+    if team:
+        options["team"] = agents.choose_team(lm, team).with_layout(args.layout)
+    if "layout" in options:
+        settings["layout"] = options["team"].layout
+        lm.aligner(options["align"])  # raises for a wrong kind or file
+    options |= {"sampling": replace(lm.sampling, **changed), "seed": args.seed}
+    settings |= {"sampling": asdict(options["sampling"]), "seed": args.seed}
+    settings |= {
+        "quantization": args.quantize,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": str(lm.model.device),
+        "versions": {"minimas": __version__, "torch": torch.__version__},
+    }
+    known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
+    if args.model == TINY and not all(known):
+        say(args, f"minimas: {prompts.TINY_HINT}")
+    if args.compile:
+        say(args, "minimas: compiling, up to a minute")
+        began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
+        method(lm, ["How" + " many" * n for n in range(len(groups[0][1]))], **options | short)
+        say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
+    usages: list[Usage] = []
+    for kind, batch in groups:
+        screen = Screen(args, batch, len(usages), len(rows))
+        options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
+        results: list[Result] = []
+        try:
+            results = method(lm, [row["question"] for row in batch], on_event=screen, **options)
+        finally:
+            screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
+        usages += [result.usage for result in results]
+    say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
+
+
+def method_options(args: Namespace) -> dict[str, Any]:
+    """Return the method's own options, given or default; refuse those of other methods."""
+    options, parameters = {}, signature(getattr(agents, args.method)).parameters
+    for name in TEAM_FLAGS:
+        given = getattr(args, name)
+        if name in parameters:
+            options[name] = parameters[name].default if given is None else given
+        elif given is not None:
+            raise ParameterError(
+                name, f"found with --method {args.method}, expected a method that uses it"
+            )
+    return options
+
+
+def read_question(text: str) -> str:
+    """Return the question of the command line, or of standard input if it is "-"."""
+    question = sys.stdin.read() if text == "-" else text
+    if not is_text(question):  # in a C locale, bytes of UTF-8 come as halves of characters
+        question = os.fsencode(question).decode(errors="surrogateescape")
+    if not question.strip() or not is_text(question):
+        raise ParameterError("question", f"found {question!a:.80}, expected UTF-8 text, not empty")
+    return question
+
+
+def run_check(args: Namespace) -> None:
+    """Measure the hand-over with the built-in questions, and print a table and a verdict."""
+    lm = load(args.model, args.device, args.dtype, args.quantize)
+    if args.model == TINY:
+        say(args, f"minimas: {prompts.TINY_HINT}; a check asks other ones")
+    report = check(lm, args.layout, args.latent_steps, Screen(args, [{}] * len(QUESTIONS)))
+    print(json.dumps(asdict(report)) if args.json else "\n".join(report.lines()))
+
+
+def run_info(args: Namespace) -> None:
+    """Print what a model is and what it needs, one line for each fact."""
+    for label, text in describe(args.model).items():
+        print(f"{label + ':':<14} {text}")

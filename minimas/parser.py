@@ -1,0 +1,92 @@
+"""The flags of the command line, as tables. Does not know: torch, which takes seconds to import.
+
+After a table's first line, what the command is for, a line is a flag: its names, its value, and
+what --help says. The value is a list of choices, ≥N for a whole number of N or more, or a key of
+VALUES; a default follows after "=".
+"""
+
+import argparse
+import re
+from functools import partial
+from typing import Any, NoReturn
+
+from . import __version__
+
+ASK = """answer a question with a team of agents
+--kind            math,choice,code,free  of question (default: by a row's fields, else free)
+--batch-size      ≥1=1    rows of a file at once (default: %(default)s)
+--model -m        text=weights/tiny  folder, FILE.gguf, hub id or hub id:FILE.gguf
+--method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
+--team            text    sequential, hierarchical or FILE.json (default: sequential)
+--latent-steps    ≥0      (default: the model's, else 40)
+--align           text    ridge, identity, prenorm, random, none or FILE.safetensors
+--layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
+--transfer        full,latents,last,none,shuffled  what is kept of the KV cache (default: full)
+--max-new-tokens -n  ≥1   (default: the model's, else 256)
+--think           switch  whether a thinking model thinks first (default: as its template)
+--temperature --temp  real  0: greedy (default: the model's)
+--top-p           real    keep the likeliest tokens up to this mass (default: the model's)
+--top-k           ≥0      keep this many tokens; 0: all (default: the model's)
+--seed -s         ≥0=0    (default: %(default)s)
+--compile         yes     faster steps after a warm-up of up to a minute
+"""
+CHECK = """measure what a hand-over does to a model's answers
+model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
+--layout          turn,chat  (default: the team's)
+--latent-steps    ≥1=10   of each agent (default: %(default)s)
+"""
+INFO = """describe a model and the memory that it needs
+model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
+--debug           yes     show a traceback with an error
+"""
+RUNNING = """
+--quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
+--dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
+--device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
+--json            yes     one JSON object per result on stdout
+--quiet           yes     print nothing but errors on stderr
+--debug           yes     show a traceback with an error
+"""
+COMMANDS = {"ask": ASK + RUNNING, "check": CHECK + RUNNING, "info": INFO}
+VALUES = {
+    "text": {"type": str},
+    "real": {"type": float, "metavar": "X"},
+    "yes": {"action": "store_true"},
+    "switch": {"action": argparse.BooleanOptionalAction},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line without the usage, and exit with status 2."""
+        self.exit(2, f"minimas: error: {message}\n")
+
+
+def whole_number(low: int, text: str) -> int:
+    """Return the whole number in a text. Raises ArgumentTypeError if it is less than `low`."""
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < low:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r:.40}, expected a whole number, {low} or more"
+        )
+    return int(text)
+
+
+def build_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    top = Parser(prog="minimas", description="Agents that share a KV cache, not text (LatentMAS).")
+    top.add_argument("--version", action="version", version=f"minimas {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
+    for name, table in COMMANDS.items():
+        purpose, *_ = table.split("\n")
+        parser = commands.add_parser(name, help=purpose, allow_abbrev=False)
+        if name == "ask":
+            asked = parser.add_mutually_exclusive_group(required=True)
+            asked.add_argument("question", metavar="QUESTION", nargs="?", help="or - for stdin")
+            asked.add_argument("--file", help="JSON Lines, a question per line, or - for stdin")
+        for names, value, text in re.findall(r"(.+?)  +(\S+)  +(.+)", table):
+            kind, _, default = value.partition("=")
+            options: Any = VALUES.get(kind, {"choices": kind.split(",")})
+            if kind[0] == "≥":
+                options = {"type": partial(whole_number, int(kind[1:])), "metavar": "N"}
+            parser.add_argument(*names.split(), default=default or None, help=text, **options)
+    return top

@@ -1,0 +1,209 @@
+"""What `ask` says besides the answer: which question a line is about, the bill, JSON, thinking."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import LM, Watcher, __version__, load, text_mas
+from minimas.__main__ import main
+from minimas.text.generate import Sampling
+
+from .models import TINY, tiny_model, write_folder
+from .text import tiny_tokenizer
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that never ends its turn."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=4096)
+    model.lm_head.weight.data[:5] = 0
+    return write_folder(tmp_path_factory.mktemp("ask") / "model", model, tokenizer=TINY)
+
+
+@pytest.fixture
+def thinker(folder: Path, tmp_path: Path) -> Path:
+    """The same model with a template that opens <think>, and can be told not to."""
+    copied = tmp_path / "thinker"
+    write_folder(copied, load(folder).model, tokenizer=TINY)
+    (copied / "chat_template.jinja").write_text(THINKING)
+    return copied
+
+
+def ask(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[str, str]:
+    assert main(["ask", *map(str, argv)]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_a_file_may_come_from_standard_input(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a byte order mark, Windows' ends of lines, and no end after the last line."""
+    rows = '\ufeff{"question": "Müller?"}\r\n\r\n{"question": "two?"}'
+    for stdin in (io.StringIO(rows[1:]), io.TextIOWrapper(io.BytesIO(rows.encode()), "ascii")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        out, _ = ask(capsys, "-m", folder, "--file", "-", "-n", 2, "--json")
+        found = [json.loads(line) for line in out.splitlines()]
+        assert [record["question"] for record in found] == ["Müller?", "two?"]
+        assert [record["id"] for record in found] == ["line-1", "line-3"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"question": "one?"}\n{'))
+    assert main(["ask", "--file", "-"]) == 1
+    assert "-: line 2: found bad JSON" in capsys.readouterr().err
+
+
+def test_a_line_of_an_agent_says_which_question_it_is_about(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of forty questions, nobody could tell whose answer had been cut off."""
+    (tmp_path / "q.jsonl").write_text('{"question": "q?"}\n' * 5)
+    argv = ["-m", folder, "-n", 2, "--latent-steps", 1, "--method", "latent_mas"]
+    _, err = ask(capsys, *argv, "--file", tmp_path / "q.jsonl")
+    for number in range(1, 6):
+        assert re.search(rf"^ *\[{number}/5\] planner: ", err, re.M), err
+        assert re.search(rf"^ *\[{number}/5\] cut off at --max-new-tokens 2$", err, re.M), err
+    _, err = ask(capsys, *argv, "--file", tmp_path / "q.jsonl", "--batch-size", 2)
+    said = re.findall(r"^ *(.*) judger: ", err, re.M)
+    assert said == ["[1/5] to [2/5]", "[3/5] to [4/5]", "[5/5]"]
+    assert len(re.findall(r"\[\d/5\] cut off", err)) == 5
+    assert "[" not in ask(capsys, *argv, "q?")[1]
+
+
+def test_an_empty_answer_has_its_place_among_the_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Answer 3 was taken for the second one, because the second one was empty."""
+    ends: list[bool] = []
+
+    def pieces(*args: Any, **options: Any) -> Any:
+        ends.append(len(ends) == 1)
+        from minimas.text.generate import GeneratedText
+
+        text = "" if ends[-1] else "word"
+        yield 0, text, GeneratedText(text, [5] if text else [], "stop")
+
+    monkeypatch.setattr("minimas.turns.stream", pieces)
+    (tmp_path / "q.jsonl").write_text('{"question": "q?"}\n' * 3)
+    argv = ["-m", folder, "--method", "single", "--file", tmp_path / "q.jsonl"]
+    assert ask(capsys, *argv)[0] == "word\n\n\n\nword\n"
+
+
+def test_the_bill_ends_with_the_wall_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The seconds of the agents left out loading, which is most of a short run."""
+    last = ask(capsys, "-m", folder, "q?", "-n", 2)[1].splitlines()[-1]
+    found = re.fullmatch(r" +total: .*, (\S+) s, KV cache .* MB, wall time (\S+) s", last)
+    assert found and 0 < float(found[1]) < float(found[2])
+
+
+def test_a_record_says_what_its_result_depends_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A default that was used is as good as a value that was given."""
+    (tmp_path / "q.jsonl").write_text('{"question": "q?", "answer": 7, "id": 1.5}\n')
+    flags = ["--json", "-n", 3, "--temp", 0.5, "--dtype", "float32", "--device", "cpu"]
+    out, _ = ask(capsys, "-m", folder, *flags, "--file", tmp_path / "q.jsonl")
+    found = json.loads(out)
+    given = {"temperature": 0.5, "max_new_tokens": 3, "top_p": 1.0, "top_k": 0}
+    assert found["sampling"].items() >= given.items()
+    assert found["versions"] == {"minimas": __version__, "torch": torch.__version__}
+    expected = {"dtype": "float32", "device": "cpu", "quantization": None, "kind": "math"}
+    expected |= {"latent_steps": 40, "layout": "turn", "team": "sequential", "id": "1.5"}
+    assert found.items() >= expected.items()
+    out, _ = ask(
+        capsys, "q?", "--json", "--quantize", "q8", "--layout", "chat", "--latent-steps", 2
+    )
+    expected = {"quantization": "q8", "layout": "chat", "latent_steps": 2, "kind": "free"}
+    assert json.loads(out).items() >= expected.items()
+    assert json.loads(ask(capsys, "q?", "--json", "-n", 2)[0])["latent_steps"] == 6  # teams.json
+    for method in ("single", "text_mas"):
+        found = json.loads(ask(capsys, "q?", "--json", "-n", 2, "--method", method)[0])
+        assert (found["latent_steps"], found["layout"]) == (0, "chat")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_agents_who_pass_text_show_their_speed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A team that generates four texts was silent until the last one."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["ask", "-m", str(folder), "q?", "-n", "40", "--method", "text_mas"]) == 0
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"planner: \d+ prompt tokens: \d+ tokens \[.* tokens/s\]", said), said
+
+
+def test_a_watcher_hears_of_every_token(folder: Path) -> None:
+    class Count(Watcher):
+        tokens = 0
+
+        def generated(self) -> None:
+            self.tokens += 1
+
+    count = Count()
+    results = text_mas(
+        load(folder), ["one?", "two?"], sampling=Sampling(max_new_tokens=5), watcher=count
+    )
+    assert count.tokens == sum(result.usage.output_tokens for result in results) == 40
+
+
+def test_compiling_is_announced_and_billed_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first agent was billed for half a minute in which it did nothing."""
+
+    def loaded(name: str, device: str, dtype: str, quantize: None, compile: bool) -> LM:
+        assert compile
+        return load(name, device, dtype, quantize)
+
+    monkeypatch.setattr("minimas.commands.load", loaded)
+    for method in ("latent_mas", "text_mas", "single"):
+        argv = ["-m", folder, "q?", "-n", 2, "--method", method]
+        first, second, *_ = ask(capsys, *argv, "--compile")[1].splitlines()
+        assert first == "minimas: compiling, up to a minute"
+        assert re.fullmatch(r" +compile: \d+\.\d\d s", second)
+        assert "compil" not in ask(capsys, *argv, "--quiet", "--compile")[1]
+
+
+def test_a_thinking_model_may_be_told_not_to_think(
+    thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its template has a switch, which no flag reached."""
+    argv = ["-m", thinker, "q?", "-n", 2, "--json", "--quiet", "--method", "single"]
+    prompts = [
+        json.loads(ask(capsys, *argv, *flag)[0])["agents"][-1]["prompt"]
+        for flag in ([], ["--think"], ["--no-think"])
+    ]
+    assert prompts[0] == prompts[1] and prompts[0].endswith("assistant\n<think>\n")
+    assert prompts[2].endswith("assistant\n<think>\n\n</think>\n\n")
+    assert main(["ask", "-m", str(folder), "q?", "--no-think"]) == 1
+    err = capsys.readouterr().err
+    assert "chat_template: found no enable_thinking" in err and "--no-think" in err
+
+
+def test_a_thought_that_was_cut_off_is_called_one(
+    thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer of 256 tokens without an answer: the default limit ends thinking models early."""
+    for flags, thinks in (
+        (["-m", thinker], True),
+        (["-m", thinker, "--no-think"], False),
+        (["-m", folder], False),
+    ):
+        _, err = ask(capsys, "q?", "--method", "single", *flags)
+        [line] = [line for line in err.splitlines() if "cut off at --max-new-tokens 256" in line]
+        assert ("still thinking: pass more, such as 4096, or --no-think" in line) == thinks

@@ -1,0 +1,163 @@
+"""How the command line starts and where it prints: quick help, lazy names, streams that fail."""
+
+import inspect
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minimas
+from minimas.answers import KINDS
+from minimas.check import STEPS
+from minimas.core.latent import ALIGNMENTS
+from minimas.fast.quantize import FORMATS
+from minimas.load import TINY as TINY_NAME
+from minimas.parser import build_parser
+from minimas.teams import LAYOUTS
+
+from .models import TINY
+
+ROOT = TINY.parents[1]
+ASKED = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def python(code: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(
+        command, env=ENV, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shell(redirect: str, *argv: Any, **env: str) -> "subprocess.CompletedProcess[bytes]":
+    script = f'"$0" -m minimas "$@" {redirect}'
+    command = ["sh", "-c", script, sys.executable, *map(str, argv)]
+    return subprocess.run(command, env=ENV | env, capture_output=True, timeout=120, check=False)
+
+
+# -- start ---------------------------------------------------------------------------------------
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    """Importing torch takes seconds, and --help needs nothing of it."""
+    said = python("""
+import sys
+from minimas.__main__ import main
+for command in ("--version", "--help", "ask --help", "check --help", "info --help", "ask --what"):
+    try:
+        main(command.split())
+    except SystemExit as stop:
+        assert stop.code == (2 if command == "ask --what" else 0), command
+print([name for name in ("torch", "tokenizers", "tqdm", "minimas.load") if name in sys.modules])
+""")
+    assert said.endswith("\n[]\n") and "minimas 0.1.0" in said
+
+
+def choices(command: str, flag: str) -> Any:
+    parser: Any = build_parser()
+    [commands] = [action for action in parser._actions if action.dest == "command"]
+    found = commands.choices[command]._option_string_actions[flag]
+    return found.choices or found.default or found.help
+
+
+def test_the_flags_know_the_names_of_the_library() -> None:
+    """They are written down once more, because the library's own need torch."""
+    methods = (minimas.latent_mas, minimas.text_mas, minimas.single)
+    assert choices("ask", "--method") == [method.__name__ for method in methods]
+    assert choices("ask", "--kind") == list(KINDS)
+    assert choices("ask", "--transfer") == list(minimas.agents.TRANSFERS)  # type: ignore[attr-defined]
+    for command in ("ask", "check"):
+        assert choices(command, "--quantize") == list(FORMATS)
+        assert choices(command, "--layout") == list(LAYOUTS)
+    assert choices("ask", "--align").startswith(", ".join(ALIGNMENTS))
+    assert (
+        choices("ask", "--model") == TINY_NAME and int(choices("check", "--latent-steps")) == STEPS
+    )
+
+
+def test_every_public_name_is_there_on_first_use() -> None:
+    """And `load` is the function, also after something has imported the module of that name."""
+    stub: dict[str, Any] = {}
+    source = Path(minimas.__file__).with_name("__init__.pyi").read_text(encoding="utf-8")
+    exec(source.replace("from .", "from minimas."), stub)
+    assert set(stub["__all__"]) == set(minimas.__all__) <= set(dir(minimas))
+    for name in minimas.__all__:
+        assert getattr(minimas, name) is stub[name] and not inspect.ismodule(stub[name])
+    said = python("""
+import minimas.agents
+from minimas import load
+import minimas.load
+from minimas import *
+from minimas.load import LM as same
+print(load.__name__, minimas.load is load, same is LM, minimas.__version__, sorted(dir(minimas))[0])
+""")
+    assert said == "load True True 0.1.0 Agent\n"
+    with pytest.raises(AttributeError, match="'minimas' has no attribute 'laod'"):
+        minimas.laod  # type: ignore[attr-defined]  # noqa: B018
+    assert isinstance(minimas, types.ModuleType)
+
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+def test_a_closed_stream_is_no_traceback() -> None:
+    """Cron and daemons close streams, and Python has None in their place."""
+    for redirect, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)):
+        done = shell(redirect, "ask", ASKED)
+        assert (done.returncode, b"Traceback" in done.stderr) == (status, False), redirect
+        assert done.stdout.strip() == (b"6" if redirect == "2>&-" else b"")
+    done = shell("<&-", "ask", "-")
+    assert done.returncode == 2 and b"QUESTION: found ''" in done.stderr
+    assert b"parameters" in shell("<&-", "info", TINY).stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_progress_that_cannot_be_printed_does_not_cost_the_answer() -> None:
+    """The disk that takes the log is full; the answer goes elsewhere, and it is the answer."""
+    done = shell("2>/dev/full", "ask", ASKED)
+    assert (done.returncode, done.stdout.strip()) == (0, b"6")
+
+
+def test_a_reader_of_progress_that_leaves_does_not_cost_the_answer(tmp_path: Path) -> None:
+    """`2> >(head -1)`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "minimas", "ask", ASKED]
+    done = subprocess.run(
+        command, env=ENV, stdout=subprocess.PIPE, stderr=write, timeout=120, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stdout.strip()) == (0, b"6")
+
+
+def test_a_reader_that_has_enough_of_a_file_is_no_error(tmp_path: Path) -> None:
+    """`minimas ask --file … | head -1` ends with the first answers, and with status 0."""
+    (tmp_path / "q.jsonl").write_text(f'{{"question": "{ASKED}"}}\n' * 40)
+    command = [sys.executable, "-m", "minimas", "ask", "--file", str(tmp_path / "q.jsonl")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=ENV, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().strip() == "6"
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and "error" not in said and "Traceback" not in said
+    assert "[40/40]" not in said
+
+
+def test_utf8_in_a_c_locale_is_read_and_nothing_is_lost() -> None:
+    """The question's bytes came as halves of characters, and the error said that it was empty."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shell("", "ask", "Müller 🙂?", "--json", "-n", 1, "--quiet", **plain)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "\\u00fcller" in done.stdout.decode("ascii")
+    piped = 'printf "Müller?" | '
+    command = ["sh", "-c", f'{piped}"$0" -m minimas ask - -n 1 --json --quiet', sys.executable]
+    done = subprocess.run(command, env=ENV | plain, capture_output=True, timeout=120, check=False)
+    assert "\\u00fcller" in done.stdout.decode("ascii"), done.stderr
+    assert shell("", "info", TINY, PYTHONIOENCODING="cp1252").returncode == 0
