@@ -7,13 +7,16 @@ Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
 import re
-from functools import cached_property
+import sys
+from fnmatch import fnmatch
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from .core.checkpoint import WEIGHTS, Folder, empty_model, fill
+from .core.checkpoint import WEIGHTS, Folder, empty_model, fill, read_index
 from .core.config import DTYPES, Config, read_json, token_ids
 from .core.errors import ParameterError
 from .core.latent import Aligner
@@ -22,6 +25,7 @@ from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
 from .fast.quantize import Replacer, check
 from .formats.gguf import GGUF
+from .formats.gguf_file import read_header
 from .hub import download
 from .teams import Team
 from .text.generate import Sampling
@@ -49,7 +53,7 @@ class LM:
         """`folder` may be a .gguf file; `files` are then the JSON files that it holds."""
         self.model, self.folder, self.files = model, folder, files
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
-        self._aligners: dict[str, Aligner] = {}
+        self._aligners: dict[Any, Aligner] = {}
 
     def __repr__(self) -> str:
         model = self.model
@@ -107,16 +111,21 @@ class LM:
     def aligner(self, kind: str) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        It is computed or read once. Raises as `Aligner.from_model` and `Aligner.load` do.
+        It is computed or read once, and anew for a file that has changed or another tokenizer.
+        Raises as `Aligner.from_model` and `Aligner.load` do.
         """
-        if kind not in self._aligners:
-            if str(kind).endswith(".safetensors"):
-                self._aligners[kind] = Aligner.load(kind, self.model)
-            else:
-                # Rows that no token has, padding to a round number, would change W_a and its norm.
-                rows = self.tokenizer.size if self.tokenizer else None
-                self._aligners[kind] = Aligner.from_model(self.model, kind, rows)
-        return self._aligners[kind]
+        path = Path(kind)
+        # Rows that no token has, padding to a round number, would change W_a and its norm.
+        rows = self.tokenizer.size if self.tokenizer else None
+        key = kind, rows, path.stat().st_mtime_ns if path.is_file() else None
+        if key not in self._aligners:
+            is_file = path.suffix == ".safetensors"
+            self._aligners[key] = (
+                Aligner.load(kind, self.model)
+                if is_file
+                else Aligner.from_model(self.model, kind, rows)
+            )
+        return self._aligners[key]
 
 
 def load(
@@ -125,14 +134,16 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     compile: bool = False,
+    quiet: bool = False,
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
     `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
     is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
-    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. Peak
-    memory is the weights plus the largest tensor. Raises FileNotFoundError, ImportError or
-    ValueError naming the file or flag, the field, what was found and what was expected.
+    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. On a
+    terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
+    largest tensor. Raises FileNotFoundError, ImportError or ValueError naming the file or flag, the
+    field, what was found and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
     if quantize is not None:
@@ -143,10 +154,12 @@ def load(
     source = open_source(path)
     raw, config_path = read_settings(path, source.files, "config.json", needed=True)
     config = Config.from_dict(raw, config_path)
-    model = empty_model(config, str(name), source, config_path)
+    model = empty_model(config, str(name), source)
     used = asked or getattr(torch, config.dtype)
     replacer = Replacer(source, target, used, quantize)
-    fill(model, source, target, used, replacer)
+    hidden = quiet or sys.stderr is None or not sys.stderr.isatty()
+    bar = partial(tqdm, desc=f"loading {name}", leave=False, disable=hidden)
+    fill(model, source, target, used, replacer, bar)
     replacer.finish(model)
     pack(model)
     if compile:
@@ -174,8 +187,8 @@ def read_settings(
 def resolve(name: str | Path, only_config: bool = False) -> Path:
     """Return the folder or .gguf file of the model `name`.
 
-    `name` is a path, the embedded model, or a hub id, repo or repo:FILE.gguf, which is looked up in
-    the hub's cache first. `only_config` leaves a folder's weights on the hub.
+    `name` is a path, the embedded model, or a hub id: repo, repo:FOLDER/FILE.gguf or repo:Q8_0. A
+    hub id is looked up in the hub's cache first. `only_config` leaves the weights on the hub.
     """
     path = Path(name).expanduser()
     if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
@@ -193,23 +206,39 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
                 f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
             )
         return folder
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(name))
     if hub_id is None:
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
+        expected = "a hub id such as Qwen/Qwen3-0.6B, ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
+        raise FileNotFoundError(f"{name}: no such folder, and not {expected}")
     repo, gguf = hub_id.groups()
     if gguf:
-        every_shard = re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)
-        path = download(repo, [gguf], [every_shard]) / gguf
-        if not path.is_file():
-            found = f"found no file {gguf} in the repository"
-            raise FileNotFoundError(f"{name}: {found}, expected one")
-        return path
-    needed = ["config.json"]
-    optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
-    if not only_config:
-        needed.append(f"{WEIGHTS}*")
-        optional.append("*.safetensors")
-    return download(repo, needed, optional)
+        return _download_gguf(repo, gguf)
+    weights = [] if only_config else [f"{WEIGHTS}*"]
+    optional = "*.safetensors generation_config.json tokenizer*.json chat_template.jinja teams.json"
+
+    def whole(folder: Path) -> Path:
+        (folder / "config.json").stat()
+        if not only_config:
+            read_index(folder)
+        return folder
+
+    return download(repo, ["config.json", *weights], optional.split()[only_config:], whole)
+
+
+def _download_gguf(repo: str, gguf: str) -> Path:
+    """Return a file of the hub's `repo` with its shards, by its path or its type, as "Q8_0"."""
+    patterns = [f"*[-._/]{name}[-.]*gguf" for name in (gguf, gguf.lower(), gguf.upper())]
+    if gguf.endswith(".gguf"):
+        patterns = [re.sub(r"-\d{5}-of-", "-*-of-", gguf)]
+
+    def first(folder: Path) -> Path:
+        for path in sorted(folder.rglob("*.gguf")):
+            if any(fnmatch(path.relative_to(folder).as_posix(), each) for each in patterns):
+                read_header(path)  # raises FileNotFoundError if another shard is missing
+                return path
+        raise FileNotFoundError(f"found no file {patterns[0]}")
+
+    return download(repo, patterns, [], first)
 
 
 def _device(name: str | torch.device) -> torch.device:

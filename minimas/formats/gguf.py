@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import FAMILIES, Config
-from .gguf_file import BLOCKS, StoredTensor, read_headers
+from .gguf_file import BLOCKS, StoredTensor, read_header
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
-PARTS = {  # of a model or a layer, by GGUF's names and by Hugging Face's
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+# Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -35,7 +35,7 @@ PARTS = {  # of a model or a layer, by GGUF's names and by Hugging Face's
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PARTS = TOP | LAYER
 SIZES = {  # a config.json's field -> a GGUF's
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -49,11 +49,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     **dict.fromkeys("rope.scaling.factor rope.scale_linear".split(), (0, 1)),
     **dict.fromkeys(
-        "attention.sliding_window attention.clamp_kqv attention.max_alibi_bias attention.scale "
-        "expert_count logit_scale residual_scale embedding_scale attn_logit_softcapping".split(),
+        """
+        attention.sliding_window attention.clamp_kqv attention.max_alibi_bias attention.scale
+        attention.output_scale attention.temperature_scale rope.dimension_sections expert_count
+        logit_scale residual_scale embedding_scale attn_logit_softcapping final_logit_softcapping
+        router_logit_softcapping
+        """.split(),
         (0,),
     ),
 }
+DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose matrices are all of this type
 # How a text is cut into words, by tokenizer.ggml.pre. Only those whose Hugging Face tokenizer is
 # known for certain.
 WORDS = (
@@ -78,34 +83,38 @@ class GGUF:
 
     `files` holds config.json, generation_config.json and, unless `no_tokenizer` is a sentence that
     says why not, tokenizer.json and tokenizer_config.json. `tensors` and their `shapes` are by
-    Hugging Face's names.
+    Hugging Face's names. `needs` says which package is missing, "" if none is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only_config: bool = False) -> None:
         """Read the headers, and a sample of the embeddings' rows.
 
-        Raises FileNotFoundError for a missing file or shard, ValueError naming the file, the field,
-        what was found and what was expected, and ImportError for a tensor that needs the package
-        gguf.
+        `only_config` accepts tensors that cannot be decoded here. Raises FileNotFoundError for a
+        missing file or shard, ValueError naming the file, the field, what was found and what was
+        expected, and ImportError for a tensor that needs the package gguf.
         """
-        headers = read_headers(path)
         self.path = path
-        self._header = headers[0]
-        self._family = family = self._header.value("general.architecture", str)
+        self._header = header = read_header(path)
+        self._family = family = header.value("general.architecture", str)
         expected = f"one of {', '.join(FAMILIES)}"
-        good = family in FAMILIES
-        self._header.require(good, "general.architecture", f"{family!r}", expected)
+        header.require(family in FAMILIES, "general.architecture", f"{family!r}", expected)
         self.tensors: dict[str, StoredTensor] = {}
-        for header in headers:
-            for tensor in header.tensors:
-                field = f"tensor {tensor.name!r:.80}"
-                if tensor.name == "rope_freqs.weight":  # how Llama 3's RoPE scaling is stored
-                    good = bool((tensor.read(0, 1) == 1).all())
-                    header.require(good, field, "RoPE scaling", "factors of 1, not supported")
-                    continue
-                key = _hugging_face(tensor.name)
-                header.require(key not in self.tensors, field, "it twice", "it once")
-                self.tensors[key] = tensor
+        self.needs = ""
+        for tensor in header.tensors:
+            field = f"tensor {tensor.name!r:.80}"
+            if tensor.name == "rope_freqs.weight":  # how Llama 3's RoPE scaling is stored
+                good = bool((tensor.read(0, 1) == 1).all())
+                header.require(good, field, "RoPE scaling", "factors of 1, not supported")
+                continue
+            try:
+                tensor.decoder()
+            except ImportError as error:
+                if not only_config:
+                    raise
+                self.needs = f"; {error}; the LM head was not compared with the embedding"
+            key = _hugging_face(tensor.name)
+            header.require(key not in self.tensors, field, "it twice", "it once")
+            self.tensors[key] = tensor
         raw = self._config()
         self.config = Config.from_dict(raw, f"{path}: config.json")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
@@ -130,7 +139,7 @@ class GGUF:
             result[start:stop] = tensor.read(start, stop)
         return self._reorder(key, result.view(tensor.shape))
 
-    def blocks(self, key: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def blocks(self, key: str) -> tuple[Any, ...] | None:
         """Return a matrix as the file's own blocks of 32 inputs; None for other types.
 
         A weight is value · scale + minimum. Q4_0 and Q4_1: values uint8 (N, K) of 0 to 15, scale
@@ -139,9 +148,8 @@ class GGUF:
         tensor = self.tensors[key]
         if tensor.kind not in BLOCKS:
             return None
-        values, scale, minimum = tensor.read_blocks(0, tensor.rows)
-        minimum = None if minimum is None else self._reorder(key, minimum)
-        return self._reorder(key, values), self._reorder(key, scale), minimum
+        parts = tensor.read_blocks(0, tensor.rows)
+        return tuple(None if part is None else self._reorder(key, part) for part in parts)
 
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.
@@ -164,53 +172,49 @@ class GGUF:
         found = EMBEDDING in self.tensors
         self._header.require(found, "tensor token_embd.weight", "nothing", "a matrix")
         embedding, head = self.tensors[EMBEDDING], self.tensors.get(HEAD)
-        if head is None:
-            return True
-        if head.shape != embedding.shape:
-            return False
+        if head is None or head.shape != embedding.shape:
+            return head is None
+        coarse, fine = sorted((embedding, head), key=lambda tensor: tensor.row_bytes)
         rows = min(64, head.rows)
-        ours, theirs = embedding.read(0, rows).float(), head.read(0, rows).float()
-        # Measured: 0.04 (Q5_0 and Q8_0) and 0.08 (Q4_K and Q6_K); unrelated matrices are at 1.4.
-        if not torch.dist(ours, theirs) <= 0.2 * theirs.norm():
+        if self.needs:  # `only_config`, and one of the two may be unreadable
             return False
-        if head.row_bytes > embedding.row_bytes:
-            self.tensors[EMBEDDING] = head
+        a, b = coarse.read(0, rows).float(), fine.read(0, rows).float()
+        # Measured: at most 0.12 from 4 bits on and 0.27 for Q2_K; unrelated matrices are at 1.4.
+        bits = 8 * coarse.row_bytes / coarse.shape[-1]
+        if not torch.dist(a, b) <= max(0.2, 2.5 / 2**bits) * b.norm():
+            return False
+        self.tensors[EMBEDDING] = fine
         del self.tensors[HEAD]
         return True
 
-    def _value(self, name: str, kind: type, default: Any = None) -> Any:
-        return self._header.value(f"{self._family}.{name}", kind, default)
-
     def _config(self) -> dict[str, Any]:
+        header, family = self._header, self._family
         for name, unused in UNSUPPORTED.items():
-            value = self._header.metadata.get(f"{self._family}.{name}", unused[0])
-            expected = f"{unused[0]!r}, all else is not supported"
-            self._header.require(value in unused, f"{self._family}.{name}", f"{value!r}", expected)
-        raw = {field: self._value(name, int) for field, name in SIZES.items()}
+            field = f"{family}.{name}"
+            value = header.metadata.get(field, unused[0])
+            expected = f"{unused[0]!r}, no other is supported"
+            header.require(value in unused, field, f"{value!r}", expected)
+        raw = {field: header.value(f"{family}.{name}", int) for field, name in SIZES.items()}
         heads = raw["num_attention_heads"]
-        default = raw["hidden_size"] // max(1, heads)
-        head_dim = self._value("attention.key_length", int, default)
+        head_dim = raw["hidden_size"] // max(1, heads)
+        head_dim = header.value(f"{family}.attention.key_length", int, head_dim)
         for name in ("rope.dimension_count", "attention.value_length"):
-            value = self._value(name, int, head_dim)
-            expected = f"{head_dim}, the size of a head"
-            self._header.require(value == head_dim, f"{self._family}.{name}", value, expected)
+            field = f"{family}.{name}"
+            value = header.value(field, int, head_dim)
+            header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
         tied = self._tie()  # removes an LM head that only repeats the embedding
         kinds = {tensor.kind for tensor in self.tensors.values() if tensor.rows > 1}
-        epsilon = self._value("attention.layer_norm_rms_epsilon", float)
-        theta = 1e4 if self._family == "llama" else None
+        epsilon = header.value(f"{family}.attention.layer_norm_rms_epsilon", float)
+        theta = 1e4 if family == "llama" else None
         return raw | {
-            "model_type": self._family,
+            "model_type": family,
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
-            "num_key_value_heads": self._value("attention.head_count_kv", int, heads),
+            "num_key_value_heads": header.value(f"{family}.attention.head_count_kv", int, heads),
             "head_dim": head_dim,
             "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-06 is stored as 9.99999997e-07
-            "rope_theta": self._value("rope.freq_base", float, theta),
-            "dtype": "float32"
-            if kinds == {"F32"}
-            else "float16"
-            if kinds == {"F16"}
-            else "bfloat16",
+            "rope_theta": header.value(f"{family}.rope.freq_base", float, theta),
+            "dtype": DTYPES.get(" ".join(kinds), "bfloat16"),
         }
 
     def _token_id(self, name: str) -> int:

@@ -10,25 +10,61 @@ Source: the GGUF specification (ggml, docs/gguf.md).
 
 import re
 import struct
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
-# Number of a metadata value's type -> its letter in `struct`.
 MAX_ELEMENTS = 10**7  # of an array; a vocabulary has 300,000
+# Number of a metadata value's type -> its letter in `struct`.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Number of a tensor's type -> its name, weights per block, bytes per block.
+# Number of a tensor's type -> its name, weights per block and bytes per block, 0 if nobody can
+# decode them.
 TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    30: ("BF16", 1, 2),
+    int(number): (name, int(weights), int(size))
+    for number, name, weights, size in map(
+        str.split,
+        """
+        0 F32 1 4
+        1 F16 1 2
+        2 Q4_0 32 18
+        3 Q4_1 32 20
+        6 Q5_0 32 22
+        7 Q5_1 32 24
+        8 Q8_0 32 34
+        9 Q8_1 0 0
+        10 Q2_K 256 84
+        11 Q3_K 256 110
+        12 Q4_K 256 144
+        13 Q5_K 256 176
+        14 Q6_K 256 210
+        15 Q8_K 0 0
+        16 IQ2_XXS 256 66
+        17 IQ2_XS 256 74
+        18 IQ3_XXS 256 98
+        19 IQ1_S 256 50
+        20 IQ4_NL 32 18
+        21 IQ3_S 256 110
+        22 IQ2_S 256 82
+        23 IQ4_XS 256 136
+        24 I8 0 0
+        25 I16 0 0
+        26 I32 0 0
+        27 I64 0 0
+        28 F64 0 0
+        29 IQ1_M 256 56
+        30 BF16 1 2
+        34 TQ1_0 256 54
+        35 TQ2_0 256 66
+        39 MXFP4 32 17
+        40 NVFP4 64 36
+        """.strip().splitlines(),
+    )
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = ("Q4_0", "Q4_1", "Q8_0")  # the block types that are decoded here
@@ -53,15 +89,14 @@ class StoredTensor(NamedTuple):
 
         Raises ValueError if the file has become shorter since it was opened.
         """
-        buffer = bytearray((stop - start) * self.row_bytes)
-        with self.path.open("rb") as file:
-            file.seek(self.start + start * self.row_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise ValueError(
-                    f"{self.path}: found the end of the file inside a tensor, "
-                    "expected the size it had when it was opened"
-                )
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(stop - start, -1)  # (n, row_bytes)
+        count, offset = (stop - start) * self.row_bytes, self.start + start * self.row_bytes
+        data = numpy.fromfile(self.path, numpy.uint8, count, offset=offset)
+        if len(data) < count:
+            raise ValueError(
+                f"{self.path}: found the end of the file inside a tensor, "
+                "expected the size it had when it was opened"
+            )
+        return torch.from_numpy(data).view(stop - start, -1)  # (n, row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
@@ -88,11 +123,24 @@ class StoredTensor(NamedTuple):
             if minimum is not None:
                 weights += minimum[..., None]
             return weights.flatten(1)  # (n, G, 32) -> (n, K)
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+        return torch.from_numpy(self.decoder()(self.read_bytes(start, stop).numpy()))
 
-        data = self.read_bytes(start, stop).numpy()
-        return torch.from_numpy(dequantize(data, GGMLQuantizationType[self.kind]))
+    def decoder(self) -> Any:
+        """Return the function of the package gguf that decodes this type; None for a common type.
+
+        Raises ImportError if the package is missing, or too old.
+        """
+        if self.kind in (*FLOATS, *BLOCKS):
+            return None
+        try:
+            from gguf import GGMLQuantizationType, quants
+
+            return partial(quants.dequantize, qtype=GGMLQuantizationType[self.kind])
+        except (ImportError, KeyError) as error:
+            raise ImportError(
+                f"{self.path}: tensor {self.name!r}: found type {self.kind}, which needs a package "
+                "of version 0.19: pip install -U gguf"
+            ) from error
 
 
 class Header:
@@ -153,8 +201,7 @@ class Header:
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
         self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")
-        data = self._read(count * struct.calcsize(f"<{SCALARS[kind]}"), field)
-        return list(struct.unpack(f"<{count}{SCALARS[kind]}", data))
+        return list(self._unpack(f"{count}{SCALARS[kind]}", field))
 
     def _parse_tensors(self, count: int) -> None:
         entries = []
@@ -169,7 +216,8 @@ class Header:
         for name, (*sizes, number, offset) in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
-            kind, block, block_bytes = _type(number, f"{self.path}: {field}")
+            kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
+            self.require(block > 0, field, f"type {number} ({kind})", "one that can be decoded")
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
             start = data_start + offset
@@ -203,50 +251,21 @@ class Header:
             raise ValueError(f"{self.path}: {field}: found {error}, expected UTF-8") from error
 
 
-def read_headers(path: Path) -> list[Header]:
-    """Return the header of a file or, if it is a shard, the headers of all shards in order.
+def read_header(path: Path) -> Header:
+    """Return the header of a file. Of a shard, return that of the first one with all tensors.
 
-    Raises as `Header` does, and ValueError if the shards do not belong together.
+    Raises as `Header` does, and FileNotFoundError if a shard is missing.
     """
     given = Header(path)
     count = given.value("split.count", int, 1)
     if count <= 1:
-        return [given]
-    stem = re.sub(rf"-\d{{5}}-of-{count:05}\.gguf$", "", path.name)
-    given.require(stem != path.name, "split.count", count, f"a name NAME-00001-of-{count:05}.gguf")
-    headers = []
-    for i in range(count):
-        header = Header(path.with_name(f"{stem}-{i + 1:05}-of-{count:05}.gguf"))
-        number = header.value("split.no", int)
-        header.require(number == i, "split.no", number, f"{i}")
-        headers.append(header)
-    found = sum(len(header.tensors) for header in headers)
-    total = headers[0].value("split.tensors.count", int)
-    given.require(found == total, "split.tensors.count", f"{found} tensors", f"{total}")
-    return headers
-
-
-def _type(number: int, field: str) -> tuple[str, int, int]:
-    """Return a type's name, weights per block and bytes per block.
-
-    Raises ImportError or ValueError naming `field` if neither this file nor gguf can decode it.
-    """
-    if number in TYPES:
-        return TYPES[number]
-    try:
-        import numpy
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError as error:
-        raise ImportError(
-            f"{field}: found type {number}, which needs a package: pip install gguf"
-        ) from error
-    try:
-        kind = GGMLQuantizationType(number)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        dequantize(numpy.zeros(block_bytes, numpy.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{field}: found type {number} ({error}), expected one that gguf can decode"
-        ) from error
-    return kind.name, block, block_bytes
+        return given
+    end = f"-of-{count:05}.gguf"
+    stem = re.sub(rf"-\d{{5}}{end}$", "", path.name)
+    given.require(stem != path.name, "split.count", count, f"a name NAME-00001{end}")
+    shards = [Header(path.with_name(f"{stem}-{i + 1:05}{end}")) for i in range(count)]
+    for i, shard in enumerate(shards):
+        number = shard.value("split.no", int)
+        shard.require(number == i, "split.no", number, f"{i}")
+        shards[0].tensors += shard.tensors if i else []
+    return shards[0]
