@@ -45,14 +45,14 @@ def describe(
     sizes = weight_bytes(model, gguf)
     places = {f"{gigabytes} GB": gigabytes * 1e9 for gigabytes in (8, 12, 16, 24)}
     if hasattr(os, "sysconf"):  # Windows has none
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        places[f"this machine's {in_words(size)}"] = size
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        places[f"this machine's {in_words(memory)}"] = memory
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         places[f"its {gpu.name} of {in_words(gpu.total_memory)}"] = gpu.total_memory
     fits = []
-    for place, size in places.items():
-        formats = [form for form, need in sizes.items() if need + RESERVED + cache < size]
+    for place, total in places.items():
+        formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
     count, width = sum(weight.numel() for weight in model.parameters()), c.hidden_size
     untied = f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32"

@@ -8,7 +8,6 @@ Does not know: prompts, agents, the arithmetic of a forward pass.
 
 import re
 import sys
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -206,39 +205,31 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
                 f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
             )
         return folder
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?", str(name))
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
         expected = "a hub id such as Qwen/Qwen3-0.6B, ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
         raise FileNotFoundError(f"{name}: no such folder, and not {expected}")
     repo, gguf = hub_id.groups()
+    needed = ["config.json"] if only_config else ["config.json", f"{WEIGHTS}*"]
+    optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
+    optional += [] if only_config else ["*.safetensors"]
     if gguf:
-        return _download_gguf(repo, gguf)
-    weights = [] if only_config else [f"{WEIGHTS}*"]
-    optional = "*.safetensors generation_config.json tokenizer*.json chat_template.jinja teams.json"
+        shards = re.sub(r"-\d{5}-of-", "-*-of-", gguf)
+        by_type = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
+        needed, optional = [shards] if gguf.endswith(".gguf") else by_type, []
 
-    def whole(folder: Path) -> Path:
+    def find(folder: Path) -> Path:
+        if gguf:
+            found = (path for pattern in needed for path in folder.rglob(pattern))
+            first = min(found, default=folder / gguf)
+            read_header(first)  # raises FileNotFoundError if it or another shard is missing
+            return first
         (folder / "config.json").stat()
         if not only_config:
             read_index(folder)
         return folder
 
-    return download(repo, ["config.json", *weights], optional.split()[only_config:], whole)
-
-
-def _download_gguf(repo: str, gguf: str) -> Path:
-    """Return a file of the hub's `repo` with its shards, by its path or its type, as "Q8_0"."""
-    patterns = [f"*[-._/]{name}[-.]*gguf" for name in (gguf, gguf.lower(), gguf.upper())]
-    if gguf.endswith(".gguf"):
-        patterns = [re.sub(r"-\d{5}-of-", "-*-of-", gguf)]
-
-    def first(folder: Path) -> Path:
-        for path in sorted(folder.rglob("*.gguf")):
-            if any(fnmatch(path.relative_to(folder).as_posix(), each) for each in patterns):
-                read_header(path)  # raises FileNotFoundError if another shard is missing
-                return path
-        raise FileNotFoundError(f"found no file {patterns[0]}")
-
-    return download(repo, patterns, [], first)
+    return download(repo, needed, optional, find)
 
 
 def _device(name: str | torch.device) -> torch.device:

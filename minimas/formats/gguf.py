@@ -22,27 +22,38 @@ from .gguf_file import BLOCKS, StoredTensor, read_header
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+LAYER = dict(
+    line.split()
+    for line in """
+        attn_norm input_layernorm
+        attn_q self_attn.q_proj
+        attn_k self_attn.k_proj
+        attn_v self_attn.v_proj
+        attn_output self_attn.o_proj
+        attn_q_norm self_attn.q_norm
+        attn_k_norm self_attn.k_norm
+        ffn_norm post_attention_layernorm
+        ffn_gate mlp.gate_proj
+        ffn_up mlp.up_proj
+        ffn_down mlp.down_proj
+    """.strip().splitlines()
+)
 PARTS = TOP | LAYER
-SIZES = {  # a config.json's field -> a GGUF's
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "max_position_embeddings": "context_length",
-}
+# Fields of a config.json, and their names in a GGUF file.
+FIELDS = dict(
+    line.split()
+    for line in """
+        hidden_size embedding_length
+        intermediate_size feed_forward_length
+        num_hidden_layers block_count
+        num_attention_heads attention.head_count
+        num_key_value_heads attention.head_count_kv
+        head_dim attention.key_length
+        max_position_embeddings context_length
+        rms_norm_eps attention.layer_norm_rms_epsilon
+        rope_theta rope.freq_base
+    """.strip().splitlines()
+)
 # Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
@@ -93,13 +104,9 @@ class GGUF:
         missing file or shard, ValueError naming the file, the field, what was found and what was
         expected, and ImportError for a tensor that needs the package gguf.
         """
-        self.path = path
+        self.path, self.needs = path, ""
         self._header = header = read_header(path)
-        self._family = family = header.value("general.architecture", str)
-        expected = f"one of {', '.join(FAMILIES)}"
-        header.require(family in FAMILIES, "general.architecture", f"{family!r}", expected)
         self.tensors: dict[str, StoredTensor] = {}
-        self.needs = ""
         for tensor in header.tensors:
             field = f"tensor {tensor.name!r:.80}"
             if tensor.name == "rope_freqs.weight":  # how Llama 3's RoPE scaling is stored
@@ -117,6 +124,10 @@ class GGUF:
             self.tensors[key] = tensor
         raw = self._config()
         self.config = Config.from_dict(raw, f"{path}: config.json")
+        for name in ("rope.dimension_count", "attention.value_length"):
+            field, head_dim = f"{self.config.model_type}.{name}", self.config.head_dim
+            value = header.metadata.get(field, head_dim)
+            header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
         ends = {"eos_token_id": self._end_ids()}
         self.files = {"config.json": raw, "generation_config.json": ends}
@@ -157,11 +168,12 @@ class GGUF:
         RoPE rotates pairs of rows of Q and K. In a llama file, and in no other family's, the two
         rows of a pair are neighbours; in Hugging Face's they are half a head apart.
         """
-        if self.config.model_type != "llama" or not re.search(r"\.[qk]_proj\.", key):
-            return rows
-        pairs = rows.unflatten(0, (-1, self.config.head_dim // 2, 2))  # (N, .) -> (H, d/2, 2, .)
-        ordered: Tensor = pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, d/2, .) -> (N, .)
-        return ordered
+        if self.config.model_type == "llama" and re.search(r"\.[qk]_proj\.", key):
+            pairs = rows.unflatten(
+                0, (-1, self.config.head_dim // 2, 2)
+            )  # (N, .) -> (H, d/2, 2, .)
+            rows = pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, d/2, .) -> (N, .)
+        return rows
 
     def _tie(self) -> bool:
         """Return whether embedding and LM head are one matrix.
@@ -188,32 +200,24 @@ class GGUF:
         return True
 
     def _config(self) -> dict[str, Any]:
-        header, family = self._header, self._family
+        """Return the file's config.json. `Config` checks the values."""
+        header = self._header
+        family = header.value("general.architecture", str)
+        expected = f"one of {', '.join(FAMILIES)}"
+        header.require(family in FAMILIES, "general.architecture", f"{family!r}", expected)
         for name, unused in UNSUPPORTED.items():
-            field = f"{family}.{name}"
-            value = header.metadata.get(field, unused[0])
+            value = header.metadata.get(f"{family}.{name}", unused[0])
             expected = f"{unused[0]!r}, no other is supported"
-            header.require(value in unused, field, f"{value!r}", expected)
-        raw = {field: header.value(f"{family}.{name}", int) for field, name in SIZES.items()}
-        heads = raw["num_attention_heads"]
-        head_dim = raw["hidden_size"] // max(1, heads)
-        head_dim = header.value(f"{family}.attention.key_length", int, head_dim)
-        for name in ("rope.dimension_count", "attention.value_length"):
-            field = f"{family}.{name}"
-            value = header.value(field, int, head_dim)
-            header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
+            header.require(value in unused, f"{family}.{name}", f"{value!r}", expected)
+        raw = {field: header.metadata.get(f"{family}.{name}") for field, name in FIELDS.items()}
+        if isinstance(raw["rms_norm_eps"], float):  # 1e-06 is stored as 9.99999997e-07
+            raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")
         tied = self._tie()  # removes an LM head that only repeats the embedding
         kinds = {tensor.kind for tensor in self.tensors.values() if tensor.rows > 1}
-        epsilon = header.value(f"{family}.attention.layer_norm_rms_epsilon", float)
-        theta = 1e4 if family == "llama" else None
         return raw | {
             "model_type": family,
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
-            "num_key_value_heads": header.value(f"{family}.attention.head_count_kv", int, heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-06 is stored as 9.99999997e-07
-            "rope_theta": header.value(f"{family}.rope.freq_base", float, theta),
             "dtype": DTYPES.get(" ".join(kinds), "bfloat16"),
         }
 
@@ -232,43 +236,38 @@ class GGUF:
         ids += [i for i, token in enumerate(tokens) if token in END_TOKENS]
         return [i for i in dict.fromkeys(ids) if i >= 0]
 
-    def _vocabulary(self) -> tuple[dict[int, str], list[int], list[Any]]:
-        """Return the tokens by id without unused ones, the types of all, and the pairs to merge."""
-        require = self._header.require
-        fields = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
-        tokens, types, merges = (self._header.value(field, list) for field in fields)
-        strings = set(map(type, tokens + merges)) == {str}
-        require(strings, fields[0], "numbers or nothing", "strings")
-        good = len(types) == len(tokens)
-        require(good, fields[1], len(types), f"{len(tokens)}, one for every token")
-        by_id = {i: token for i, token in enumerate(tokens) if types[i] != UNUSED}
-        known = set(by_id.values())
-        require(len(known) == len(by_id), fields[0], "a token twice", "different ones")
-        pairs = [merge.split(" ") for merge in merges]
-        wrong = [
-            pair for pair in pairs if len(pair) != 2 or not known.issuperset([*pair, "".join(pair)])
-        ]
-        require(not wrong, fields[2], wrong[:1], "two tokens that make a third")
-        return by_id, types, pairs
-
     def _tokenizer(self) -> dict[str, dict[str, Any]]:
         """Return the two files of a byte-level BPE tokenizer.
 
         Raises ValueError where they would be a guess.
         """
-        header = self._header
-        model = header.value("tokenizer.ggml.model", str)
-        good = model == "gpt2"
-        header.require(good, "tokenizer.ggml.model", f"{model!r}", "'gpt2', no other is read")
-        pre = header.value("tokenizer.ggml.pre", str)
+        value, require = self._header.value, self._header.require
+        model, pre = (value(f"tokenizer.ggml.{name}", str) for name in ("model", "pre"))
+        require(model == "gpt2", "tokenizer.ggml.model", f"{model!r}", "'gpt2', no other is read")
         expected = f"one of {', '.join(PRE_TOKENIZERS)}"
-        header.require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", f"{pre!r}", expected)
-        by_id, types, pairs = self._vocabulary()
+        require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", f"{pre!r}", expected)
+        fields = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+        tokens, types, merges = (value(field, list) for field in fields)
+        strings = set(map(type, tokens + merges)) == {str}
+        require(strings, fields[0], "numbers or nothing", "strings")
+        expected = f"{len(tokens)}, one for every token"
+        require(len(types) == len(tokens), fields[1], len(types), expected)
+        # Without unused ones. Added tokens too: the library would number them anew, at the end.
+        vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+        twice = len(vocabulary) < len(types) - types.count(UNUSED)
+        require(not twice, fields[0], "a token twice", "different ones")
+        pairs = [merge.split(" ") for merge in merges]
+        wrong = [
+            pair
+            for pair in pairs
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()
+        ]
+        require(not wrong, fields[2], wrong[:1], "two tokens that make a third")
         flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         tokenizer = {
             "added_tokens": [
                 {"id": i, "content": token, "special": types[i] == CONTROL, **flags}
-                for i, token in by_id.items()
+                for token, i in vocabulary.items()
                 if types[i] in (CONTROL, USER_DEFINED)
             ],
             "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
@@ -276,20 +275,24 @@ class GGUF:
             "decoder": BYTES,
             "model": {
                 "type": "BPE",
-                # Added tokens too: the library would number them anew, after the others.
-                "vocab": {token: i for i, token in by_id.items()},
+                "vocab": vocabulary,
                 "merges": pairs,
                 "ignore_merges": pre == "llama-bpe",
             },
         }
+        return {"tokenizer.json": tokenizer, "tokenizer_config.json": self._settings(tokens)}
+
+    def _settings(self, tokens: list[str]) -> dict[str, Any]:
+        """Return the texts of special tokens, and the chat template."""
         roles = {"eos": "eos", "unk": "unknown", "pad": "padding"}
-        if self._family == "llama":  # Qwen has no first token, but the converter stores one
+        if self.config.model_type == "llama":  # Qwen has none, but the converter stores one
             roles["bos"] = "bos"
+        by_id = dict(enumerate(tokens))
         settings: dict[str, Any] = {
             f"{role}_token": by_id.get(self._token_id(name)) for role, name in roles.items()
         }
-        settings["chat_template"] = header.metadata.get("tokenizer.chat_template")
-        return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
+        settings["chat_template"] = self._header.metadata.get("tokenizer.chat_template")
+        return settings
 
 
 def _hugging_face(name: str) -> str:
