@@ -35,9 +35,8 @@ def describe(
     FileNotFoundError or ValueError as `load` does.
     """
     path = resolve(name, only_config=True)
-    gguf = None if path.is_dir() else GGUF(path, only_config=True)
-    files = gguf.files if gguf else None
-    c = Config.from_dict(*read_settings(path, files, "config.json", needed=True))
+    gguf = None if path.is_dir() else GGUF(path)
+    c = gguf.config if gguf else Config.from_dict(*read_settings(path, None, "config.json", True))
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
@@ -90,11 +89,11 @@ def weight_bytes(model: Qwen3, gguf: GGUF | None) -> dict[str, float]:
         sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
         sizes[name] += 0 if form.package else head
     if gguf is not None:
-        width = getattr(torch, model.config.dtype).itemsize
-        kept = [
-            weights.get(key, 0) * (width - KEPT_BITS[tensor.kind] / 8)
+        saved = [
+            weights.get(key, 0) * (2 - KEPT_BITS[tensor.kind] / 8)
             for key, tensor in gguf.tensors.items()
             if key.endswith("_proj.weight") and tensor.kind in KEPT_BITS
         ]
-        sizes["as in the file"] = width * count - sum(kept) + (head if kept else 0)
+        plain = sizes.get(model.config.dtype, 2 * count)
+        sizes["as in the file"] = plain - sum(saved) + (head if saved else 0)
     return sizes

@@ -68,7 +68,7 @@ class LM:
         Raises ValueError for a broken file, or one with ids that the model has no embedding for.
         """
         name = "tokenizer.json"
-        if not ((self.folder / name).is_file() if self.files is None else name in self.files):
+        if name not in (self.files or [path.name for path in self.folder.iterdir()]):
             return None
         tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
         if tokenizer.size > most:
@@ -117,13 +117,10 @@ class LM:
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
         key = kind, rows, path.stat().st_mtime_ns if path.is_file() else None
-        if key not in self._aligners:
-            is_file = path.suffix == ".safetensors"
-            self._aligners[key] = (
-                Aligner.load(kind, self.model)
-                if is_file
-                else Aligner.from_model(self.model, kind, rows)
-            )
+        if key not in self._aligners and path.suffix == ".safetensors":
+            self._aligners[key] = Aligner.load(kind, self.model)
+        elif key not in self._aligners:
+            self._aligners[key] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[key]
 
 
@@ -150,13 +147,13 @@ def load(
     if compile:
         check_compiler()
     path = resolve(name)
-    source = open_source(path)
+    source = Folder(path) if path.is_dir() else GGUF(path)
     raw, config_path = read_settings(path, source.files, "config.json", needed=True)
     config = Config.from_dict(raw, config_path)
     model = empty_model(config, str(name), source)
     used = asked or getattr(torch, config.dtype)
     replacer = Replacer(source, target, used, quantize)
-    hidden = quiet or sys.stderr is None or not sys.stderr.isatty()
+    hidden = quiet or not sys.stderr or None  # None: hidden unless stderr is a terminal
     bar = partial(tqdm, desc=f"loading {name}", leave=False, disable=hidden)
     fill(model, source, target, used, replacer, bar)
     replacer.finish(model)
@@ -164,11 +161,6 @@ def load(
     if compile:
         compile_steps(model)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
-
-
-def open_source(path: Path) -> Folder | GGUF:
-    """Return the tensors and JSON files at `path`, a folder or a .gguf file, before reading any."""
-    return Folder(path) if path.is_dir() else GGUF(path)
 
 
 def read_settings(
@@ -199,24 +191,21 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         )
     if str(name) == TINY:
         inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
-        folder = inside if inside.is_dir() else inside.parents[2] / TINY
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
-            )
-        return folder
+        return inside if inside.is_dir() else inside.parents[2] / TINY
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
         expected = "a hub id such as Qwen/Qwen3-0.6B, ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
         raise FileNotFoundError(f"{name}: no such folder, and not {expected}")
     repo, gguf = hub_id.groups()
-    needed = ["config.json"] if only_config else ["config.json", f"{WEIGHTS}*"]
+    needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
-    optional += [] if only_config else ["*.safetensors"]
     if gguf:
         shards = re.sub(r"-\d{5}-of-", "-*-of-", gguf)
         by_type = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
         needed, optional = [shards] if gguf.endswith(".gguf") else by_type, []
+    elif not only_config:
+        needed.append(f"{WEIGHTS}*")
+        optional.append("*.safetensors")
 
     def find(folder: Path) -> Path:
         if gguf:

@@ -156,13 +156,13 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: weight_map: found {index!r:.80}, expected tensor names -> file names"
         )
-    for name in set(map(str, index.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{path}: weight_map: found {name!r}, expected a .safetensors file of this folder"
+    there = {path.name for path in folder.glob("*.safetensors")}
+    for name in map(str, index.values()):
+        if name not in there:
+            raise FileNotFoundError(
+                f"{path}: weight_map: found {name!r}, which is missing, "
+                "expected a .safetensors file of this folder"
             )
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file")
     return index
 
 

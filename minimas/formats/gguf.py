@@ -76,13 +76,18 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLIT = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CUTS = {
+    "qwen2": [WORDS.replace("{1,3}", "")],
+    "llama-bpe": [WORDS],
+    "smollm": [r"\p{N}", GPT2_WORDS],
+    "gpt-2": [GPT2_WORDS],
+}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-PRE_TOKENIZERS: dict[str, Any] = {
-    "qwen2": [SPLIT | {"pattern": {"Regex": WORDS.replace("{1,3}", "")}}, BYTES],
-    "llama-bpe": [SPLIT, BYTES],
-    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
-    "gpt-2": [BYTES | {"use_regex": True}],
+PRE_TOKENIZERS = {
+    pre: [*(SPLIT | {"pattern": {"Regex": cut}} for cut in cuts), BYTES]
+    for pre, cuts in CUTS.items()
 }
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 # A file names one end token, and the model may generate another. llama.cpp stops at these too.
@@ -94,32 +99,24 @@ class GGUF:
 
     `files` holds config.json, generation_config.json and, unless `no_tokenizer` is a sentence that
     says why not, tokenizer.json and tokenizer_config.json. `tensors` and their `shapes` are by
-    Hugging Face's names. `needs` says which package is missing, "" if none is.
+    Hugging Face's names. `needs` says which package is missing to compare LM head and embedding.
     """
 
-    def __init__(self, path: Path, only_config: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         """Read the headers, and a sample of the embeddings' rows.
 
-        `only_config` accepts tensors that cannot be decoded here. Raises FileNotFoundError for a
-        missing file or shard, ValueError naming the file, the field, what was found and what was
-        expected, and ImportError for a tensor that needs the package gguf.
+        Raises FileNotFoundError for a missing file or shard, and ValueError naming the file, the
+        field, what was found and what was expected.
         """
         self.path, self.needs = path, ""
         self._header = header = read_header(path)
         self.tensors: dict[str, StoredTensor] = {}
         for tensor in header.tensors:
             field = f"tensor {tensor.name!r:.80}"
-            if tensor.name == "rope_freqs.weight":  # how Llama 3's RoPE scaling is stored
-                good = bool((tensor.read(0, 1) == 1).all())
-                header.require(good, field, "RoPE scaling", "factors of 1, not supported")
-                continue
-            try:
-                tensor.decoder()
-            except ImportError as error:
-                if not only_config:
-                    raise
-                self.needs = f"; {error}; the LM head was not compared with the embedding"
-            key = _hugging_face(tensor.name)
+            plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
+            header.require(plain, field, "RoPE scaling", "none, it is not supported")
+            key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
+            key = key.replace("blk.", "model.layers.")
             header.require(key not in self.tensors, field, "it twice", "it once")
             self.tensors[key] = tensor
         raw = self._config()
@@ -129,8 +126,18 @@ class GGUF:
             value = header.metadata.get(field, head_dim)
             header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
-        ends = {"eos_token_id": self._end_ids()}
-        self.files = {"config.json": raw, "generation_config.json": ends}
+        self._ids: dict[str, int] = {}  # of special tokens; -1, as in llama.cpp, if there is none
+        for name in ("eos", "eot", "eom", "unknown", "padding", "bos"):
+            field = f"tokenizer.ggml.{name}_token_id"
+            self._ids[name] = value = header.value(field, int, -1)
+            size = self.config.vocab_size
+            header.require(value < size, field, value, f"an id below {size:,}")
+        tokens = header.value("tokenizer.ggml.tokens", list, [])
+        # Those that end a text or a turn, the file's own first.
+        ends = [self._ids[name] for name in ("eos", "eot", "eom")]
+        ends += [i for i, token in enumerate(tokens) if token in END_TOKENS]
+        ends = [i for i in dict.fromkeys(ends) if i >= 0]
+        self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
         self.no_tokenizer: str | None = None
         try:
             self.files |= self._tokenizer()
@@ -146,11 +153,10 @@ class GGUF:
         result = torch.empty(tensor.rows, tensor.shape[-1], dtype=dtype)
         step = max(1, CHUNK_WEIGHTS // tensor.shape[-1])
         for start in range(0, tensor.rows, step):
-            stop = min(start + step, tensor.rows)
-            result[start:stop] = tensor.read(start, stop)
+            result[start : start + step] = tensor.read(start, start + step)
         return self._reorder(key, result.view(tensor.shape))
 
-    def blocks(self, key: str) -> tuple[Any, ...] | None:
+    def blocks(self, key: str) -> Any:
         """Return a matrix as the file's own blocks of 32 inputs; None for other types.
 
         A weight is value · scale + minimum. Q4_0 and Q4_1: values uint8 (N, K) of 0 to 15, scale
@@ -187,10 +193,11 @@ class GGUF:
         if head is None or head.shape != embedding.shape:
             return head is None
         coarse, fine = sorted((embedding, head), key=lambda tensor: tensor.row_bytes)
-        rows = min(64, head.rows)
-        if self.needs:  # `only_config`, and one of the two may be unreadable
+        try:
+            a, b = coarse.read(0, 64).float(), fine.read(0, 64).float()
+        except ImportError as error:  # enough to describe the file; `read` raises it again
+            self.needs = f"; LM head and embedding were not compared: {error}"
             return False
-        a, b = coarse.read(0, rows).float(), fine.read(0, rows).float()
         # Measured: at most 0.12 from 4 bits on and 0.27 for Q2_K; unrelated matrices are at 1.4.
         bits = 8 * coarse.row_bytes / coarse.shape[-1]
         if not torch.dist(a, b) <= max(0.2, 2.5 / 2**bits) * b.norm():
@@ -221,22 +228,7 @@ class GGUF:
             "dtype": DTYPES.get(" ".join(kinds), "bfloat16"),
         }
 
-    def _token_id(self, name: str) -> int:
-        """Return the id of a special token; -1, as in llama.cpp, if there is none."""
-        field = f"tokenizer.ggml.{name}_token_id"
-        value: int = self._header.value(field, int, -1)
-        size = self.config.vocab_size
-        self._header.require(value < size, field, value, f"an id below {size:,}")
-        return value
-
-    def _end_ids(self) -> list[int]:
-        """Return the ids that end a text or a turn, the file's own first."""
-        tokens = self._header.value("tokenizer.ggml.tokens", list, [])
-        ids = [self._token_id(name) for name in ("eos", "eot", "eom")]
-        ids += [i for i, token in enumerate(tokens) if token in END_TOKENS]
-        return [i for i in dict.fromkeys(ids) if i >= 0]
-
-    def _tokenizer(self) -> dict[str, dict[str, Any]]:
+    def _tokenizer(self) -> dict[str, Any]:
         """Return the two files of a byte-level BPE tokenizer.
 
         Raises ValueError where they would be a guess.
@@ -287,17 +279,6 @@ class GGUF:
         roles = {"eos": "eos", "unk": "unknown", "pad": "padding"}
         if self.config.model_type == "llama":  # Qwen has none, but the converter stores one
             roles["bos"] = "bos"
-        by_id = dict(enumerate(tokens))
-        settings: dict[str, Any] = {
-            f"{role}_token": by_id.get(self._token_id(name)) for role, name in roles.items()
-        }
-        settings["chat_template"] = self._header.metadata.get("tokenizer.chat_template")
-        return settings
-
-
-def _hugging_face(name: str) -> str:
-    """Return a tensor's name in a Hugging Face folder. The loader refuses what no model has."""
-    stem, _, leaf = name.rpartition(".")
-    layer, _, part = stem.rpartition(".")  # "blk.3", "attn_q"
-    layer = layer.replace("blk", "model.layers")
-    return f"{layer}.{PARTS.get(part, part)}.{leaf}".lstrip(".")
+        by_id: dict[int, Any] = dict(enumerate(tokens))
+        settings = {f"{role}_token": by_id.get(self._ids[name]) for role, name in roles.items()}
+        return settings | {"chat_template": self._header.metadata.get("tokenizer.chat_template")}

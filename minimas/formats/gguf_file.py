@@ -10,7 +10,6 @@ Source: the GGUF specification (ggml, docs/gguf.md).
 
 import re
 import struct
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,18 +83,19 @@ class StoredTensor(NamedTuple):
         return prod(self.shape[:-1])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
-        """Return the bytes of rows `start` to `stop`, uint8 (n, row_bytes).
+        """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
 
         Raises ValueError if the file has become shorter since it was opened.
         """
-        count, offset = (stop - start) * self.row_bytes, self.start + start * self.row_bytes
+        count = (min(stop, self.rows) - start) * self.row_bytes
+        offset = self.start + start * self.row_bytes
         data = numpy.fromfile(self.path, numpy.uint8, count, offset=offset)
         if len(data) < count:
             raise ValueError(
                 f"{self.path}: found the end of the file inside a tensor, "
                 "expected the size it had when it was opened"
             )
-        return torch.from_numpy(data).view(stop - start, -1)  # (n, row_bytes)
+        return torch.from_numpy(data).view(-1, self.row_bytes)  # (n, row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
@@ -113,7 +113,10 @@ class StoredTensor(NamedTuple):
         return values, scale, scales[..., 1] if self.kind == "Q4_1" else -8 * scale
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Return the weights of a range of rows, floating-point (n, width), in the file's order."""
+        """Return the weights of a range of rows, floating-point (n, width), in the file's order.
+
+        Raises ImportError if that needs the package gguf.
+        """
         if self.kind in FLOATS:
             return self.read_bytes(start, stop).view(FLOATS[self.kind])  # (n, row_bytes) -> (n, K)
         if self.kind in BLOCKS:
@@ -122,23 +125,15 @@ class StoredTensor(NamedTuple):
             if minimum is not None:
                 weights += minimum[..., None]
             return weights.flatten(1)  # (n, G, 32) -> (n, K)
-        return torch.from_numpy(self.decoder()(self.read_bytes(start, stop).numpy()))
-
-    def decoder(self) -> Any:
-        """Return the function of the package gguf that decodes this type; None for a common type.
-
-        Raises ImportError if the package is missing, or too old.
-        """
-        if self.kind in (*FLOATS, *BLOCKS):
-            return None
+        data = self.read_bytes(start, stop).numpy()
         try:
             from gguf import GGMLQuantizationType, quants
 
-            return partial(quants.dequantize, qtype=GGMLQuantizationType[self.kind])
-        except (ImportError, KeyError) as error:
+            return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[self.kind]))
+        except (ImportError, KeyError, NotImplementedError) as error:
             raise ImportError(
                 f"{self.path}: tensor {self.name!r}: found type {self.kind}, which needs a package "
-                "of version 0.19: pip install -U gguf"
+                f"({error}): pip install -U gguf"
             ) from error
 
 
@@ -148,8 +143,8 @@ class Header:
     def __init__(self, path: Path) -> None:
         """Read the header of `path`.
 
-        Raises FileNotFoundError, ValueError naming the file, the field, what was found and what was
-        expected, and ImportError for a tensor that needs the package gguf.
+        Raises FileNotFoundError, and ValueError naming the file, the field, what was found and what
+        was expected.
         """
         self.path = path
         self.size = path.stat().st_size
@@ -259,8 +254,5 @@ def read_header(path: Path) -> Header:
     stem = re.sub(rf"-\d{{5}}{end}$", "", path.name)
     given.require(stem != path.name, "split.count", count, f"a name NAME-00001{end}")
     shards = [Header(path.with_name(f"{stem}-{i + 1:05}{end}")) for i in range(count)]
-    for i, shard in enumerate(shards):
-        number = shard.value("split.no", int)
-        shard.require(number == i, "split.no", number, f"{i}")
-        shards[0].tensors += shard.tensors if i else []
+    shards[0].tensors = [tensor for shard in shards for tensor in shard.tensors]
     return shards[0]
