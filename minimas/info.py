@@ -41,19 +41,20 @@ def describe(
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
     cache = batch_size * (context + max_new_tokens) * slot
-    sizes = weight_bytes(model, gguf)
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    count, width = sum(weights.values()), c.hidden_size
+    sizes = weight_bytes(weights, c, gguf)
     places = {f"{gigabytes} GB": gigabytes * 1e9 for gigabytes in (8, 12, 16, 24)}
     if hasattr(os, "sysconf"):  # Windows has none
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         places[f"this machine's {in_words(memory)}"] = memory
     for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        places[f"its {gpu.name} of {in_words(gpu.total_memory)}"] = gpu.total_memory
+        memory = torch.cuda.get_device_properties(i).total_memory
+        places[f"its cuda:{i} of {in_words(memory)}"] = memory
     fits = []
     for place, total in places.items():
         formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
-    count, width = sum(weight.numel() for weight in model.parameters()), c.hidden_size
     untied = f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32"
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
@@ -72,18 +73,19 @@ def describe(
         else untied,
     }
     if gguf is not None:
-        kinds = ", ".join(sorted({tensor.kind for tensor in gguf.tensors.values()}))
-        lines["as loaded"] = f"{in_words(sizes['as in the file'])} from {kinds}{gguf.needs}"
+        lines["as loaded"] = (
+            f"{in_words(sizes['as in the file'])}: layers of {', '.join(KEPT_BITS)} stay in 4 or "
+            f"8 bits, all else becomes {c.dtype}{gguf.needs}"
+        )
     return lines
 
 
-def weight_bytes(model: Qwen3, gguf: GGUF | None) -> dict[str, float]:
-    """Return the bytes of a model's weights in each format, and as `load` keeps a GGUF file's."""
-    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[str, float]:
+    """Return the bytes of `weights`, name -> number, in each format, and as a file is loaded."""
     count = sum(weights.values())
     matrices = sum(size for name, size in weights.items() if name.endswith("_proj.weight"))
     # Our own formats add an 8-bit LM head if there is none.
-    head = weights[EMBEDDING] if model.config.tie_word_embeddings else 0
+    head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, form in FORMATS.items():
         sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
@@ -94,6 +96,6 @@ def weight_bytes(model: Qwen3, gguf: GGUF | None) -> dict[str, float]:
             for key, tensor in gguf.tensors.items()
             if key.endswith("_proj.weight") and tensor.kind in KEPT_BITS
         ]
-        plain = sizes.get(model.config.dtype, 2 * count)
+        plain = sizes.get(c.dtype, 2 * count)
         sizes["as in the file"] = plain - sum(saved) + (head if saved else 0)
     return sizes

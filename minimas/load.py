@@ -67,8 +67,7 @@ class LM:
 
         Raises ValueError for a broken file, or one with ids that the model has no embedding for.
         """
-        name = "tokenizer.json"
-        if name not in (self.files or [path.name for path in self.folder.iterdir()]):
+        if "tokenizer.json" not in (self.files or [path.name for path in self.folder.iterdir()]):
             return None
         tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
         if tokenizer.size > most:
@@ -117,10 +116,11 @@ class LM:
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
         key = kind, rows, path.stat().st_mtime_ns if path.is_file() else None
-        if key not in self._aligners and path.suffix == ".safetensors":
-            self._aligners[key] = Aligner.load(kind, self.model)
-        elif key not in self._aligners:
-            self._aligners[key] = Aligner.from_model(self.model, kind, rows)
+        if key not in self._aligners:
+            if path.suffix == ".safetensors":
+                self._aligners[key] = Aligner.load(kind, self.model)
+            else:
+                self._aligners[key] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[key]
 
 
@@ -148,8 +148,7 @@ def load(
         check_compiler()
     path = resolve(name)
     source = Folder(path) if path.is_dir() else GGUF(path)
-    raw, config_path = read_settings(path, source.files, "config.json", needed=True)
-    config = Config.from_dict(raw, config_path)
+    config = Config.from_dict(*read_settings(path, source.files, "config.json", needed=True))
     model = empty_model(config, str(name), source)
     used = asked or getattr(torch, config.dtype)
     replacer = Replacer(source, target, used, quantize)

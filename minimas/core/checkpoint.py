@@ -122,9 +122,9 @@ class Folder:
                         )
                     self.shapes[key], self._files[key] = tuple(part.get_shape()), name
         if index and index != self._files:
-            wrong = min(key for key, _ in index.items() ^ self._files.items())
-            message = "%s: tensor %s is not where it says; what the files hold is used"
-            logging.getLogger(__name__).warning(message, path / INDEX, wrong)
+            message = "%s: tensor %s is not in file %s as it says, or in another one; ignored"
+            wrong = min(index.items() ^ self._files.items())
+            logging.getLogger(__name__).warning(message, path / INDEX, *wrong)
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         """Read a tensor onto the CPU."""
