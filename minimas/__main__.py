@@ -25,7 +25,7 @@ from .check import QUESTIONS, STEPS, check
 from .core.errors import ParameterError
 from .core.latent import ALIGNMENTS, EXPECTED
 from .fast.quantize import FORMATS
-from .info import describe
+from .info import TEAM_TOKENS, describe
 from .load import TINY, load
 from .results import Result, Usage
 from .rows import batches, read_rows
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         parser.set_defaults(run=run)
         return parser
 
-    model = "folder, FILE.gguf, hub id or hub id:FILE.gguf"
+    model = "folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0"
     ask = command("ask", run_ask, "answer a question with a team of agents")
     add_question(ask)
     ask.add_argument("--model", "-m", default=TINY, help=f"{model} (default: %(default)s)")
@@ -102,6 +102,12 @@ def build_parser() -> Parser:
     add_device(checker)
     info = command("info", run_info, "describe a model and the memory that it needs")
     info.add_argument("model", help=model)
+    info.add_argument("--batch-size", default=1, help="(default: %(default)s)", **whole_number(1))
+    help_context = "prompt tokens and latent steps of a row (default: %(default)s)"
+    info.add_argument("--context", default=TEAM_TOKENS, help=help_context, **whole_number(1))
+    info.add_argument(
+        "--max-new-tokens", "-n", default=256, help="(default: %(default)s)", **whole_number(0)
+    )
     return top
 
 
@@ -221,7 +227,7 @@ def run_ask(args: argparse.Namespace) -> None:
     team: str | Team | None = options.get("team")
     if isinstance(team, str) and team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
-    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
     settings = {"model": args.model, "method": args.method, **options, "seed": args.seed}
     if team is not None:
         options["team"] = choose_team(lm, team).with_layout(args.layout)
@@ -278,7 +284,7 @@ def read_question(text: str) -> str:
 
 def run_check(args: argparse.Namespace) -> None:
     """Measure the hand-over with the built-in questions, and print a table and a verdict."""
-    lm = load(args.model, args.device, args.dtype, args.quantize)
+    lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
     if args.model == TINY and not args.quiet:
         print(f"minimas: {prompts.TINY_HINT}; a check asks other ones", file=sys.stderr)
     screen = Screen(args, [{}] * len(QUESTIONS), {})
@@ -294,7 +300,8 @@ def run_check(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """Print what a model is and what it needs, one line for each fact."""
-    for label, text in describe(args.model).items():
+    lines = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
+    for label, text in lines.items():
         print(f"{label + ':':<14} {text}")
 
 

@@ -20,7 +20,7 @@ from .load import read_settings, resolve
 
 # Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
 RESERVED = 1.5e9
-TEAM_TOKENS = 4 * (200 + 40)  # 4 agents of 200 prompt tokens and 40 latent steps
+TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
 KEPT_BITS = {"Q4_0": 5, "Q4_1": 5, "Q8_0": 10}  # a weight, of the layers that keep a file's blocks
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
@@ -55,7 +55,6 @@ def describe(
     for place, total in places.items():
         formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
-    untied = f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32"
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
         + ", with teams.json" * (path / "teams.json").is_file(),
@@ -70,9 +69,9 @@ def describe(
         "fits": "; ".join(fits),
         "alignment": "tied: W_a is the identity up to λ, only the rescaling is left"
         if c.tie_word_embeddings
-        else untied,
+        else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
-    if gguf is not None:
+    if gguf:
         lines["as loaded"] = (
             f"{in_words(sizes['as in the file'])}: layers of {', '.join(KEPT_BITS)} stay in 4 or "
             f"8 bits, all else becomes {c.dtype}{gguf.needs}"
@@ -90,12 +89,12 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
     for name, form in FORMATS.items():
         sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
         sizes[name] += 0 if form.package else head
-    if gguf is not None:
+    if gguf:
         saved = [
             weights.get(key, 0) * (2 - KEPT_BITS[tensor.kind] / 8)
             for key, tensor in gguf.tensors.items()
             if key.endswith("_proj.weight") and tensor.kind in KEPT_BITS
         ]
-        plain = sizes.get(c.dtype, 2 * count)
-        sizes["as in the file"] = plain - sum(saved) + (head if saved else 0)
+        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - sum(saved)
+        sizes["as in the file"] += head if saved else 0
     return sizes

@@ -69,7 +69,8 @@ class LM:
         """
         if "tokenizer.json" not in (self.files or [path.name for path in self.folder.iterdir()]):
             return None
-        tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
+        tokenizer = Tokenizer(self.folder, self.files)
+        most = self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(
                 f"{tokenizer.path}: found {tokenizer.size:,} ids, "
@@ -94,8 +95,10 @@ class LM:
     def teams(self) -> dict[str, Team]:
         """Read the folder's own teams by name from teams.json; {} without."""
         raw, path = read_settings(self.folder, self.files, "teams.json")
-        names = raw.keys() - {"latent_steps"}
-        return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in names}
+        return {
+            name: Team.from_dict(raw[name], f"{path}: {name}")
+            for name in raw.keys() - {"latent_steps"}
+        }
 
     @cached_property
     def default_steps(self) -> int:
@@ -115,7 +118,7 @@ class LM:
         path = Path(kind)
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
-        key = kind, rows, path.stat().st_mtime_ns if path.is_file() else None
+        key = kind, rows, path.is_file() and path.stat().st_mtime_ns
         if key not in self._aligners:
             if path.suffix == ".safetensors":
                 self._aligners[key] = Aligner.load(kind, self.model)
@@ -152,8 +155,10 @@ def load(
     model = empty_model(config, str(name), source)
     used = asked or getattr(torch, config.dtype)
     replacer = Replacer(source, target, used, quantize)
-    hidden = quiet or not sys.stderr or None  # None: hidden unless stderr is a terminal
-    bar = partial(tqdm, desc=f"loading {name}", leave=False, disable=hidden)
+    # None: hidden unless stderr is a terminal.
+    bar = partial(
+        tqdm, desc=f"loading {name}", leave=False, disable=quiet or not sys.stderr or None
+    )
     fill(model, source, target, used, replacer, bar)
     replacer.finish(model)
     pack(model)
@@ -193,8 +198,10 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         return inside if inside.is_dir() else inside.parents[2] / TINY
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
-        expected = "a hub id such as Qwen/Qwen3-0.6B, ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
-        raise FileNotFoundError(f"{name}: no such folder, and not {expected}")
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B, "
+            "ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
+        )
     repo, gguf = hub_id.groups()
     needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
@@ -226,14 +233,16 @@ def _device(name: str | torch.device) -> torch.device:
     if text == "auto":
         text = "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu(:\d+)?", text) and text not in gpus and not (text == "cuda" and gpus):
-        expected = f"expected auto, cpu, or cuda ({len(gpus)} devices here)"
-        raise ParameterError("device", f"found {text!r}, {expected}")
+        raise ParameterError(
+            "device", f"found {text!r}, expected auto, cpu, or cuda ({len(gpus)} devices here)"
+        )
     return torch.device(text)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     text = str(name).removeprefix("torch.").replace("bf16", "bfloat16").replace("fp", "float")
     if text not in ("auto", *DTYPES):
-        expected = f"expected auto or one of {', '.join(DTYPES)}"
-        raise ParameterError("dtype", f"found {name!r}, {expected}")
+        raise ParameterError(
+            "dtype", f"found {name!r}, expected auto or one of {', '.join(DTYPES)}"
+        )
     return getattr(torch, text, None)

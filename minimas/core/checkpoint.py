@@ -19,7 +19,7 @@ from .config import Config, read_json
 from .model import Qwen3
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = ("BF16", "F16", "F32", "F64")
+STORED = "BF16 F16 F32 F64".split()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -118,11 +118,13 @@ class Folder:
                     if part.get_dtype() not in STORED:
                         raise ValueError(
                             f"{path / name}: tensor {key}: found {part.get_dtype()}, "
-                            f"expected one of {STORED}"
+                            f"expected one of {', '.join(STORED)}"
                         )
                     self.shapes[key], self._files[key] = tuple(part.get_shape()), name
         if index and index != self._files:
-            message = "%s: tensor %s is not in file %s as it says, or in another one; ignored"
+            message = (
+                "%s: tensor %s, file %s: index and files disagree; what the files hold is used"
+            )
             wrong = min(index.items() ^ self._files.items())
             logging.getLogger(__name__).warning(message, path / INDEX, *wrong)
 
@@ -160,8 +162,8 @@ def read_index(folder: Path) -> dict[str, str]:
     for name in map(str, index.values()):
         if name not in there:
             raise FileNotFoundError(
-                f"{path}: weight_map: found {name!r}, which is missing, "
-                "expected a .safetensors file of this folder"
+                f"{path}: weight_map: found {name!r}, expected a .safetensors file of this folder, "
+                "which has none of that name"
             )
     return index
 

@@ -127,14 +127,14 @@ class GGUF:
             header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
         self._ids: dict[str, int] = {}  # of special tokens; -1, as in llama.cpp, if there is none
-        for name in ("eos", "eot", "eom", "unknown", "padding", "bos"):
+        for name in "eos eot eom unknown padding bos".split():
             field = f"tokenizer.ggml.{name}_token_id"
             self._ids[name] = value = header.value(field, int, -1)
             good = value < self.config.vocab_size
             header.require(good, field, value, f"an id below {self.config.vocab_size:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
         # Those that end a text or a turn, the file's own first.
-        ends = [self._ids[name] for name in ("eos", "eot", "eom")]
+        ends = [self._ids[name] for name in "eos eot eom".split()]
         ends += [i for i, token in enumerate(tokens) if token in END_TOKENS]
         ends = [i for i in dict.fromkeys(ends) if i >= 0]
         self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
@@ -165,8 +165,10 @@ class GGUF:
         tensor = self.tensors[key]
         if tensor.kind not in BLOCKS:
             return None
-        parts = tensor.read_blocks(0, tensor.rows)
-        return tuple(None if part is None else self._reorder(key, part) for part in parts)
+        return tuple(
+            None if part is None else self._reorder(key, part)
+            for part in tensor.read_blocks(0, tensor.rows)
+        )
 
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.
@@ -212,8 +214,9 @@ class GGUF:
         family = header.value("general.architecture", str)
         for name, unused in UNSUPPORTED.items():
             value = header.metadata.get(f"{family}.{name}", unused[0])
-            expected = f"{unused[0]!r}, no other is supported"
-            header.require(value in unused, f"{family}.{name}", f"{value!r}", expected)
+            header.require(
+                value in unused, f"{family}.{name}", f"{value!r}", f"{unused[0]!r}, nothing else"
+            )
         raw = {field: header.metadata.get(f"{family}.{name}") for field, name in FIELDS.items()}
         if isinstance(raw["rms_norm_eps"], float):  # 1e-06 is stored as 9.99999997e-07
             raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")
@@ -236,7 +239,7 @@ class GGUF:
         require(model == "gpt2", "tokenizer.ggml.model", f"{model!r}", "'gpt2', no other is read")
         expected = f"one of {', '.join(PRE_TOKENIZERS)}"
         require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", f"{pre!r}", expected)
-        fields = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+        fields = [f"tokenizer.ggml.{name}" for name in "tokens token_type merges".split()]
         tokens, types, merges = (value(field, list) for field in fields)
         expected = f"{len(tokens)}, one for every token"
         require(len(types) == len(tokens), fields[1], len(types), expected)
@@ -251,7 +254,7 @@ class GGUF:
             if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()
         ]
         require(not wrong, fields[2], wrong[:1], "two tokens that make a third")
-        flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+        flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
         tokenizer = {
             "added_tokens": [
                 {"id": i, "content": token, "special": types[i] == CONTROL, **flags}

@@ -65,7 +65,7 @@ TYPES = {
     )
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCKS = ("Q4_0", "Q4_1", "Q8_0")  # the block types that are decoded here
+BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
 
 
 class StoredTensor(NamedTuple):
