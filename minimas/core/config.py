@@ -39,10 +39,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
             """,
         ),
         (
-            (),
+            (),  # the types of layers are keys of an object rope_parameters for each of them
             """
             quantization_config compression_config attention_multiplier query_pre_attn_scalar
             mrope_section long_factor short_factor attention_factor no_rope_layers
+            full_attention sliding_attention chunked_attention linear_attention
             no_rope_layer_interval rope_local_base_freq rotary_dim attention_chunk_size
             sliding_window_pattern clip_qkv scale_depth
             """,
@@ -113,20 +114,20 @@ class Config:
 
         check(family in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}")
         _refuse(fields, f"{source}: ")
-        for field in ("rope_parameters", "rope_scaling"):  # of transformers 5 and 4
-            block = fields.get(field, {})
-            check(isinstance(block, Mapping), field, "an object or null")
-            block = block.get("full_attention", block)  # there may be one for each type of layer
-            fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
+        # Of transformers 4 and 5. If both are there, the first counts, as in transformers.
+        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+        block = fields.get(name, {})
+        check(isinstance(block, Mapping), name, "an object or null")
+        fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
         sizes: dict[str, Any] = {}
         for field, most in NUMBERS.items():
             if field == "head_dim" and family != "qwen3":  # whose own is free of hidden_size
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
             kind = type(most)
-            name = "integer" if kind is int else "number"
+            word = "integer" if kind is int else "number"
             good = type(value) in (int, kind) and 0 < value <= most
-            check(good, field, f"a positive {name}, at most {most:,}")
+            check(good, field, f"a positive {word}, at most {most:,}")
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")

@@ -454,6 +454,46 @@ def test_two_copies_of_one_matrix_are_tied_and_the_finer_one_counts(
     assert torch.equal(file.read("model.embed_tokens.weight", torch.float32), expected)
 
 
+def coarse(weight: Tensor) -> Tensor:
+    """The matrix as Q2_K keeps it: sixteen weights at a time on four levels, 3 of 10 off."""
+    groups = weight.view(len(weight), -1, 16)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (high - low) / 3
+    return (((groups - low) / step).round() * step + low).view_as(weight)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("Q2_K", True), ("Q4_K", False)])
+def test_a_copy_may_be_as_far_off_as_its_type_is_coarse(
+    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tied model's Q2_K embedding beside a Q8_0 head was taken for another matrix."""
+    model = random_model(
+        tiny_config(hidden_size=256, intermediate_size=32, tie_word_embeddings=True),
+        dtype=torch.float32,
+    )
+    weight = model.model.embed_tokens.weight.data
+    rounded = coarse(weight)
+    assert 0.2 < apart_by_norm(rounded, weight) < 0.4
+    path = write(tmp_path / "a.gguf", model, {"output.weight": "Q8_0"}, {"output.weight": weight})
+    content = path.read_bytes()
+    name = text("token_embd.weight") + struct.pack("<IQQ", 2, 256, 41)
+    number = struct.pack("<I", int(Kind[kind]))
+    path.write_bytes(content.replace(name + struct.pack("<I", 0), name + number))
+    read = StoredTensor.read
+
+    def decoded(self: StoredTensor, start: int, stop: int) -> Tensor:
+        return rounded[start:stop] if self.kind == kind else read(self, start, stop)
+
+    monkeypatch.setattr(StoredTensor, "read", decoded)
+    file = GGUF(path)
+    assert file.config.tie_word_embeddings is tied
+    assert file.tensors["model.embed_tokens.weight"].kind == ("Q8_0" if tied else kind)
+
+
+def apart_by_norm(a: Tensor, b: Tensor) -> float:
+    return float(torch.dist(a, b) / b.norm())
+
+
 def test_a_head_of_its_own_is_not_taken_for_a_copy(tmp_path: Path) -> None:
     """Also where it began as one and was trained on."""
     model = tiny_model(dtype=torch.float32)
@@ -986,6 +1026,15 @@ def test_damage_is_an_error_or_another_model_never_a_crash(
     assert (
         time.perf_counter() - began < 10
     )  # on a busy machine; a vast count believed would take minutes
+
+
+@pytest.mark.parametrize(
+    "field", ["final_logit_softcapping", "rope.dimension_sections", "attention.temperature_scale"]
+)
+def test_metadata_that_scales_is_refused_by_name(field: str, tmp_path: Path) -> None:
+    """It was passed over, and the logits were others."""
+    with pytest.raises(ValueError, match=rf"qwen3\.{field}: found 2\.0, expected 0"):
+        opened(tmp_path / "a.gguf", raw_file({f"qwen3.{field}": 2.0}))
 
 
 # -- loaded ----------------------------------------------------------------------------------------
