@@ -72,10 +72,8 @@ def describe(
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
     if gguf:
-        lines["as loaded"] = (
-            f"{in_words(sizes['as in the file'])}: layers of {', '.join(KEPT_BITS)} stay in 4 or "
-            f"8 bits, all else becomes {c.dtype}{gguf.needs}"
-        )
+        loaded = in_words(sizes["as in the file"])
+        lines["as loaded"] = f"{loaded}, layers of Q4_0, Q4_1, Q8_0 stay as they are{gguf.needs}"
     return lines
 
 

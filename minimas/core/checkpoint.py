@@ -133,8 +133,7 @@ class Folder:
         key = key if key in self._files else HEAD  # see `empty_model`
         # Opened for each tensor: a mapping that stays would keep the whole file in memory.
         with _opened(self.path / self._files[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.to(dtype, copy=True)
+            return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
     def blocks(self, key: str) -> None:
         """Return None: safetensors hold no blocks of four or eight bits."""

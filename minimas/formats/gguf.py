@@ -275,7 +275,7 @@ class GGUF:
 
     def _settings(self, tokens: list[str]) -> dict[str, Any]:
         """Return the texts of special tokens, and the chat template."""
-        by_id: dict[int, Any] = dict(enumerate(tokens))
+        by_id = dict(enumerate(tokens))
         first = by_id.get(self._ids["bos"])  # Qwen has none, but the converter stores one
         return {
             "bos_token": first if self.config.model_type == "llama" else None,

@@ -130,7 +130,7 @@ class StoredTensor(NamedTuple):
             from gguf import GGMLQuantizationType, quants
 
             return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[self.kind]))
-        except (ImportError, KeyError, NotImplementedError) as error:
+        except (ImportError, KeyError) as error:
             raise ImportError(
                 f"{self.path}: tensor {self.name!r}: found type {self.kind}, which needs a package "
                 f"({error}): pip install -U gguf"
