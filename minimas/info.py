@@ -72,8 +72,10 @@ def describe(
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
     if gguf:
-        loaded = in_words(sizes["as in the file"])
-        lines["as loaded"] = f"{loaded}, layers of Q4_0, Q4_1, Q8_0 stay as they are{gguf.needs}"
+        # Layers of these types are not widened.
+        lines["as loaded"] = (
+            f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
+        )
     return lines
 
 

@@ -197,9 +197,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
         path = inside if inside.is_dir() else inside.parents[2] / TINY
         if not path.is_dir():
-            raise FileNotFoundError(
-                f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
-            )
+            raise FileNotFoundError(f"{TINY}: not found at {inside}; pass --model Qwen/Qwen3-0.6B")
         return path
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
