@@ -30,9 +30,8 @@ def describe(
 ) -> dict[str, str]:
     """Return lines about the model `name`, label -> text.
 
-    The KV cache holds `context` prompt tokens and latent steps, and `max_new_tokens` generated
-    tokens, in each of `batch_size` rows. A GGUF file needs no package for this. Raises
-    FileNotFoundError or ValueError as `load` does.
+    The KV cache has `batch_size` rows of `context` prompt tokens and latent steps and of
+    `max_new_tokens` generated tokens. Raises FileNotFoundError or ValueError as `load` does.
     """
     path = resolve(name, only_config=True)
     gguf = None if path.is_dir() else GGUF(path)
@@ -72,7 +71,6 @@ def describe(
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
     if gguf:
-        # Layers of these types are not widened.
         lines["as loaded"] = (
             f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
         )
