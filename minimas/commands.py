@@ -18,16 +18,18 @@ import torch
 
 from . import __version__, agents, prompts
 from .check import QUESTIONS, check
+from .core.cache import KVCache
 from .core.errors import ParameterError
 from .info import describe
 from .load import TINY, load
+from .memory import remember
 from .results import Result, Usage
 from .rows import batches, read_rows
 from .screen import Screen, bill, say
 from .streams import silence
 from .teams import Team
 from .text.generate import Sampling
-from .text.tokenizer import is_text
+from .text.tokenizer import is_text, read_text
 
 # These flags belong to some methods only: those that have a parameter of this name.
 TEAM_FLAGS = ("team", "latent_steps", "align", "transfer", "layout")
@@ -38,7 +40,9 @@ OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer
 def run(args: Namespace) -> int:
     """Run the command of `args`. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     try:
-        {"ask": run_ask, "check": run_check, "info": run_info}[args.command](args)
+        {"ask": run_ask, "remember": run_remember, "check": run_check, "info": run_info}[
+            args.command
+        ](args)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
@@ -77,13 +81,15 @@ def run_ask(args: Namespace) -> None:
     if args.temperature == 0:
         changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
+    if args.save_memory and len(rows) > 1:
+        raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
     groups = batches(rows, args.kind, size)
     settings = {"model": args.model, "method": args.method, "layout": "chat", **options}
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
-    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile)
+    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
     if team:
@@ -99,6 +105,9 @@ def run_ask(args: Namespace) -> None:
         "device": str(lm.model.device),
         "versions": {"minimas": __version__, "torch": torch.__version__},
     }
+    if args.memory:
+        options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
+    options["keep_memory"] = args.save_memory is not None
     known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
     if args.model == TINY and not all(known):
         say(args, f"minimas: {prompts.TINY_HINT}")
@@ -108,15 +117,18 @@ def run_ask(args: Namespace) -> None:
         method(lm, ["How" + " many" * n for n in range(len(groups[0][1]))], **options | short)
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
     usages: list[Usage] = []
+    results: list[Result] = []
     for kind, batch in groups:
         screen = Screen(args, batch, len(usages), len(rows))
         options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
-        results: list[Result] = []
+        results = []
         try:
             results = method(lm, [row["question"] for row in batch], on_event=screen, **options)
         finally:
             screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
         usages += [result.usage for result in results]
+    if results[0].memory is not None:
+        results[0].memory.save(args.save_memory)
     say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
 
 
@@ -144,9 +156,18 @@ def read_question(text: str) -> str:
     return question
 
 
+def run_remember(args: Namespace) -> None:
+    """Prefill a text, and write its KV cache to a file."""
+    text = read_question("-") if args.text == "-" else read_text(Path(args.text))
+    lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
+    memory = remember(lm, text, args.latent_steps, args.align, args.role)
+    memory.save(args.out)
+    say(args, f"{args.out}: {memory.lengths[0]:,} slots, {memory.nbytes / 1e6:,.2f} MB")
+
+
 def run_check(args: Namespace) -> None:
     """Measure the hand-over with the built-in questions, and print a table and a verdict."""
-    lm = load(args.model, args.device, args.dtype, args.quantize)
+    lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
     if args.model == TINY:
         say(args, f"minimas: {prompts.TINY_HINT}; a check asks other ones")
     report = check(lm, args.layout, args.latent_steps, Screen(args, [{}] * len(QUESTIONS)))
@@ -155,5 +176,6 @@ def run_check(args: Namespace) -> None:
 
 def run_info(args: Namespace) -> None:
     """Print what a model is and what it needs, one line for each fact."""
-    for label, text in describe(args.model).items():
+    found = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
+    for label, text in found.items():
         print(f"{label + ':':<14} {text}")

@@ -3,33 +3,33 @@
 Does not know what is in them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 
-def download(repo: str, needed: list[str], optional: list[str]) -> Path:
-    """Return the local folder of the hub's `repo` with its files of these patterns.
+def download(
+    repo: str, needed: list[str], optional: list[str], find: Callable[[Path], Path]
+) -> Path:
+    """Return what `find` returns for the local folder of the hub's `repo`.
 
-    A cached copy that has what is `needed` is used without a network connection. Raises
-    FileNotFoundError naming what is needed, where it was looked for, and how to get it.
+    `needed` and `optional` are patterns of files. `find` raises FileNotFoundError as long as a
+    file is missing. A cached copy that is whole is used without a network connection, one that is
+    not is completed. Raises FileNotFoundError naming what is needed, where it was looked for, and
+    how to get it.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HTTPError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    patterns = needed + optional
-    try:
-        cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        if all(any(cached.glob(pattern)) for pattern in needed):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (OSError, ValueError, HTTPError) as error:  # offline, gated, or no such repository
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{repo}: no such folder here, and no {' and '.join(needed)} in the cache "
-            f"{constants.HF_HUB_CACHE}; when online: hf download {repo} (the hub: {reason})"
-        ) from error
+    every, reason = needed + optional, ""
+    # At last the cache without what is optional: offline, that may stay missing.
+    for patterns, local in ((every, True), (every, False), (needed, True)):
+        try:
+            folder = snapshot_download(repo, allow_patterns=patterns, local_files_only=local)
+            return find(Path(folder))
+        except (OSError, ValueError, HTTPError) as error:  # incomplete, gated, no such repository
+            reason = reason if local else str(error).strip().partition("\n")[0]
+    raise FileNotFoundError(
+        f"{repo}: no such folder here, and no {' and '.join(needed)} in the cache "
+        f"{constants.HF_HUB_CACHE}; when online: hf download {repo} (the hub: {reason}); a .gguf "
+        f"file is {repo}:FOLDER/FILE.gguf or, by its type, {repo}:Q8_0"
+    )

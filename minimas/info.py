@@ -1,71 +1,116 @@
-"""Describe a model and what it will need, from its config.json alone.
+"""Describe a model and what it will need, from its config.json or the header of its GGUF file.
 
-Does not know: its weights, devices.
+Does not know: the values of its weights.
 """
 
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
+from .core import files
 from .core.cache import KVCache
+from .core.checkpoint import EMBEDDING
 from .core.config import Config
 from .core.model import Qwen3
 from .fast.quantize import FORMATS
-from .load import open_source, read_settings, resolve
+from .formats.gguf import GGUF
+from .load import read_settings, resolve
 
 # Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
 RESERVED = 1.5e9
-TEAM_TOKENS = 4 * (200 + 40)  # 4 agents of 200 prompt tokens and 40 latent steps
+TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
+KEPT_BITS = {"Q4_0": 5, "Q4_1": 5, "Q8_0": 10}  # a weight, of the layers that keep a file's blocks
+in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
 
-def describe(name: str | Path) -> dict[str, str]:
+def describe(
+    name: str | Path, batch_size: int = 1, context: int = TEAM_TOKENS, max_new_tokens: int = 256
+) -> dict[str, str]:
     """Return lines about the model `name`, label -> text.
 
-    Raises FileNotFoundError or ValueError as `load` does.
+    The KV cache has `batch_size` rows of `context` prompt tokens and latent steps and of
+    `max_new_tokens` generated tokens. Raises FileNotFoundError or ValueError as `load` does.
     """
-    folder = resolve(name, only_config=True)
-    files = None if folder.is_dir() else open_source(folder).files
-    c = Config.from_dict(*read_settings(folder, files, "config.json", needed=True))
+    if str(name).endswith(".safetensors"):
+        return describe_memory(Path(name))
+    path = resolve(name, only_config=True)
+    gguf = None if path.is_dir() else GGUF(path)
+    c = gguf.config if gguf else Config.from_dict(*read_settings(path, None, "config.json", True))
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
-    count = sum(weight.numel() for weight in model.parameters())
-    share = c.vocab_size * c.hidden_size / count
-    team = TEAM_TOKENS * slot
-    sizes = weight_bytes(model)
+    cache = batch_size * (context + max_new_tokens) * slot
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    count, width = sum(weights.values()), c.hidden_size
+    sizes = weight_bytes(weights, c, gguf)
+    places = {f"{gigabytes} GB": gigabytes * 1e9 for gigabytes in (8, 12, 16, 24)}
+    if hasattr(os, "sysconf"):  # Windows has none
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        places[f"this machine's {in_words(memory)}"] = memory
+    for i in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(i).total_memory
+        places[f"its cuda:{i} of {in_words(memory)}"] = memory
     fits = []
-    for gigabytes in (8, 12, 16, 24):
-        most = gigabytes * 1e9 - RESERVED - team
-        formats = [form for form, size in sizes.items() if size < most]
-        fits.append(f"{gigabytes} GB: {', '.join(formats) or 'none'}")
-    with_teams = ", with teams.json" if (folder / "teams.json").is_file() else ""
-    tied = "tied: W_a is the identity up to λ, only the rescaling is left"
-    width = c.hidden_size
-    untied = f"untied: W_a is a {width} × {width} map, {width**2 * 4 / 1e6:,.0f} MB in float32"
-    return {
-        "model": f"{name} in {folder}, {c.dtype}{with_teams}",
+    for place, total in places.items():
+        formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
+        fits.append(f"{place}: {', '.join(formats) or 'none'}")
+    lines = {
+        "model": f"{name} in {path}, {c.dtype}"
+        + ", with teams.json" * (path / "teams.json").is_file(),
         "architecture": f"{c.model_type}, {c.num_hidden_layers} layers, "
-        f"hidden size {c.hidden_size:,}, {c.num_attention_heads} query and "
+        f"hidden size {width:,}, {c.num_attention_heads} query and "
         f"{c.num_key_value_heads} key-value heads of {c.head_dim}",
         "vocabulary": f"{c.vocab_size:,} tokens, context {c.max_position_embeddings:,}",
-        "parameters": f"{count:,} ({share:.0%} in the token embedding)",
-        "weights": ", ".join(f"{form} {size / 1e6:,.1f} MB" for form, size in sizes.items()),
-        "memory": f"{slot / 1024:,.1f} KiB a token; {team / 1e6:,.1f} MB for 4 agents of 200 "
-        "prompt tokens and 40 latent steps",
+        "parameters": f"{count:,} ({c.vocab_size * width / count:.0%} in the token embedding)",
+        "weights": ", ".join(f"{form} {in_words(size)}" for form, size in sizes.items()),
+        "memory": f"{slot / 1024:,.1f} KiB a token; {in_words(cache)} for {batch_size} × "
+        f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
         "fits": "; ".join(fits),
-        "alignment": tied if c.tie_word_embeddings else untied,
+        "alignment": "tied: W_a is the identity up to λ, only the rescaling is left"
+        if c.tie_word_embeddings
+        else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
+    if gguf:
+        lines["as loaded"] = (
+            f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
+        )
+    return lines
 
 
-def weight_bytes(model: Qwen3) -> dict[str, float]:
-    """Return the bytes of a model's weights in each format; the model may be on "meta"."""
-    count = sum(weight.numel() for weight in model.parameters())
-    linear = [module for module in model.model.modules() if type(module) is nn.Linear]
-    matrices = sum(module.weight.numel() for module in linear)
+def describe_memory(path: Path) -> dict[str, str]:
+    """Return lines about the file of a KV cache or of a map. Raises ValueError for another one."""
+    tensors, metadata = files.contents(path)
+    kind = metadata["format"].split("-")[1]
+    lines = {"file": f"{path}, {kind}, {in_words(path.stat().st_size)}"}
+    lines["model"] = f"{metadata['model']}, fingerprint {metadata['fingerprint']}"
+    if kind == "memory":
+        keys, lengths = tensors["keys.0"], tensors["lengths"].tolist()
+        layers = sum(name.startswith("keys.") for name in tensors)
+        lines["memory"] = f"{len(lengths)} rows of {lengths} slots, {layers} layers, {keys.dtype}"
+    else:
+        lines["map"] = ", ".join(f"{name} {tuple(part.shape)}" for name, part in tensors.items())
+    return lines
+
+
+def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[str, float]:
+    """Return the bytes of `weights`, name -> number, in each format, and as a file is loaded."""
+    count = sum(weights.values())
+    matrices = sum(size for name, size in weights.items() if name.endswith("_proj.weight"))
+    # Our own formats add an 8-bit LM head if there is none.
+    head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, form in FORMATS.items():
         sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
-        if model.config.tie_word_embeddings and not form.package:
-            sizes[name] += model.model.embed_tokens.weight.numel()  # q4 and q8: an 8-bit LM head
+        sizes[name] += 0 if form.package else head
+    if gguf:
+        saved = [
+            weights.get(key, 0) * (2 - KEPT_BITS[tensor.kind] / 8)
+            for key, tensor in gguf.tensors.items()
+            if key.endswith("_proj.weight") and tensor.kind in KEPT_BITS
+        ]
+        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - sum(saved)
+        sizes["as in the file"] += head if saved else 0
     return sizes

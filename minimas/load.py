@@ -7,13 +7,15 @@ Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
 import re
-from functools import cached_property
+import sys
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from .core.checkpoint import WEIGHTS, Folder, empty_model, fill
+from .core.checkpoint import WEIGHTS, Folder, empty_model, fill, read_index
 from .core.config import DTYPES, Config, read_json, token_ids
 from .core.errors import ParameterError
 from .core.latent import Aligner
@@ -22,6 +24,7 @@ from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
 from .fast.quantize import Replacer, check
 from .formats.gguf import GGUF
+from .formats.gguf_file import read_header
 from .hub import download
 from .teams import Team
 from .text.generate import Sampling
@@ -49,7 +52,7 @@ class LM:
         """`folder` may be a .gguf file; `files` are then the JSON files that it holds."""
         self.model, self.folder, self.files = model, folder, files
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
-        self._aligners: dict[str, Aligner] = {}
+        self._aligners: dict[Any, Aligner] = {}
 
     def __repr__(self) -> str:
         model = self.model
@@ -64,10 +67,10 @@ class LM:
 
         Raises ValueError for a broken file, or one with ids that the model has no embedding for.
         """
-        name = "tokenizer.json"
-        if not ((self.folder / name).is_file() if self.files is None else name in self.files):
+        if "tokenizer.json" not in (self.files or [path.name for path in self.folder.iterdir()]):
             return None
-        tokenizer, most = Tokenizer(self.folder, self.files), self.model.config.vocab_size
+        tokenizer = Tokenizer(self.folder, self.files)
+        most = self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(
                 f"{tokenizer.path}: found {tokenizer.size:,} ids, "
@@ -92,8 +95,10 @@ class LM:
     def teams(self) -> dict[str, Team]:
         """Read the folder's own teams by name from teams.json; {} without."""
         raw, path = read_settings(self.folder, self.files, "teams.json")
-        names = raw.keys() - {"latent_steps"}
-        return {name: Team.from_dict(raw[name], f"{path}: {name}") for name in names}
+        return {
+            name: Team.from_dict(raw[name], f"{path}: {name}")
+            for name in raw.keys() - {"latent_steps"}
+        }
 
     @cached_property
     def default_steps(self) -> int:
@@ -107,16 +112,19 @@ class LM:
     def aligner(self, kind: str) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        It is computed or read once. Raises as `Aligner.from_model` and `Aligner.load` do.
+        It is computed or read once, and anew for a file that has changed or another tokenizer.
+        Raises as `Aligner.from_model` and `Aligner.load` do.
         """
-        if kind not in self._aligners:
-            if str(kind).endswith(".safetensors"):
-                self._aligners[kind] = Aligner.load(kind, self.model)
+        path = Path(kind)
+        # Rows that no token has, padding to a round number, would change W_a and its norm.
+        rows = self.tokenizer.size if self.tokenizer else None
+        key = kind, rows, path.is_file() and path.stat().st_mtime_ns
+        if key not in self._aligners:
+            if path.suffix == ".safetensors":
+                self._aligners[key] = Aligner.load(kind, self.model)
             else:
-                # Rows that no token has, padding to a round number, would change W_a and its norm.
-                rows = self.tokenizer.size if self.tokenizer else None
-                self._aligners[kind] = Aligner.from_model(self.model, kind, rows)
-        return self._aligners[kind]
+                self._aligners[key] = Aligner.from_model(self.model, kind, rows)
+        return self._aligners[key]
 
 
 def load(
@@ -125,14 +133,16 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     compile: bool = False,
+    quiet: bool = False,
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
     `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
     is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
-    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. Peak
-    memory is the weights plus the largest tensor. Raises FileNotFoundError, ImportError or
-    ValueError naming the file or flag, the field, what was found and what was expected.
+    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. On a
+    terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
+    largest tensor. Raises FileNotFoundError, ImportError or ValueError naming the file or flag, the
+    field, what was found and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
     if quantize is not None:
@@ -140,23 +150,21 @@ def load(
     if compile:
         check_compiler(target.type)
     path = resolve(name)
-    source = open_source(path)
-    raw, config_path = read_settings(path, source.files, "config.json", needed=True)
-    config = Config.from_dict(raw, config_path)
-    model = empty_model(config, str(name), source, config_path)
+    source = Folder(path) if path.is_dir() else GGUF(path)
+    config = Config.from_dict(*read_settings(path, source.files, "config.json", needed=True))
+    model = empty_model(config, str(name), source)
     used = asked or getattr(torch, config.dtype)
     replacer = Replacer(source, target, used, quantize)
-    fill(model, source, target, used, replacer)
+    # None: hidden unless stderr is a terminal.
+    bar = partial(
+        tqdm, desc=f"loading {name}", leave=False, disable=quiet or not sys.stderr or None
+    )
+    fill(model, source, target, used, replacer, bar)
     replacer.finish(model)
     pack(model)
     if compile:
         compile_steps(model)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
-
-
-def open_source(path: Path) -> Folder | GGUF:
-    """Return the tensors and JSON files at `path`, a folder or a .gguf file, before reading any."""
-    return Folder(path) if path.is_dir() else GGUF(path)
 
 
 def read_settings(
@@ -174,8 +182,8 @@ def read_settings(
 def resolve(name: str | Path, only_config: bool = False) -> Path:
     """Return the folder or .gguf file of the model `name`.
 
-    `name` is a path, the embedded model, or a hub id, repo or repo:FILE.gguf, which is looked up in
-    the hub's cache first. `only_config` leaves a folder's weights on the hub.
+    `name` is a path, the embedded model, or a hub id: repo, repo:FOLDER/FILE.gguf or repo:Q8_0. A
+    hub id is looked up in the hub's cache first. `only_config` leaves the weights on the hub.
     """
     path = Path(name).expanduser()
     if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
@@ -187,29 +195,39 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         )
     if str(name) == TINY:
         inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
-        folder = inside if inside.is_dir() else inside.parents[2] / TINY
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{TINY}: not found at {inside}; pass a model, such as --model Qwen/Qwen3-0.6B"
-            )
-        return folder
-    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+\.gguf))?", str(name))
-    if hub_id is None:
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B")
-    repo, gguf = hub_id.groups()
-    if gguf:
-        every_shard = re.sub(r"\d{5}-of-(\d{5})", r"*-of-\1", gguf)
-        path = download(repo, [gguf], [every_shard]) / gguf
-        if not path.is_file():
-            found = f"found no file {gguf} in the repository"
-            raise FileNotFoundError(f"{name}: {found}, expected one")
+        path = inside if inside.is_dir() else inside.parents[2] / TINY
+        if not path.is_dir():
+            raise FileNotFoundError(f"{TINY}: not found at {inside}; pass --model Qwen/Qwen3-0.6B")
         return path
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
+    if hub_id is None:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B, "
+            "ORG/REPO:FOLDER/FILE.gguf or ORG/REPO:Q8_0"
+        )
+    repo, gguf = hub_id.groups()
     needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
-    if not only_config:
+    if gguf:
+        shards = re.sub(r"-\d{5}-of-", "-*-of-", gguf)
+        by_type = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
+        needed, optional = [shards] if gguf.endswith(".gguf") else by_type, []
+    elif not only_config:
         needed.append(f"{WEIGHTS}*")
         optional.append("*.safetensors")
-    return download(repo, needed, optional)
+
+    def find(folder: Path) -> Path:
+        if gguf:
+            found = (path for pattern in needed for path in folder.rglob(pattern))
+            first = min(found, default=folder / gguf)
+            read_header(first)  # raises FileNotFoundError if it or another shard is missing
+            return first
+        (folder / "config.json").stat()
+        if not only_config:
+            read_index(folder)
+        return folder
+
+    return download(repo, needed, optional, find)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -218,14 +236,16 @@ def _device(name: str | torch.device) -> torch.device:
     if text == "auto":
         text = "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu(:\d+)?", text) and text not in gpus and not (text == "cuda" and gpus):
-        expected = f"expected auto, cpu, or cuda ({len(gpus)} devices here)"
-        raise ParameterError("device", f"found {text!r}, {expected}")
+        raise ParameterError(
+            "device", f"found {text!r}, expected auto, cpu, or cuda ({len(gpus)} devices here)"
+        )
     return torch.device(text)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     text = str(name).removeprefix("torch.").replace("bf16", "bfloat16").replace("fp", "float")
     if text not in ("auto", *DTYPES):
-        expected = f"expected auto or one of {', '.join(DTYPES)}"
-        raise ParameterError("dtype", f"found {name!r}, {expected}")
+        raise ParameterError(
+            "dtype", f"found {name!r}, expected auto or one of {', '.join(DTYPES)}"
+        )
     return getattr(torch, text, None)

@@ -15,7 +15,7 @@ from . import __version__
 ASK = """answer a question with a team of agents
 --kind            math,choice,code,free  of question (default: by a row's fields, else free)
 --batch-size      ≥1=1    rows of a file at once (default: %(default)s)
---model -m        text=weights/tiny  folder, FILE.gguf, hub id or hub id:FILE.gguf
+--model -m        text=weights/tiny  folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
 --latent-steps    ≥0      (default: the model's, else 40)
@@ -28,15 +28,29 @@ ASK = """answer a question with a team of agents
 --top-p           real    keep the likeliest tokens up to this mass (default: the model's)
 --top-k           ≥0      keep this many tokens; 0: all (default: the model's)
 --seed -s         ≥0=0    (default: %(default)s)
+--memory          files   KV cache of `remember` to start after; several are joined in order
+--save-memory     text    write the KV cache after the answer to this file
+--show-thoughts   top     print the K likeliest tokens of each thought (K: 3)
 --compile         yes     faster steps after a warm-up of up to a minute
 """
 CHECK = """measure what a hand-over does to a model's answers
-model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
+model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --layout          turn,chat  (default: the team's)
 --latent-steps    ≥1=10   of each agent (default: %(default)s)
 """
-INFO = """describe a model and the memory that it needs
-model             text    folder, FILE.gguf, hub id or hub id:FILE.gguf
+REMEMBER = """prefill a text once, and write its KV cache to a file
+text              text    a text file, or - for stdin
+--out             text=memory.safetensors  the file to write (default: %(default)s)
+--model -m        text=weights/tiny  (default: %(default)s)
+--role            user,system,agent,plain=user  of the text in the conversation (default: user)
+--latent-steps    ≥0=0    thoughts at the end of the text (default: %(default)s)
+--align           text=ridge  (default: %(default)s)
+"""
+INFO = """describe a model and the memory that it needs, or the file of a KV cache
+model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf, or FILE.safetensors
+--batch-size      ≥1=1    (default: %(default)s)
+--context         ≥1=960  prompt tokens and latent steps of a row (default: %(default)s)
+--max-new-tokens -n  ≥0=256  (default: %(default)s)
 --debug           yes     show a traceback with an error
 """
 RUNNING = """
@@ -47,10 +61,17 @@ RUNNING = """
 --quiet           yes     print nothing but errors on stderr
 --debug           yes     show a traceback with an error
 """
-COMMANDS = {"ask": ASK + RUNNING, "check": CHECK + RUNNING, "info": INFO}
+COMMANDS = {
+    "ask": ASK + RUNNING,
+    "remember": REMEMBER + RUNNING,
+    "check": CHECK + RUNNING,
+    "info": INFO,
+}
 VALUES = {
     "text": {"type": str},
     "real": {"type": float, "metavar": "X"},
+    "files": {"action": "append", "metavar": "FILE"},
+    "top": {"nargs": "?", "const": 3, "type": int, "metavar": "K"},
     "yes": {"action": "store_true"},
     "switch": {"action": argparse.BooleanOptionalAction},
 }
@@ -75,7 +96,7 @@ def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     top = Parser(prog="minimas", description="Agents that share a KV cache, not text (LatentMAS).")
     top.add_argument("--version", action="version", version=f"minimas {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="ask | check | info")
+    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, table in COMMANDS.items():
         purpose, *_ = table.split("\n")
         parser = commands.add_parser(name, help=purpose, allow_abbrev=False)

@@ -6,7 +6,7 @@
     python tools/plot.py thoughts --model DIR --data FILE.jsonl --align ridge,prenorm --out thoughts
     python tools/plot.py again steps.json --out elsewhere       # from the numbers, without the run
 
-Writes OUT.json, OUT.svg and OUT.png. Needs matplotlib: pip install 'minimas[plot]'.
+Writes OUT.json, OUT.svg and OUT.png. Needs matplotlib: pip install matplotlib.
 """
 
 import argparse

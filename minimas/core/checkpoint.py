@@ -6,6 +6,7 @@ one that is missing, left over or of another shape is refused. Does not know: to
 other formats, quantization.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from .config import Config, read_json
 from .model import Qwen3
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STORED = ("BF16", "F16", "F32", "F64")
+STORED = "BF16 F16 F32 F64".split()
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_model(
@@ -29,15 +31,15 @@ def load_model(
     `dtype` None is the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
     the field or tensor, what was found and what was expected.
     """
-    source = Folder(Path(folder))
     path = Path(folder) / "config.json"
     config = Config.from_dict(read_json(path), str(path))
-    model = empty_model(config, str(folder), source, str(path))
+    source = Folder(path.parent)
+    model = empty_model(config, str(folder), source)
     fill(model, source, torch.device(device), dtype or getattr(torch, config.dtype))
     return model.eval()
 
 
-def empty_model(config: Config, name: str, source: Any, config_path: str) -> Qwen3:
+def empty_model(config: Config, name: str, source: Any) -> Qwen3:
     """Return a model without memory for weights, after checking that `source` has all of them.
 
     `source` is a `Folder`, or what has `path`, `shapes` and `read` like one. Raises ValueError for
@@ -45,21 +47,22 @@ def empty_model(config: Config, name: str, source: Any, config_path: str) -> Qwe
     """
     with torch.device("meta"):
         model = Qwen3(config, name)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key, shape in wanted.items():
-        if source.shapes.get(key) != shape:
-            found = f"shape {source.shapes[key]}" if key in source.shapes else "nothing"
+    wanted, shapes = model.state_dict(), source.shapes
+    tied = config.tie_word_embeddings and HEAD in shapes
+    if tied:  # either name may be that of the only copy
+        shapes.setdefault(EMBEDDING, shapes[HEAD])
+    for key, weight in wanted.items():
+        shape = tuple(weight.shape)
+        if shapes.get(key) != shape:
+            found = f"shape {shapes[key]}" if key in shapes else "nothing"
             raise ValueError(
                 f"{source.path}: tensor {key}: found {found}, expected shape {shape} by config.json"
             )
-    # Old Llama checkpoints carry the rotary frequencies.
-    ignored = {key for key in source.shapes if key.endswith(".rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:  # Qwen3-0.6B has a second copy of its tied embedding
-        ignored.add("lm_head.weight")
-    for key in source.shapes.keys() - wanted.keys() - ignored:
-        raise ValueError(
-            f"{source.path}: tensor {key} belongs to nothing in a model of this config.json"
-        )
+    for key in shapes.keys() - wanted.keys() - {HEAD if tied else ""}:
+        if not key.endswith(".rotary_emb.inv_freq"):  # of old Llama checkpoints
+            raise ValueError(
+                f"{source.path}: tensor {key} belongs to nothing in a model of this config.json"
+            )
     return model
 
 
@@ -68,26 +71,26 @@ def fill(
     source: Any,
     device: torch.device,
     dtype: torch.dtype,
-    replace: Callable[[str, nn.Module], nn.Module | None] | None = None,
+    replace: Callable[..., nn.Module | None] = lambda *_: None,
+    watch: Callable[..., Any] = iter,
 ) -> None:
     """Read every parameter of `model` from `source` onto `device` in `dtype`.
 
-    `replace` may return another module to put in place of one, such as a quantized layer. Raises
-    ValueError if the model is tied and its LM head in the file is another matrix.
+    `replace`, of a module's name and itself, may return another one to put in its place, such as a
+    quantized layer. `watch` iterates over the modules, as a progress bar does. Raises ValueError if
+    the model is tied and its LM head in the file is another matrix.
     """
-    for name, module in list(model.named_modules()):
-        new = replace(name, module) if replace is not None else None
+    for name, module in watch(list(model.named_modules())):
+        new = replace(name, module)
         if new is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, new)
+            model.set_submodule(name, new)
             continue
         for leaf, _ in module.named_parameters(recurse=False):
-            key = f"{name}.{leaf}"
-            weight = nn.Parameter(source.read(key, dtype).to(device), requires_grad=False)
-            setattr(module, leaf, weight)
-    if model.config.tie_word_embeddings and "lm_head.weight" in source.shapes:
-        embedding = model.model.embed_tokens.weight
-        if not torch.equal(source.read("lm_head.weight", dtype).to(device), embedding):
+            weight = source.read(f"{name}.{leaf}", dtype).to(device)
+            setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+    if model.config.tie_word_embeddings and HEAD in source.shapes:
+        head = source.read(HEAD, dtype).to(device)
+        if not torch.equal(head, model.model.embed_tokens.weight):
             raise ValueError(
                 f"{source.path}: tie_word_embeddings: found true in config.json, but "
                 "lm_head.weight is different"
@@ -100,74 +103,73 @@ class Folder:
     A `GGUF` has the same attributes and methods.
     """
 
-    files = None  # a GGUF file holds its tokenizer's files itself
-    no_tokenizer = None
+    files = no_tokenizer = None  # a GGUF file holds its tokenizer's files itself
 
     def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError or ValueError for files that are missing or damaged."""
         self.path = path
-        self._found = _checkpoint(path)
-        self.shapes = {key: shape for key, (_, shape) in self._found.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, str] = {}
+        index = read_index(path)
+        for name in set(index.values()) or [WEIGHTS]:
+            with _opened(path / name) as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    if part.get_dtype() not in STORED:
+                        raise ValueError(
+                            f"{path / name}: tensor {key}: found {part.get_dtype()}, "
+                            f"expected one of {', '.join(STORED)}"
+                        )
+                    self.shapes[key], self._files[key] = tuple(part.get_shape()), name
+        if index and index != self._files:
+            message = (
+                "%s: tensor %s, file %s: index and files disagree; what the files hold is used"
+            )
+            wrong = min(index.items() ^ self._files.items())
+            logging.getLogger(__name__).warning(message, path / INDEX, *wrong)
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         """Read a tensor onto the CPU."""
+        key = key if key in self._files else HEAD  # see `empty_model`
         # Opened for each tensor: a mapping that stays would keep the whole file in memory.
-        with _opened(self._found[key][0]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.to(dtype, copy=True)
+        with _opened(self.path / self._files[key]) as file:
+            return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
     def blocks(self, key: str) -> None:
         """Return None: safetensors hold no blocks of four or eight bits."""
 
 
-def _checkpoint(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Return the file and the shape of every tensor, by name, from one file or an index."""
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the file names of a folder's tensors by name; {} if all are in model.safetensors.
+
+    Raises FileNotFoundError if a file is missing, ValueError for a damaged index.
+    """
     if (folder / WEIGHTS).is_file():
-        return _contents(folder / WEIGHTS)
-    index = folder / INDEX
-    if not index.is_file():
+        return {}
+    path = folder / INDEX
+    if not path.is_file():
         others = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder"
         raise FileNotFoundError(
             f"{folder}: found {others}, expected {WEIGHTS} or {INDEX} (nothing is ever unpickled)"
         )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        problem = f"found {weight_map!r:.80}"
-        raise ValueError(f"{index}: weight_map: {problem}, expected tensor names -> file names")
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for shard in dict.fromkeys(map(str, weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: weight_map: found {shard!r}, expected a .safetensors file of this folder"
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(
+            f"{path}: weight_map: found {index!r:.80}, expected tensor names -> file names"
+        )
+    there = {path.name for path in folder.glob("*.safetensors")}
+    for name in map(str, index.values()):
+        if name not in there:
+            raise FileNotFoundError(
+                f"{path}: weight_map: found {name!r}, expected a .safetensors file of this folder, "
+                "which has none of that name"
             )
-        found = _contents(folder / shard) | found
-    for key in weight_map.keys() | found.keys():
-        if key not in found or found[key][0].name != weight_map.get(key):
-            seen = found[key][0].name if key in found else "no file"
-            raise ValueError(
-                f"{index}: tensor {key}: found in {seen}, expected in {weight_map.get(key)}"
-            )
-    return found
-
-
-def _contents(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    found = {}
-    with _opened(path) as file:
-        for key in file.keys():
-            part = file.get_slice(key)
-            if part.get_dtype() not in STORED:
-                raise ValueError(
-                    f"{path}: tensor {key}: found {part.get_dtype()}, expected {', '.join(STORED)}"
-                )
-            found[key] = (path, tuple(part.get_shape()))
-    return found
+    return index
 
 
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: found a truncated or foreign file, expected safetensors ({error})"

@@ -1,14 +1,13 @@
 """The shape of a model, read from a Hugging Face `config.json` and checked field by field.
 
 Names are Hugging Face's. A field that would change the mathematics and is not implemented is
-refused by name. Fields that do not change a forward pass are listed, so that no other field is
-ignored without a warning. Does not know: tensors, tokenizers.
+refused by name, at any depth. Fields that do not change a forward pass are listed, so that no other
+field is ignored without a warning. Does not know: tensors, tokenizers.
 """
 
-import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,61 @@ from typing import Any
 # and v, Llama does neither.
 FAMILIES = ("qwen3", "qwen2", "llama")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# Fields that change the mathematics -> the value that means "not in use". Null always does.
-UNSUPPORTED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "num_experts": 0,
-    "num_local_experts": 0,
-    "n_routed_experts": 0,
-    "partial_rotary_factor": 1,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "logit_scale": 1,
-    **dict.fromkeys("final_logit_softcapping attention_multiplier no_rope_layers".split()),
-    "quantization_config": None,
+# Fields that change the mathematics -> the values that leave it as it is. So does null.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    field: allowed
+    for allowed, fields in (
+        (("silu", "swish"), "hidden_act hidden_activation"),
+        (("default",), "rope_type type"),  # in an object rope_parameters or rope_scaling
+        (
+            (False,),
+            """
+            attention_bias mlp_bias use_sliding_window num_experts num_local_experts
+            n_routed_experts rope_interleaved final_logit_softcapping attn_logit_softcapping
+            router_logit_softcapping use_parallel_residual parallel_attn alibi use_logn_attn
+            attn_temperature_tuning scale_attn_by_inverse_layer_idx
+            """,
+        ),
+        (
+            (1,),
+            """
+            factor partial_rotary_factor rotary_pct rope_ratio embedding_multiplier
+            residual_multiplier lm_head_multiplier logit_scale logits_scaling scale_emb
+            """,
+        ),
+        (
+            (),  # the types of layers are keys of an object rope_parameters for each of them
+            """
+            quantization_config compression_config attention_multiplier query_pre_attn_scalar
+            mrope_section long_factor short_factor attention_factor no_rope_layers
+            full_attention sliding_attention chunked_attention linear_attention
+            no_rope_layer_interval rope_local_base_freq rotary_dim attention_chunk_size
+            sliding_window_pattern clip_qkv scale_depth
+            """,
+        ),
+        ((False, True), "tie_word_embeddings"),
+        (DTYPES, "dtype torch_dtype"),  # of transformers 5 and 4
+    )
+    for field in fields.split()
 }
-IGNORED = frozenset(
+# The numbers of a config -> the largest value, in the field's type.
+NUMBERS = dict.fromkeys(
     """
-    architectures attention_bias attention_dropout bos_token_id eos_token_id initializer_range
-    is_llama_config layer_types max_window_layers output_attentions output_hidden_states
-    pad_token_id pretraining_tp return_dict rope_interleaved rope_parameters rope_scaling
-    sliding_window torch_dtype transformers_version use_cache transformers.js_config _name_or_path
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim max_position_embeddings
+    """.split(),
+    10**7,
+) | {"num_hidden_layers": 1000, "rms_norm_eps": 1e300, "rope_theta": 1e300}
+KNOWN = UNSUPPORTED.keys() | set(
+    """
+    architectures attention_dropout bos_token_id eos_token_id head_dim hidden_size initializer_range
+    intermediate_size is_llama_config layer_types max_position_embeddings max_window_layers
+    model_type num_attention_heads num_hidden_layers num_key_value_heads output_attentions
+    output_hidden_states pad_token_id pretraining_tp return_dict rms_norm_eps rope_parameters
+    rope_scaling rope_theta sliding_window transformers_version use_cache transformers.js_config
+    vocab_size _name_or_path
     """.split()
 )
-Require = Callable[[bool, str, str], None]  # whether a field is right, its name, what is expected
 
 
 @dataclass(frozen=True)
@@ -68,85 +98,63 @@ class Config:
 
         Raises ValueError naming `source`, the field, what was found and what was expected.
         """
-        raw = dict(raw)  # `_read_rotary_base` changes it
+        fields = {field: value for field, value in raw.items() if value is not None}
+        family: Any = fields.get("model_type")
+        if family == "llama":  # the first ones have no such fields
+            fields.setdefault("rope_theta", 1e4)
+            fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+        if family == "qwen2":  # it always has a bias on q, k and v
+            fields.pop("attention_bias", None)
 
-        def require(good: bool, field: str, expected: str) -> None:
+        def check(good: bool, field: str, expected: str) -> None:
             if not good:
-                found = f"found {raw.get(field)!r:.80}"
-                raise ValueError(f"{source}: {field}: {found}, expected {expected}")
+                raise ValueError(
+                    f"{source}: {field}: found {fields.get(field)!r:.80}, expected {expected}"
+                )
 
-        def number(field: str, kind: type = int, most: float = 10**7, default: Any = None) -> Any:
-            value = default if raw.get(field) is None else raw[field]
+        check(family in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}")
+        _refuse(fields, f"{source}: ")
+        # Of transformers 4 and 5. If both are there, the first counts, as in transformers.
+        name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+        block = fields.get(name, {})
+        check(isinstance(block, Mapping), name, "an object or null")
+        fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
+        sizes: dict[str, Any] = {}
+        for field, most in NUMBERS.items():
+            if field == "head_dim" and family != "qwen3":  # whose own is free of hidden_size
+                fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
+            value: Any = fields.get(field)
+            kind = type(most)
+            word = "integer" if kind is int else "number"
             good = type(value) in (int, kind) and 0 < value <= most
-            name = "integer" if kind is int else "number"
-            require(good, field, f"a positive {name}, at most {most:,}")
-            return kind(value)
-
-        _refuse(raw, require)
-        _read_rotary_base(raw, require)
-        family = raw["model_type"]
-        hidden_size, layers = number("hidden_size"), number("num_hidden_layers", most=1000)
-        full = raw.get("layer_types") in (None, ["full_attention"] * layers)
-        require(full, "layer_types", "'full_attention' for every layer")
-        heads = number("num_attention_heads")
-        # Qwen3's head size is free of hidden_size, so a guess would be wrong.
-        head_dim = number("head_dim", default=None if family == "qwen3" else hidden_size // heads)
+            check(good, field, f"a positive {word}, at most {most:,}")
+            sizes[field] = kind(value)
+        full = ["full_attention"] * sizes["num_hidden_layers"]
+        check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")
+        heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
+        groups = heads % sizes["num_key_value_heads"] == 0
+        check(groups, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         even = head_dim % 2 == 0 and heads * head_dim <= 1e7  # RoPE turns pairs
-        require(even, "head_dim", "an even number")
-        kv_heads = number("num_key_value_heads", default=heads if family == "llama" else None)
-        expected = f"a divisor of num_attention_heads, {heads}"
-        require(heads % kv_heads == 0, "num_key_value_heads", expected)
-        _warn(raw.keys() - {field.name for field in dataclasses.fields(cls)}, raw, source)
+        check(even, "head_dim", "an even number")
         return cls(
-            family,
-            number("vocab_size"),
-            hidden_size,
-            number("intermediate_size"),
-            layers,
-            heads,
-            kv_heads,
-            head_dim,
-            number("rms_norm_eps", float, 1e300),
-            number("rope_theta", float, 1e300),
-            number("max_position_embeddings"),
-            raw.get("tie_word_embeddings", False),
-            raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
-            token_ids(raw.get("eos_token_id"), f"{source}: eos_token_id"),
+            **sizes,
+            model_type=family,
+            tie_word_embeddings=bool(fields.get("tie_word_embeddings")),
+            dtype=fields.get("dtype") or fields.get("torch_dtype", "bfloat16"),
+            eos_token_ids=token_ids(fields.get("eos_token_id"), f"{source}: eos_token_id"),
         )
 
 
-def _refuse(raw: Mapping[str, Any], require: Require) -> None:
-    """Refuse what is not implemented, and values of the wrong type."""
-    family = raw.get("model_type")
-    require(family in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}")
-    for field, off in UNSUPPORTED.items():
-        require(raw.get(field) in (None, off), field, repr(off))
-    bias = (None, False, family == "qwen2")  # Qwen2 always has one on q, k and v
-    require(raw.get("attention_bias") in bias, "attention_bias", "false")
-    tied = raw.get("tie_word_embeddings", False)
-    require(isinstance(tied, bool), "tie_word_embeddings", "true or false")
-    for field in ("dtype", "torch_dtype"):  # transformers 5 and 4
-        require(raw.get(field) in (None, *DTYPES), field, f"one of {', '.join(DTYPES)}")
-
-
-def _read_rotary_base(raw: dict[str, Any], require: Require) -> None:
-    """Set `rope_theta` to that of `rope_parameters`, where transformers 5 writes it."""
-    if raw["model_type"] == "llama":
-        raw.setdefault("rope_theta", 1e4)  # the first Llamas have no such field
-    for field in ("rope_scaling", "rope_parameters"):
-        block = {} if raw.get(field) is None else raw[field]
-        require(isinstance(block, Mapping), field, "an object or null")
-        kind = block.get("rope_type", block.get("type", "default"))
-        whole = "factor" not in block and block.get("partial_rotary_factor", 1) == 1
-        require(kind == "default" and whole, field, "rope_type 'default' of whole heads")
-        raw["rope_theta"] = block.get("rope_theta", raw.get("rope_theta"))
-
-
-def _warn(fields: Iterable[str], raw: Mapping[str, Any], source: str) -> None:
-    for field in fields:
-        if raw[field] and field not in IGNORED and field not in UNSUPPORTED:
-            message = "%s: %s is not a known field; it is ignored"
-            logging.getLogger(__name__).warning(message, source, field)
+def _refuse(block: Mapping[str, Any], where: str, found: str = ": found ") -> None:
+    """Refuse what is not implemented, at any depth. Warn of unknown fields."""
+    for field, value in block.items():
+        allowed = (None, *UNSUPPORTED.get(field, (value,)))
+        if value not in allowed:
+            raise ValueError(f"{where}{field}{found}{value!r:.80}, expected one of {allowed}")
+        if isinstance(value, Mapping):
+            _refuse(value, f"{where}{field}{found}", " ")
+        elif value and field not in KNOWN:
+            logging.getLogger(__name__).warning("%s%s is not known, and ignored", where, field)
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
     if not needed and not path.exists():
         return {}
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # malformed, or not UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):

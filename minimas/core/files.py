@@ -60,20 +60,31 @@ def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     model.
     """
     reader = identity(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such {what} file") from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    tensors, metadata = contents(path)
     kind, name, fingerprint = map(metadata.get, ("format", "model", "fingerprint"))
     if kind != f"minimas-{what}-1":
         raise ValueError(f"{path}: format: found {kind!r}, expected 'minimas-{what}-1'")
     if fingerprint != reader[1]:
         raise ValueError(f"{path}: model: found {what} of {name, fingerprint}, expected {reader}")
     return tensors
+
+
+def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file of any `what`, on the CPU.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or of another program.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    if not metadata.get("format", "").startswith("minimas-"):
+        raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected minimas-…")
+    return tensors, metadata
 
 
 def floats(

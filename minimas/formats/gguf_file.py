@@ -14,24 +14,58 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 # Number of a metadata value's type -> its letter in `struct`.
-MAX_ELEMENTS = 10**7  # of an array; a vocabulary has 300,000
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-# Number of a tensor's type -> its name, weights per block, bytes per block.
+# Number of a tensor's type -> its name, weights per block and bytes per block, 0 if nobody can
+# decode them.
 TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-    30: ("BF16", 1, 2),
+    int(number): (name, int(weights), int(size))
+    for number, name, weights, size in (
+        line.split()
+        for line in """
+        0 F32 1 4
+        1 F16 1 2
+        2 Q4_0 32 18
+        3 Q4_1 32 20
+        6 Q5_0 32 22
+        7 Q5_1 32 24
+        8 Q8_0 32 34
+        9 Q8_1 0 0
+        10 Q2_K 256 84
+        11 Q3_K 256 110
+        12 Q4_K 256 144
+        13 Q5_K 256 176
+        14 Q6_K 256 210
+        15 Q8_K 0 0
+        16 IQ2_XXS 256 66
+        17 IQ2_XS 256 74
+        18 IQ3_XXS 256 98
+        19 IQ1_S 256 50
+        20 IQ4_NL 32 18
+        21 IQ3_S 256 110
+        22 IQ2_S 256 82
+        23 IQ4_XS 256 136
+        24 I8 0 0
+        25 I16 0 0
+        26 I32 0 0
+        27 I64 0 0
+        28 F64 0 0
+        29 IQ1_M 256 56
+        30 BF16 1 2
+        34 TQ1_0 256 54
+        35 TQ2_0 256 66
+        39 MXFP4 32 17
+        40 NVFP4 64 36
+        """.strip().splitlines()
+    )
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCKS = ("Q4_0", "Q4_1", "Q8_0")  # the block types that are decoded here
+BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
 
 
 class StoredTensor(NamedTuple):
@@ -49,19 +83,19 @@ class StoredTensor(NamedTuple):
         return prod(self.shape[:-1])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
-        """Return the bytes of rows `start` to `stop`, uint8 (n, row_bytes).
+        """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
 
         Raises ValueError if the file has become shorter since it was opened.
         """
-        buffer = bytearray((stop - start) * self.row_bytes)
-        with self.path.open("rb") as file:
-            file.seek(self.start + start * self.row_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise ValueError(
-                    f"{self.path}: found the end of the file inside a tensor, "
-                    "expected the size it had when it was opened"
-                )
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(stop - start, -1)  # (n, row_bytes)
+        count = (min(stop, self.rows) - start) * self.row_bytes
+        offset = self.start + start * self.row_bytes
+        data = numpy.fromfile(self.path, numpy.uint8, count, offset=offset)
+        if len(data) < count:
+            raise ValueError(
+                f"{self.path}: found the end of the file inside a tensor, "
+                "expected the size it had when it was opened"
+            )
+        return torch.from_numpy(data).view(-1, self.row_bytes)  # (n, row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
@@ -79,7 +113,10 @@ class StoredTensor(NamedTuple):
         return values, scale, scales[..., 1] if self.kind == "Q4_1" else -8 * scale
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Return the weights of a range of rows, floating-point (n, width), in the file's order."""
+        """Return the weights of a range of rows, floating-point (n, width), in the file's order.
+
+        Raises ImportError if that needs the package gguf.
+        """
         if self.kind in FLOATS:
             return self.read_bytes(start, stop).view(FLOATS[self.kind])  # (n, row_bytes) -> (n, K)
         if self.kind in BLOCKS:
@@ -88,11 +125,16 @@ class StoredTensor(NamedTuple):
             if minimum is not None:
                 weights += minimum[..., None]
             return weights.flatten(1)  # (n, G, 32) -> (n, K)
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
         data = self.read_bytes(start, stop).numpy()
-        return torch.from_numpy(dequantize(data, GGMLQuantizationType[self.kind]))
+        try:
+            from gguf import GGMLQuantizationType, quants
+
+            return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[self.kind]))
+        except (ImportError, KeyError) as error:
+            raise ImportError(
+                f"{self.path}: tensor {self.name!r}: found type {self.kind}, which needs a package "
+                f"({error}): pip install -U gguf"
+            ) from error
 
 
 class Header:
@@ -101,8 +143,8 @@ class Header:
     def __init__(self, path: Path) -> None:
         """Read the header of `path`.
 
-        Raises FileNotFoundError, ValueError naming the file, the field, what was found and what was
-        expected, and ImportError for a tensor that needs the package gguf.
+        Raises FileNotFoundError, and ValueError naming the file, the field, what was found and what
+        was expected.
         """
         self.path = path
         self.size = path.stat().st_size
@@ -112,9 +154,6 @@ class Header:
             magic, version, tensors, fields = self._unpack("4sIQQ", "GGUF header")
             self.require(magic == b"GGUF", "magic", magic, "b'GGUF'")
             self.require(version in (2, 3), "version", f"{version:#x}", "2 or 3, little-endian")
-            found = f"{tensors:,} tensors and {fields:,} fields"
-            good = tensors + fields <= self.size
-            self.require(good, "counts", found, f"at most {self.size:,}, the bytes of the file")
             self._parse_metadata(fields)
             self._parse_tensors(tensors)
 
@@ -130,8 +169,7 @@ class Header:
         """
         value = self.metadata.get(field, default)
         found = "nothing" if value is None else repr(value)
-        good = type(value) is kind or (kind is float and type(value) is int)
-        self.require(good, field, found, f"a value of type {kind.__name__}")
+        self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
         return value
 
     def _parse_metadata(self, count: int) -> None:
@@ -147,14 +185,12 @@ class Header:
                 self.metadata[name] = self._values(kind, 1, field)[0]
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
-        self.require(
-            count <= MAX_ELEMENTS, field, f"{count:,} elements", f"at most {MAX_ELEMENTS:,}"
-        )
+        # A vocabulary has 300,000.
+        self.require(count <= 10**7, field, f"{count:,} elements", "at most 10,000,000")
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
         self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")
-        data = self._read(count * struct.calcsize(f"<{SCALARS[kind]}"), field)
-        return list(struct.unpack(f"<{count}{SCALARS[kind]}", data))
+        return list(self._unpack(f"{count}{SCALARS[kind]}", field))
 
     def _parse_tensors(self, count: int) -> None:
         entries = []
@@ -169,7 +205,8 @@ class Header:
         for name, (*sizes, number, offset) in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
-            kind, block, block_bytes = _type(number, f"{self.path}: {field}")
+            kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
+            self.require(block > 0, field, f"type {number} ({kind})", "one that can be decoded")
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
             start = data_start + offset
@@ -203,50 +240,17 @@ class Header:
             raise ValueError(f"{self.path}: {field}: found {error}, expected UTF-8") from error
 
 
-def read_headers(path: Path) -> list[Header]:
-    """Return the header of a file or, if it is a shard, the headers of all shards in order.
+def read_header(path: Path) -> Header:
+    """Return the header of a file. Of a shard, return that of the first one with all tensors.
 
-    Raises as `Header` does, and ValueError if the shards do not belong together.
+    Raises as `Header` does, and FileNotFoundError if a shard is missing.
     """
     given = Header(path)
     count = given.value("split.count", int, 1)
     if count <= 1:
-        return [given]
-    stem = re.sub(rf"-\d{{5}}-of-{count:05}\.gguf$", "", path.name)
-    given.require(stem != path.name, "split.count", count, f"a name NAME-00001-of-{count:05}.gguf")
-    headers = []
-    for i in range(count):
-        header = Header(path.with_name(f"{stem}-{i + 1:05}-of-{count:05}.gguf"))
-        number = header.value("split.no", int)
-        header.require(number == i, "split.no", number, f"{i}")
-        headers.append(header)
-    found = sum(len(header.tensors) for header in headers)
-    total = headers[0].value("split.tensors.count", int)
-    given.require(found == total, "split.tensors.count", f"{found} tensors", f"{total}")
-    return headers
-
-
-def _type(number: int, field: str) -> tuple[str, int, int]:
-    """Return a type's name, weights per block and bytes per block.
-
-    Raises ImportError or ValueError naming `field` if neither this file nor gguf can decode it.
-    """
-    if number in TYPES:
-        return TYPES[number]
-    try:
-        import numpy
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError as error:
-        raise ImportError(
-            f"{field}: found type {number}, which needs a package: pip install gguf"
-        ) from error
-    try:
-        kind = GGMLQuantizationType(number)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        dequantize(numpy.zeros(block_bytes, numpy.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{field}: found type {number} ({error}), expected one that gguf can decode"
-        ) from error
-    return kind.name, block, block_bytes
+        return given
+    end = f"-of-{count:05}.gguf"
+    stem = re.sub(rf"-\d{{5}}{end}$", "", path.name)
+    shards = [Header(path.with_name(f"{stem}-{i + 1:05}{end}")) for i in range(count)]
+    shards[0].tensors = [tensor for shard in shards for tensor in shard.tensors]
+    return shards[0]

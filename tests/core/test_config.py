@@ -151,6 +151,53 @@ def test_what_is_switched_off_is_not_refused(off: dict[str, Any]) -> None:
     assert Config.from_dict(QWEN3 | off) == tiny_config()
 
 
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}}, "yarn"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "sliding_attention"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 1]}}, "mrope_section"),
+        ({"rope_scaling": {"factor": 8.0}}, "factor 8.0"),
+        ({"extra": {"deeper": {"final_logit_softcapping": 30.0}}}, "final_logit_softcapping 30"),
+        ({"decoder": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
+    ],
+)
+def test_what_would_change_the_mathematics_is_refused_wherever_it_is_nested(
+    raw: dict[str, Any], named: str
+) -> None:
+    """A scaling for each type of layer was passed over, because only the outer object was read."""
+    [field] = raw
+    with pytest.raises(ValueError, match=f"^config.json: {field}: found .*{named}.*, expected "):
+        Config.from_dict(QWEN3 | raw)
+
+
+@pytest.mark.parametrize(
+    "field", ["logits_scaling", "attn_logit_softcapping", "rope_interleaved", "rope_ratio"]
+)
+def test_relatives_fields_that_scale_are_refused(field: str) -> None:
+    """They were unknown fields: a warning, and other logits."""
+    with pytest.raises(ValueError, match=f"^config.json: {field}: found 8, expected"):
+        Config.from_dict(QWEN3 | {field: 8})
+
+
+def test_of_two_rotary_objects_the_one_counts_that_transformers_reads() -> None:
+    """The base of the other one gives other logits."""
+    both = {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 5e5}}
+    assert Config.from_dict(QWEN3 | both).rope_theta == 10000.0
+    assert Config.from_dict(QWEN3 | both | {"rope_scaling": {}}).rope_theta == 5e5
+
+
+def test_null_is_as_good_as_absent() -> None:
+    """Exporters write null for every field that they do not set."""
+    raw = QWEN3 | {"tie_word_embeddings": None, "dtype": None, "torch_dtype": "float32"}
+    assert Config.from_dict(raw) == tiny_config()
+
+
+def test_swish_is_another_name_of_silu() -> None:
+    """transformers has both names for one function."""
+    assert Config.from_dict(QWEN3 | {"hidden_act": "swish"}) == tiny_config()
+
+
 def test_the_rotary_base_is_read_where_transformers_5_writes_it() -> None:
     """Read at the top level only, a base of 1,000,000 silently becomes 10,000."""
     raw = {name: value for name, value in QWEN3.items() if name != "rope_theta"}

@@ -38,7 +38,7 @@ def draw(figure: Figure, out: Path) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise ImportError("matplotlib is missing; pip install 'minimas[plot]'") from error
+        raise ImportError("matplotlib is missing; pip install matplotlib") from error
     with rc_context(SETTINGS):
         canvas = Canvas(layout="constrained")
         DRAWN[figure["what"]](figure, canvas)

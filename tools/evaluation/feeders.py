@@ -99,15 +99,16 @@ class Feeders:
 
     def __init__(self, lm: LM, text: str | None = None) -> None:
         self.lm, self.text = lm, text
-        self._made: dict[str, Feeder] = {}
+        self._made: dict[Any, Feeder] = {}
 
     def __call__(self, kind: str) -> Feeder:
         """Return the feeder of one kind. Raises as `feeder`, and for a file as `Aligner.load`."""
         if parse(kind)[0] not in DEFAULTS:
             return self.lm.aligner(kind)
-        if kind not in self._made:
-            self._made[kind] = feeder(self.lm.model, kind, self.lm.tokenizer, self.text)
-        return self._made[kind]
+        key = kind, self.text
+        if key not in self._made:
+            self._made[key] = feeder(self.lm.model, kind, self.lm.tokenizer, self.text)
+        return self._made[key]
 
 
 def feeder(

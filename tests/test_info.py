@@ -1,0 +1,90 @@
+"""`info` tells from a header or a config.json what a model will need, in figures that are not 0."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimas import load
+from minimas.fast.quantize import Q4Linear, Q8GroupLinear
+from minimas.info import describe
+
+from .formats.test_gguf import write
+from .models import random_model, tiny_config, tiny_model, write_folder
+
+
+def number(text: str) -> float:
+    """The bytes that a line begins with, such as 12.3KB."""
+    figure = text.split()[0].rstrip(":;,")
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+    unit = next(unit for unit in ("kB", "MB", "GB", "B") if figure.endswith(unit))
+    return float(figure.removesuffix(unit)) * units[unit]
+
+
+def held(model: Any) -> int:
+    """The bytes that the weights of a loaded model really take."""
+    tensors = list(model.parameters())
+    for layer in model.modules():
+        planes = layer.planes if isinstance(layer, Q8GroupLinear) else [layer]
+        for plane in planes:
+            if isinstance(plane, Q4Linear):
+                tensors += [plane.packed, plane.scales]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "F32"])
+def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tmp_path: Path) -> None:
+    """It listed formats only, none of which is what `load` makes of the file."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # whole tiles
+    config = tiny_config(**sizes, head_dim=16, vocab_size=99)
+    path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
+    line = describe(path)["as loaded"]
+    real = held(load(path, device="cpu").model)
+    assert number(line) == pytest.approx(real, rel=0.02)
+    assert "as in the file" in describe(path)["fits"]
+
+
+def test_info_of_a_gguf_file_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asked for `pip install gguf` to say how large a file will be."""
+    config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=96)
+    model = random_model(config, dtype=torch.float32)
+    path = write(tmp_path / "a.gguf", model, kinds="Q5_0")
+    with_package = describe(path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    without = describe(path)
+    hint = without["as loaded"].removeprefix(with_package["as loaded"])
+    assert "pip install -U gguf" in hint  # the two matrices could not be compared
+    assert without | {"as loaded": ""} == with_package | {"as loaded": ""}
+
+
+def test_batch_context_and_new_tokens_count(tmp_path: Path) -> None:
+    """A figure for one row says nothing about a batch of eight with long texts."""
+    folder = write_folder(tmp_path, tiny_model(dtype=torch.float32))
+    slot = tiny_model(dtype=torch.float32).new_cache(1).slot_nbytes
+    for rows, context, new in ((1, 960, 256), (8, 1000, 0), (3, 10, 2000)):
+        line = describe(folder, rows, context, new)["memory"].partition("; ")[2]
+        assert number(line) == pytest.approx(rows * (context + new) * slot, rel=0.01)
+    huge = describe(folder, 10**6, 10**6, 10**6)
+    assert "24 GB: none" in huge["fits"] and "24 GB: bfloat16" in describe(folder)["fits"]
+
+
+def test_this_machines_memory_is_one_of_the_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only GPUs of usual sizes were named, and the machine that asks was not."""
+    folder = write_folder(tmp_path, tiny_model(dtype=torch.float32))
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 5000}.get)
+    assert "this machine's 5.00GB: bfloat16, " in describe(folder)["fits"]
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10**5, "SC_PAGE_SIZE": 5000}.get)
+    assert "this machine's 500MB: none" in describe(folder)["fits"]
+
+
+def test_no_figure_is_zero(tmp_path: Path) -> None:
+    """A tiny model's W_a took "0 MB"."""
+    for text in describe(write_folder(tmp_path, tiny_model(dtype=torch.float32))).values():
+        assert not any(word in text for word in (" 0 MB", " 0.0 MB", " 0MB", " 0.00"))
+    assert "1.02kB in float32" in describe(tmp_path)["alignment"]
