@@ -1,22 +1,19 @@
-"""See a thought: which tokens it stands for, and how much the last agent attends to it.
+"""See a thought: which tokens it stands for.
 
 A latent thought is a vector. The LM head turns the hidden state that it was made from into
 probabilities of the next token, as if the agent had generated one there (the logit lens), and its
 embedding has a nearest token. A `Lens` is given to a method as `on_event`. It keeps the states and
 computes once per agent, so that a run without one costs nothing. This file does not know printing.
 
-    R rows   n thoughts   D hidden   V vocabulary   H query heads   K key-value heads   S slots
+    R rows   n thoughts   D hidden   V vocabulary
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core.cache import KVCache
-from .core.model import Attention, Qwen3, prefill
-from .core.rotary import rotate
 from .load import LM
 from .results import AgentEnd, Event, Thought
 
@@ -94,33 +91,3 @@ class Lens:
     def _text(self, token: int) -> str:
         text: str = self.backend.decode([token], skip_special_tokens=False)
         return text
-
-
-def attention(model: Qwen3, ids: list[int], cache: KVCache) -> Tensor:
-    """Return how much a prompt attends to every slot: (layers, K, S), S slots of cache and prompt.
-
-    `ids` is prefilled into a copy of `cache`, which has one row. The weights are means over the
-    prompt's tokens and over the query heads that share a key-value head; they sum to 1 over S.
-    """
-    weights: list[Tensor] = []
-
-    def watch(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        x, positions, used, layer = args
-        B, T, _ = x.shape
-        q = module.q_norm(module.q_proj(x).view(B, T, -1, module.head_dim)).transpose(1, 2)
-        q = rotate(q, positions.cos, positions.sin)  # (1, H, T, d)
-        keys = used.keys[layer][:, :, : positions.total]  # (1, K, S, d)
-        q = q.reshape(1, keys.shape[1], -1, module.head_dim)  # (1, K, H/K · T, d)
-        scores = (q @ keys.transpose(-1, -2)).float() / module.head_dim**0.5  # (1, K, H/K · T, S)
-        if positions.mask is not None:
-            scores = scores.masked_fill(~positions.mask, -torch.inf)
-        weights.append(scores.softmax(-1).mean((0, 2)))  # (K, S)
-
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [layer.register_forward_hook(watch) for layer in layers]
-    try:
-        prefill(model, [ids], cache.fork(), chunk_tokens=len(ids))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(weights)

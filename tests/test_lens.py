@@ -1,4 +1,4 @@
-"""What a thought says and who is attended to, against transformers and against plain formulas."""
+"""What a thought says, against plain formulas."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from minimas import LM, latent_mas, load, single
-from minimas.core.config import FAMILIES
-from minimas.core.model import prefill
-from minimas.lens import Lens, attention
+from minimas.lens import Lens
 from minimas.results import Event, Thought
 
-from .models import config_dict, tiny_model
+from .models import tiny_model
 from .text import SHORT, load_text_lm, text_folder
 
 ASKED = ["How many cards does Eva have?", "Why?"]
@@ -91,31 +89,6 @@ def test_the_embedded_model_thinks_in_numbers() -> None:
     latent_mas(lm, [question], on_event=lens)
     said = [thought.tokens[0][0].strip() for thought in lens.agents[0].thoughts[0]]
     assert said[:3] == ["2", "9", "6"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_attention_agrees_with_transformers(family: str) -> None:
-    """The weights of the prompt's tokens on a cache of thoughts' size, layer by layer."""
-    transformers = pytest.importorskip("transformers")
-    model = tiny_model(family, dtype=torch.float32)
-    raw = config_dict(model.config)
-    config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
-    oracle = transformers.AutoModelForCausalLM.from_config(config).eval()
-    oracle.load_state_dict(model.state_dict(), strict=False)
-    before, ids = [3, 1, 4, 1, 5], [9, 2, 6]
-    cache = model.new_cache(1)
-    prefill(model, [before], cache)
-    found = attention(model, ids, cache)
-    with torch.no_grad():
-        shown = oracle(torch.tensor([before + ids]), output_attentions=True).attentions
-    expected = torch.stack(
-        [layer[0].unflatten(0, (-1, 2))[:, :, len(before) :].mean((1, 2)) for layer in shown]
-    )  # (layers, K, S)
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) < 1e-5
-    assert float((found.sum(-1) - 1).abs().max()) < 1e-5
-    assert cache.lengths == [len(before)], "the caller's cache must stay as it is"
-    assert float((attention(model, ids[::-1], cache) - expected).abs().max()) > 1e-3
 
 
 def test_a_lens_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

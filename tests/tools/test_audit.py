@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from minimas import LM, Aligner, Sampling, lens, load
+from minimas import LM, Aligner, Sampling, load
 from tools.evaluation import probe
 from tools.evaluation.arms import LATENT_SETTINGS, Arm, audit_arms, full_arm
+from tools.evaluation.attention import attention_weights
 from tools.evaluation.audit import report
 from tools.evaluation.bench import Bench
 from tools.evaluation.command import Evaluation, main, parser
@@ -464,7 +465,7 @@ def test_watching_attention_does_not_change_it(lm: LM) -> None:
     attention(given, " 7")
     assert given.losses([[" 7"]]) == before
     with pytest.raises(IndexError):
-        lens.attention(lm.model, [10**9], lm.model.new_cache(1))
+        attention_weights(lm.model, [10**9], lm.model.new_cache(1))
     assert not any(module._forward_hooks for module in lm.model.modules())
 
 

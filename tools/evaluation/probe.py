@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimas import Aligner, KVCache, lens
+from minimas import Aligner, KVCache
 from minimas.text.tokenizer import Turn
 
 from .arms import Arm
+from .attention import attention_weights
 from .bench import Bench, How
 from .grading import gold_text
 from .last_turn import LastTurn, slots
@@ -42,7 +43,7 @@ def attention(last: LastTurn, gold: str) -> dict[str, list[float]]:
     parts, model, tokenizer = segments(last), last.model, last.tokenizer
     solution = Turn(gold, ((0, len(gold)),))
     ids = tokenizer.encode_turn(last.prompts[0]) + tokenizer.encode_turn(solution)
-    weights = lens.attention(model, ids, last.memory).mean(1)  # (layers, S)
+    weights = attention_weights(model, ids, last.memory).mean(1)  # (layers, S)
     return {name: weights[:, start:end].sum(-1).tolist() for name, start, end in parts}
 
 
