@@ -19,7 +19,6 @@ from torch import Tensor
 from . import prompts
 from .core.cache import KVCache
 from .core.errors import ParameterError
-from .core.latent import think
 from .core.model import prefill
 from .layout import user_text
 from .load import LM
@@ -241,25 +240,15 @@ class LastTurn(NamedTuple):
 
     def answer(self) -> Generator[Event, None, list[Result]]:
         """Prefill, think if the agent says so itself, and decode the answers."""
-        turn = yield from self.run.turn(
-            [self.agent],
-            self.prompts,
-            self.cache,
-            self.steps,
-            self.align,
-            final=True,
-            closes=self.run.keep_memory,
-        )
+        how = self.prompts, self.cache, self.steps, self.align
+        turn = yield from self.run.turn([self.agent], *how, final=True)
         return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:
         """Do as `answer`, without decoding. Returns the last states (B, 1, D) and the KV cache."""
-        ids = self.run.encode([self.agent], self.prompts, self.cache, self.steps)
-        hidden, cache = self.run.prefill(self.run.lm.model, ids, self.cache)
-        if self.align is not None:
-            align = self.run.own_align(self.align)
-            _, hidden = think(self.run.lm.model, align, hidden, cache, self.steps)
-        return hidden, cache
+        how = self.prompts, self.cache, self.steps, self.align
+        turn = finish(self.run.turn([self.agent], *how, decodes=False))
+        return turn.hidden, turn.cache
 
 
 @dataclass
@@ -328,13 +317,8 @@ class LatentRun(Run):
         """Return the last agent's turn on what was handed over, by this run or by another one."""
         cache, last = handed.cache, self.resolved_team.agents[-1]
         first = self.is_new(cache)
-        foreign = handed.run is not self
-        if (
-            foreign
-            and not first
-            and self.resolved_team.layout == "turn"
-            and self.resolved_team.opening
-        ):
+        has_head = bool(self.layouts_per_question[0].head.text)
+        if handed.run is not self and has_head and not first:
             cache = self._with_own_head(handed)
         asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(

@@ -44,6 +44,7 @@ class TurnResult(NamedTuple):
     """One turn of one or more agents: the KV cache after it, and which of its slots are whose."""
 
     cache: KVCache
+    hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
     start: list[int]  # slots per row before the turn
     head: list[int]  # slots per row of what all agents share: system message and opening
     prompt_end: list[int]  # slots per row after the prompt; the thoughts follow
@@ -223,6 +224,7 @@ class Run:
         """
         model, began = self.lm.model, self._clock()
         start = list(cache.lengths)
+        closes = self.keep_memory if final else closes
         ids = self.encode(agents, turns, cache, steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
         yield AgentStart(name, sum(map(len, ids)), steps)
@@ -230,11 +232,7 @@ class Run:
         hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
         if align is not None:
-            align = self.own_align(align, len(agents))
-            for _ in range(steps):
-                before = hidden
-                embedding, hidden = think(model, align, before, cache, 1)
-                yield Thought(before, embedding)
+            hidden = yield from self._think(align, hidden, cache, steps)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
@@ -253,7 +251,9 @@ class Run:
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(cache, start, list(head or []), prompt_end, steps, traces, outputs)
+        return TurnResult(
+            cache, hidden, start, list(head or []), prompt_end, steps, traces, outputs
+        )
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""
@@ -266,10 +266,17 @@ class Run:
             results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
         return results
 
-    def own_align(self, align: Align, agents: int = 1) -> Align:
-        """Return `align`; a map that draws at random gets the generator of each row's question."""
+    def _think(
+        self, align: Align, hidden: Tensor, cache: KVCache, steps: int
+    ) -> Generator[Event, None, Tensor]:
         draws = getattr(align, "with_generators", None)
-        return align if draws is None else draws(self.generators * agents)
+        if draws is not None:  # a map that draws at random, for each row from its question's own
+            align = draws(self.generators * (len(hidden) // len(self.questions)))
+        for _ in range(steps):
+            before = hidden
+            embedding, hidden = think(self.lm.model, align, before, cache, 1)
+            yield Thought(before, embedding)
+        return hidden
 
     def _decode(
         self,
