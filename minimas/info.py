@@ -82,10 +82,10 @@ def describe(
 
 def describe_memory(path: Path) -> dict[str, str]:
     """Return lines about the file of a KV cache or of a map. Raises ValueError for another one."""
-    tensors, metadata = files.contents(path)
+    tensors, metadata = files.contents(path, "memory", "aligner")
     kind = metadata["format"].split("-")[1]
     lines = {"file": f"{path}, {kind}, {in_words(path.stat().st_size)}"}
-    lines["model"] = f"{metadata['model']}, fingerprint {metadata['fingerprint']}"
+    lines["model"] = f"{metadata.get('model')}, fingerprint {metadata.get('fingerprint')}"
     if kind == "memory":
         keys, lengths = tensors["keys.0"], tensors["lengths"].tolist()
         layers = sum(name.startswith("keys.") for name in tensors)

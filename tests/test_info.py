@@ -27,7 +27,7 @@ def held(model: Any) -> int:
     """The bytes that the weights of a loaded model really take."""
     tensors = list(model.parameters())
     for layer in model.modules():
-        planes = layer.planes if isinstance(layer, Q8GroupLinear) else [layer]
+        planes = layer.halves if isinstance(layer, Q8GroupLinear) else [layer]
         for plane in planes:
             if isinstance(plane, Q4Linear):
                 tensors += [plane.packed, plane.scales]

@@ -225,7 +225,7 @@ def test_another_models_memory_is_refused_by_name(lm: LM) -> None:
     other = tiny_model(seed=1, vocab_size=lm.model.config.vocab_size)
     memory = other.new_cache(1)
     prefill(other, [[1, 2]], memory)
-    with pytest.raises(ValueError, match="of model 'qwen3-1'"):
+    with pytest.raises(ValueError, match="model 'qwen3-1'"):
         single(lm, ASKED, memory=memory)
 
 

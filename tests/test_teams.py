@@ -32,13 +32,13 @@ def test_a_team_in_which_nobody_sees_the_question_is_refused(tmp_path: Path, raw
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(
-        ValueError, match=rf"^{path}: .*found .*, expected {{question}} in"
+        ValueError, match=rf"^{path}: team: found .*, expected {{question}} in"
     ) as caught:
         Team.from_json(path)
     assert "\n" not in str(caught.value)
     lm = load_text_lm(text_folder(tmp_path / "model", {"sequential": raw}))
     for method in (latent_mas, text_mas):
-        with pytest.raises(ValueError, match=r"teams\.json: sequential: found .*{question}"):
+        with pytest.raises(ValueError, match=r"teams\.json: sequential: team: found .*{question}"):
             method(lm, ["Q?"])
 
 

@@ -60,30 +60,30 @@ def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     model.
     """
     reader = identity(model)
-    tensors, metadata = contents(path)
-    kind, name, fingerprint = map(metadata.get, ("format", "model", "fingerprint"))
-    if kind != f"minimas-{what}-1":
-        raise ValueError(f"{path}: format: found {kind!r}, expected 'minimas-{what}-1'")
+    tensors, metadata = contents(path, what)
+    name, fingerprint = metadata.get("model"), metadata.get("fingerprint")
     if fingerprint != reader[1]:
         raise ValueError(f"{path}: model: found {what} of {name, fingerprint}, expected {reader}")
     return tensors
 
 
-def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file of any `what`, on the CPU.
+def contents(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file of one of the `kinds`, on the CPU.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged or of another program.
+    Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
+        raise FileNotFoundError(f"{path}: no such {' or '.join(kinds)} file") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if not metadata.get("format", "").startswith("minimas-"):
-        raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected minimas-…")
+    formats, found = [f"minimas-{kind}-1" for kind in kinds], metadata.get("format")
+    if found not in formats:
+        expected = " or ".join(map(repr, formats))
+        raise ValueError(f"{path}: format: found {found!r}, expected {expected}")
     return tensors, metadata
 
 

@@ -459,7 +459,7 @@ def test_a_memory_file_belongs_to_its_format(folder: Path, tmp_path: Path, name:
     assert model.fingerprint() == before
     again = load(folder, device="cpu", quantize=name).model
     assert KVCache.load(tmp_path / "memory.safetensors", again).lengths == [5]
-    with pytest.raises(ValueError, match="model: found a memory of"):
+    with pytest.raises(ValueError, match="model: found memory of"):
         KVCache.load(tmp_path / "memory.safetensors", load(folder, device="cpu").model)
 
 
