@@ -123,8 +123,9 @@ def stream(
     if method == "latent_mas":
         events = answer_latent(LatentRun(lm, questions, **settings))
     elif method == "text_mas":
-        team = choose_team(lm, settings.pop("team", "sequential"))
-        events = answer_text(Run(lm, questions, **settings), team)
+        team = settings.pop("team", "sequential")
+        run = Run(lm, questions, **settings)
+        events = answer_text(run, choose_team(lm, team))
     elif method == "single":
         events = answer_text(Run(lm, questions, **settings), single_team(lm))
     else:
@@ -373,8 +374,8 @@ def choose_team(lm: LM, team: str | Team) -> Team:
     if isinstance(team, Team):
         team.require_question()
         return team
-    if team not in lm.teams.keys() | TEAMS.keys():
-        found = f"found {team!r}, expected a Team or one of {', '.join(TEAMS)}"
+    if not isinstance(team, str) or team not in lm.teams.keys() | TEAMS.keys():
+        found = f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
         raise ParameterError("team", found)
     return lm.teams.get(team) or TEAMS[team]()
 

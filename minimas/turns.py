@@ -90,6 +90,8 @@ class Run:
     prefill: Prefill = prefill_prompts
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lm, LM):
+            raise ParameterError("lm", f"found {self.lm!r:.80}, expected what `load` returns")
         tokenizer = self.lm.tokenizer
         if tokenizer is None:
             raise ValueError(f"{self.lm.no_tokenizer}: questions are text")

@@ -835,6 +835,17 @@ def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
         Agent("a", "p", latent_steps=-1)
 
 
+def test_a_list_of_agents_or_the_name_of_a_model_gets_a_message(lm: LM) -> None:
+    """Both ended in an error of Python's about something else."""
+    agents: Any = list(CHAIN.agents)
+    with pytest.raises(ValueError, match=r"^team: found \[Agent.*expected a Team or one of"):
+        latent_mas(lm, QUESTIONS[:1], agents)
+    name: Any = "weights/tiny"
+    for method in METHODS.values():
+        with pytest.raises(ValueError, match=r"^lm: found 'weights/tiny', expected what `load`"):
+            method(name, QUESTIONS[:1])
+
+
 def test_a_typo_in_a_keyword_is_a_type_error(lm: LM) -> None:
     with pytest.raises(TypeError):
         latent_mas(lm, ["a"], latent_step=4)  # type: ignore[call-arg]
