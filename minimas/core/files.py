@@ -74,17 +74,28 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises FileNotFoundError, or ValueError if the file is damaged or of another program.
     """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        if not metadata.get("format", "").startswith("minimas-"):
+            found = metadata.get("format")
+            raise ValueError(f"{path}: format: found {found!r}, expected minimas-…")
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def opened(path: str | Path) -> Any:
+    """Return an open safetensors file, to be used in a `with` statement.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if not metadata.get("format", "").startswith("minimas-"):
-        raise ValueError(f"{path}: format: found {metadata.get('format')!r}, expected minimas-…")
-    return tensors, metadata
+        raise ValueError(
+            f"{path}: found a truncated or foreign file, expected safetensors "
+            f"(not a readable file: {error})"
+        ) from error
 
 
 def floats(
