@@ -76,11 +76,8 @@ class StoredTensor(NamedTuple):
     start: int  # byte of the file
     kind: str  # name of the type
     shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
+    rows: int
     row_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return prod(self.shape[:-1])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
         """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
@@ -103,14 +100,13 @@ class StoredTensor(NamedTuple):
         Values (n, K) uint8 or int8, scale and minimum (n, K/32) float32; Q8_0 has no minimum.
         """
         blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
-        scale_bytes = 4 if self.kind == "Q4_1" else 2
-        scales = blocks[..., :scale_bytes].contiguous().view(torch.float16).float()  # (n, G, 1 | 2)
-        packed, scale = blocks[..., scale_bytes:], scales[..., 0]
+        scales, packed = blocks.tensor_split([4 if self.kind == "Q4_1" else 2], -1)
+        scale, *minimum = scales.contiguous().view(torch.float16).float().unbind(-1)  # (n, G)
         if self.kind == "Q8_0":
             return packed.flatten(1).view(torch.int8), scale, None  # (n, G, 32) -> (n, K)
         # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
         values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
-        return values, scale, scales[..., 1] if self.kind == "Q4_1" else -8 * scale
+        return values, scale, minimum[0] if minimum else -8 * scale
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the weights of a range of rows, floating-point (n, width), in the file's order.
@@ -154,7 +150,16 @@ class Header:
             magic, version, tensors, fields = self._unpack("4sIQQ", "GGUF header")
             self.require(magic == b"GGUF", "magic", magic, "b'GGUF'")
             self.require(version in (2, 3), "version", f"{version:#x}", "2 or 3, little-endian")
-            self._parse_metadata(fields)
+            for _ in range(fields):
+                name = self._string("metadata name")
+                field = f"{name!r:.80}"
+                self.require(name not in self.metadata, field, "it twice", "it once")
+                [kind] = self._unpack("I", field)
+                if kind == ARRAY:
+                    kind, size = self._unpack("IQ", field)
+                    self.metadata[name] = self._values(kind, size, field)
+                else:
+                    [self.metadata[name]] = self._values(kind, 1, field)
             self._parse_tensors(tensors)
 
     def require(self, good: bool, field: str, found: Any, expected: str) -> None:
@@ -171,18 +176,6 @@ class Header:
         found = "nothing" if value is None else repr(value)
         self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
         return value
-
-    def _parse_metadata(self, count: int) -> None:
-        for _ in range(count):
-            name = self._string("metadata name")
-            field = f"{name!r:.80}"
-            self.require(name not in self.metadata, field, "it twice", "it once")
-            [kind] = self._unpack("I", field)
-            if kind == ARRAY:
-                kind, size = self._unpack("IQ", field)
-                self.metadata[name] = self._values(kind, size, field)
-            else:
-                self.metadata[name] = self._values(kind, 1, field)[0]
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
         # A vocabulary has 300,000.
@@ -210,12 +203,11 @@ class Header:
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
             start = data_start + offset
-            row_bytes = shape[-1] // block * block_bytes
-            tensor = StoredTensor(name, self.path, start, kind, shape, row_bytes)
-            stop = start + tensor.rows * row_bytes
-            self.require(
-                stop <= self.size, field, f"bytes up to {stop:,}", f"at most {self.size:,}"
-            )
+            rows, row_bytes = prod(shape[:-1]), shape[-1] // block * block_bytes
+            stop = start + rows * row_bytes
+            expected = f"at most {self.size:,}"
+            self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
+            tensor = StoredTensor(name, self.path, start, kind, shape, rows, row_bytes)
             self.tensors.append(tensor)
 
     def _read(self, count: int, field: str) -> bytes:
