@@ -68,8 +68,9 @@ def describe(
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
     if gguf:
-        size = in_words(sizes["as in the file"])
-        lines["as loaded"] = f"{size}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
+        lines["as loaded"] = (
+            f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
+        )
     return lines
 
 
@@ -108,14 +109,14 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
     head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, form in FORMATS.items():
-        sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
-        sizes[name] += 0 if form.package else head
+        saved = matrices * (2 - form.bits / 8)
+        sizes[name] = 2 * count - saved + (0 if form.package else head)
     if gguf:
         saved = sum(
             weights.get(key, 0) * (2 - KEPT_BITS.get(tensor.kind, 16) / 8)
             for key, tensor in gguf.tensors.items()
             if key.endswith("_proj.weight")
         )
-        whole = sizes.get(c.dtype, 2 * count)
-        sizes["as in the file"] = whole - saved + (head if saved else 0)
+        added = head if saved else 0
+        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - saved + added
     return sizes

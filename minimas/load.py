@@ -30,7 +30,6 @@ from .teams import Team
 from .text.generate import Sampling
 from .text.tokenizer import Tokenizer
 
-Files = dict[str, dict[str, Any]]  # JSON files by name, as a GGUF file holds them
 TINY = "weights/tiny"
 
 
@@ -46,10 +45,10 @@ class LM:
         self,
         model: Qwen3,
         folder: Path,
-        files: Files | None = None,
+        files: dict[str, Any] | None = None,
         no_tokenizer: str | None = None,
     ) -> None:
-        """`folder` may be a .gguf file; `files` are then the JSON files that it holds."""
+        """`folder` may be a .gguf file; `files` are then the JSON files that it holds, by name."""
         self.model, self.folder, self.files = model, folder, files or {}
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[Any, Aligner] = {}
@@ -96,11 +95,8 @@ class LM:
     def teams(self) -> dict[str, Team]:
         """Read the folder's own teams by name from teams.json; {} without."""
         raw, path = self._settings("teams.json")
-        return {
-            name: Team.from_dict(team, f"{path}: {name}")
-            for name, team in raw.items()
-            if name != "latent_steps"
-        }
+        raw.pop("latent_steps", None)
+        return {name: Team.from_dict(team, f"{path}: {name}") for name, team in raw.items()}
 
     @cached_property
     def default_steps(self) -> int:
@@ -128,9 +124,10 @@ class LM:
         key = kind, rows, path.is_file() and path.stat().st_mtime_ns
         if key not in self._aligners:
             if path.suffix == ".safetensors":
-                self._aligners[key] = Aligner.load(kind, self.model)
+                made = Aligner.load(kind, self.model)
             else:
-                self._aligners[key] = Aligner.from_model(self.model, kind, rows)
+                made = Aligner.from_model(self.model, kind, rows)
+            self._aligners[key] = made
         return self._aligners[key]
 
 
@@ -188,11 +185,10 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     if str(name) and path.exists():
         return path
     if str(name) == TINY:
-        package = Path(__file__).parent
-        for place in (package, package.parent):  # of the wheel, and of a checkout
+        for place in Path(__file__).parents[:2]:  # of the wheel, and of a checkout
             if (place / TINY).is_dir():
                 return place / TINY
-        raise FileNotFoundError(f"{TINY}: not found in {package}; pass --model Qwen/Qwen3-0.6B")
+        raise FileNotFoundError(f"{TINY}: not found in {place}; pass --model Qwen/Qwen3-0.6B")
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
         raise FileNotFoundError(

@@ -7,7 +7,6 @@ other formats, quantization.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +68,14 @@ def fill(
     source: Any,
     device: torch.device,
     dtype: torch.dtype,
-    replace: Callable[..., nn.Module | None] = lambda *_: None,
-    watch: Callable[..., Any] = iter,
+    replace: Any = lambda *_: None,
+    watch: Any = iter,
 ) -> None:
     """Read every parameter of `model` from `source` onto `device` in `dtype`.
 
-    `replace`, of a module's name and itself, may return another one to put in its place, such as a
-    quantized layer. `watch` iterates over the modules, as a progress bar does. Raises ValueError if
-    the model is tied and its LM head in the file is another matrix.
+    `replace` is a function of a module's name and the module. It may return another one to put in
+    its place, such as a quantized layer. `watch` iterates over the modules, as a progress bar does.
+    Raises ValueError if the model is tied and its LM head in the file is another matrix.
     """
     for name, module in watch(list(model.named_modules())):
         new = replace(name, module)

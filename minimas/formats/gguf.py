@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import Config
-from .gguf_file import BLOCKS, StoredTensor, read_header
+from .gguf_file import BLOCKS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
 PARTS = dict(
-    line.split()
-    for line in """
+    table("""
         token_embd model.embed_tokens
         output_norm model.norm
         output lm_head
@@ -39,12 +38,11 @@ PARTS = dict(
         ffn_gate mlp.gate_proj
         ffn_up mlp.up_proj
         ffn_down mlp.down_proj
-    """.strip().splitlines()
+    """)
 )
 # Fields of a config.json, and their names in a GGUF file.
 FIELDS = dict(
-    line.split()
-    for line in """
+    table("""
         hidden_size embedding_length
         intermediate_size feed_forward_length
         num_hidden_layers block_count
@@ -54,7 +52,7 @@ FIELDS = dict(
         max_position_embeddings context_length
         rms_norm_eps attention.layer_norm_rms_epsilon
         rope_theta rope.freq_base
-    """.strip().splitlines()
+    """)
 )
 # Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
 UNSUPPORTED: dict[str, Any] = {
@@ -234,24 +232,26 @@ class GGUF:
         Raises ValueError where they would be a guess.
         """
         value, require = self._header.value, self._header.require
-        fields = [f"tokenizer.ggml.{name}" for name in "model pre tokens token_type merges".split()]
-        model, pre = (value(field, str) for field in fields[:2])
-        require(model == "gpt2", fields[0], repr(model), "'gpt2', no other is read")
+        model = value("tokenizer.ggml.model", str)
+        require(model == "gpt2", "tokenizer.ggml.model", repr(model), "'gpt2', no other is read")
+        pre = value("tokenizer.ggml.pre", str)
         expected = f"one of {', '.join(PRE_TOKENIZERS)}"
-        require(pre in PRE_TOKENIZERS, fields[1], repr(pre), expected)
-        tokens, types, merges = (value(field, list) for field in fields[2:])
+        require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", repr(pre), expected)
+        tokens = value("tokenizer.ggml.tokens", list)
+        types = value("tokenizer.ggml.token_type", list)
         expected = f"{len(tokens)}, one for every token"
-        require(len(types) == len(tokens), fields[3], len(types), expected)
+        require(len(types) == len(tokens), "tokenizer.ggml.token_type", len(types), expected)
         # Without unused ones. Added tokens too: the library would number them anew, at the end.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
-        twice = len(vocabulary) < len(types) - types.count(UNUSED)
-        require(not twice, fields[2], "a token twice", "different ones")
-        pairs = [str(merge).split(" ") for merge in merges]
+        different = len(vocabulary) == len(types) - types.count(UNUSED)
+        require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
+        pairs = [str(merge).split(" ") for merge in value("tokenizer.ggml.merges", list)]
         known = vocabulary.keys()
         wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]
-        require(not wrong, fields[4], wrong[:1], "two tokens that make a third")
-        whole = pre == "llama-bpe"  # a word that is a token stays whole
+        expected = "two tokens that make a third"
+        require(not wrong, "tokenizer.ggml.merges", wrong[:1], expected)
         flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+        whole = pre == "llama-bpe"  # a word that is a token stays whole
         tokenizer = {
             "added_tokens": [
                 {"id": i, "content": token, "special": types[i] == CONTROL, **flags}
@@ -264,13 +264,9 @@ class GGUF:
             "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": whole},
         }
         by_id = dict(enumerate(tokens))
-        special = {name: by_id.get(i) for name, i in self._ids.items()}
-        settings = {
-            # Qwen has none, but the converter stores one.
-            "bos_token": special["bos"] if self.config.model_type == "llama" else None,
-            "eos_token": special["eos"],
-            "unk_token": special["unknown"],
-            "pad_token": special["padding"],
-            "chat_template": self._header.metadata.get("tokenizer.chat_template"),
-        }
+        names = {"eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        if self.config.model_type == "llama":  # Qwen has none, but the converter stores one
+            names["bos"] = "bos_token"
+        settings = {field: by_id.get(self._ids[name]) for name, field in names.items()}
+        settings["chat_template"] = self._header.metadata.get("tokenizer.chat_template")
         return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}

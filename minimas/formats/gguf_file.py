@@ -18,16 +18,19 @@ import numpy
 import torch
 from torch import Tensor
 
-# Number of a metadata value's type -> its letter in `struct`.
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+
+def table(text: str) -> list[list[str]]:
+    """Return the words of each line."""
+    return [line.split() for line in text.strip().splitlines()]
+
+
+SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
+STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if nobody can
 # decode them.
 TYPES = {
     int(number): (name, int(weights), int(size))
-    for number, name, weights, size in (
-        line.split()
-        for line in """
+    for number, name, weights, size in table("""
         0 F32 1 4
         1 F16 1 2
         2 Q4_0 32 18
@@ -61,8 +64,7 @@ TYPES = {
         35 TQ2_0 256 66
         39 MXFP4 32 17
         40 NVFP4 64 36
-        """.strip().splitlines()
-    )
+    """)
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
@@ -182,7 +184,8 @@ class Header:
         self.require(count <= 10**7, field, f"{count:,} elements", "at most 10,000,000")
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
-        self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")
+        known = kind != ARRAY and kind < len(SCALARS)
+        self.require(known, field, f"value type {kind}", "GGUF's, no nested array")
         return list(self._unpack(f"{count}{SCALARS[kind]}", field))
 
     def _parse_tensors(self, count: int) -> None:
@@ -191,11 +194,12 @@ class Header:
             name = self._string("tensor name")
             [dimensions] = self._unpack("I", "tensor dimensions")
             self.require(1 <= dimensions <= 4, "tensor dimensions", dimensions, "1 to 4")
-            entries.append((name, self._unpack(f"{dimensions}QIQ", "tensor")))
+            entries.append((name, *self._unpack(f"{dimensions}QIQ", "tensor")))
         alignment = self.value("general.alignment", int, 32)
         self.require(alignment > 0, "general.alignment", alignment, "a positive number of bytes")
-        data_start = -(-self._file.tell() // alignment) * alignment
-        for name, (*sizes, number, offset) in entries:
+        table_end = self._file.tell()
+        data_start = table_end + -table_end % alignment
+        for name, *sizes, number, offset in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
             kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
