@@ -90,8 +90,10 @@ def describe_memory(path: Path) -> dict[str, str]:
     """Return lines about the file of a KV cache or of a map. Raises ValueError for another one."""
     tensors, metadata = files.contents(path)
     kind = metadata["format"].split("-")[1]
-    lines = {"file": f"{path}, {kind}, {in_words(path.stat().st_size)}"}
-    lines["model"] = f"{metadata['model']}, fingerprint {metadata['fingerprint']}"
+    lines = {
+        "file": f"{path}, {kind}, {in_words(path.stat().st_size)}",
+        "model": f"{metadata['model']}, fingerprint {metadata['fingerprint']}",
+    }
     if kind == "memory":
         keys, lengths = tensors["keys.0"], tensors["lengths"].tolist()
         layers = sum(name.startswith("keys.") for name in tensors)
@@ -117,6 +119,6 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
             for key, tensor in gguf.tensors.items()
             if key.endswith("_proj.weight")
         )
-        added = head if saved else 0
-        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - saved + added
+        size = sizes.get(c.dtype, 2 * count)
+        sizes["as in the file"] = size - saved + head if saved else size
     return sizes

@@ -66,8 +66,7 @@ class LM:
 
         Raises ValueError for a broken file, or one with ids that the model has no embedding for.
         """
-        name = "tokenizer.json"
-        if name not in self.files and not (self.folder / name).exists():
+        if not self.files.get("tokenizer.json", (self.folder / "tokenizer.json").exists()):
             return None
         tokenizer = Tokenizer(self.folder, self.files or None)
         most = self.model.config.vocab_size
@@ -199,9 +198,10 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
     if gguf:
-        shards = re.sub(r"-\d{5}-of-", "-*-of-", gguf)
-        by_type = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
-        needed, optional = [shards] if gguf.endswith(".gguf") else by_type, []
+        needed = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
+        optional = []
+        if gguf.endswith(".gguf"):
+            needed = [re.sub(r"-\d{5}-of-", "-*-of-", gguf)]
     elif not only_config:
         needed.append(f"{WEIGHTS}*")
         optional.append("*.safetensors")

@@ -57,8 +57,9 @@ FIELDS = dict(
 # Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
 UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
     "attention.causal": (True,),
-    **dict.fromkeys("rope.scaling.factor rope.scale_linear".split(), (0, 1)),
     **dict.fromkeys(
         """
         attention.sliding_window attention.clamp_kqv attention.max_alibi_bias attention.scale
