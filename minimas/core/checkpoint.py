@@ -95,9 +95,9 @@ def fill(
 
 
 class Folder:
-    """The config and the tensors of a model folder in Hugging Face's layout, by name; `shapes` too.
+    """A model folder in Hugging Face's layout: its config, and its tensors by name.
 
-    A `GGUF` has the same attributes and methods.
+    `shapes` maps the tensors' names to their shapes. A `GGUF` has the same attributes and methods.
     """
 
     files = no_tokenizer = None  # a GGUF file holds the JSON files itself
