@@ -13,11 +13,11 @@ from tqdm import tqdm
 from .core import files
 from .core.cache import KVCache
 from .core.checkpoint import EMBEDDING
-from .core.config import Config
+from .core.config import Config, read_json
 from .core.model import Qwen3
 from .fast.quantize import FORMATS
 from .formats.gguf import GGUF
-from .load import read_settings, resolve
+from .load import resolve
 
 # Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
 RESERVED = 1.5e9
@@ -38,7 +38,8 @@ def describe(
         return describe_memory(Path(name))
     path = resolve(name, only_config=True)
     gguf = None if path.is_dir() else GGUF(path)
-    c = gguf.config if gguf else Config.from_dict(*read_settings(path, None, "config.json", True))
+    file = path / "config.json"
+    c = gguf.config if gguf else Config.from_dict(read_json(file), str(file))
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
@@ -46,15 +47,8 @@ def describe(
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
     count, width = sum(weights.values()), c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
-    places = {f"{gigabytes} GB": gigabytes * 1e9 for gigabytes in (8, 12, 16, 24)}
-    if hasattr(os, "sysconf"):  # Windows has none
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        places[f"this machine's {in_words(memory)}"] = memory
-    for i in range(torch.cuda.device_count()):
-        memory = torch.cuda.get_device_properties(i).total_memory
-        places[f"its cuda:{i} of {in_words(memory)}"] = memory
     fits = []
-    for place, total in places.items():
+    for place, total in memories().items():
         formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
     lines = {
@@ -80,12 +74,26 @@ def describe(
     return lines
 
 
+def memories() -> dict[str, float]:
+    """Return the bytes of usual GPUs, of this machine and of its GPUs, by what to call them."""
+    found = {f"{size} GB": size * 1e9 for size in (8, 12, 16, 24)}
+    if hasattr(os, "sysconf"):  # Windows has none
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found[f"this machine's {in_words(size)}"] = size
+    for i in range(torch.cuda.device_count()):
+        size = torch.cuda.get_device_properties(i).total_memory
+        found[f"its cuda:{i} of {in_words(size)}"] = size
+    return found
+
+
 def describe_memory(path: Path) -> dict[str, str]:
     """Return lines about the file of a KV cache or of a map. Raises ValueError for another one."""
     tensors, metadata = files.contents(path, "memory", "aligner")
     kind = metadata["format"].split("-")[1]
-    lines = {"file": f"{path}, {kind}, {in_words(path.stat().st_size)}"}
-    lines["model"] = f"{metadata.get('model')}, fingerprint {metadata.get('fingerprint')}"
+    lines = {
+        "file": f"{path}, {kind}, {in_words(path.stat().st_size)}",
+        "model": f"{metadata.get('model')}, fingerprint {metadata.get('fingerprint')}",
+    }
     if kind == "memory":
         keys, lengths = tensors["keys.0"], tensors["lengths"].tolist()
         layers = sum(name.startswith("keys.") for name in tensors)
@@ -103,14 +111,14 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
     head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, form in FORMATS.items():
-        sizes[name] = 2 * (count - matrices) + matrices * form.bits / 8
-        sizes[name] += 0 if form.package else head
+        saved = matrices * (2 - form.bits / 8)
+        sizes[name] = 2 * count - saved + (0 if form.package else head)
     if gguf:
-        saved = [
-            weights.get(key, 0) * (2 - KEPT_BITS[tensor.kind] / 8)
+        saved = sum(
+            weights.get(key, 0) * (2 - KEPT_BITS.get(tensor.kind, 16) / 8)
             for key, tensor in gguf.tensors.items()
-            if key.endswith("_proj.weight") and tensor.kind in KEPT_BITS
-        ]
-        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - sum(saved)
-        sizes["as in the file"] += head if saved else 0
+            if key.endswith("_proj.weight")
+        )
+        size = sizes.get(c.dtype, 2 * count)
+        sizes["as in the file"] = size - saved + head if saved else size
     return sizes

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .core.checkpoint import WEIGHTS, Folder, empty_model, fill, read_index
-from .core.config import DTYPES, Config, read_json, token_ids
+from .core.config import DTYPES, read_json, token_ids
 from .core.errors import ParameterError
 from .core.latent import Aligner
 from .core.model import Qwen3
@@ -30,7 +30,6 @@ from .teams import Team
 from .text.generate import Sampling
 from .text.tokenizer import Tokenizer
 
-Files = dict[str, dict[str, Any]]  # JSON files by name, as a GGUF file holds them
 TINY = "weights/tiny"
 
 
@@ -46,11 +45,11 @@ class LM:
         self,
         model: Qwen3,
         folder: Path,
-        files: Files | None = None,
+        files: dict[str, Any] | None = None,
         no_tokenizer: str | None = None,
     ) -> None:
-        """`folder` may be a .gguf file; `files` are then the JSON files that it holds."""
-        self.model, self.folder, self.files = model, folder, files
+        """`folder` may be a .gguf file; `files` are then the JSON files that it holds, by name."""
+        self.model, self.folder, self.files = model, folder, files or {}
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[Any, Aligner] = {}
 
@@ -67,9 +66,9 @@ class LM:
 
         Raises ValueError for a broken file, or one with ids that the model has no embedding for.
         """
-        if "tokenizer.json" not in (self.files or [path.name for path in self.folder.iterdir()]):
+        if not self.files.get("tokenizer.json", (self.folder / "tokenizer.json").exists()):
             return None
-        tokenizer = Tokenizer(self.folder, self.files)
+        tokenizer = Tokenizer(self.folder, self.files or None)
         most = self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(
@@ -81,12 +80,12 @@ class LM:
     @cached_property
     def sampling(self) -> Sampling:
         """Read the model's own sampling defaults from generation_config.json; greedy without."""
-        return Sampling.from_dict(*read_settings(self.folder, self.files, "generation_config.json"))
+        return Sampling.from_dict(*self._settings("generation_config.json"))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Return every token id that ends a turn, as any of the folder's files says."""
-        raw, path = read_settings(self.folder, self.files, "generation_config.json")
+        raw, path = self._settings("generation_config.json")
         ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
         ids += self.model.config.eos_token_ids
         return frozenset(ids).union(self.tokenizer.end_ids if self.tokenizer else ())
@@ -94,20 +93,23 @@ class LM:
     @cached_property
     def teams(self) -> dict[str, Team]:
         """Read the folder's own teams by name from teams.json; {} without."""
-        raw, path = read_settings(self.folder, self.files, "teams.json")
-        return {
-            name: Team.from_dict(raw[name], f"{path}: {name}")
-            for name in raw.keys() - {"latent_steps"}
-        }
+        raw, path = self._settings("teams.json")
+        raw.pop("latent_steps", None)
+        return {name: Team.from_dict(team, f"{path}: {name}") for name, team in raw.items()}
 
     @cached_property
     def default_steps(self) -> int:
         """Return the number of latent steps in teams.json, or 40 (paper: best at 40 to 80)."""
-        raw, path = read_settings(self.folder, self.files, "teams.json")
+        raw, path = self._settings("teams.json")
         steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
             raise ValueError(f"{path}: latent_steps: found {steps!r}, expected an integer above -1")
         return steps
+
+    def _settings(self, name: str) -> tuple[dict[str, Any], str]:
+        """Return one of the model's JSON files, {} if it is missing, and its path."""
+        path = self.folder / name
+        return self.files.get(name) or read_json(path, needed=False), str(path)
 
     def aligner(self, kind: str) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
@@ -121,9 +123,10 @@ class LM:
         key = kind, rows, path.is_file() and path.stat().st_mtime_ns
         if key not in self._aligners:
             if path.suffix == ".safetensors":
-                self._aligners[key] = Aligner.load(kind, self.model)
+                made = Aligner.load(kind, self.model)
             else:
-                self._aligners[key] = Aligner.from_model(self.model, kind, rows)
+                made = Aligner.from_model(self.model, kind, rows)
+            self._aligners[key] = made
         return self._aligners[key]
 
 
@@ -151,9 +154,8 @@ def load(
         check_compiler(target.type)
     path = resolve(name)
     source = Folder(path) if path.is_dir() else GGUF(path)
-    config = Config.from_dict(*read_settings(path, source.files, "config.json", needed=True))
-    model = empty_model(config, str(name), source)
-    used = asked or getattr(torch, config.dtype)
+    model = empty_model(str(name), source)
+    used = asked or getattr(torch, source.config.dtype)
     replacer = Replacer(source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
     bar = partial(
@@ -167,18 +169,6 @@ def load(
     return LM(model.eval(), path, source.files, source.no_tokenizer)
 
 
-def read_settings(
-    path: Path, files: Files | None, name: str, needed: bool = False
-) -> tuple[dict[str, Any], str]:
-    """Return one of a model's JSON files, and what to call it in an error.
-
-    It is {} for a file that is missing and not `needed`.
-    """
-    if files is None:
-        return read_json(path / name, needed), str(path / name)
-    return files.get(name, {}), f"{path}: {name}"
-
-
 def resolve(name: str | Path, only_config: bool = False) -> Path:
     """Return the folder or .gguf file of the model `name`.
 
@@ -186,19 +176,18 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     hub id is looked up in the hub's cache first. `only_config` leaves the weights on the hub.
     """
     path = Path(name).expanduser()
-    if str(name) and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
-        return path
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         raise ValueError(
             f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, "
             ".gguf or hub id"
         )
-    if str(name) == TINY:
-        inside = Path(__file__).parent / TINY  # of the wheel; a checkout has it beside the package
-        path = inside if inside.is_dir() else inside.parents[2] / TINY
-        if not path.is_dir():
-            raise FileNotFoundError(f"{TINY}: not found at {inside}; pass --model Qwen/Qwen3-0.6B")
+    if str(name) and path.exists():
         return path
+    if str(name) == TINY:
+        for place in Path(__file__).parents[:2]:  # of the wheel, and of a checkout
+            if (place / TINY).is_dir():
+                return place / TINY
+        raise FileNotFoundError(f"{TINY}: not found in {place}; pass --model Qwen/Qwen3-0.6B")
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w[\w./-]*))?", str(name))
     if hub_id is None:
         raise FileNotFoundError(
@@ -209,9 +198,10 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     needed = ["config.json"]
     optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
     if gguf:
-        shards = re.sub(r"-\d{5}-of-", "-*-of-", gguf)
-        by_type = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
-        needed, optional = [shards] if gguf.endswith(".gguf") else by_type, []
+        needed = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
+        optional = []
+        if gguf.endswith(".gguf"):
+            needed = [re.sub(r"-\d{5}-of-", "-*-of-", gguf)]
     elif not only_config:
         needed.append(f"{WEIGHTS}*")
         optional.append("*.safetensors")

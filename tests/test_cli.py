@@ -513,7 +513,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         ),
         "no such map": (
             lambda tmp: ["q", "--align", tmp / "m.safetensors"],
-            r"m\.safetensors: no such aligner file",
+            r"m\.safetensors: no such file",
         ),
         "a foreign map": (
             lambda tmp: ["q", "--align", tmp / "model/model.safetensors"],

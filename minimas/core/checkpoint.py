@@ -7,15 +7,14 @@ other formats, quantization.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import Config, read_json
+from .files import opened
 from .model import Qwen3
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,24 +30,22 @@ def load_model(
     `dtype` None is the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
     the field or tensor, what was found and what was expected.
     """
-    path = Path(folder) / "config.json"
-    config = Config.from_dict(read_json(path), str(path))
-    source = Folder(path.parent)
-    model = empty_model(config, str(folder), source)
-    fill(model, source, torch.device(device), dtype or getattr(torch, config.dtype))
+    source = Folder(Path(folder))
+    model = empty_model(str(folder), source)
+    fill(model, source, torch.device(device), dtype or getattr(torch, source.config.dtype))
     return model.eval()
 
 
-def empty_model(config: Config, name: str, source: Any) -> Qwen3:
+def empty_model(name: str, source: Any) -> Qwen3:
     """Return a model without memory for weights, after checking that `source` has all of them.
 
-    `source` is a `Folder`, or what has `path`, `shapes` and `read` like one. Raises ValueError for
-    a tensor that is missing, superfluous or of another shape.
+    `source` is a `Folder`, or what has `path`, `config`, `shapes` and `read` like one. Raises
+    ValueError for a tensor that is missing, superfluous or of another shape.
     """
     with torch.device("meta"):
-        model = Qwen3(config, name)
+        model = Qwen3(source.config, name)
     wanted, shapes = model.state_dict(), source.shapes
-    tied = config.tie_word_embeddings and HEAD in shapes
+    tied = source.config.tie_word_embeddings and HEAD in shapes
     if tied:  # either name may be that of the only copy
         shapes.setdefault(EMBEDDING, shapes[HEAD])
     for key, weight in wanted.items():
@@ -71,14 +68,14 @@ def fill(
     source: Any,
     device: torch.device,
     dtype: torch.dtype,
-    replace: Callable[..., nn.Module | None] = lambda *_: None,
-    watch: Callable[..., Any] = iter,
+    replace: Any = lambda *_: None,
+    watch: Any = iter,
 ) -> None:
     """Read every parameter of `model` from `source` onto `device` in `dtype`.
 
-    `replace`, of a module's name and itself, may return another one to put in its place, such as a
-    quantized layer. `watch` iterates over the modules, as a progress bar does. Raises ValueError if
-    the model is tied and its LM head in the file is another matrix.
+    `replace` is a function of a module's name and the module. It may return another one to put in
+    its place, such as a quantized layer. `watch` iterates over the modules, as a progress bar does.
+    Raises ValueError if the model is tied and its LM head in the file is another matrix.
     """
     for name, module in watch(list(model.named_modules())):
         new = replace(name, module)
@@ -98,21 +95,23 @@ def fill(
 
 
 class Folder:
-    """The tensors of a model folder in Hugging Face's layout; `shapes` maps their names to shapes.
+    """A model folder in Hugging Face's layout: its config, and its tensors by name.
 
-    A `GGUF` has the same attributes and methods.
+    `shapes` maps the tensors' names to their shapes. A `GGUF` has the same attributes and methods.
     """
 
-    files = no_tokenizer = None  # a GGUF file holds its tokenizer's files itself
+    files = no_tokenizer = None  # a GGUF file holds the JSON files itself
 
     def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError or ValueError for files that are missing or damaged."""
         self.path = path
+        source = path / "config.json"
+        self.config = Config.from_dict(read_json(source), str(source))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, str] = {}
         index = read_index(path)
         for name in set(index.values()) or [WEIGHTS]:
-            with _opened(path / name) as file:
+            with opened(path / name) as file:
                 for key in file.keys():
                     part = file.get_slice(key)
                     if part.get_dtype() not in STORED:
@@ -122,17 +121,17 @@ class Folder:
                         )
                     self.shapes[key], self._files[key] = tuple(part.get_shape()), name
         if index and index != self._files:
-            message = (
-                "%s: tensor %s, file %s: index and files disagree; what the files hold is used"
+            logging.getLogger(__name__).warning(
+                "%s: tensor %s, file %s: index and files disagree; what the files hold is used",
+                path / INDEX,
+                *min(index.items() ^ self._files.items()),
             )
-            wrong = min(index.items() ^ self._files.items())
-            logging.getLogger(__name__).warning(message, path / INDEX, *wrong)
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         """Read a tensor onto the CPU."""
         key = key if key in self._files else HEAD  # see `empty_model`
         # Opened for each tensor: a mapping that stays would keep the whole file in memory.
-        with _opened(self.path / self._files[key]) as file:
+        with opened(self.path / self._files[key]) as file:
             return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
     def blocks(self, key: str) -> None:
@@ -165,12 +164,3 @@ def read_index(folder: Path) -> dict[str, str]:
                 "which has none of that name"
             )
     return index
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: found a truncated or foreign file, expected safetensors ({error})"
-        ) from error

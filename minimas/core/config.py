@@ -17,7 +17,7 @@ from typing import Any
 FAMILIES = ("qwen3", "qwen2", "llama")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Fields that change the mathematics -> the values that leave it as it is. So does null.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, Any] = {
     field: allowed
     for allowed, fields in (
         (("silu", "swish"), "hidden_act hidden_activation"),
@@ -134,8 +134,8 @@ class Config:
         heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
         groups = heads % sizes["num_key_value_heads"] == 0
         check(groups, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-        even = head_dim % 2 == 0 and heads * head_dim <= 1e7  # RoPE turns pairs
-        check(even, "head_dim", "an even number")
+        # RoPE turns pairs.
+        check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number")
         return cls(
             **sizes,
             model_type=family,

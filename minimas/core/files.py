@@ -72,19 +72,28 @@ def contents(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str
 
     Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
     """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        formats, found = [f"minimas-{kind}-1" for kind in kinds], metadata.get("format")
+        if found not in formats:
+            raise ValueError(f"{path}: format: found {found!r}, expected {' or '.join(formats)}")
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def opened(path: str | Path) -> Any:
+    """Return an open safetensors file, to be used in a `with` statement.
+
+    Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such {' or '.join(kinds)} file") from error
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    formats, found = [f"minimas-{kind}-1" for kind in kinds], metadata.get("format")
-    if found not in formats:
-        expected = " or ".join(map(repr, formats))
-        raise ValueError(f"{path}: format: found {found!r}, expected {expected}")
-    return tensors, metadata
+        raise ValueError(
+            f"{path}: found a truncated or foreign file, expected safetensors "
+            f"(not a readable file: {error})"
+        ) from error
 
 
 def floats(

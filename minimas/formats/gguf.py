@@ -17,14 +17,16 @@ from torch import Tensor
 
 from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import Config
-from .gguf_file import BLOCKS, StoredTensor, read_header
+from .gguf_file import BLOCKS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = dict(
-    line.split()
-    for line in """
+PARTS = dict(
+    table("""
+        token_embd model.embed_tokens
+        output_norm model.norm
+        output lm_head
+        blk model.layers
         attn_norm input_layernorm
         attn_q self_attn.q_proj
         attn_k self_attn.k_proj
@@ -36,13 +38,11 @@ LAYER = dict(
         ffn_gate mlp.gate_proj
         ffn_up mlp.up_proj
         ffn_down mlp.down_proj
-    """.strip().splitlines()
+    """)
 )
-PARTS = TOP | LAYER
 # Fields of a config.json, and their names in a GGUF file.
 FIELDS = dict(
-    line.split()
-    for line in """
+    table("""
         hidden_size embedding_length
         intermediate_size feed_forward_length
         num_hidden_layers block_count
@@ -52,13 +52,14 @@ FIELDS = dict(
         max_position_embeddings context_length
         rms_norm_eps attention.layer_norm_rms_epsilon
         rope_theta rope.freq_base
-    """.strip().splitlines()
+    """)
 )
 # Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
     "attention.causal": (True,),
-    **dict.fromkeys("rope.scaling.factor rope.scale_linear".split(), (0, 1)),
     **dict.fromkeys(
         """
         attention.sliding_window attention.clamp_kqv attention.max_alibi_bias attention.scale
@@ -83,10 +84,13 @@ CUTS = {
     "smollm": [r"\p{N}", GPT2_WORDS],
     "gpt-2": [GPT2_WORDS],
 }
-SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 PRE_TOKENIZERS = {
-    pre: [*(SPLIT | {"pattern": {"Regex": cut}} for cut in cuts), BYTES]
+    pre: [
+        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+        for cut in cuts
+    ]
+    + [BYTES]
     for pre, cuts in CUTS.items()
 }
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
@@ -116,25 +120,25 @@ class GGUF:
             plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
             header.require(plain, field, "RoPE scaling", "none, it is not supported")
             key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
-            key = key.replace("blk.", "model.layers.")
             header.require(key not in self.tensors, field, "it twice", "it once")
             self.tensors[key] = tensor
         raw = self._config()
         self.config = Config.from_dict(raw, f"{path}: config.json")
-        for name in ("rope.dimension_count", "attention.value_length"):
-            field, head_dim = f"{self.config.model_type}.{name}", self.config.head_dim
-            value = header.metadata.get(field, head_dim)
-            header.require(value == head_dim, field, value, f"{head_dim}, the size of a head")
+        family, head_dim, most = raw["model_type"], self.config.head_dim, self.config.vocab_size
+        sizes = dict.fromkeys("rope.dimension_count attention.value_length".split(), (head_dim,))
+        for name, allowed in (UNSUPPORTED | sizes).items():
+            value = header.metadata.get(f"{family}.{name}", allowed[0])
+            expected = f"{allowed[0]!r}, nothing else"
+            header.require(value in allowed, f"{family}.{name}", repr(value), expected)
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
         self._ids: dict[str, int] = {}  # of special tokens; -1, as in llama.cpp, if there is none
         for name in "eos eot eom unknown padding bos".split():
             field = f"tokenizer.ggml.{name}_token_id"
             self._ids[name] = value = header.value(field, int, -1)
-            good = value < self.config.vocab_size
-            header.require(good, field, value, f"an id below {self.config.vocab_size:,}")
+            header.require(value < most, field, value, f"an id below {most:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
         # Those that end a text or a turn, the file's own first.
-        ends = [self._ids[name] for name in "eos eot eom".split()]
+        ends = list(self._ids.values())[:3]
         ends += [i for i, token in enumerate(tokens) if token in END_TOKENS]
         ends = [i for i in dict.fromkeys(ends) if i >= 0]
         self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
@@ -177,9 +181,8 @@ class GGUF:
         rows of a pair are neighbours; in Hugging Face's they are half a head apart.
         """
         if self.config.model_type == "llama" and re.search(r"\.[qk]_proj\.", key):
-            pairs = rows.unflatten(
-                0, (-1, self.config.head_dim // 2, 2)
-            )  # (N, .) -> (H, d/2, 2, .)
+            half = self.config.head_dim // 2
+            pairs = rows.unflatten(0, (-1, half, 2))  # (N, .) -> (H, d/2, 2, .)
             rows = pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, d/2, .) -> (N, .)
         return rows
 
@@ -212,11 +215,6 @@ class GGUF:
         """Return the file's config.json. `Config` checks the values."""
         header = self._header
         family = header.value("general.architecture", str)
-        for name, unused in UNSUPPORTED.items():
-            value = header.metadata.get(f"{family}.{name}", unused[0])
-            header.require(
-                value in unused, f"{family}.{name}", f"{value!r}", f"{unused[0]!r}, nothing else"
-            )
         raw = {field: header.metadata.get(f"{family}.{name}") for field, name in FIELDS.items()}
         if isinstance(raw["rms_norm_eps"], float):  # 1e-06 is stored as 9.99999997e-07
             raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")
@@ -235,26 +233,26 @@ class GGUF:
         Raises ValueError where they would be a guess.
         """
         value, require = self._header.value, self._header.require
-        model, pre = (value(f"tokenizer.ggml.{name}", str) for name in ("model", "pre"))
-        require(model == "gpt2", "tokenizer.ggml.model", f"{model!r}", "'gpt2', no other is read")
+        model = value("tokenizer.ggml.model", str)
+        require(model == "gpt2", "tokenizer.ggml.model", repr(model), "'gpt2', no other is read")
+        pre = value("tokenizer.ggml.pre", str)
         expected = f"one of {', '.join(PRE_TOKENIZERS)}"
-        require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", f"{pre!r}", expected)
-        fields = [f"tokenizer.ggml.{name}" for name in "tokens token_type merges".split()]
-        tokens, types, merges = (value(field, list) for field in fields)
+        require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", repr(pre), expected)
+        tokens = value("tokenizer.ggml.tokens", list)
+        types = value("tokenizer.ggml.token_type", list)
         expected = f"{len(tokens)}, one for every token"
-        require(len(types) == len(tokens), fields[1], len(types), expected)
+        require(len(types) == len(tokens), "tokenizer.ggml.token_type", len(types), expected)
         # Without unused ones. Added tokens too: the library would number them anew, at the end.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
-        twice = len(vocabulary) < len(types) - types.count(UNUSED)
-        require(not twice, fields[0], "a token twice", "different ones")
-        pairs = [str(merge).split(" ") for merge in merges]
-        wrong = [
-            pair
-            for pair in pairs
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()
-        ]
-        require(not wrong, fields[2], wrong[:1], "two tokens that make a third")
+        different = len(vocabulary) == len(types) - types.count(UNUSED)
+        require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
+        pairs = [str(merge).split(" ") for merge in value("tokenizer.ggml.merges", list)]
+        known = vocabulary.keys()
+        wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]
+        expected = "two tokens that make a third"
+        require(not wrong, "tokenizer.ggml.merges", wrong[:1], expected)
         flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
+        whole = pre == "llama-bpe"  # a word that is a token stays whole
         tokenizer = {
             "added_tokens": [
                 {"id": i, "content": token, "special": types[i] == CONTROL, **flags}
@@ -264,23 +262,12 @@ class GGUF:
             "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
             "decoder": BYTES,
-            "model": {
-                "type": "BPE",
-                "vocab": vocabulary,
-                "merges": pairs,
-                "ignore_merges": pre == "llama-bpe",
-            },
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": whole},
         }
-        return {"tokenizer.json": tokenizer, "tokenizer_config.json": self._settings(tokens)}
-
-    def _settings(self, tokens: list[str]) -> dict[str, Any]:
-        """Return the texts of special tokens, and the chat template."""
         by_id = dict(enumerate(tokens))
-        first = by_id.get(self._ids["bos"])  # Qwen has none, but the converter stores one
-        return {
-            "bos_token": first if self.config.model_type == "llama" else None,
-            "eos_token": by_id.get(self._ids["eos"]),
-            "unk_token": by_id.get(self._ids["unknown"]),
-            "pad_token": by_id.get(self._ids["padding"]),
-            "chat_template": self._header.metadata.get("tokenizer.chat_template"),
-        }
+        names = {"eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        if self.config.model_type == "llama":  # Qwen has none, but the converter stores one
+            names["bos"] = "bos_token"
+        settings = {field: by_id.get(self._ids[name]) for name, field in names.items()}
+        settings["chat_template"] = self._header.metadata.get("tokenizer.chat_template")
+        return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}

@@ -18,16 +18,19 @@ import numpy
 import torch
 from torch import Tensor
 
-# Number of a metadata value's type -> its letter in `struct`.
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+
+def table(text: str) -> list[list[str]]:
+    """Return the words of each line."""
+    return [line.split() for line in text.strip().splitlines()]
+
+
+SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
+STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if nobody can
 # decode them.
 TYPES = {
     int(number): (name, int(weights), int(size))
-    for number, name, weights, size in (
-        line.split()
-        for line in """
+    for number, name, weights, size in table("""
         0 F32 1 4
         1 F16 1 2
         2 Q4_0 32 18
@@ -61,8 +64,7 @@ TYPES = {
         35 TQ2_0 256 66
         39 MXFP4 32 17
         40 NVFP4 64 36
-        """.strip().splitlines()
-    )
+    """)
 }
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
@@ -76,11 +78,8 @@ class StoredTensor(NamedTuple):
     start: int  # byte of the file
     kind: str  # name of the type
     shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
+    rows: int
     row_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return prod(self.shape[:-1])
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
         """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
@@ -103,14 +102,13 @@ class StoredTensor(NamedTuple):
         Values (n, K) uint8 or int8, scale and minimum (n, K/32) float32; Q8_0 has no minimum.
         """
         blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
-        scale_bytes = 4 if self.kind == "Q4_1" else 2
-        scales = blocks[..., :scale_bytes].contiguous().view(torch.float16).float()  # (n, G, 1 | 2)
-        packed, scale = blocks[..., scale_bytes:], scales[..., 0]
+        scales, packed = blocks.tensor_split([4 if self.kind == "Q4_1" else 2], -1)
+        scale, *minimum = scales.contiguous().view(torch.float16).float().unbind(-1)  # (n, G)
         if self.kind == "Q8_0":
             return packed.flatten(1).view(torch.int8), scale, None  # (n, G, 32) -> (n, K)
         # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
         values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
-        return values, scale, scales[..., 1] if self.kind == "Q4_1" else -8 * scale
+        return values, scale, minimum[0] if minimum else -8 * scale
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the weights of a range of rows, floating-point (n, width), in the file's order.
@@ -154,7 +152,16 @@ class Header:
             magic, version, tensors, fields = self._unpack("4sIQQ", "GGUF header")
             self.require(magic == b"GGUF", "magic", magic, "b'GGUF'")
             self.require(version in (2, 3), "version", f"{version:#x}", "2 or 3, little-endian")
-            self._parse_metadata(fields)
+            for _ in range(fields):
+                name = self._string("metadata name")
+                field = f"{name!r:.80}"
+                self.require(name not in self.metadata, field, "it twice", "it once")
+                [kind] = self._unpack("I", field)
+                if kind == ARRAY:
+                    kind, size = self._unpack("IQ", field)
+                    self.metadata[name] = self._values(kind, size, field)
+                else:
+                    [self.metadata[name]] = self._values(kind, 1, field)
             self._parse_tensors(tensors)
 
     def require(self, good: bool, field: str, found: Any, expected: str) -> None:
@@ -172,24 +179,13 @@ class Header:
         self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
         return value
 
-    def _parse_metadata(self, count: int) -> None:
-        for _ in range(count):
-            name = self._string("metadata name")
-            field = f"{name!r:.80}"
-            self.require(name not in self.metadata, field, "it twice", "it once")
-            [kind] = self._unpack("I", field)
-            if kind == ARRAY:
-                kind, size = self._unpack("IQ", field)
-                self.metadata[name] = self._values(kind, size, field)
-            else:
-                self.metadata[name] = self._values(kind, 1, field)[0]
-
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
         # A vocabulary has 300,000.
         self.require(count <= 10**7, field, f"{count:,} elements", "at most 10,000,000")
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
-        self.require(kind in SCALARS, field, f"value type {kind}", "GGUF's, no nested array")
+        known = kind != ARRAY and kind < len(SCALARS)
+        self.require(known, field, f"value type {kind}", "GGUF's, no nested array")
         return list(self._unpack(f"{count}{SCALARS[kind]}", field))
 
     def _parse_tensors(self, count: int) -> None:
@@ -198,11 +194,12 @@ class Header:
             name = self._string("tensor name")
             [dimensions] = self._unpack("I", "tensor dimensions")
             self.require(1 <= dimensions <= 4, "tensor dimensions", dimensions, "1 to 4")
-            entries.append((name, self._unpack(f"{dimensions}QIQ", "tensor")))
+            entries.append((name, *self._unpack(f"{dimensions}QIQ", "tensor")))
         alignment = self.value("general.alignment", int, 32)
         self.require(alignment > 0, "general.alignment", alignment, "a positive number of bytes")
-        data_start = -(-self._file.tell() // alignment) * alignment
-        for name, (*sizes, number, offset) in entries:
+        table_end = self._file.tell()
+        data_start = table_end + -table_end % alignment
+        for name, *sizes, number, offset in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
             kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
@@ -210,12 +207,11 @@ class Header:
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
             start = data_start + offset
-            row_bytes = shape[-1] // block * block_bytes
-            tensor = StoredTensor(name, self.path, start, kind, shape, row_bytes)
-            stop = start + tensor.rows * row_bytes
-            self.require(
-                stop <= self.size, field, f"bytes up to {stop:,}", f"at most {self.size:,}"
-            )
+            rows, row_bytes = prod(shape[:-1]), shape[-1] // block * block_bytes
+            stop = start + rows * row_bytes
+            expected = f"at most {self.size:,}"
+            self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
+            tensor = StoredTensor(name, self.path, start, kind, shape, rows, row_bytes)
             self.tensors.append(tensor)
 
     def _read(self, count: int, field: str) -> bytes:

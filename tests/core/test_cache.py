@@ -327,7 +327,7 @@ def rewritten(
 @pytest.mark.parametrize(
     ("damage", "kind", "said"),
     [
-        (lambda path: path.unlink(), FileNotFoundError, "no such memory file"),
+        (lambda path: path.unlink(), FileNotFoundError, "no such file"),
         (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
         (lambda path: path.write_bytes(b"\x80\x04}." * 99), ValueError, "not a readable"),

@@ -304,7 +304,7 @@ def put(**tensors: Tensor) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "kind", "said"),
     [
-        (lambda path: path.unlink(), FileNotFoundError, "no such aligner file"),
+        (lambda path: path.unlink(), FileNotFoundError, "no such file"),
         (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
         (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
         (lambda path: torch.save({}, path), ValueError, "not a readable"),

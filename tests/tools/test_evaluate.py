@@ -1088,7 +1088,7 @@ def test_a_saved_map_is_an_arm(
     assert "maps: found" in capsys.readouterr().err
     path.unlink()
     assert main([*command[:-1], str(tmp_path / "other"), "--align", kinds]) == 1
-    assert f"{path}: no such aligner file" in capsys.readouterr().err
+    assert f"{path}: no such file" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
