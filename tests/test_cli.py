@@ -517,7 +517,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
         ),
         "a foreign map": (
             lambda tmp: ["q", "--align", tmp / "model/model.safetensors"],
-            r"model\.safetensors: format: found .*, expected 'minimas-aligner-1'",
+            r"model\.safetensors: format: found .*, expected minimas-aligner-1",
         ),
         "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
         "no such dtype": (

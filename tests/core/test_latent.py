@@ -312,7 +312,7 @@ def put(**tensors: Tensor) -> Callable[[Path], None]:
         (
             lambda path: remember(tiny_model(), random_ids(tiny_model(), 1, 3))[1].save(path),
             ValueError,
-            "format: found 'minimas-memory-1', expected 'minimas-aligner-1'",
+            "format: found 'minimas-memory-1', expected minimas-aligner-1",
         ),
         (rewritten(lambda t, m: m.pop("fingerprint")), ValueError, "model: found"),
         (put(matrix=torch.eye(15)), ValueError, r"matrix: found .*\(15, 15\), expected"),
