@@ -10,6 +10,7 @@ Does not know: arms, files, what is right.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -62,9 +63,9 @@ def losses_after(
                 f"question {q + 1}: found {needed} slots with the solution, {expected}"
             )
     # All first texts are one batch, then all second ones: short options would be padded otherwise.
-    for column in range(max(map(len, ids))):
-        rows = [q for q, own in enumerate(ids) if len(own) > column]
-        chosen = [ids[q][column] for q in rows]
+    for column in zip_longest(*ids):
+        rows = [q for q, text in enumerate(column) if text]
+        chosen = [column[q] for q in rows]
         batch = _batch_losses(model, hidden[rows], cache.select(rows), chosen)
         for q, loss in zip(rows, batch, strict=True):
             found[q].append(loss)
@@ -75,7 +76,7 @@ def _batch_losses(model: Qwen3, hidden: Tensor, cache: KVCache, ids: list[list[i
     """Return the loss of one text per row. `hidden` (R, 1, D) predicts the first tokens."""
     counts = [len(row) - 1 for row in ids]  # the last token predicts nothing
     width = max(counts)
-    if width > 0:
+    if width:
         fed = [row[:-1] + [0] * (width - n) for row, n in zip(ids, counts, strict=True)]
         embeds = model.embed(torch.tensor(fed, device=model.device))
         hidden = torch.cat([hidden, model(embeds, cache, counts)], 1)  # (R, T, D)

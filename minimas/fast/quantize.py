@@ -81,7 +81,7 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "q4":
         if K % GROUP:
             return None
-        return Q4Linear(*in_chunks(fit, weight), bias=bias, dtype=weight.dtype)
+        return Q4Linear(*in_chunks(fit, weight), bias, weight.dtype)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
@@ -116,8 +116,8 @@ class Replacer:
         if module.bias is not None:
             bias = self.source.read(f"{name}.bias", self.dtype).to(self.device)
         if self.quantize is None or (blocks is not None and blocks[2] is not None):
-            parts = [part if part is None else part.to(self.device) for part in blocks]
-            self.made.append(kept(*parts, bias=bias, dtype=self.dtype))
+            parts: Any = [part if part is None else part.to(self.device) for part in blocks]
+            self.made.append(kept(*parts, bias, self.dtype))
         else:
             weight = self.source.read(key, self.dtype).to(self.device)
             self.made.append(quantized(self.quantize, weight, bias))
@@ -140,18 +140,16 @@ class Replacer:
             model._apply = refuse_to_move
 
 
-def kept(
-    values: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> nn.Module:
+def kept(values: Tensor, scale: Tensor, minimum: Tensor | None, *bias_and_dtype: Any) -> nn.Module:
     """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
 
     Q4_0 and Q4_1: values · scale + minimum, scale and minimum (N, G). Q8_0: `minimum` is None.
     """
     if minimum is not None:
-        return Q4Linear(values, scale, minimum + 8 * scale, bias, dtype)
+        return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
     halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
     scales, zeros = torch.cat([16 * scale, scale], 1), torch.cat([0 * scale, 8 * scale], 1)
-    return Q8GroupLinear(halves, scales, zeros, bias, dtype)
+    return Q8GroupLinear(halves, scales, zeros, *bias_and_dtype)
 
 
 # -- from weights to values ---------------------------------------------------------------
@@ -275,10 +273,8 @@ class QuantizedLinear(nn.Module):
 class Q4Linear(QuantizedLinear):
     """Values 0 … 15 (N, K), scale and zero (N, G): W = (values − 8) · scale + zero by group."""
 
-    def __init__(
-        self, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__(values.shape, bias, dtype)
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, *bias_and_dtype: Any) -> None:
+        super().__init__(values.shape, *bias_and_dtype)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
         # In chunks, because packing needs the values as 32-bit integers.
         self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
