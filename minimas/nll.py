@@ -10,12 +10,13 @@ Does not know: arms, files, what is right.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .agents import LastTurn
 from .core.cache import KVCache
 from .core.model import Qwen3
 from .text.tokenizer import Turn
@@ -34,27 +35,20 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def losses(last: LastTurn, texts: Sequence[Sequence[str]]) -> list[list[Loss]]:
-    """Return the loss of each of a question's texts, as the last agent's answer.
-
-    `texts` has a list for each question. The turn cannot be taken again.
-    Raises ValueError naming the question whose text has no token or exceeds the context.
-    """
-    hidden, cache = last.prefill()
-    return losses_after(last.run, hidden, cache, texts)
-
-
 def losses_after(
     run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[Sequence[str]]
 ) -> list[list[Loss]]:
-    """Return the same after the last agent's prompt: `hidden` (B, 1, D) is its last state.
+    """Return the loss of each of a question's texts, as what the last agent would generate.
 
-    The cache is left as it is.
+    `texts` has a list for each question. `hidden` (B, 1, D) is the last state of the last agent's
+    prompt, and `cache` the KV cache after it, which is left as it is.
+    Raises ValueError naming the question whose text has no token or exceeds the context.
     """
     if len(texts) != len(run.questions) or not all(texts):
         expected = f"expected one for each of {len(run.questions)} questions"
         raise ValueError(f"texts: found {len(texts)} lists, {expected}")
-    model, limit = run.lm.model, run.lm.model.config.max_position_embeddings
+    model = run.lm.model
+    limit = model.config.max_position_embeddings
     found: list[list[Loss]] = [[] for _ in texts]
     ids = []
     for q, own in enumerate(texts):
@@ -69,9 +63,9 @@ def losses_after(
                 f"question {q + 1}: found {needed} slots with the solution, {expected}"
             )
     # All first texts are one batch, then all second ones: short options would be padded otherwise.
-    for column in range(max(map(len, ids))):
-        rows = [q for q, own in enumerate(ids) if len(own) > column]
-        chosen = [ids[q][column] for q in rows]
+    for column in zip_longest(*ids):
+        rows = [q for q, text in enumerate(column) if text]
+        chosen = [column[q] for q in rows]
         batch = _batch_losses(model, hidden[rows], cache.select(rows), chosen)
         for q, loss in zip(rows, batch, strict=True):
             found[q].append(loss)
@@ -82,18 +76,17 @@ def _batch_losses(model: Qwen3, hidden: Tensor, cache: KVCache, ids: list[list[i
     """Return the loss of one text per row. `hidden` (R, 1, D) predicts the first tokens."""
     counts = [len(row) - 1 for row in ids]  # the last token predicts nothing
     width = max(counts)
-    if width > 0:
+    if width:
         fed = [row[:-1] + [0] * (width - n) for row, n in zip(ids, counts, strict=True)]
         embeds = model.embed(torch.tensor(fed, device=model.device))
-        new = model(embeds, cache, torch.tensor(counts))
-        hidden = torch.cat([hidden, new], 1)  # (R, T, D)
+        hidden = torch.cat([hidden, model(embeds, cache, counts)], 1)  # (R, T, D)
     losses = []
     for r, row in enumerate(ids):
         # Text by text: the logits of all of them, (R, T, V), would take gigabytes.
         logits = model.logits(hidden[r : r + 1, : len(row)])[0]  # (T, V)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        chosen = wide.gather(1, torch.tensor(row, device=wide.device)[:, None])  # (T, 1)
-        losses.append(Loss(-float(chosen.double().sum()), len(row)))
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        each = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="none")
+        losses.append(Loss(float(each.double().sum()), len(row)))
     return losses
 
 

@@ -12,7 +12,7 @@ from minimas import LM, Agent, Team, latent_mas, sequential
 from minimas.__main__ import main
 from minimas.answers import grade
 from minimas.check import QUESTIONS, ArmReport, Interval, Report, check, interval, judge
-from minimas.nll import losses
+from minimas.nll import losses_after
 from minimas.text.generate import Sampling
 
 from .models import tiny_model, write_folder
@@ -42,7 +42,8 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     }
     assert [arm.name for arm in report.arms] == list(how)
     for arm, options in zip(report.arms, how.values(), strict=True):
-        found = losses(last_turn(lm, ASKED, kind="math", sampling=greedy, **options), texts)
+        turn = last_turn(lm, ASKED, kind="math", sampling=greedy, **options)
+        found = losses_after(turn.run, *turn.prefill(), texts)
         assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 6, rel=1e-9)
         results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
         assert arm.tokens == sum(result.usage.output_tokens for result in results) / 6

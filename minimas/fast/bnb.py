@@ -35,13 +35,11 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
     bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
-        made = bnb.Linear4bit(K, N, bias is not None, torch.bfloat16, True, "nf4", device="meta")
-        stored = bnb.Params4bit(
-            weight.bfloat16(), requires_grad=False, compress_statistics=True, quant_type="nf4"
-        )
+        made = bnb.Linear4bit(K, N, False, torch.bfloat16, quant_type="nf4", device="meta")
+        stored = bnb.Params4bit(weight.bfloat16(), quant_type="nf4")
     else:
-        made = bnb.Linear8bitLt(K, N, bias is not None, has_fp16_weights=False, device="meta")
-        stored = bnb.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+        made = bnb.Linear8bitLt(K, N, False, has_fp16_weights=False, device="meta")
+        stored = bnb.Int8Params(weight.half(), requires_grad=False)
     made.weight = stored.to(weight.device)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
@@ -60,6 +58,6 @@ def _package() -> Any:
     return import_module("bitsandbytes")
 
 
-def _save_weight(layer: Any, state: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+def _save_weight(layer: Any, state: Any, prefix: str, keep_vars: bool) -> None:
     # Its own way rounds the scales anew each time, and a fingerprint must not change.
     state[prefix + "weight"] = layer.weight.data

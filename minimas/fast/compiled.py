@@ -87,8 +87,7 @@ class Compiled:
 
     def __init__(self, model: Qwen3) -> None:
         self.model = model
-        options: Any = {"size_asserts": False}  # they took 3 % of a step
-        self.block: Any = torch.compile(Block.forward, dynamic=True, options=options)
+        self.block: Any = torch.compile(Block.forward, dynamic=True)
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
         positions = cache.next_positions(len(inputs_embeds), 1)
@@ -99,13 +98,13 @@ class Compiled:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""
         many = len(x) > MAX_ROWS and x.is_cpu
         block = Block.forward if many else self.block
-        layers: Any = self.model.model.layers
-        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        decoder = self.model.model
+        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
             # A cache of one layer: the number of a layer would become part of the compiled code.
             one = copy.copy(cache)
             one.keys, one.values = [keys], [values]
             x = block(layer, x, positions, one, 0)
-        return self.model.model.norm(x)  # type: ignore[no-any-return]
+        return decoder.norm(x)  # type: ignore[no-any-return]
 
 
 class Recorded:
@@ -116,7 +115,7 @@ class Recorded:
     that has grown, is recorded anew. The cache is not kept alive.
     """
 
-    def __init__(self, layers: Callable[[Tensor, Positions, KVCache], Tensor]) -> None:
+    def __init__(self, layers: Callable[..., Tensor]) -> None:
         self.layers = layers
         self.recorded_for: list[Any] = []  # weak references
 

@@ -31,8 +31,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x Wᵀ, bf16 (…, K) and (N, K) -> float32 (…, N)."""
-    pairs = x.float().view(-1, weight.shape[1] // 2, 2)  # (R, K / 2, 2)
-    inputs = pairs.transpose(1, 2).contiguous()  # (R, 2, K / 2), even inputs, then odd ones
+    # Even inputs, then odd ones, (R, 2, K / 2).
+    inputs = x.float().view(-1, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
     # as_strided puts the inputs into memory; without it they are computed anew for every output.
     inputs = inputs.as_strided(inputs.shape, inputs.stride())
     sums = []
@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     for half in weight.view(torch.float32).tensor_split(2):  # (N / 2, K / 2)
         words = half.view(torch.int32)[:, None]  # (N / 2, 1, K / 2)
         even = (words << 16).view(torch.float32)
-        odd = (words & -(1 << 16)).view(torch.float32)
+        odd = (words & -65536).view(torch.float32)
         sums.append((even * inputs[:, 0] + odd * inputs[:, 1]).sum(-1))  # (N / 2, R)
     # Contiguous: with another layout the layers after this one would be compiled anew.
     return torch.cat(sums).T.contiguous().view(*x.shape[:-1], -1)  # (…, N)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
 GROUP = 32
 TILE = 64  # every CPU's kernel takes a multiple of this number of rows of W
 
@@ -47,17 +48,16 @@ ORDERS = (
 def pack4(values: Tensor) -> Tensor:
     """Return values uint8 (N, K) in 0 … 15 in the device's order; N is a multiple of 64."""
     if values.is_cpu:
-        pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        pack = aten._convert_weight_to_int4pack_for_cpu
         return pack(values.int(), 1)  # type: ignore[no-any-return]
     pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # the even input in the high bits
-    tiles = next(count for count in (8, 4, 2) if values.shape[1] % (16 * count) == 0)
-    return torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]
+    tiles = 8 if values.shape[1] % 128 == 0 else 2  # of 16 inputs, read together
+    return aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]
 
 
 def multiply4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """Return x Wᵀ in bf16 through the device's kernel, (R, K) -> (R, N); see `unpack4` for W."""
-    name = "_weight_int4pack_mm_for_cpu" if x.is_cpu else "_weight_int4pack_mm"
-    kernel = getattr(torch.ops.aten, name)
+    kernel = aten._weight_int4pack_mm_for_cpu if x.is_cpu else aten._weight_int4pack_mm
     return kernel(x.bfloat16().contiguous(), packed, GROUP, scales)  # type: ignore[no-any-return]
 
 

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from . import few_rows
 
+mkldnn = torch.ops.mkldnn
 MAX_NARROW_ROWS = 3  # up to here row by row is faster than widening (AVX2)
 CHUNK_WEIGHTS = 2**20  # widened at a time: 4 MB of float32 stay in the cache until they are used
 
 
 def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU multiplies `dtype`: bf16 from AVX-512 on x86, fp16 on few CPUs."""
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if kind is None:
+    if dtype.itemsize != 2:
         return True
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")
+    bf16, fp16 = mkldnn._is_mkldnn_bf16_supported, mkldnn._is_mkldnn_fp16_supported
+    supported = bf16 if dtype == torch.bfloat16 else fp16
     return torch.backends.mkldnn.is_available() and bool(supported())
 
 
@@ -37,8 +38,8 @@ def can_pack() -> bool:
     """Return whether torch has the packing operators and they run on this CPU, tried once."""
     x = torch.ones(32, 32, dtype=torch.bfloat16, device="cpu")
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(x, None)
-        torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        packed = mkldnn._reorder_linear_weight(x, None)
+        mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -72,34 +73,29 @@ class CPULinear(nn.Module):
     `few_rows`.
     """
 
-    bias: Tensor | None
-
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor | None = None
         self.weight, self.bias = plain.weight, plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:  # the packed operator has no gradient
-            return F.linear(x, self.weight, self.bias)
-        if not torch.compiler.is_compiling():
-            self.pack()
-        elif few_rows.fits(x, self.weight):
-            y = few_rows.product(x, self.weight)
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        if self.packed is None:
-            return linear(x, self.weight, self.bias)
-        kernel = torch.ops.mkldnn._linear_pointwise
-        return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():  # nothing is packed, see `compile_steps`
+            if few_rows.fits(x, self.weight):
+                y = few_rows.product(x, self.weight)
+                return (y if self.bias is None else y + self.bias).to(x.dtype)
+        elif not x.requires_grad and self.pack():  # the packed operator has no gradient
+            kernel = mkldnn._linear_pointwise
+            return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return linear(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        """Replace a frozen bf16 weight on the CPU by a packed one, where this CPU can."""
-        if self.packed is not None or not can_pack():
-            return
-        weight = self.weight
-        if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.data, None)
-            del self.weight
+    def pack(self) -> bool:
+        """Pack a frozen bf16 weight on the CPU, where this CPU can. Returns if it is packed."""
+        if self.packed is None and can_pack():
+            weight = self.weight
+            if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
+                self.packed = mkldnn._reorder_linear_weight(weight.data, None)
+                del self.weight
+        return self.packed is not None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.packed is not None:
@@ -125,7 +121,7 @@ class CPULinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            destination[prefix + "weight"] = self.packed.to_dense()
+            destination[prefix + "weight"] = self.weight
 
 
 def pack(model: Any) -> None:
@@ -133,13 +129,10 @@ def pack(model: Any) -> None:
 
     Any other model stays as it is.
     """
-    widens = not has_units(model.dtype)
-    packs = model.dtype == torch.bfloat16 and can_pack()
-    if not (widens or packs) or model.device.type != "cpu":
+    if model.dtype.itemsize != 2 or model.device.type != "cpu":
         return
-    if widens and model.lm_head is None:  # tied
+    if model.lm_head is None:  # tied
         model.lm_head = partial(linear, weight=model.model.embed_tokens.weight)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, CPULinear(child))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, CPULinear(module))

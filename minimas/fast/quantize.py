@@ -18,6 +18,7 @@ quantized model is not moved. Does not know: models, files, the order in which t
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -29,30 +30,19 @@ from . import bnb
 from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
 from .packed import CHUNK_WEIGHTS, linear
 
-# Rows up to which q8's kernel is faster than unpacking; CUDA's computes 16 in the time of one.
-MAX_INT8_ROWS = {"cpu": 64, "cuda": 16}
-
 
 class Format(NamedTuple):
-    """Bits of each weight, what is stored, where it runs, the package it needs besides torch."""
+    """Bits of each weight, and the package that the format needs besides torch."""
 
     bits: float
-    stores: str
-    runs: str
     package: str = ""
 
 
 FORMATS = {
-    "q4": Format(
-        5,
-        "4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted",
-        "CPU, CUDA from 8.0",
-    ),
-    "q8": Format(8, "8-bit values, a bf16 scale for every row", "CPU, CUDA from 8.0"),
-    "nf4": Format(
-        4.127, "4-bit normal floats, an 8-bit scale for every 64", "CPU, CUDA", "bitsandbytes"
-    ),
-    "int8": Format(8, "8-bit values, a float32 scale for every row", "CPU, CUDA", "bitsandbytes"),
+    "q4": Format(5),  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
+    "q8": Format(8),  # 8-bit values, a bf16 scale for every row
+    "nf4": Format(4.127, "bitsandbytes"),  # 4-bit normal floats, an 8-bit scale for every 64
+    "int8": Format(8, "bitsandbytes"),  # 8-bit values, a float32 scale for every row
 }
 
 
@@ -71,8 +61,8 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         bnb.require(f"quantize: {found}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
-        runs = f"expected {FORMATS[name].runs}; nf4 runs"
-        raise ParameterError("quantize", f"{found} on a GPU of compute capability {seen}, {runs}")
+        problem = f"on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
+        raise ParameterError("quantize", f"{found} {problem}")
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -87,46 +77,48 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     """
     N, K = weight.shape
     if name == "q8":
-        return Q8Linear(*round_rows(weight), bias, weight.dtype)
+        return Q8Linear(weight, bias)
     if name == "q4":
-        return None if K % GROUP else Q4Linear(*fit(weight), bias, weight.dtype)
+        if K % GROUP:
+            return None
+        return Q4Linear(*in_chunks(fit, weight), bias, weight.dtype)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
 
 
+@dataclass
 class Replacer:
-    """Make the quantized layers of one model, one at a time, while its tensors are read."""
+    """Make the quantized layers of one model, one at a time, while its tensors are read.
 
-    def __init__(
-        self, source: Any, device: torch.device, dtype: torch.dtype, quantize: str | None
-    ) -> None:
-        """`source` has `read` and `blocks` of tensors; `quantize` None keeps a GGUF file's blocks.
+    `source` has `read` and `blocks` of tensors; `quantize` None keeps a GGUF file's blocks. Blocks
+    are kept in a 16-bit model, where q4's kernels run.
+    """
 
-        Blocks are kept in a 16-bit model, where q4's kernels run.
-        """
-        self.source, self.device, self.dtype, self.quantize = source, device, dtype, quantize
-        runs = dtype.itemsize == 2 and has_kernels(device)
-        self.keeps_blocks = runs and quantize in (None, "q4", "q8")
-        self.made: list[nn.Module | None] = []  # None for a matrix of sizes that do not divide
+    source: Any
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str | None
+    # None for a matrix of sizes that do not divide.
+    made: list[nn.Module | None] = field(default_factory=list)
 
     def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
         """Return the layer to put in place of `module`; None keeps it in 16 or 32 bits."""
         if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
             return None
         key = f"{name}.weight"
-        blocks = self.source.blocks(key) if self.keeps_blocks else None
+        runs = self.dtype.itemsize == 2 and has_kernels(self.device)
+        keeps = runs and self.quantize in (None, "q4", "q8")
+        blocks: Any = self.source.blocks(key) if keeps else None
         if blocks is None and self.quantize is None:
             return None
         bias = None
         if module.bias is not None:
             bias = self.source.read(f"{name}.bias", self.dtype).to(self.device)
-        if blocks is not None and (self.quantize is None or blocks[2] is not None):
-            parts: Any = (part if part is None else part.to(self.device) for part in blocks)
-            values, scale, minimum = parts
-            self.made.append(kept(values, scale, minimum, bias, self.dtype))
+        if self.quantize is None or (blocks is not None and blocks[2] is not None):
+            parts: Any = [part if part is None else part.to(self.device) for part in blocks]
+            self.made.append(kept(*parts, bias, self.dtype))
         else:
-            assert self.quantize is not None
             weight = self.source.read(key, self.dtype).to(self.device)
             self.made.append(quantized(self.quantize, weight, bias))
         return self.made[-1]
@@ -142,26 +134,31 @@ class Replacer:
                 "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
                 *(model.name, self.made.count(None), self.quantize),
             )
-        ours = any(isinstance(layer, QuantizedLinear) for layer in self.made)
-        if ours and model.lm_head is None:
+        if model.lm_head is None and any(isinstance(new, QuantizedLinear) for new in self.made):
             model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
         if any(self.made):
             model._apply = refuse_to_move
 
 
-def kept(
-    values: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> nn.Module:
+def kept(values: Tensor, scale: Tensor, minimum: Tensor | None, *bias_and_dtype: Any) -> nn.Module:
     """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
 
     Q4_0 and Q4_1: values · scale + minimum, scale and minimum (N, G). Q8_0: `minimum` is None.
     """
     if minimum is not None:
-        return Q4Linear(values, scale, minimum + 8 * scale, bias, dtype)
-    return Q8GroupLinear(values, scale, bias, dtype)
+        return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
+    halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
+    scales, zeros = torch.cat([16 * scale, scale], 1), torch.cat([0 * scale, 8 * scale], 1)
+    return Q8GroupLinear(halves, scales, zeros, *bias_and_dtype)
 
 
 # -- from weights to values ---------------------------------------------------------------
+
+
+def in_chunks(function: Any, weight: Tensor) -> Any:
+    """Return what `fit` or `round_rows` does, computed in chunks of rows that stay in the cache."""
+    parts = map(function, weight.split(2**18 // weight.shape[1]))
+    return map(torch.cat, zip(*parts, strict=True))
 
 
 def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,55 +169,47 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     and zero, and larger weights count more: rounding and weighted least squares in turn, from the
     full range and from a narrower one. The best of all is kept, by the error of what is stored.
     """
-    # In chunks, because what stays in the cache is fast.
-    parts = [_fit(part) for part in weight.split(max(1, 2**18 // weight.shape[1]))]
-    values, scale, zero = map(torch.cat, zip(*parts, strict=True))
-    return values, scale, zero
-
-
-def _fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = weight.float().view(-1, GROUP)  # (N · G, 32)
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    low, high = x.aminmax(dim=-1, keepdim=True)
     importance = x.square().mean(-1, keepdim=True).sqrt() + x.abs()
     importance /= importance.sum(-1, keepdim=True).clamp_min(1e-30)
-    mean = (importance * x).sum(-1, keepdim=True)
+
+    def mean(y: Tensor) -> Tensor:
+        return (importance * y).sum(-1, keepdim=True)
+
     grids = []
     for share in (1.0, 0.92):
         scale = ((high - low) * share / 15).clamp_min(1e-30)
         zero = (low + high + scale) / 2  # the middle of the range is between the values 7 and 8
         grids.append((scale, zero))
         for _ in range(2):
-            values = _nearest(x, scale, zero) - 8
-            centre = (importance * values).sum(-1, keepdim=True)
+            values = _nearest(x, scale, zero)
+            centre = mean(values)
             values -= centre
-            slope = (importance * values * (x - mean)).sum(-1, keepdim=True)
-            slope /= (importance * values.square()).sum(-1, keepdim=True).clamp_min(1e-30)
+            slope = mean(values * (x - mean(x))) / mean(values.square()).clamp_min(1e-30)
             scale = torch.where(slope > 1e-30, slope, scale)
-            zero = mean - scale * centre
+            zero = mean(x) - scale * centre
         grids.append((scale, zero))
     # What is stored, (4, N · G, 1).
     scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
-    off = (_nearest(x, scale, zero) - 8) * scale + zero - x
-    best = (importance * off.square()).sum(-1, keepdim=True).argmin(0, keepdim=True)
+    error = _nearest(x, scale, zero) * scale + zero - x
+    best = mean(error.square()).argmin(0, keepdim=True)
     scale, zero = (grid.gather(0, best)[0] for grid in (scale, zero))  # (N · G, 1)
-    values = _nearest(x, scale, zero).to(torch.uint8).view(weight.shape)  # (N, K)
+    values = (_nearest(x, scale, zero) + 8).to(torch.uint8).view(weight.shape)  # (N, K)
     return values, scale.view(len(weight), -1), zero.view(len(weight), -1)  # (N, G)
 
 
 def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return the value 0 … 15 of each weight that is nearest to it, as float32."""
-    return ((x - zero) / scale).round_().add_(8).clamp_(0, 15)
+    """Return the value −8 … 7 of each weight that is nearest to it, as float32."""
+    return ((x - zero) / scale).round_().clamp_(-8, 7)
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return values int8 (N, K) and scale bf16 (N,), so that values · scale is near `weight`."""
-    parts = []
-    for part in weight.split(4096):  # in chunks, because they are widened
-        x = part.float()
-        scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
-        parts.append(((x / scale).round_().clamp_(-127, 127).to(torch.int8), scale[:, 0]))
-    values, scale = map(torch.cat, zip(*parts, strict=True))
-    return values, scale
+    x = weight.float()
+    scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
+    # Below 127.5: rounding to bf16 makes the scale smaller by less than a part in 256.
+    return (x / scale).round_().to(torch.int8), scale[:, 0]
 
 
 # -- the layers ---------------------------------------------------------------------------
@@ -284,10 +273,8 @@ class QuantizedLinear(nn.Module):
 class Q4Linear(QuantizedLinear):
     """Values 0 … 15 (N, K), scale and zero (N, G): W = (values − 8) · scale + zero by group."""
 
-    def __init__(
-        self, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__(values.shape, bias, dtype)
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, *bias_and_dtype: Any) -> None:
+        super().__init__(values.shape, *bias_and_dtype)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
         # In chunks, because packing needs the values as 32-bit integers.
         self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
@@ -301,8 +288,9 @@ class Q4Linear(QuantizedLinear):
 
     def unpack(self) -> Iterator[Tensor]:
         if self.order is None:  # only the kernel knows the order: multiply W by the unit vectors
-            units = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
-            yield torch.cat([self.multiply(part) for part in units.split(512)]).T
+            units = torch.eye(len(self.scales) * GROUP).to(self.scales)
+            products = [multiply4(part, self.packed, self.scales) for part in units.split(512)]
+            yield torch.cat(products).T[: self.out_features]
             return
         for start in range(0, self.out_features, self.chunk_rows):
             chunk = slice(start, start + self.chunk_rows)
@@ -310,30 +298,24 @@ class Q4Linear(QuantizedLinear):
             yield part[: self.out_features - start]
 
 
-class Q8GroupLinear(QuantizedLinear):
+class Q8GroupLinear(Q4Linear):
     """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
 
     torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
-    4 bits (N, 2 K) holds all high parts and then all low ones.
+    4 bits (N, 2 K) holds all high parts and then all low ones: see `kept`.
     """
 
-    def __init__(
-        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__(values.shape, bias, dtype)
-        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
-        scales = torch.cat([16 * scale, scale], 1)
-        zeros = torch.cat([0 * scale, 8 * scale], 1)
-        # In a tuple, so that it is not a module with weights of its own.
-        self.halves = (Q4Linear(halves, scales, zeros, None, dtype),)
-        self.max_kernel_rows = self.halves[0].max_kernel_rows
+    def __init__(self, *halves: Any) -> None:
+        super().__init__(*halves)
+        self.in_features //= 2
 
     def multiply(self, rows: Tensor) -> Tensor:
-        return self.halves[0].multiply(rows.repeat(1, 2))
+        return super().multiply(rows.repeat(1, 2))
 
     def unpack(self) -> Iterator[Tensor]:
-        for part in self.halves[0].unpack():
-            yield part[:, : self.in_features] + part[:, self.in_features :]
+        for part in super().unpack():
+            high, low = part.chunk(2, 1)
+            yield high + low
 
 
 class Q8Linear(QuantizedLinear):
@@ -344,19 +326,18 @@ class Q8Linear(QuantizedLinear):
     2026-11-29), and it needs a second activation row to be as exact.
     """
 
-    def __init__(
-        self, values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__(values.shape, bias, dtype)
-        kind = values.device.type
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape, bias, weight.dtype)
+        self.values, scale = in_chunks(round_rows, weight)
         # CUDA's kernel would convert them at every call.
-        self.values, self.scale = values, scale if values.is_cpu else scale.float()
+        self.scale = scale if weight.is_cpu else scale.float()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
-            "aten::_weight_int8pack_mm", kind.upper()
+            "aten::_weight_int8pack_mm", weight.device.type.upper()
         )
         # The CPU's kernel reads beyond rows whose length is not a multiple of its vectors.
         if has_kernel and self.in_features % 16 == 0:
-            self.max_kernel_rows = MAX_INT8_ROWS[kind]
+            # CUDA's kernel computes 16 rows in the time of one.
+            self.max_kernel_rows = 64 if weight.is_cpu else 16
 
     def multiply(self, rows: Tensor) -> Tensor:
         kernel = torch.ops.aten._weight_int8pack_mm

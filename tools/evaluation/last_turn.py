@@ -12,7 +12,7 @@ from minimas import LM, KVCache, Qwen3, Tokenizer
 from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import ChatLayout
-from minimas.nll import Loss, PrefillOnce, losses
+from minimas.nll import Loss, PrefillOnce, losses_after
 from minimas.results import AgentTrace, Result, finish
 from minimas.teams import Agent, Team
 from minimas.text.tokenizer import Turn
@@ -98,7 +98,7 @@ class LastTurn:
         `memory` replaces the KV cache that it gets.
         """
         turn = self.turn if memory is None else self.turn._replace(cache=memory)
-        return losses(turn, texts)
+        return losses_after(turn.run, *turn.prefill(), texts)
 
 
 def slots(memory: KVCache) -> list[int]:
