@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from minimas import LM, Watcher, __version__, load, text_mas
+from minimas import LM, __version__, load, text_mas
 from minimas.__main__ import main
+from minimas.results import Event, Piece
 from minimas.text.generate import Sampling
 
 from .models import TINY, tiny_model, write_folder
@@ -147,18 +148,12 @@ def test_agents_who_pass_text_show_their_speed(
     assert re.search(r"planner: \d+ prompt tokens: \d+ tokens \[.* tokens/s\]", said), said
 
 
-def test_a_watcher_hears_of_every_token(folder: Path) -> None:
-    class Count(Watcher):
-        tokens = 0
-
-        def generated(self) -> None:
-            self.tokens += 1
-
-    count = Count()
-    results = text_mas(
-        load(folder), ["one?", "two?"], sampling=Sampling(max_new_tokens=5), watcher=count
-    )
-    assert count.tokens == sum(result.usage.output_tokens for result in results) == 40
+def test_an_event_tells_of_every_token(folder: Path) -> None:
+    events: list[Event] = []
+    how = {"sampling": Sampling(max_new_tokens=5), "on_event": events.append}
+    results = text_mas(load(folder), ["one?", "two?"], **how)  # type: ignore[arg-type]
+    pieces = sum(isinstance(event, Piece) for event in events)
+    assert pieces == sum(result.usage.output_tokens for result in results) == 40
 
 
 def test_compiling_is_announced_and_billed_apart(
@@ -166,7 +161,7 @@ def test_compiling_is_announced_and_billed_apart(
 ) -> None:
     """The first agent was billed for half a minute in which it did nothing."""
 
-    def loaded(name: str, device: str, dtype: str, quantize: None, compile: bool) -> LM:
+    def loaded(name: str, device: str, dtype: str, quantize: None, compile: bool, _: bool) -> LM:
         assert compile
         return load(name, device, dtype, quantize)
 
