@@ -116,11 +116,15 @@ class Report:
             f"{self.latent_steps} latent steps per agent, at most {self.max_new_tokens} generated "
             "tokens"
         )
-        title = f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
-        table = [f"{title}{'tokens':>7}{'ended':>7}"]
+        table = [
+            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
+            f"{'tokens':>7}{'ended':>7}"
+        ]
         for arm in self.arms:
-            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
-            table.append(f"{row}{arm.tokens:>7.1f}{arm.ended:>7.0%}")
+            table.append(
+                f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
+                f"{arm.tokens:>7.1f}{arm.ended:>7.0%}"
+            )
         return [sample, *table, self.verdict, f"recommended: {self.command}"]
 
 

@@ -84,12 +84,25 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
-    settings = {"model": args.model, "method": args.method, "layout": "chat", **options}
-    if options.get("team", "").endswith(".json"):
-        options["team"] = Team.from_json(args.team).with_layout(args.layout)
+    if args.team and args.team.endswith(".json"):
+        Team.from_json(args.team).with_layout(args.layout)  # raises before a model loads
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
+    sampling = replace(lm.sampling, **changed)
+    settings = {
+        "model": args.model,
+        "method": args.method,
+        "layout": "chat",
+        **options,
+        "sampling": asdict(sampling),
+        "memory": args.memory,
+        "quantization": args.quantize,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": str(lm.model.device),
+        "versions": {"minimas": __version__, "torch": torch.__version__},
+    }
+    options["sampling"] = sampling
     if "team" in options:
         options["team"] = agents.choose_team(lm, options["team"]).with_layout(args.layout)
     if "layout" in options:
@@ -97,15 +110,6 @@ def run_ask(args: Namespace) -> None:
         lm.aligner(options["align"])  # raises for a wrong kind or file
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
-    options["sampling"] = replace(lm.sampling, **changed)
-    settings |= {
-        "sampling": asdict(options["sampling"]),
-        "memory": args.memory,
-        "quantization": args.quantize,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "device": str(lm.model.device),
-        "versions": {"minimas": __version__, "torch": torch.__version__},
-    }
     known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
     if args.model == TINY and not all(known):
         say(args, f"minimas: {prompts.TINY_HINT}")
@@ -124,15 +128,21 @@ def answer(
         began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
         method(lm, ["How" + " many" * n for n in range(len(groups[0][1]))], **options | short)
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
-    options["keep_memory"] = args.save_memory is not None
     usages: list[Usage] = []
     for kind, batch in groups:
         lens = Lens(lm, args.show_thoughts) if args.show_thoughts else None
         screen = Screen(args, batch, len(usages), len(rows), lens)
-        options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
         results: list[Result] = []
         try:
-            results = method(lm, [row["question"] for row in batch], on_event=screen, **options)
+            results = method(
+                lm,
+                [row["question"] for row in batch],
+                choices=[row.get("choices") for row in batch],
+                kind=kind,
+                on_event=screen,
+                keep_memory=bool(args.save_memory),
+                **options,
+            )
         finally:
             screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
         usages += [result.usage for result in results]

@@ -30,7 +30,8 @@ def remember(
     `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
     exceeds the model's context.
     """
-    if lm.tokenizer is None:
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
         raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
     if not isinstance(text, str) or not text.strip() or not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
@@ -40,12 +41,12 @@ def remember(
     if role == "plain":
         opened, closing = Turn(text, ((0, len(text)),)), Turn("")
     elif role == "agent":
-        opened, closing = lm.tokenizer.turn(text, last=False), Turn(lm.tokenizer.turn_end)
+        opened, closing = tokenizer.turn(text, last=False), Turn(tokenizer.turn_end)
     elif role in ("user", "system"):
-        opened, closing = lm.tokenizer.message(text, role)
+        opened, closing = tokenizer.message(text, role)
     else:
         raise ParameterError("role", f"found {role!r}, expected user, system, agent or plain")
-    ids, end = lm.tokenizer.encode_turn(opened), lm.tokenizer.encode_turn(closing)
+    ids, end = tokenizer.encode_turn(opened), tokenizer.encode_turn(closing)
     needed, limit = len(ids) + latent_steps + len(end), lm.model.config.max_position_embeddings
     if needed > limit:
         problem = f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context"

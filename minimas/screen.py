@@ -55,8 +55,8 @@ class Screen:
         lens: Lens | None = None,
     ) -> None:
         self.args, self.batch, self.lens = args, batch, lens
-        numbers = range(first + 1, first + 1 + len(batch))
-        self.labels = [f"[{number}/{total}] " if total > 1 else "" for number in numbers]
+        numbered = enumerate(batch, start=first + 1)
+        self.labels = [f"[{number}/{total}] " if total > 1 else "" for number, _ in numbered]
         self.label = "to ".join(dict.fromkeys([self.labels[0], self.labels[-1]]))
         self.streams = len(batch) == 1 and not args.json
         self.gap = "\n" if first else ""  # between two answers
@@ -65,7 +65,7 @@ class Screen:
 
     def __call__(self, event: Event) -> None:
         """Show one event of a method."""
-        if self.lens is not None:
+        if self.lens:
             self.lens(event)
         if isinstance(event, AgentStart):
             steps = event.latent_steps
@@ -84,7 +84,7 @@ class Screen:
             for start in range(0, len(event.traces), len(self.batch)):
                 traces = event.traces[start : start + len(self.batch)]
                 say(self.args, bill(self.label + traces[0].name, traces))
-                if self.lens is not None:
+                if self.lens:
                     self._show_thoughts(self.lens.rows[start - len(event.traces) :])
         else:
             self.bar.update()
@@ -96,11 +96,10 @@ class Screen:
                     self.gap = ""
 
     def _show_thoughts(self, rows: list[list[ThoughtView]]) -> None:
+        width = len(self.labels[-1])
         for label, thoughts in zip(self.labels, rows, strict=False):
             for number, thought in enumerate(thoughts, start=1):
-                line = (
-                    f"  {label:>{len(self.labels[-1])}}{number:>3}  entropy {thought.entropy:5.2f}"
-                )
+                line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
                 for text, chance in thought.tokens:
                     line += f" {chance:4.0%} {text!r:<12.12}"
                 say(self.args, disp_trim(line, get_terminal_size().columns))
@@ -116,7 +115,7 @@ class Screen:
                 record = {"id": row.get("id")} | asdict(replace(result, memory=None)) | settings
                 record |= {"latent_steps": self.steps, "usage": asdict(result.usage)}
                 record["question"] = row["question"]
-                if self.lens is not None:
+                if self.lens:
                     own = self.lens.rows[i :: len(self.batch)]
                     record["thoughts"] = [[one._asdict() for one in agent] for agent in own]
                 print(json.dumps(record, default=str), flush=True)
