@@ -84,8 +84,9 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
-    if args.team and args.team.endswith(".json"):
-        Team.from_json(args.team).with_layout(args.layout)  # raises before a model loads
+    team = options.get("team", "")
+    if team.endswith(".json"):
+        team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
@@ -103,8 +104,8 @@ def run_ask(args: Namespace) -> None:
         "versions": {"minimas": __version__, "torch": torch.__version__},
     }
     options["sampling"] = sampling
-    if "team" in options:
-        options["team"] = agents.choose_team(lm, options["team"]).with_layout(args.layout)
+    if team:
+        options["team"] = agents.choose_team(lm, team).with_layout(args.layout)
     if "layout" in options:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
