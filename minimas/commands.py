@@ -104,7 +104,7 @@ def run_ask(args: Namespace) -> None:
         "versions": {"minimas": __version__, "torch": torch.__version__},
     }
     options["sampling"] = sampling
-    if team:
+    if "team" in options:
         options["team"] = agents.choose_team(lm, team).with_layout(args.layout)
     if "layout" in options:
         settings["layout"] = options["team"].layout

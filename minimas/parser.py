@@ -31,12 +31,14 @@ ASK = """answer a question with a team of agents
 --memory          files   KV cache of `remember` to start after; several are joined in order
 --save-memory     text    write the KV cache after the answer to this file
 --show-thoughts   top     the K likeliest tokens of each thought (K: 3); after QUESTION
+--json            yes     one JSON object per result on stdout
 --compile         yes     faster steps after a warm-up of up to a minute
 """
 CHECK = """measure what a hand-over does to a model's answers
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --layout          turn,chat  (default: the team's)
 --latent-steps    ≥1=10   of each agent (default: %(default)s)
+--json            yes     one JSON object per result on stdout
 """
 REMEMBER = """prefill a text once, and write its KV cache to a file
 text              file    a text file, or - for stdin
@@ -57,7 +59,6 @@ RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
 --dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
 --device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
---json            yes     one JSON object per result on stdout
 --quiet           yes     print nothing but errors on stderr
 --debug           yes     show a traceback with an error
 """
