@@ -106,8 +106,8 @@ class Report:
     max_new_tokens: int
     questions: int
     arms: list[ArmReport]
-    verdict: str = ""
-    command: str = ""
+    verdict: str
+    command: str
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -116,11 +116,15 @@ class Report:
             f"{self.latent_steps} latent steps per agent, at most {self.max_new_tokens} generated "
             "tokens"
         )
-        title = f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
-        table = [f"{title}{'tokens':>7}{'ended':>7}"]
+        table = [
+            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
+            f"{'tokens':>7}{'ended':>7}"
+        ]
         for arm in self.arms:
-            row = f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
-            table.append(f"{row}{arm.tokens:>7.1f}{arm.ended:>7.0%}")
+            table.append(
+                f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
+                f"{arm.tokens:>7.1f}{arm.ended:>7.0%}"
+            )
         return [sample, *table, self.verdict, f"recommended: {self.command}"]
 
 
@@ -148,21 +152,21 @@ def check(
     base, _ = found["prompts only"]
     n, arms = len(QUESTIONS), []
     for name, (nlls, tokens) in found.items():
-        rise = interval([nll - other for nll, other in zip(nlls, base, strict=True)])
+        rises = [nll - other for nll, other in zip(nlls, base, strict=True)]
+        difference = None if nlls is base else interval(rises)
         ended = sum(count < MAX_NEW_TOKENS for count in tokens) / n
-        difference = None if nlls is base else rise
         arms.append(ArmReport(name, sum(nlls) / n, difference, sum(tokens) / n, ended))
-    report = Report(lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, n, arms)
-    verdict, flags = judge(report)
+    verdict, flags = judge(team.layout, arms)
     command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
-    return replace(report, verdict=verdict, command=command)
+    sizes = latent_steps, MAX_NEW_TOKENS, n
+    return Report(lm.model.name, team.layout, *sizes, arms, verdict, command)
 
 
 def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(finish(hand_over(run), run.on_event)).prefill()
     losses = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
-    how: Any = GREEDY, run.end_ids, run.generators, [[] for _ in QUESTIONS]
+    how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(QUESTIONS)
     answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
     return [loss.mean for [loss] in losses], [len(answer.ids) for answer in answers]
 
@@ -174,31 +178,26 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - error, mean + error)
 
 
-def judge(report: Report) -> tuple[str, str]:
+def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
     """Return the verdict in one sentence, and the flags of the recommended command line."""
-    alone, prompts, ridge, prenorm = report.arms
-    sample = f"On {report.questions} questions in layout {report.layout}:"
-
-    def short(arm: ArmReport) -> bool:
-        return arm.tokens < SHORT * alone.tokens
-
-    def harms(arm: ArmReport) -> bool:
-        rise = arm.difference
-        return short(arm) or (rise is not None and rise.low > 0 and rise.mean > HARM)
-
+    alone, prompts, *mapped = arms
+    sample, shortest = f"On {len(QUESTIONS)} questions in layout {layout}:", SHORT * alone.tokens
     lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
-    if short(prompts):
+    if prompts.tokens < shortest:
         return (
             f"{sample} the cache of the prompts alone makes answers short ({lengths}), "
             "so their reasoning is lost.",
-            "--layout turn " if report.layout == "chat" else "--method single ",
+            "--layout turn " if layout == "chat" else "--method single ",
         )
-    thoughts = [
-        f"{name} {'harms' if harms(arm) else 'shows no harm'} "
-        f"({arm.difference} nats per token, {arm.tokens:.0f} tokens)"
-        for name, arm in (("the paper's map", ridge), ("prenorm", prenorm))
-    ]
-    flags = f"--layout {report.layout} "
-    if harms(ridge):
-        flags += "--latent-steps 0 " if harms(prenorm) else "--align prenorm "
-    return f"{sample} answers keep their length ({lengths}); {'; '.join(thoughts)}.", flags
+    said, harms = f"{sample} answers keep their length ({lengths})", []
+    for name, arm in zip(("the paper's map", "prenorm"), mapped, strict=True):
+        rise: Any = arm.difference  # only "prompts only" has none
+        harms.append(arm.tokens < shortest or (rise.low > 0 and rise.mean > HARM))
+        said += (
+            f"; {name} {'harms' if harms[-1] else 'shows no harm'} "
+            f"({rise} nats per token, {arm.tokens:.0f} tokens)"
+        )
+    flags = f"--layout {layout} "
+    if harms[0]:
+        flags += "--latent-steps 0 " if harms[1] else "--align prenorm "
+    return f"{said}.", flags

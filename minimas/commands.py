@@ -21,19 +21,21 @@ from .check import QUESTIONS, check
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .info import describe
-from .load import TINY, load
+from .lens import Lens
+from .load import LM, TINY, load
 from .memory import remember
 from .results import Result, Usage
-from .rows import batches, read_rows
+from .rows import Row, batches, read_input, read_rows
 from .screen import Screen, bill, say
 from .streams import silence
 from .teams import Team
 from .text.generate import Sampling
-from .text.tokenizer import is_text, read_text
+from .text.tokenizer import is_text
 
 # These flags belong to some methods only: those that have a parameter of this name.
 TEAM_FLAGS = ("team", "latent_steps", "align", "transfer", "layout")
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "max_new_tokens")
+POSITIONAL = {"question": "QUESTION", "text": "FILE"}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
 
@@ -63,7 +65,7 @@ def report_error(error: Exception, args: Namespace) -> int:
     text, status = " ".join(str(error).split()) or type(error).__name__, 1
     if isinstance(error, ParameterError) and hasattr(args, error.parameter):
         flag = f"--{error.parameter.replace('_', '-')}"
-        text = f"{'QUESTION' if error.parameter == 'question' else flag}: {error.problem}"
+        text = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}"
         status = 2
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
@@ -74,8 +76,7 @@ def report_error(error: Exception, args: Namespace) -> int:
 
 def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
-    options, method = method_options(args), getattr(agents, args.method)
-    flags = vars(args).items()
+    options, flags = method_options(args) | {"seed": args.seed}, vars(args).items()
     changed = {name: value for name, value in flags if name in SAMPLING_FLAGS and value is not None}
     Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
@@ -83,52 +84,71 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
-    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
-    groups = batches(rows, args.kind, size)
-    settings = {"model": args.model, "method": args.method, "layout": "chat", **options}
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
     lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
-    if team:
-        options["team"] = agents.choose_team(lm, team).with_layout(args.layout)
-    if "layout" in options:
-        settings["layout"] = options["team"].layout
-        lm.aligner(options["align"])  # raises for a wrong kind or file
-    options |= {"sampling": replace(lm.sampling, **changed), "seed": args.seed}
-    settings |= {"sampling": asdict(options["sampling"]), "seed": args.seed}
-    settings |= {
+    sampling = replace(lm.sampling, **changed)
+    settings = {
+        "model": args.model,
+        "method": args.method,
+        "layout": "chat",
+        **options,
+        "sampling": asdict(sampling),
+        "memory": args.memory,
         "quantization": args.quantize,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.model.device),
         "versions": {"minimas": __version__, "torch": torch.__version__},
     }
+    options["sampling"] = sampling
+    if "team" in options:
+        options["team"] = agents.choose_team(lm, team).with_layout(args.layout)
+    if "layout" in options:
+        settings["layout"] = options["team"].layout
+        lm.aligner(options["align"])  # raises for a wrong kind or file
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
-    options["keep_memory"] = args.save_memory is not None
     known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
     if args.model == TINY and not all(known):
         say(args, f"minimas: {prompts.TINY_HINT}")
+    answer(args, lm, rows, options, settings)
+
+
+def answer(
+    args: Namespace, lm: LM, rows: list[Row], options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Answer the questions batch by batch. Each answer is printed before the next batch begins."""
+    method = getattr(agents, args.method)
+    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
+    groups = batches(rows, args.kind, size)
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
         began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
         method(lm, ["How" + " many" * n for n in range(len(groups[0][1]))], **options | short)
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
     usages: list[Usage] = []
-    results: list[Result] = []
     for kind, batch in groups:
-        screen = Screen(args, batch, len(usages), len(rows))
-        options |= {"kind": kind, "choices": [row.get("choices") for row in batch]}
-        results = []
+        lens = Lens(lm, args.show_thoughts) if args.show_thoughts else None
+        screen = Screen(args, batch, len(usages), len(rows), lens)
+        results: list[Result] = []
         try:
-            results = method(lm, [row["question"] for row in batch], on_event=screen, **options)
+            results = method(
+                lm,
+                [row["question"] for row in batch],
+                choices=[row.get("choices") for row in batch],
+                kind=kind,
+                on_event=screen,
+                keep_memory=bool(args.save_memory),
+                **options,
+            )
         finally:
             screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
         usages += [result.usage for result in results]
-    if results[0].memory is not None:
-        results[0].memory.save(args.save_memory)
+        if results[0].memory is not None:
+            results[0].memory.save(args.save_memory)
     say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
 
 
@@ -158,7 +178,7 @@ def read_question(text: str) -> str:
 
 def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
-    text = read_question("-") if args.text == "-" else read_text(Path(args.text))
+    text = read_input(Path(args.text))
     lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
     memory = remember(lm, text, args.latent_steps, args.align, args.role)
     memory.save(args.out)

@@ -37,7 +37,10 @@ class AgentView(NamedTuple):
 
 
 class Lens:
-    """Collects the thoughts of a call; `agents` has one view per agent, in order."""
+    """Collects the thoughts of a call; `agents` has one view per agent, in order.
+
+    `rows` has one list of thoughts for each trace of the events `AgentEnd`, in their order.
+    """
 
     def __init__(self, lm: LM, top: int = 3) -> None:
         """`top` is the number of tokens per thought."""
@@ -46,6 +49,7 @@ class Lens:
         self.model, self.backend, self.top = lm.model, lm.tokenizer.backend, top
         self.size = lm.tokenizer.size  # rows of the embedding that no token has are not shown
         self.agents: list[AgentView] = []
+        self.rows: list[list[ThoughtView]] = []
         self._thoughts: list[Thought] = []
 
     def __call__(self, event: Event) -> None:
@@ -53,12 +57,12 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            rows = self._views()
+            rows = self._views() or [[] for _ in event.traces]
+            self.rows += rows
             names = list(dict.fromkeys(trace.name for trace in event.traces))
             questions = len(event.traces) // len(names)
             for i, name in enumerate(names):
-                own = rows[i * questions : (i + 1) * questions]
-                self.agents.append(AgentView(name, own or [[] for _ in range(questions)]))
+                self.agents.append(AgentView(name, rows[i * questions : (i + 1) * questions]))
             self._thoughts = []
 
     @torch.no_grad()

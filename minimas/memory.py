@@ -14,8 +14,6 @@ from .load import LM
 from .text.tokenizer import Turn, is_text
 from .turns import Align
 
-ROLES = ("user", "system", "agent", "plain")
-
 
 def remember(
     lm: LM,
@@ -32,26 +30,27 @@ def remember(
     `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
     exceeds the model's context.
     """
-    if lm.tokenizer is None:
+    tokenizer = lm.tokenizer
+    if tokenizer is None:
         raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
-    if role not in ROLES:
-        raise ParameterError("role", f"found {role!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(text, str) or not text.strip() or not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
     if type(latent_steps) is not int or latent_steps < 0:
-        found = f"found {latent_steps!r}, expected a whole number, 0 or more"
-        raise ParameterError("latent_steps", found)
+        problem = f"found {latent_steps!r}, expected a whole number, 0 or more"
+        raise ParameterError("latent_steps", problem)
     if role == "plain":
         opened, closing = Turn(text, ((0, len(text)),)), Turn("")
     elif role == "agent":
-        opened, closing = lm.tokenizer.turn(text, last=False), Turn(lm.tokenizer.turn_end)
+        opened, closing = tokenizer.turn(text, last=False), Turn(tokenizer.turn_end)
+    elif role in ("user", "system"):
+        opened, closing = tokenizer.message(text, role)
     else:
-        opened, closing = lm.tokenizer.message(text, role)
-    ids, end = lm.tokenizer.encode_turn(opened), lm.tokenizer.encode_turn(closing)
+        raise ParameterError("role", f"found {role!r}, expected user, system, agent or plain")
+    ids, end = tokenizer.encode_turn(opened), tokenizer.encode_turn(closing)
     needed, limit = len(ids) + latent_steps + len(end), lm.model.config.max_position_embeddings
     if needed > limit:
-        found = f"found {needed:,} tokens and thoughts"
-        raise ParameterError("text", f"{found}, expected {limit:,} or fewer, the context")
+        problem = f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context"
+        raise ParameterError("text", problem)
     cache = lm.model.new_cache(1)
     hidden = prefill(lm.model, [ids], cache)
     if latent_steps:

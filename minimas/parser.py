@@ -30,16 +30,18 @@ ASK = """answer a question with a team of agents
 --seed -s         ≥0=0    (default: %(default)s)
 --memory          files   KV cache of `remember` to start after; several are joined in order
 --save-memory     text    write the KV cache after the answer to this file
---show-thoughts   top     print the K likeliest tokens of each thought (K: 3)
+--show-thoughts   top     the K likeliest tokens of each thought (K: 3); after QUESTION
+--json            yes     one JSON object per result on stdout
 --compile         yes     faster steps after a warm-up of up to a minute
 """
 CHECK = """measure what a hand-over does to a model's answers
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --layout          turn,chat  (default: the team's)
 --latent-steps    ≥1=10   of each agent (default: %(default)s)
+--json            yes     one JSON object per result on stdout
 """
 REMEMBER = """prefill a text once, and write its KV cache to a file
-text              text    a text file, or - for stdin
+text              file    a text file, or - for stdin
 --out             text=memory.safetensors  the file to write (default: %(default)s)
 --model -m        text=weights/tiny  (default: %(default)s)
 --role            user,system,agent,plain=user  of the text in the conversation (default: user)
@@ -57,7 +59,6 @@ RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
 --dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
 --device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
---json            yes     one JSON object per result on stdout
 --quiet           yes     print nothing but errors on stderr
 --debug           yes     show a traceback with an error
 """
@@ -67,20 +68,6 @@ COMMANDS = {
     "check": CHECK + RUNNING,
     "info": INFO,
 }
-VALUES = {
-    "text": {"type": str},
-    "real": {"type": float, "metavar": "X"},
-    "files": {"action": "append", "metavar": "FILE"},
-    "top": {"nargs": "?", "const": 3, "type": int, "metavar": "K"},
-    "yes": {"action": "store_true"},
-    "switch": {"action": argparse.BooleanOptionalAction},
-}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print one line without the usage, and exit with status 2."""
-        self.exit(2, f"minimas: error: {message}\n")
 
 
 def whole_number(low: int, text: str) -> int:
@@ -90,6 +77,23 @@ def whole_number(low: int, text: str) -> int:
             f"found {text!r:.40}, expected a whole number, {low} or more"
         )
     return int(text)
+
+
+VALUES = {
+    "text": {"type": str},
+    "real": {"type": float, "metavar": "X"},
+    "file": {"metavar": "FILE"},
+    "files": {"action": "append", "metavar": "FILE"},
+    "top": {"nargs": "?", "const": 3, "type": partial(whole_number, 1), "metavar": "K"},
+    "yes": {"action": "store_true"},
+    "switch": {"action": argparse.BooleanOptionalAction},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line without the usage, and exit with status 2."""
+        self.exit(2, f"minimas: error: {message}\n")
 
 
 def build_parser() -> Parser:

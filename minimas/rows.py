@@ -58,16 +58,20 @@ def options(choices: Any) -> dict[str, str]:
     raise ValueError(f"choices: found {choices!r:.80}, expected an object, letter: text")
 
 
+def read_input(path: Path) -> str:
+    """Return the text of a file, or of standard input for "-"."""
+    return sys.stdin.read() if str(path) == "-" else read_text(path)
+
+
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a file, or of standard input for "-"; see `checked_row`.
 
     A number with a fraction or an exponent is a Decimal. Raises OSError, or ValueError "FILE: line
     N: FIELD: found X, expected Y", also for a file without rows.
     """
-    text = sys.stdin.read() if str(path) == "-" else read_text(path)
     rows = []
     # Not `splitlines`: U+2028 and U+0085 may stand inside a JSON text.
-    for line, source in enumerate(text.split("\n"), start=1):
+    for line, source in enumerate(read_input(path).split("\n"), start=1):
         try:
             if source.strip():
                 row = json.loads(source, parse_float=number, parse_constant=number)

@@ -7,11 +7,14 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from shutil import get_terminal_size
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.utils import disp_trim
 
+from .lens import Lens, ThoughtView
 from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Usage
 from .rows import Row
 from .streams import silence
@@ -39,13 +42,21 @@ def bill(name: str, usages: Sequence[Usage]) -> str:
 class Screen:
     """Shows one batch: the answer on stdout as it is generated, progress and bills on stderr.
 
-    The batch begins with row number `first`, from 0, of the `total` of a file.
+    The batch begins with row number `first`, from 0, of the `total` of a file. With a `lens`,
+    thoughts are shown too.
     """
 
-    def __init__(self, args: Namespace, batch: list[Row], first: int = 0, total: int = 1) -> None:
-        self.args, self.batch = args, batch
-        numbers = range(first + 1, first + 1 + len(batch))
-        self.labels = [f"[{number}/{total}] " if total > 1 else "" for number in numbers]
+    def __init__(
+        self,
+        args: Namespace,
+        batch: list[Row],
+        first: int = 0,
+        total: int = 1,
+        lens: Lens | None = None,
+    ) -> None:
+        self.args, self.batch, self.lens = args, batch, lens
+        numbered = enumerate(batch, start=first + 1)
+        self.labels = [f"[{number}/{total}] " if total > 1 else "" for number, _ in numbered]
         self.label = "to ".join(dict.fromkeys([self.labels[0], self.labels[-1]]))
         self.streams = len(batch) == 1 and not args.json
         self.gap = "\n" if first else ""  # between two answers
@@ -54,13 +65,18 @@ class Screen:
 
     def __call__(self, event: Event) -> None:
         """Show one event of a method."""
+        if self.lens:
+            self.lens(event)
         if isinstance(event, AgentStart):
             steps = event.latent_steps
             self.steps = max(self.steps, steps)
-            title = f"{self.label}{event.agent}: {event.prompt_tokens} prompt tokens"
-            unit = " steps" if steps else " tokens"
-            hidden = self.args.quiet or None  # None: hidden unless stderr is a terminal
-            self.bar = tqdm(desc=title, total=steps or None, unit=unit, leave=False, disable=hidden)
+            self.bar = tqdm(
+                desc=f"{self.label}{event.agent}: {event.prompt_tokens} prompt tokens",
+                total=steps or None,
+                unit=" steps" if steps else " tokens",
+                leave=False,
+                disable=self.args.quiet or None,  # None: hidden unless stderr is a terminal
+            )
         elif isinstance(event, AgentEnd):
             self.bar.close()
             if self.streams and self.texts[0]:
@@ -68,28 +84,40 @@ class Screen:
             for start in range(0, len(event.traces), len(self.batch)):
                 traces = event.traces[start : start + len(self.batch)]
                 say(self.args, bill(self.label + traces[0].name, traces))
+                if self.lens:
+                    self._show_thoughts(self.lens.rows[start - len(event.traces) :])
         else:
             self.bar.update()
             if isinstance(event, Piece) and event.final:
-                self._add(event)
+                self.texts[event.question] += event.text
+                if self.streams and event.text:
+                    self.bar.close()
+                    print(self.gap + event.text, end="", flush=True)
+                    self.gap = ""
 
-    def _add(self, piece: Piece) -> None:
-        self.texts[piece.question] += piece.text
-        if self.streams and piece.text:
-            self.bar.close()
-            print(self.gap + piece.text, end="", flush=True)
-            self.gap = ""
+    def _show_thoughts(self, rows: list[list[ThoughtView]]) -> None:
+        width = len(self.labels[-1])
+        for label, thoughts in zip(self.labels, rows, strict=False):
+            for number, thought in enumerate(thoughts, start=1):
+                line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
+                for text, chance in thought.tokens:
+                    line += f" {chance:4.0%} {text!r:<12.12}"
+                say(self.args, disp_trim(line, get_terminal_size().columns))
 
     def show(self, results: Sequence[Result], settings: dict[str, Any]) -> None:
         """Print what is not on stdout yet; of a batch without results, the text so far."""
         self.bar.close()
         if not results and any(self.texts):
             results = [Result("", text, None, "interrupted", [AgentTrace()]) for text in self.texts]
-        for row, label, result in zip(self.batch, self.labels, results, strict=False):
+        for i, result in enumerate(results):
+            row, label = self.batch[i], self.labels[i]
             if self.args.json:
-                record = {"id": row.get("id"), **settings, "latent_steps": self.steps}
-                record |= asdict(result)
-                record |= {"question": row["question"], "usage": asdict(result.usage)}
+                record = {"id": row.get("id")} | asdict(replace(result, memory=None)) | settings
+                record |= {"latent_steps": self.steps, "usage": asdict(result.usage)}
+                record["question"] = row["question"]
+                if self.lens:
+                    own = self.lens.rows[i :: len(self.batch)]
+                    record["thoughts"] = [[one._asdict() for one in agent] for agent in own]
                 print(json.dumps(record, default=str), flush=True)
             elif not self.streams or not result.text:
                 print(self.gap + result.text, flush=True)

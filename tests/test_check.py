@@ -74,14 +74,14 @@ def made(
     prompts: float,
     ridge: tuple[float, float, float],
     prenorm: tuple[float, float, float],
-) -> Report:
+) -> tuple[str, list[ArmReport]]:
     arms = [
         ArmReport("no cache", 1.0, Interval(0.0, -0.1, 0.1), 60, 0.1),
         ArmReport("prompts only", 1.0, None, prompts, 0.1),
         ArmReport("20 thoughts, ridge", 1.0, Interval(*ridge), 58, 0.1),
         ArmReport("20 thoughts, prenorm", 1.0, Interval(*prenorm), 58, 0.1),
     ]
-    return Report("M", layout, 20, 64, 6, arms)
+    return layout, arms
 
 
 FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
@@ -99,18 +99,18 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
     ],
 )
 def test_the_recommendation_follows_from_the_measurement(
-    given: Report, flags: str, said: str
+    given: tuple[str, list[ArmReport]], flags: str, said: str
 ) -> None:
     """A bare number as answer, or a loss that certainly rises, is harm; a wide interval is not."""
-    sentence, recommended = judge(given)
+    sentence, recommended = judge(*given)
     assert recommended == flags and said in sentence
     assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
 
 
 def test_short_answers_with_thoughts_are_harm_too() -> None:
-    given = made("turn", 58, FINE, FINE)
-    arms = [*given.arms[:2], replace(given.arms[2], tokens=6), given.arms[3]]
-    assert judge(replace(given, arms=arms))[1] == "--layout turn --align prenorm "
+    layout, arms = made("turn", 58, FINE, FINE)
+    arms[2] = replace(arms[2], tokens=6)
+    assert judge(layout, arms)[1] == "--layout turn --align prenorm "
 
 
 def test_the_command_prints_a_table_or_one_json_object(

@@ -403,6 +403,8 @@ def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.Monkey
             )
         ],
         (["check"], "model"),
+        (["ask", "q", "--team", ""], "--team: found '', expected"),
+        (["remember", "-", "--json"], "--json"),
         (["check", "m", "--layout", "both"], "--layout: .*both.*turn.*chat"),
         (
             ["check", "m", "--latent-steps", "0"],

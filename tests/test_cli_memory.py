@@ -1,0 +1,335 @@
+"""`remember`, `ask --memory`, `--save-memory`, `info` of a memory, and `ask --show-thoughts`.
+
+weights/tiny answers questions about notes that were remembered, as it would in a team of experts.
+"""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimas import KVCache, Team, latent_mas, load, remember
+from minimas.__main__ import main
+
+from .models import TINY, tiny_model, write_folder
+from .text import tiny_tokenizer
+
+EVA = (
+    "Math expert: work it out. Eva has 5 coins. She buys 7 more. She eats 6. She doubles the coins."
+)
+TOM = "Science expert: work it out. Tom has 3 coins. He loses 1. He gets 7 more."
+ASKED = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+READER = {"agents": [{"name": "reader", "prompt": "Summarizer: give the answer. {question}"}]}
+
+
+class Files:
+    """A folder with notes, their memories and a team of one reader; `main` run in this process."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+        self["team.json"].write_text(json.dumps(READER))
+        self["eva.txt"].write_text(EVA)
+        self["tom.txt"].write_text(TOM)
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+    def run(self, *argv: Any) -> tuple[int, str, str]:
+        self.capsys.readouterr()
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            status = stop.code
+        return status, *self.capsys.readouterr()
+
+    def remember(self, note: str, *flags: Any) -> Path:
+        out = self[f"{note}.safetensors"]
+        how = ["--role", "agent", "--latent-steps", 6, "--out", out, "--quiet"]
+        assert self.run("remember", self[f"{note}.txt"], *how, *flags) == (0, "", "")
+        return out
+
+    def read(self, question: str, *flags: Any) -> dict[str, Any]:
+        """Return the record of the reader's answer."""
+        argv = ["ask", question, "--team", self["team.json"], "--json", "--quiet", *flags]
+        status, out, err = self.run(*argv)
+        assert (status, err) == (0, "")
+        record: dict[str, Any] = json.loads(out)
+        return record
+
+    def refused(self, *argv: Any) -> str:
+        """Return the one line with which a command fails before it prints anything."""
+        status, out, err = self.run(*argv)
+        assert status in (1, 2) and out == ""
+        assert re.fullmatch(r"minimas: error: .*\n", err), err
+        return err
+
+
+@pytest.fixture
+def files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Files:
+    return Files(tmp_path, capsys)
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """Another model with the tokenizer of weights/tiny and a context of 300 slots."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=300)
+    return write_folder(tmp_path / "stranger", model, tokenizer=TINY)
+
+
+# -- memories ------------------------------------------------------------------------------------
+
+
+def test_a_remembered_note_is_used_and_not_prefilled_again(files: Files) -> None:
+    """The answer is the one of `memory=`, with fewer prefilled tokens than a question with text."""
+    question = "How many coins does Eva have?"
+    found = files.read(question, "--memory", files.remember("eva"))
+    lm = load()
+    memory = remember(lm, EVA, 6, role="agent")
+    [expected] = latent_mas(lm, [question], Team.from_json(files["team.json"]), memory=memory)
+    assert (found["answer"], found["text"]) == ("Eva 12", expected.text)
+    assert found["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    assert found["memory"] == [str(files["eva.safetensors"])]
+    with_text = files.read(f"{EVA} {question}")
+    assert found["usage"]["prompt_tokens"] < with_text["usage"]["prompt_tokens"] - 20
+    assert files.read(question)["answer"] != "Eva 12" and with_text["memory"] is None
+
+
+@pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
+def test_every_method_starts_after_the_memory(files: Files, method: str) -> None:
+    argv = ["ask", ASKED, "--method", method, "--json", "--quiet", "-n", 4]
+    plain = json.loads(files.run(*argv)[1])
+    used = json.loads(files.run(*argv, "--memory", files.remember("tom"))[1])
+    assert used["agents"][0]["prompt_tokens"] == plain["agents"][0]["prompt_tokens"]
+    assert used["agents"][0]["memory_bytes"] > plain["agents"][0]["memory_bytes"]
+
+
+def test_two_memories_are_joined_in_order(files: Files) -> None:
+    """Each note answers its own question; the second one was rotated to its new place."""
+    both = ["--memory", files.remember("eva"), "--memory", files.remember("tom")]
+    assert files.read("How many coins does Eva have?", *both)["answer"] == "Eva 12"
+    found = files.read("How many coins does Tom have?", *both)
+    lm = load()
+    memory = KVCache.concat([KVCache.load(file, lm.model) for file in both[1::2]])
+    [expected] = latent_mas(
+        lm, ["How many coins does Tom have?"], Team.from_json(files["team.json"]), memory=memory
+    )
+    assert found["answer"] == "Tom 9" and found["text"] == expected.text
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_cache_after_an_answer_is_saved_and_used(files: Files, as_json: bool) -> None:
+    """It is no field of the JSON: it was copied, with its model, to print its address."""
+    saved = files["after.safetensors"]
+    flags = ["--json"] if as_json else []
+    status, out, err = files.run("ask", ASKED, "--save-memory", saved, *flags)
+    assert status == 0 and "total" in err and "KVCache" not in out
+    lm = load()
+    [expected] = latent_mas(lm, [ASKED], keep_memory=True)
+    assert expected.memory is not None
+    assert KVCache.load(saved, lm.model).lengths == expected.memory.lengths
+    again = json.loads(files.run("ask", ASKED, "--memory", saved, "--json", "--quiet")[1])
+    assert again["agents"][0]["memory_bytes"] > expected.memory.nbytes
+
+
+def test_info_describes_the_file_of_a_memory(files: Files) -> None:
+    out = files.remember("eva")
+    lm = load()
+    status, said, err = files.run("info", out)
+    assert (status, err) == (0, "")
+    assert lm.model.name in said and lm.model.fingerprint() in said
+    assert f"1 rows of {KVCache.load(out, lm.model).lengths} slots" in said
+
+
+def test_remember_says_what_it_wrote_unless_it_is_quiet(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Eva has 2 cards."))
+    monkeypatch.chdir(files.folder)
+    status, out, err = files.run("remember", "-")
+    assert (status, out) == (0, "")
+    [slots] = KVCache.load("memory.safetensors", load().model).lengths
+    assert err.startswith(f"memory.safetensors: {slots} slots, ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("role", ["user", "system", "agent", "plain"])
+def test_the_role_and_the_thoughts_are_those_of_python(files: Files, role: str) -> None:
+    flags = ["--role", role, "--latent-steps", 2, "--align", "identity"]
+    lm = load()
+    found = KVCache.load(files.remember("tom", *flags), lm.model)
+    expected = remember(lm, TOM, 2, "identity", role)
+    assert found.lengths == expected.lengths
+    assert float((found.keys[-1] - expected.keys[-1][:, :, : found.lengths[0]]).abs().max()) == 0
+
+
+# -- what is wrong -------------------------------------------------------------------------------
+
+
+def test_a_memory_of_another_model_is_refused_by_name(files: Files, stranger: Path) -> None:
+    path = files.remember("eva")
+    said = files.refused("ask", "q?", "-m", stranger, "--memory", path)
+    assert f"{path}: model: found memory of ('{load().model.name}', " in said
+    assert f"expected ('{stranger}'" in said
+
+
+def test_a_file_that_is_no_memory_is_refused_by_name(files: Files) -> None:
+    load().aligner("identity").save(files["map.safetensors"])
+    for name, problem in (
+        ("none.safetensors", "no such file"),
+        (".", "not a readable safetensors file"),
+        ("eva.txt", "not a readable safetensors file"),
+        ("map.safetensors", "format: found 'minimas-aligner-1', expected 'minimas-memory-1'"),
+    ):
+        path = files[name]
+        assert f"{path}: {problem}" in files.refused("ask", ASKED, "--memory", path)
+    assert str(TINY / "model.safetensors") in files.refused("info", TINY / "model.safetensors")
+    assert "none.safetensors: no such file" in files.refused("info", files["none.safetensors"])
+
+
+def test_one_answer_is_saved_not_many(files: Files) -> None:
+    """Two answers have two caches, and one file would hold the last one only."""
+    files["q.jsonl"].write_text('{"question": "one?"}\n{"question": "two?"}\n')
+    argv = ["ask", "--file", files["q.jsonl"], "--save-memory", files["m.safetensors"]]
+    assert "--save-memory: found 2 questions, expected one" in files.refused(*argv)
+    assert not files["m.safetensors"].exists()
+
+
+def test_a_memory_that_cannot_be_written_does_not_cost_the_answer(files: Files) -> None:
+    for path in (files["none/m.safetensors"], files.folder):
+        status, out, err = files.run("ask", ASKED, "--quiet", "--save-memory", path)
+        assert (status, out) == (1, " 6\n")
+        assert re.fullmatch(rf"minimas: error: {path}: cannot write the memory .*\n", err), err
+        said = files.refused("remember", files["eva.txt"], "--out", path)
+        assert f"{path}: cannot write the memory" in said
+
+
+def test_a_text_that_cannot_be_remembered_is_one_line(
+    files: Files, stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--out", files["m.safetensors"]]
+    for text in ("", " \n", "\ud800"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert "FILE: found " in files.refused("remember", "-", *out)
+    files["long.txt"].write_text("word " * 400)
+    said = files.refused("remember", files["long.txt"], "-m", stranger, *out)
+    assert "expected 300 or fewer, the context" in said
+    assert "none.txt" in files.refused("remember", files["none.txt"], *out)
+    files["latin.txt"].write_bytes(b"caf\xe9")
+    assert "latin.txt: found bytes" in files.refused("remember", files["latin.txt"], *out)
+    assert "--role" in files.refused("remember", files["eva.txt"], "--role", "judge", *out)
+    assert "--align: found 'rigde'" in files.refused(
+        "remember", files["eva.txt"], "--align", "rigde", "--latent-steps", 1, *out
+    )
+    assert not files["m.safetensors"].exists()
+
+
+def test_a_memory_that_fills_the_context_is_refused_before_any_work(
+    files: Files, stranger: Path
+) -> None:
+    files["long.txt"].write_text("word " * 60)
+    path = files.remember("long", "-m", stranger)
+    argv = ["ask", "q?", "-m", stranger, "--method", "single", "-n", 250, "--memory", path]
+    assert "working memory" in files.refused(*argv)
+
+
+# -- thoughts ------------------------------------------------------------------------------------
+
+
+def thoughts(err: str) -> list[str]:
+    return [line for line in err.splitlines() if " entropy " in line]
+
+
+def test_each_thought_is_a_line_after_its_agent(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """weights/tiny thinks the results of the calculation, and the end of the turn."""
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = files.run("ask", ASKED, "--show-thoughts")
+    assert (status, out) == (0, " 6\n")
+    lines = err.splitlines()
+    planner = next(i for i, line in enumerate(lines) if "planner:" in line)
+    shown = lines[planner + 1 : planner + 7]
+    assert [re.findall(r"'(.*?)'", line)[0] for line in shown[:3]] == [" 2", " 9", " 6"]
+    assert "critic:" in lines[planner + 7] and len(thoughts(err)) == 18
+    assert all(line.count("%") == 3 for line in shown)
+    assert r"'\n'" in shown[4], "a control character would break the line"
+    assert len({line.index("%") for line in shown}) == 1
+    assert [line.split()[0] for line in shown] == list("123456")
+    [first, *_] = thoughts(files.run("ask", ASKED, "--show-thoughts", 5)[2])
+    assert first.count("%") == 5 or len(first) == 100
+
+
+def test_a_thought_of_a_batch_says_whose_it_is(files: Files) -> None:
+    """Experts share a batch too, and may have one name."""
+    agents = [{"name": name, "prompt": "{question}"} for name in ("expert", "expert", "last")]
+    files["t.json"].write_text(json.dumps({"parallel": True, "agents": agents}))
+    files["q.jsonl"].write_text('{"question": "one?"}\n' * 10)
+    argv = ["ask", "--file", files["q.jsonl"], "--batch-size", 10, "--latent-steps", 2, "-n", 1]
+    argv += ["--team", files["t.json"], "--show-thoughts", 1]
+    status, out, err = files.run(*argv, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(thoughts(err)) == 40
+    said = [line.split()[0] for line in thoughts(err)]
+    assert said == [f"[{i}/10]" for i in range(1, 11) for _ in range(2)] * 2
+    assert len({line.index(" entropy") for line in thoughts(err)}) == 1
+    assert [[len(own) for own in record["thoughts"]] for record in records] == [[2, 2, 0]] * 10
+    assert len({line.index("expert:") for line in err.splitlines() if "expert:" in line}) == 1
+
+
+def test_json_has_the_thoughts_of_each_agent(files: Files) -> None:
+    argv = ["ask", ASKED, "--json", "--quiet"]
+    status, out, err = files.run(*argv, "--show-thoughts", 2)
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert [len(agent) for agent in found["thoughts"]] == [6, 6, 6, 0]
+    fields = {"tokens", "entropy", "norm", "cosine_before", "nearest", "cosine_nearest"}
+    for thought in found["thoughts"][1]:
+        assert set(thought) == fields and len(thought["tokens"]) == 2
+    plain = json.loads(files.run(*argv)[1])
+    assert "thoughts" not in plain and plain["text"] == found["text"]
+
+
+@pytest.mark.parametrize("columns", [40, 61])
+def test_a_thought_fits_into_a_narrow_terminal(
+    files: Files, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = thoughts(files.run("ask", ASKED, "--show-thoughts", 9)[2])
+    assert len(lines) == 18 and max(map(len, lines)) <= columns
+    assert all("'" in line for line in lines), "nothing of the token is left"
+
+
+def test_a_wide_or_unencodable_token_neither_fails_nor_overflows(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Chinese character takes two columns, and an ASCII terminal has none."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("minimas.lens.Lens._text", lambda *_: "思考思考\x1b[1m")
+    lines = thoughts(files.run("ask", ASKED, "--show-thoughts")[2])
+    assert lines and all("思考" in line and "\x1b" not in line for line in lines)
+    assert max(len(line) + line.count("思") + line.count("考") for line in lines) <= 40
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert main(["ask", ASKED, "--show-thoughts"]) == 0
+    stderr.flush()
+    assert b"entropy" in stderr.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_without_the_flag_no_thought_is_looked_at(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise AssertionError("a lens was made")
+
+    monkeypatch.setattr("minimas.lens.Lens.__init__", fails)
+    assert files.run("ask", ASKED)[:2] == (0, " 6\n")
+
+
+@pytest.mark.parametrize("k", ["0", "-1", "1.5", "x", ""])
+def test_a_wrong_number_of_tokens_is_one_line(files: Files, k: str) -> None:
+    said = files.refused("ask", ASKED, f"--show-thoughts={k}")
+    assert "--show-thoughts" in said and "expected a whole number, 1 or more" in said
