@@ -10,7 +10,7 @@ attention, how a thought is made, printing.
 
 import copy
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .core.errors import ParameterError
 from .core.model import prefill
 from .layout import user_text
 from .load import LM
-from .results import Event, Result, finish
+from .results import Event, Events, OnEvent, Result, finish
 from .teams import TEAMS, Agent, Team, single_agent
 from .text.generate import Sampling
 from .text.tokenizer import Turn
@@ -38,7 +38,7 @@ def single(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
@@ -55,7 +55,7 @@ def text_mas(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
@@ -79,7 +79,7 @@ def latent_mas(
     sampling: Sampling | None = None,
     transfer: str = "full",
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     close: bool = True,
     layout: str | None = None,
     memory: KVCache | None = None,
@@ -135,20 +135,20 @@ def stream(
     yield from results
 
 
-def answer_latent(run: "LatentRun") -> Generator[Event, None, list[Result]]:
+def answer_latent(run: "LatentRun") -> Events[list[Result]]:
     """Let the team work; yields what happens, and returns the results."""
     # Another question's cache is the cache of agents who were asked another question.
     handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
     return (yield from run.last_turn(handed).answer())
 
 
-def answer_text(run: Run, team: Team) -> Generator[Event, None, list[Result]]:
+def answer_text(run: Run, team: Team) -> Events[list[Result]]:
     """Let agents pass text; yields what happens, and returns the results."""
     last = yield from hand_over_text(run, team)
     return (yield from last.answer())
 
 
-def hand_over(run: "LatentRun") -> Generator[Event, None, "HandOver"]:
+def hand_over(run: "LatentRun") -> Events["HandOver"]:
     """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
     cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
@@ -181,7 +181,7 @@ def hand_over(run: "LatentRun") -> Generator[Event, None, "HandOver"]:
     return HandOver(run, cache, head, turns)
 
 
-def hand_over_text(run: Run, team: Team) -> Generator[Event, None, "LastTurn"]:
+def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
     B, turns = len(run.questions), []
     notes = [""] * B  # for prompts with {context}
@@ -239,7 +239,7 @@ class LastTurn(NamedTuple):
     align: Align | None
     turns: list[TurnResult]  # of the agents before
 
-    def answer(self) -> Generator[Event, None, list[Result]]:
+    def answer(self) -> Events[list[Result]]:
         """Prefill, think if the agent says so itself, and decode the answers."""
         how = self.prompts, self.cache, self.steps, self.align
         turn = yield from self.run.turn([self.agent], *how, final=True)

@@ -9,7 +9,7 @@ the second. Does not know: which agent comes after which, and what is handed ove
 
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
-from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought
+from .results import AgentEnd, AgentStart, AgentTrace, Events, OnEvent, Piece, Result, Thought
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
@@ -84,7 +84,7 @@ class Run:
     choices: Any = None
     sampling: Sampling | None = None
     seed: int = 0
-    on_event: Callable[[Event], Any] | None = None
+    on_event: OnEvent | None = None
     memory: KVCache | None = None
     keep_memory: bool = False
     prefill: Prefill = prefill_prompts
@@ -218,7 +218,7 @@ class Run:
         final: bool = False,
         closes: bool = False,
         head: Sequence[int] | None = None,
-    ) -> Generator[Event, None, TurnResult]:
+    ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
@@ -268,9 +268,7 @@ class Run:
             results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
         return results
 
-    def _think(
-        self, align: Align, hidden: Tensor, cache: KVCache, steps: int
-    ) -> Generator[Event, None, Tensor]:
+    def _think(self, align: Align, hidden: Tensor, cache: KVCache, steps: int) -> Events[Tensor]:
         draws = getattr(align, "with_generators", None)
         if draws is not None:  # a map that draws at random, for each row from its question's own
             align = draws(self.generators * (len(hidden) // len(self.questions)))
@@ -287,7 +285,7 @@ class Run:
         ids: list[list[int]],
         final: bool,
         remember: bool,
-    ) -> Generator[Event, None, list[GeneratedText]]:
+    ) -> Events[list[GeneratedText]]:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(
