@@ -50,15 +50,13 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            views = self._views() or [[] for _ in event.traces]
+            views = self._views() if self._thoughts else [[] for _ in event.traces]
             self.seen += zip(event.traces, views, strict=True)
             self._thoughts = []
 
     @torch.no_grad()
     def _views(self) -> list[list[ThoughtView]]:
         """Return what the thoughts since the last agent's end say, row by row."""
-        if not self._thoughts:
-            return []
         hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)
         fed = torch.cat([thought.embedding for thought in self._thoughts], 1)  # (R, n, D)
         table = self.model.embed(torch.arange(self.size, device=fed.device))  # (V, D)
@@ -82,5 +80,4 @@ class Lens:
         return views
 
     def _text(self, token: int) -> str:
-        text: str = self.backend.decode([token], skip_special_tokens=False)
-        return text
+        return self.backend.decode([token], skip_special_tokens=False)

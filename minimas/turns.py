@@ -100,7 +100,7 @@ class Run:
                 f"questions: found {self.questions!r}, expected a list of at least one text"
             )
         for i, question in enumerate(self.questions, start=1):
-            if not isinstance(question, str) or not question.strip() or not is_text(question):
+            if not is_text(question):
                 raise ValueError(
                     f"question {i}: found {question!r:.80}, expected a text that is not empty"
                 )
@@ -146,9 +146,7 @@ class Run:
 
     def is_new(self, cache: KVCache) -> bool:
         """Return whether a KV cache holds no more than `new_cache` has put there."""
-        return sum(cache.lengths) * len(self.questions) == sum(self.memory_lengths) * len(
-            cache.lengths
-        )
+        return sum(cache.lengths[: len(self.questions)]) == sum(self.memory_lengths)
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
         """Return a prompt with question q, its context and the form of its answer filled in."""
@@ -217,7 +215,7 @@ class Run:
         decodes: bool = True,
         final: bool = False,
         closes: bool = False,
-        head: Sequence[int] | None = None,
+        head: Sequence[int] = (),
     ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
@@ -253,9 +251,7 @@ class Run:
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(
-            cache, hidden, start, list(head or []), prompt_end, steps, traces, outputs
-        )
+        return TurnResult(cache, hidden, start, list(head), prompt_end, steps, traces, outputs)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""
