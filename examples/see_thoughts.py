@@ -15,9 +15,9 @@ lm = load("weights/tiny")
 lens = Lens(lm, top=2)
 question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
 [result] = latent_mas(lm, [question], on_event=lens)
-for view in lens.agents:
-    print(view.agent)
-    for number, thought in enumerate(view.thoughts[0], start=1):
+for trace, thoughts in lens.seen:
+    print(trace.name)
+    for number, thought in enumerate(thoughts, start=1):
         likely = "  ".join(f"{token!r} {chance:.0%}" for token, chance in thought.tokens)
         print(f"  {number}  {likely:<32}  entropy {thought.entropy:.2f}")
 print(result.answer)

@@ -10,7 +10,7 @@ attention, how a thought is made, printing.
 
 import copy
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .core.errors import ParameterError
 from .core.model import prefill
 from .layout import user_text
 from .load import LM
-from .results import Event, Result, finish
+from .results import Event, Events, OnEvent, Result, finish
 from .teams import TEAMS, Agent, Team, single_agent
 from .text.generate import Sampling
 from .text.tokenizer import Turn
@@ -38,7 +38,7 @@ def single(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
@@ -55,7 +55,7 @@ def text_mas(
     choices: Any = None,
     sampling: Sampling | None = None,
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
 ) -> list[Result]:
@@ -79,7 +79,7 @@ def latent_mas(
     sampling: Sampling | None = None,
     transfer: str = "full",
     seed: int = 0,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
     close: bool = True,
     layout: str | None = None,
     memory: KVCache | None = None,
@@ -135,27 +135,28 @@ def stream(
     yield from results
 
 
-def answer_latent(run: "LatentRun") -> Generator[Event, None, list[Result]]:
+def answer_latent(run: "LatentRun") -> Events[list[Result]]:
     """Let the team work; yields what happens, and returns the results."""
     # Another question's cache is the cache of agents who were asked another question.
     handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
     return (yield from run.last_turn(handed).answer())
 
 
-def answer_text(run: Run, team: Team) -> Generator[Event, None, list[Result]]:
+def answer_text(run: Run, team: Team) -> Events[list[Result]]:
     """Let agents pass text; yields what happens, and returns the results."""
     last = yield from hand_over_text(run, team)
     return (yield from last.answer())
 
 
-def hand_over(run: "LatentRun") -> Generator[Event, None, "HandOver"]:
+def hand_over(run: "LatentRun") -> Events["HandOver"]:
     """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
+    team, B = run.resolved_team, len(run.questions)
     cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
-    experts: list[tuple[KVCache, list[int]]] = []  # what parallel agents hand over
+    experts: list[tuple[KVCache, list[int]]] = []  # what each parallel agent hands over
     for numbers in run.stages():
-        agents = [run.resolved_team.agents[i] for i in numbers]
-        if run.resolved_team.parallel:
+        agents = [team.agents[i] for i in numbers]
+        if team.parallel:
             cache = run.new_cache(len(agents))
         first = run.is_new(cache)
         layouts = [(i, layout) for i in numbers for layout in run.layouts_per_question]
@@ -174,14 +175,16 @@ def hand_over(run: "LatentRun") -> Generator[Event, None, "HandOver"]:
         )
         cache, head = turn.hand_over(run.transfer)
         turns.append(turn)
-        if run.resolved_team.parallel:
-            experts += split(cache, head, len(agents))
-    if experts:
-        cache, head = join(experts[-1:] if run.transfer == "last" else experts)
+        if team.parallel:
+            for at in range(0, len(head), B):
+                experts.append((cache.select(range(at, at + B)), head[at : at + B]))
+    if experts:  # the head that all have in common is kept once
+        (first_cache, head), *others = experts[-1:] if run.transfer == "last" else experts
+        cache = KVCache.concat([first_cache, *(without_head(*other) for other in others)])
     return HandOver(run, cache, head, turns)
 
 
-def hand_over_text(run: Run, team: Team) -> Generator[Event, None, "LastTurn"]:
+def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
     B, turns = len(run.questions), []
     notes = [""] * B  # for prompts with {context}
@@ -239,17 +242,18 @@ class LastTurn(NamedTuple):
     align: Align | None
     turns: list[TurnResult]  # of the agents before
 
-    def answer(self) -> Generator[Event, None, list[Result]]:
+    def answer(self) -> Events[list[Result]]:
         """Prefill, think if the agent says so itself, and decode the answers."""
-        how = self.prompts, self.cache, self.steps, self.align
-        turn = yield from self.run.turn([self.agent], *how, final=True)
+        turn = yield from self._take(final=True)
         return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:
         """Do as `answer`, without decoding. Returns the last states (B, 1, D) and the KV cache."""
-        how = self.prompts, self.cache, self.steps, self.align
-        turn = finish(self.run.turn([self.agent], *how, decodes=False))
+        turn = finish(self._take(decodes=False))
         return turn.hidden, turn.cache
+
+    def _take(self, **how: Any) -> Events[TurnResult]:
+        return self.run.turn([self.agent], self.prompts, self.cache, self.steps, self.align, **how)
 
 
 @dataclass
@@ -291,18 +295,17 @@ class LatentRun(Run):
         given = (self.latent_steps, agent.latent_steps, self.lm.default_steps)
         return next(number for number in given if number is not None)
 
-    def stages(self) -> Iterator[list[int]]:
-        """Yield the numbers of the agents of each batch, all but the last agent's.
+    def stages(self) -> list[list[int]]:
+        """Return the numbers of the agents of each batch, all but the last agent's.
 
         Experts of a parallel team share a batch as long as they think and generate alike.
         """
-        earlier = range(len(self.resolved_team.agents) - 1)
+        *earlier, _ = self.resolved_team.agents
         if not self.resolved_team.parallel:
-            yield from ([i] for i in earlier)
-            return
-        agents = self.resolved_team.agents
-        alike = itertools.groupby(earlier, lambda i: (self.steps(agents[i]), agents[i].writes))
-        yield from (list(group) for _, group in alike)
+            return [[i] for i in range(len(earlier))]
+        how = [(self.steps(agent), agent.writes) for agent in earlier]
+        groups = itertools.groupby(range(len(earlier)), how.__getitem__)
+        return [list(numbers) for _, numbers in groups]
 
     def rotated(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
@@ -336,11 +339,8 @@ class LatentRun(Run):
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
         agents, parallel = self.resolved_team.agents, self.resolved_team.parallel
-        others = (
-            self.rotated().layouts_per_question
-            if self.transfer == "shuffled"
-            else self.layouts_per_question
-        )
+        working = self.rotated() if self.transfer == "shuffled" else self
+        others = working.layouts_per_question
         starts = self.memory_lengths
         for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
             held = head = base  # slots that are handed over, and those of them that are the head
@@ -378,20 +378,6 @@ def choose_team(lm: LM, team: str | Team) -> Team:
         found = f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
         raise ParameterError("team", found)
     return lm.teams.get(team) or TEAMS[team]()
-
-
-def split(cache: KVCache, head: list[int], agents: int) -> list[tuple[KVCache, list[int]]]:
-    """Return each parallel agent's rows of a KV cache, with their head."""
-    B = len(head) // agents
-    starts = range(0, len(head), B)
-    return [(cache.select(range(at, at + B)), head[at : at + B]) for at in starts]
-
-
-def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
-    """Join what parallel agents hand over; the head that all have in common is kept once."""
-    first, head = experts[0]
-    others = [without_head(cache, own_head) for cache, own_head in experts[1:]]
-    return KVCache.concat([first, *others]), head
 
 
 def without_head(cache: KVCache, head: Sequence[int]) -> KVCache:

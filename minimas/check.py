@@ -12,14 +12,14 @@ data.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .agents import LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import PrefillOnce, losses_after
-from .results import Event, finish
+from .results import OnEvent, finish
 from .text.generate import Sampling, generate
 
 STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
@@ -132,7 +132,7 @@ def check(
     lm: LM,
     layout: str | None = None,
     latent_steps: int = STEPS,
-    on_event: Callable[[Event], Any] | None = None,
+    on_event: OnEvent | None = None,
 ) -> Report:
     """Measure what the model's sequential team does to the last agent, with greedy decoding.
 

@@ -171,7 +171,7 @@ def read_question(text: str) -> str:
     question = sys.stdin.read() if text == "-" else text
     if not is_text(question):  # in a C locale, bytes of UTF-8 come as halves of characters
         question = os.fsencode(question).decode(errors="surrogateescape")
-    if not question.strip() or not is_text(question):
+    if not is_text(question):
         raise ParameterError("question", f"found {question!a:.80}, expected UTF-8 text, not empty")
     return question
 

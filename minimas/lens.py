@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .load import LM
-from .results import AgentEnd, Event, Thought
+from .results import AgentEnd, AgentTrace, Event, Thought
 
 
 class ThoughtView(NamedTuple):
@@ -29,17 +29,11 @@ class ThoughtView(NamedTuple):
     cosine_nearest: float
 
 
-class AgentView(NamedTuple):
-    """The thoughts of one agent: a list for each question."""
-
-    agent: str
-    thoughts: list[list[ThoughtView]]
-
-
 class Lens:
-    """Collects the thoughts of a call; `agents` has one view per agent, in order.
+    """Collects the thoughts of a call in `seen`: one entry per agent and question.
 
-    `rows` has one list of thoughts for each trace of the events `AgentEnd`, in their order.
+    An entry is the agent's trace and its thoughts, in the order of the traces of the events
+    `AgentEnd`. Of a call with B questions, the entries of question q are `seen[q::B]`.
     """
 
     def __init__(self, lm: LM, top: int = 3) -> None:
@@ -48,8 +42,7 @@ class Lens:
             raise ValueError(f"{lm.no_tokenizer}: thoughts are shown as tokens")
         self.model, self.backend, self.top = lm.model, lm.tokenizer.backend, top
         self.size = lm.tokenizer.size  # rows of the embedding that no token has are not shown
-        self.agents: list[AgentView] = []
-        self.rows: list[list[ThoughtView]] = []
+        self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 
     def __call__(self, event: Event) -> None:
@@ -57,19 +50,13 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            rows = self._views() or [[] for _ in event.traces]
-            self.rows += rows
-            names = list(dict.fromkeys(trace.name for trace in event.traces))
-            questions = len(event.traces) // len(names)
-            for i, name in enumerate(names):
-                self.agents.append(AgentView(name, rows[i * questions : (i + 1) * questions]))
+            views = self._views() if self._thoughts else [[] for _ in event.traces]
+            self.seen += zip(event.traces, views, strict=True)
             self._thoughts = []
 
     @torch.no_grad()
     def _views(self) -> list[list[ThoughtView]]:
         """Return what the thoughts since the last agent's end say, row by row."""
-        if not self._thoughts:
-            return []
         hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)
         fed = torch.cat([thought.embedding for thought in self._thoughts], 1)  # (R, n, D)
         table = self.model.embed(torch.arange(self.size, device=fed.device))  # (V, D)
@@ -93,5 +80,4 @@ class Lens:
         return views
 
     def _text(self, token: int) -> str:
-        text: str = self.backend.decode([token], skip_special_tokens=False)
-        return text
+        return self.backend.decode([token], skip_special_tokens=False)

@@ -33,7 +33,7 @@ def remember(
     tokenizer = lm.tokenizer
     if tokenizer is None:
         raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
-    if not isinstance(text, str) or not text.strip() or not is_text(text):
+    if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
     if type(latent_steps) is not int or latent_steps < 0:
         problem = f"found {latent_steps!r}, expected a whole number, 0 or more"

@@ -110,10 +110,12 @@ class AgentEnd(NamedTuple):
 
 
 Event = AgentStart | Thought | Piece | AgentEnd
+OnEvent = Callable[[Event], Any]
 T = TypeVar("T")
+Events = Generator[Event, None, T]  # yields what happens, and returns a T
 
 
-def finish(events: Generator[Event, None, T], on_event: Callable[[Event], Any] | None = None) -> T:
+def finish(events: Events[T], on_event: OnEvent | None = None) -> T:
     """Run a method to its end, calling `on_event` with every event; returns what it returns."""
     while True:
         try:

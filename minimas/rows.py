@@ -36,7 +36,7 @@ def checked_row(row: Any, line: int) -> Row:
         raise ValueError(f"found {type(row).__name__}, expected an object")
     found = {"id": f"line-{line}"} | {name: row[name] for name in row if row[name] is not None}
     question, kind = found.get("question"), found.get("kind", "free")
-    if not isinstance(question, str) or not question.strip() or not is_text(question):
+    if not is_text(question):
         shown = "nothing" if question is None else f"{question!r:.80}"
         raise ValueError(f"question: found {shown}, expected text that is not empty")
     if kind not in KINDS:

@@ -85,7 +85,7 @@ class Screen:
                 traces = event.traces[start : start + len(self.batch)]
                 say(self.args, bill(self.label + traces[0].name, traces))
                 if self.lens:
-                    self._show_thoughts(self.lens.rows[start - len(event.traces) :])
+                    self._show_thoughts(self.lens.seen[start - len(event.traces) :])
         else:
             self.bar.update()
             if isinstance(event, Piece) and event.final:
@@ -95,9 +95,9 @@ class Screen:
                     print(self.gap + event.text, end="", flush=True)
                     self.gap = ""
 
-    def _show_thoughts(self, rows: list[list[ThoughtView]]) -> None:
+    def _show_thoughts(self, seen: list[tuple[AgentTrace, list[ThoughtView]]]) -> None:
         width = len(self.labels[-1])
-        for label, thoughts in zip(self.labels, rows, strict=False):
+        for label, (_, thoughts) in zip(self.labels, seen, strict=False):
             for number, thought in enumerate(thoughts, start=1):
                 line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
                 for text, chance in thought.tokens:
@@ -116,8 +116,10 @@ class Screen:
                 record |= {"latent_steps": self.steps, "usage": asdict(result.usage)}
                 record["question"] = row["question"]
                 if self.lens:
-                    own = self.lens.rows[i :: len(self.batch)]
-                    record["thoughts"] = [[one._asdict() for one in agent] for agent in own]
+                    own = self.lens.seen[i :: len(self.batch)]
+                    record["thoughts"] = [
+                        [one._asdict() for one in thoughts] for _, thoughts in own
+                    ]
                 print(json.dumps(record, default=str), flush=True)
             elif not self.streams or not result.text:
                 print(self.gap + result.text, flush=True)

@@ -9,7 +9,7 @@ the second. Does not know: which agent comes after which, and what is handed ove
 
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM
-from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Thought
+from .results import AgentEnd, AgentStart, AgentTrace, Events, OnEvent, Piece, Result, Thought
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
@@ -84,7 +84,7 @@ class Run:
     choices: Any = None
     sampling: Sampling | None = None
     seed: int = 0
-    on_event: Callable[[Event], Any] | None = None
+    on_event: OnEvent | None = None
     memory: KVCache | None = None
     keep_memory: bool = False
     prefill: Prefill = prefill_prompts
@@ -100,7 +100,7 @@ class Run:
                 f"questions: found {self.questions!r}, expected a list of at least one text"
             )
         for i, question in enumerate(self.questions, start=1):
-            if not isinstance(question, str) or not question.strip() or not is_text(question):
+            if not is_text(question):
                 raise ValueError(
                     f"question {i}: found {question!r:.80}, expected a text that is not empty"
                 )
@@ -146,9 +146,7 @@ class Run:
 
     def is_new(self, cache: KVCache) -> bool:
         """Return whether a KV cache holds no more than `new_cache` has put there."""
-        return sum(cache.lengths) * len(self.questions) == sum(self.memory_lengths) * len(
-            cache.lengths
-        )
+        return sum(cache.lengths[: len(self.questions)]) == sum(self.memory_lengths)
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
         """Return a prompt with question q, its context and the form of its answer filled in."""
@@ -217,8 +215,8 @@ class Run:
         decodes: bool = True,
         final: bool = False,
         closes: bool = False,
-        head: Sequence[int] | None = None,
-    ) -> Generator[Event, None, TurnResult]:
+        head: Sequence[int] = (),
+    ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
@@ -253,9 +251,7 @@ class Run:
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(
-            cache, hidden, start, list(head or []), prompt_end, steps, traces, outputs
-        )
+        return TurnResult(cache, hidden, start, list(head), prompt_end, steps, traces, outputs)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""
@@ -268,9 +264,7 @@ class Run:
             results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
         return results
 
-    def _think(
-        self, align: Align, hidden: Tensor, cache: KVCache, steps: int
-    ) -> Generator[Event, None, Tensor]:
+    def _think(self, align: Align, hidden: Tensor, cache: KVCache, steps: int) -> Events[Tensor]:
         draws = getattr(align, "with_generators", None)
         if draws is not None:  # a map that draws at random, for each row from its question's own
             align = draws(self.generators * (len(hidden) // len(self.questions)))
@@ -287,7 +281,7 @@ class Run:
         ids: list[list[int]],
         final: bool,
         remember: bool,
-    ) -> Generator[Event, None, list[GeneratedText]]:
+    ) -> Events[list[GeneratedText]]:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(

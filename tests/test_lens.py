@@ -34,18 +34,17 @@ def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> 
         lens(event)
 
     results = latent_mas(lm, ASKED, team, latent_steps=3, sampling=SHORT, on_event=listen)
-    assert [view.agent for view in lens.agents] == [trace.name for trace in results[0].agents]
-    assert lens.agents[-1].thoughts == [[], []]
-    views = [view.thoughts for view in lens.agents[:-1]]
-    assert [[len(row) for row in rows] for rows in views] == [[3, 3]] * 3
+    for q, result in enumerate(results):
+        assert [trace for trace, _ in lens.seen[q :: len(ASKED)]] == result.agents
+    assert [len(thoughts) for _, thoughts in lens.seen] == [3, 3] * 3 + [0, 0]
     alone = Lens(lm, top=2)
     latent_mas(lm, ASKED[1:], team, latent_steps=3, sampling=SHORT, on_event=alone)
-    for both, one in zip(lens.agents, alone.agents, strict=True):
-        for mine, theirs in zip(both.thoughts[1], one.thoughts[0], strict=True):
+    for (_, both), (_, one) in zip(lens.seen[1 :: len(ASKED)], alone.seen, strict=True):
+        for mine, theirs in zip(both, one, strict=True):
             assert mine.tokens[0][0] == theirs.tokens[0][0]
             assert mine.entropy == pytest.approx(theirs.entropy, abs=1e-5)
     thoughts = [event for event in heard if isinstance(event, Thought)]
-    first, step = thoughts[0], lens.agents[0].thoughts[0][0]
+    first, step = thoughts[0], lens.seen[0][1][0]
     chances = lm.model.logits(first.hidden[0]).softmax(-1)[0]
     assert [p for _, p in step.tokens] == pytest.approx(chances.topk(2).values.tolist(), abs=1e-6)
     assert step.entropy == pytest.approx(float(-(chances * chances.log()).sum()), abs=1e-5)
@@ -63,11 +62,12 @@ def test_the_nearest_token_of_a_token_is_itself(lm: LM) -> None:
         lm, ASKED, align=lambda hidden: 3 * row.expand_as(hidden), latent_steps=2, sampling=SHORT,
         on_event=lens,
     )  # fmt: skip
-    for thought in lens.agents[0].thoughts[1]:
+    _, thoughts = lens.seen[1]  # the first agent's, on the second question
+    for thought in thoughts:
         assert thought.nearest == lm.tokenizer.backend.decode([chosen], skip_special_tokens=False)
         assert thought.cosine_nearest == pytest.approx(1)
         assert thought.norm == pytest.approx(3 * float(row.norm()), rel=1e-6)
-    assert lens.agents[0].thoughts[1][1].cosine_before == pytest.approx(1)
+    assert thoughts[1].cosine_before == pytest.approx(1)
 
 
 def test_a_lens_changes_nothing_and_shows_nothing_of_a_single_agent(lm: LM) -> None:
@@ -78,7 +78,7 @@ def test_a_lens_changes_nothing_and_shows_nothing_of_a_single_agent(lm: LM) -> N
     ]
     lens = Lens(lm)
     single(lm, ASKED, sampling=SHORT, on_event=lens)
-    assert [view.thoughts for view in lens.agents] == [[[], []]]
+    assert [thoughts for _, thoughts in lens.seen] == [[], []]
 
 
 def test_the_embedded_model_thinks_in_numbers() -> None:
@@ -87,7 +87,7 @@ def test_the_embedded_model_thinks_in_numbers() -> None:
     lens = Lens(lm)
     question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
     latent_mas(lm, [question], on_event=lens)
-    said = [thought.tokens[0][0].strip() for thought in lens.agents[0].thoughts[0]]
+    said = [thought.tokens[0][0].strip() for thought in lens.seen[0][1]]
     assert said[:3] == ["2", "9", "6"]
 
 

@@ -333,9 +333,13 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: {problem}") from error
 
 
-def is_text(text: str) -> bool:
-    """Return whether `text` can be encoded; half of a surrogate pair cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that is not blank and can be encoded.
+
+    Half of a surrogate pair cannot be encoded.
+    """
+    blank = not isinstance(value, str) or not value.strip()
+    return not blank and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _to_json(

@@ -13,14 +13,14 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from minimas import LM, Sampling, Team
-from minimas.results import AgentEnd, AgentTrace, Event, Result
+from minimas.results import AgentEnd, AgentTrace, Event, OnEvent, Result
 from minimas.teams import TEAMS
 from minimas.turns import Prefill, prefill_prompts
 
@@ -45,7 +45,7 @@ class How:
 
     seed: int = 0
     sampling: Sampling | None = None
-    on_event: Callable[[Event], Any] | None = None
+    on_event: OnEvent | None = None
     prefill: Prefill = prefill_prompts
     align: Feeder | None = None
 
