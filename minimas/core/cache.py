@@ -61,6 +61,10 @@ class KVCache:
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
 
+    def __repr__(self) -> str:
+        layers = len(self.keys)
+        return f"KVCache(lengths={self.lengths}, {layers} layers, {self.dtype}, {self.device})"
+
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""

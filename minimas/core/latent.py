@@ -105,8 +105,7 @@ class Aligner:
         made = cls(model=model)
         w_in = model.model.embed_tokens.weight
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
-        rows = len(w_in) if rows is None else rows
-        if not 1 <= rows <= len(w_in):
+        if rows is not None and not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
         if kind == "none":
             return made

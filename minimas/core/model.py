@@ -160,7 +160,7 @@ class Qwen3(nn.Module):
             for layer, block in enumerate(self.model.layers):
                 x = block(x, positions, cache, layer)
             x = self.model.norm(x)
-        cache.advance([T] * B if lengths is None else lengths, most=T)
+        cache.advance(T if lengths is None else lengths, most=T)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
