@@ -121,7 +121,7 @@ class LM:
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
         is_map = path.suffix == ".safetensors"
-        key = path, rows, is_map and path.is_file() and path.stat().st_mtime_ns
+        key = str(kind), rows, is_map and path.is_file() and path.stat().st_mtime_ns
         if key not in self._aligners:
             if is_map:
                 made = Aligner.load(kind, self.model)

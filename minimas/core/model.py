@@ -151,9 +151,9 @@ class Qwen3(nn.Module):
         if the cache belongs to another model, or has another number of rows.
         """
         B, T, _ = inputs_embeds.shape
-        cache = self.new_cache(B) if cache is None else cache
+        cache = cache or self.new_cache(B)
         cache.sign(self)
-        if T == 1 and self.step is not None and not inputs_embeds.requires_grad:
+        if T == 1 and self.step and not inputs_embeds.requires_grad:
             x = self.step(inputs_embeds, cache)
         else:
             x, positions = inputs_embeds, cache.next_positions(B, T)
