@@ -62,7 +62,7 @@ def alignment_matrix(
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     matrix = torch.cholesky_solve(cross, factor)
-    if int(failed) or not bool(torch.isfinite(matrix).all()):
+    if failed or not matrix.isfinite().all():
         raise ValueError(
             "w_out, w_in: found NaN, infinity or numerical singularity, expected finite embeddings"
         )

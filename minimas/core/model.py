@@ -197,7 +197,7 @@ def finite(
     x: Tensor, name: str, cause: str = "damaged weights or map, or --dtype float32 is needed"
 ) -> Tensor:
     """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
+    if not x.isfinite().all():
         raise ValueError(f"{name}: found a state that is not finite: {cause}")
     return x
 

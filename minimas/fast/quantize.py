@@ -112,9 +112,8 @@ class Replacer:
         if blocks is None and self.quantize is None:
             return None
 
-        def read(leaf: str) -> Tensor:
-            stored: Tensor = self.source.read(f"{name}.{leaf}", self.dtype)
-            return stored.to(self.device)
+        def read(leaf: str) -> Any:
+            return self.source.read(f"{name}.{leaf}", self.dtype).to(self.device)
 
         bias = None if module.bias is None else read("bias")
         if self.quantize is None or (blocks is not None and blocks[2] is not None):
