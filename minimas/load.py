@@ -117,12 +117,13 @@ class LM:
         It is computed or read once, and anew for a file that has changed or another tokenizer.
         Raises as `Aligner.from_model` and `Aligner.load` do.
         """
-        path = Path(kind)
+        path = Path(str(kind))  # not a string: refused by `from_model`
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
-        key = kind, rows, path.is_file() and path.stat().st_mtime_ns
+        is_map = path.suffix == ".safetensors"
+        key = str(kind), rows, is_map and path.is_file() and path.stat().st_mtime_ns
         if key not in self._aligners:
-            if path.suffix == ".safetensors":
+            if is_map:
                 made = Aligner.load(kind, self.model)
             else:
                 made = Aligner.from_model(self.model, kind, rows)

@@ -591,6 +591,13 @@ def test_the_methods_count_the_tokenizers_rows() -> None:
     assert lm.aligner("ridge") is lm.aligner("ridge")
 
 
+@pytest.mark.parametrize("kind", [None, 3, ["ridge"], torch.eye(40)], ids=str)
+def test_a_kind_of_map_that_is_no_string_is_named(kind: Any) -> None:
+    """`lm.aligner(None)` ended in a TypeError of pathlib."""
+    with pytest.raises(ValueError, match=r"^align: found (.|\n)*, expected one of ridge, identity"):
+        load(TINY).aligner(kind)
+
+
 def test_a_map_is_made_anew_when_its_file_or_the_tokenizer_has_changed(tmp_path: Path) -> None:
     """The map of the first call was returned for ever."""
     lm, path = load(TINY), tmp_path / "map.safetensors"

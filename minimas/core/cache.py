@@ -61,6 +61,10 @@ class KVCache:
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
 
+    def __repr__(self) -> str:
+        layers = len(self.keys)
+        return f"KVCache(lengths={self.lengths}, {layers} layers, {self.dtype}, {self.device})"
+
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""
@@ -148,11 +152,10 @@ class KVCache:
         # A mask of booleans is not a list of rows, though True == 1.
         if not rows or any(isinstance(row, bool | float) or row not in range(B) for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
-        index = torch.tensor(rows, device=self.device)
         new = copy.copy(self)
         new.lengths = [self.lengths[row] for row in rows]
-        new.keys = [keys[index] for keys in self.keys]
-        new.values = [values[index] for values in self.values]
+        new.keys = [keys[rows] for keys in self.keys]
+        new.values = [values[rows] for values in self.values]
         return new
 
     def truncate(self, lengths: Lengths) -> "KVCache":
@@ -200,10 +203,10 @@ class KVCache:
         Equals one forward pass in which no part sees another (a block mask), not a sequential one.
         Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.
         """
-        kinds = {(f"{len(c.lengths)} rows of {c.dtype} on {c.device}", c.config) for c in caches}
+        kinds = {f"{len(c.lengths)} rows of {c.dtype} on {c.device} of {c.config}" for c in caches}
         if len(kinds) != 1:
             raise ValueError(
-                f"caches: found {[kind for kind, _ in kinds]}, "
+                f"caches: found {sorted(kinds)}, "
                 "expected memories of one model, number of rows, dtype and device"
             )
         joined = caches[0].truncate(0)
@@ -212,10 +215,10 @@ class KVCache:
             if cache.owner is not None:
                 joined.sign(cache.owner)
             width = max(cache.lengths)
-            first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
-            turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
-            rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
-            slots = first + torch.arange(width, device=joined.device)  # (B, T)
+            first = torch.tensor(joined.lengths)[:, None]  # (B, 1)
+            turn = angles(first.to(joined.device), c.head_dim, c.rope_theta, joined.dtype)
+            rows = torch.arange(len(first))[:, None]  # (B, 1)
+            slots = first + torch.arange(width)  # (B, T)
             # Without a mask, as nothing attends: it would be (T, S).
             positions = Positions(*turn, None, max(joined.lengths) + width, (rows, slots))
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
@@ -243,9 +246,9 @@ class KVCache:
         """
         filled = max(self.lengths)
         tensors = {"lengths": torch.tensor(self.lengths)}
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            tensors[f"keys.{layer}"] = keys[:, :, :filled]
-            tensors[f"values.{layer}"] = values[:, :, :filled]
+        for kind, stores in (("keys", self.keys), ("values", self.values)):
+            for layer, store in enumerate(stores):
+                tensors[f"{kind}.{layer}"] = store[:, :, :filled]
         files.write(path, "memory", tensors, self.owner and files.identity(self.owner))
 
     @classmethod

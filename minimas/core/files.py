@@ -115,6 +115,6 @@ def floats(
             f"expected floats among {shapes}"
         )
     part = part.to(model.device, dtype)
-    if not bool(torch.isfinite(part).all()):
+    if not part.isfinite().all():
         raise ValueError(f"{path}: {name}: found NaN or infinity, expected finite values")
     return part

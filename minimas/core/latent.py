@@ -62,7 +62,7 @@ def alignment_matrix(
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     matrix = torch.cholesky_solve(cross, factor)
-    if int(failed) or not bool(torch.isfinite(matrix).all()):
+    if failed or not matrix.isfinite().all():
         raise ValueError(
             "w_out, w_in: found NaN, infinity or numerical singularity, expected finite embeddings"
         )
@@ -105,8 +105,7 @@ class Aligner:
         made = cls(model=model)
         w_in = model.model.embed_tokens.weight
         w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
-        rows = len(w_in) if rows is None else rows
-        if not 1 <= rows <= len(w_in):
+        if rows is not None and not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
         if kind == "none":
             return made

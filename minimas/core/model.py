@@ -151,16 +151,16 @@ class Qwen3(nn.Module):
         if the cache belongs to another model, or has another number of rows.
         """
         B, T, _ = inputs_embeds.shape
-        cache = self.new_cache(B) if cache is None else cache
+        cache = cache or self.new_cache(B)
         cache.sign(self)
-        if T == 1 and self.step is not None and not inputs_embeds.requires_grad:
+        if T == 1 and self.step and not inputs_embeds.requires_grad:
             x = self.step(inputs_embeds, cache)
         else:
             x, positions = inputs_embeds, cache.next_positions(B, T)
             for layer, block in enumerate(self.model.layers):
                 x = block(x, positions, cache, layer)
             x = self.model.norm(x)
-        cache.advance([T] * B if lengths is None else lengths, most=T)
+        cache.advance(T if lengths is None else lengths, most=T)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def finite(
     x: Tensor, name: str, cause: str = "damaged weights or map, or --dtype float32 is needed"
 ) -> Tensor:
     """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
+    if not x.isfinite().all():
         raise ValueError(f"{name}: found a state that is not finite: {cause}")
     return x
 

@@ -17,7 +17,7 @@ quantized model is not moved. Does not know: models, files, the order in which t
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -106,21 +106,21 @@ class Replacer:
         """Return the layer to put in place of `module`; None keeps it in 16 or 32 bits."""
         if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
             return None
-        key = f"{name}.weight"
         runs = self.dtype.itemsize == 2 and has_kernels(self.device)
         keeps = runs and self.quantize in (None, "q4", "q8")
-        blocks: Any = self.source.blocks(key) if keeps else None
+        blocks: Any = self.source.blocks(f"{name}.weight") if keeps else None
         if blocks is None and self.quantize is None:
             return None
-        bias = None
-        if module.bias is not None:
-            bias = self.source.read(f"{name}.bias", self.dtype).to(self.device)
+
+        def read(leaf: str) -> Any:
+            return self.source.read(f"{name}.{leaf}", self.dtype).to(self.device)
+
+        bias = None if module.bias is None else read("bias")
         if self.quantize is None or (blocks is not None and blocks[2] is not None):
             parts: Any = [part if part is None else part.to(self.device) for part in blocks]
             self.made.append(kept(*parts, bias, self.dtype))
         else:
-            weight = self.source.read(key, self.dtype).to(self.device)
-            self.made.append(quantized(self.quantize, weight, bias))
+            self.made.append(quantized(self.quantize, read("weight"), bias))
         return self.made[-1]
 
     def finish(self, model: Any) -> None:
@@ -229,6 +229,8 @@ class QuantizedLinear(nn.Module):
     """
 
     max_kernel_rows: float = 0
+    multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
+    unpack: Callable[[], Iterator[Tensor]]  # W (N, K) in bf16, in chunks of consecutive rows
 
     def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -244,14 +246,6 @@ class QuantizedLinear(nn.Module):
             y = torch.cat([linear(rows, part.to(x.dtype)) for part in self.unpack()], -1)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (…, N)
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Return x Wᵀ through the kernel, (R, K) -> (R, N)."""
-        raise NotImplementedError
-
-    def unpack(self) -> Iterator[Tensor]:
-        """Yield W (N, K) in bf16, in chunks of consecutive rows."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:

@@ -78,12 +78,6 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CUTS = {
-    "qwen2": [WORDS.replace("{1,3}", "")],
-    "llama-bpe": [WORDS],
-    "smollm": [r"\p{N}", GPT2_WORDS],
-    "gpt-2": [GPT2_WORDS],
-}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 PRE_TOKENIZERS = {
     pre: [
@@ -91,7 +85,12 @@ PRE_TOKENIZERS = {
         for cut in cuts
     ]
     + [BYTES]
-    for pre, cuts in CUTS.items()
+    for pre, *cuts in (
+        ("qwen2", WORDS.replace("{1,3}", "")),
+        ("llama-bpe", WORDS),
+        ("smollm", r"\p{N}", GPT2_WORDS),
+        ("gpt-2", GPT2_WORDS),
+    )
 }
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 # A file names one end token, and the model may generate another. llama.cpp stops at these too.
@@ -249,8 +248,7 @@ class GGUF:
         pairs = [str(merge).split(" ") for merge in value("tokenizer.ggml.merges", list)]
         known = vocabulary.keys()
         wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]
-        expected = "two tokens that make a third"
-        require(not wrong, "tokenizer.ggml.merges", wrong[:1], expected)
+        require(not wrong, "tokenizer.ggml.merges", wrong[:1], "two tokens that make a third")
         flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
         whole = pre == "llama-bpe"  # a word that is a token stays whole
         tokenizer = {

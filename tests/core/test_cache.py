@@ -61,6 +61,11 @@ def lengths_of(cache: KVCache) -> list[int]:
     return [int(n) for n in cache.lengths]
 
 
+def test_the_repr_of_a_memory_says_what_it_holds() -> None:
+    """The default one is an address, which says nothing in a notebook."""
+    assert repr(memory([3, 1])) == "KVCache(lengths=[3, 1], 2 layers, torch.float64, cpu)"
+
+
 @given(row_lengths, st.integers(1, 4), seeds)
 def test_a_memory_does_not_know_how_it_was_cut(lengths: list[int], chunks: int, seed: int) -> None:
     """Ragged rows have their first free slot each; transformers pads them all to the longest and
