@@ -464,8 +464,9 @@ def _program(text: str) -> str | None:
     blocks = _blocks(text.replace("\r\n", "\n"))
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
-    ranked = sorted(blocks, key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block)))
-    program = ranked[-1]
+    program = max(
+        blocks[::-1], key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
+    )
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
         names = _names(earlier)
