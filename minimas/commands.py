@@ -63,8 +63,7 @@ def report_error(error: Exception, args: Namespace) -> int:
     text, status = " ".join(str(error).split()) or type(error).__name__, 1
     if isinstance(error, ParameterError) and error.parameter in args:
         flag = f"--{error.parameter.replace('_', '-')}"
-        text = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}"
-        status = 2
+        text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
         text = OUT_OF_MEMORY + text
@@ -203,6 +202,6 @@ def run_check(args: Namespace) -> None:
 
 def run_info(args: Namespace) -> None:
     """Print what a model is and what it needs, one line for each fact."""
-    found = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
-    for label, text in found.items():
+    sizes = args.batch_size, args.context, args.max_new_tokens
+    for label, text in describe(args.model, *sizes).items():
         print(f"{label + ':':<14} {text}")

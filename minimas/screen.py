@@ -114,7 +114,7 @@ class Screen:
             if self.args.json:
                 record = {"id": row.get("id")} | asdict(replace(result, memory=None)) | settings
                 record |= {"latent_steps": self.steps, "usage": asdict(result.usage)}
-                record |= {"question": row["question"]}
+                record["question"] = row["question"]
                 if self.lens:
                     own = self.lens.rows[i :: len(self.batch)]
                     record["thoughts"] = [[one._asdict() for one in agent] for agent in own]
