@@ -192,8 +192,8 @@ _REWRITES = {
     r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)": "*",
     r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])": r"\1",  # 2 * 3
     r"(?<=\d)\*10\^(?=-?\d)": "e",  # 2*10^3
-    rf"{_TERM} ([-+]) (?=[\d(\\]|[A-Za-z]\b)": r"\1",  # x + 5
-    rf"{_TERM} (?=\\[a-z])": "",  # 2 \sqrt{3}
+    # x + 5, 2 \sqrt{3}
+    rf"{_TERM} (?:([-+]) (?=[\d(\\]|[A-Za-z]\b)|(?=\\[a-z]))": r"\1",
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
     rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
     _FRAC: r"\1\3/\2\4",
@@ -464,8 +464,9 @@ def _program(text: str) -> str | None:
     blocks = _blocks(text.replace("\r\n", "\n"))
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
-    ranked = sorted(blocks, key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block)))
-    program = ranked[-1]
+    program = max(
+        blocks[::-1], key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
+    )
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
         names = _names(earlier)

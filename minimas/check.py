@@ -10,15 +10,14 @@ Six questions find large effects only. `tools/evaluate.py --audit` measures the 
 data.
 """
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from .agents import LatentRun, choose_team, hand_over
 from .load import LM
-from .nll import PrefillOnce, losses_after
+from .nll import losses_after
 from .results import OnEvent, finish
 from .text.generate import Sampling, generate
 
@@ -28,44 +27,37 @@ HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
 SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
 T_95 = 2.571  # Student's t, two-sided 95 %, for six questions
 
-QUESTIONS = (
-    (
-        "A baker makes 6 trays of 9 rolls and sells 38 of the rolls. How many rolls are left?",
-        "The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. "
-        "\\boxed{16}",
-    ),
-    (
-        "A train ticket costs 14 dollars, and a child pays half. What do two adults and "
-        "three children pay?",
-        "A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children "
-        "3 × 7 = 21 dollars. Together that is 28 + 21 = 49 dollars. \\boxed{49}",
-    ),
-    (
-        "A tank holds 240 liters. It is a quarter full, and a pump adds 15 liters a minute. After "
-        "how many minutes is it full?",
-        "The tank contains 240 / 4 = 60 liters, so 240 − 60 = 180 liters are missing. The pump "
-        "needs 180 / 15 = 12 minutes. \\boxed{12}",
-    ),
-    (
-        "Liam has three times as many stamps as Mia. Together they have 84 stamps. How many stamps "
-        "does Liam have?",
-        "If Mia has x stamps, Liam has 3x, and 4x = 84. So x = 84 / 4 = 21, and Liam has 3 × 21 = "
-        "63 stamps. \\boxed{63}",
-    ),
-    (
-        "A jacket costs 80 dollars. Its price is cut by 25 %, and then 6 dollars are added for "
-        "shipping. What does it cost now?",
-        "The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With "
-        "shipping it is 60 + 6 = 66 dollars. \\boxed{66}",
-    ),
-    (
-        "A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees "
-        "are still standing?",
-        "There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees "
-        "are still standing. \\boxed{210}",
-    ),
-)
+# A question, and below it a worked solution.
+TEXT = """\
+A baker makes 6 trays of 9 rolls and sells 38 of the rolls. How many rolls are left?
+The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. \\boxed{16}
 
+A train ticket costs 14 dollars, and a child pays half. What do two adults and \
+three children pay?
+A child pays 14 / 2 = 7 dollars. Two adults pay 2 × 14 = 28 dollars and three children \
+3 × 7 = 21 dollars. Together that is 28 + 21 = 49 dollars. \\boxed{49}
+
+A tank holds 240 liters. It is a quarter full, and a pump adds 15 liters a minute. After \
+how many minutes is it full?
+The tank contains 240 / 4 = 60 liters, so 240 − 60 = 180 liters are missing. The pump \
+needs 180 / 15 = 12 minutes. \\boxed{12}
+
+Liam has three times as many stamps as Mia. Together they have 84 stamps. How many stamps \
+does Liam have?
+If Mia has x stamps, Liam has 3x, and 4x = 84. So x = 84 / 4 = 21, and Liam has 3 × 21 = \
+63 stamps. \\boxed{63}
+
+A jacket costs 80 dollars. Its price is cut by 25 %, and then 6 dollars are added for \
+shipping. What does it cost now?
+The cut is 80 × 0.25 = 20 dollars, so the jacket costs 80 − 20 = 60 dollars. With \
+shipping it is 60 + 6 = 66 dollars. \\boxed{66}
+
+A farm has 5 fields with 48 apple trees each. A storm breaks 1 tree in 8. How many trees \
+are still standing?
+There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30 = 210 trees \
+are still standing. \\boxed{210}"""
+
+QUESTIONS = [pair.split("\n") for pair in TEXT.split("\n\n")]
 ASKED = [question for question, _ in QUESTIONS]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 
@@ -81,7 +73,7 @@ class Interval(NamedTuple):
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ArmReport:
     """The measurements of one setting.
 
@@ -96,7 +88,7 @@ class ArmReport:
     ended: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """The outcome of a check; `verdict` is one sentence, `command` the recommended command line."""
 
@@ -111,21 +103,18 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
-        sample = (
+        lines = [
             f"{self.questions} built-in questions, sequential team, layout {self.layout}, "
             f"{self.latent_steps} latent steps per agent, at most {self.max_new_tokens} generated "
-            "tokens"
-        )
-        table = [
-            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26}"
-            f"{'tokens':>7}{'ended':>7}"
+            "tokens",
+            f"{'last agent gets':<24}{'gold NLL':>9}  {'− prompts only, 95 %':<26} tokens  ended",
         ]
         for arm in self.arms:
-            table.append(
+            lines.append(
                 f"{arm.name:<24}{arm.nll:>9.3f}  {arm.difference or ''!s:<26}"
                 f"{arm.tokens:>7.1f}{arm.ended:>7.0%}"
             )
-        return [sample, *table, self.verdict, f"recommended: {self.command}"]
+        return [*lines, self.verdict, f"recommended: {self.command}"]
 
 
 def check(
@@ -146,19 +135,20 @@ def check(
         f"{latent_steps} thoughts, ridge": {"align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"align": "prenorm"},
     }
-    how = {"kind": "math", "sampling": GREEDY, "on_event": on_event, "team": team}
-    how |= {"latent_steps": latent_steps, "prefill": PrefillOnce()}  # a first prompt only once
-    found = {name: _measure(LatentRun(lm, ASKED, **how | own)) for name, own in settings.items()}
+    how = {"sampling": GREEDY, "on_event": on_event, "team": team, "latent_steps": latent_steps}
+    found = {
+        name: _measure(LatentRun(lm, ASKED, "math", **how | own)) for name, own in settings.items()
+    }
     base, _ = found["prompts only"]
-    n, arms = len(QUESTIONS), []
+    arms = []
     for name, (nlls, tokens) in found.items():
         rises = [nll - other for nll, other in zip(nlls, base, strict=True)]
         difference = None if nlls is base else interval(rises)
-        ended = sum(count < MAX_NEW_TOKENS for count in tokens) / n
-        arms.append(ArmReport(name, sum(nlls) / n, difference, sum(tokens) / n, ended))
+        ended = fmean(count < MAX_NEW_TOKENS for count in tokens)
+        arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
     verdict, flags = judge(team.layout, arms)
     command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
-    sizes = latent_steps, MAX_NEW_TOKENS, n
+    sizes = latent_steps, MAX_NEW_TOKENS, len(QUESTIONS)
     return Report(lm.model.name, team.layout, *sizes, arms, verdict, command)
 
 
@@ -173,8 +163,8 @@ def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of six paired differences with Student's 95 % interval."""
-    mean = statistics.fmean(values)
-    error = T_95 * statistics.stdev(values) / math.sqrt(len(values))
+    mean = fmean(values)
+    error = T_95 * stdev(values) / len(values) ** 0.5
     return Interval(mean, mean - error, mean + error)
 
 

@@ -32,9 +32,8 @@ from .teams import Team
 from .text.generate import Sampling
 from .text.tokenizer import is_text
 
-# These flags belong to some methods only: those that have a parameter of this name.
-TEAM_FLAGS = ("team", "latent_steps", "align", "transfer", "layout")
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "max_new_tokens")
+# A method takes the flags that are called as one of its parameters.
+METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
 POSITIONAL = {"question": "QUESTION", "text": "FILE"}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
@@ -46,14 +45,13 @@ def run(args: Namespace) -> int:
             args.command
         ](args)
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
-        return 0
     except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
         if args.debug:
             raise
         return report_error(error, args)
+    return 0
 
 
 def report_error(error: Exception, args: Namespace) -> int:
@@ -63,10 +61,9 @@ def report_error(error: Exception, args: Namespace) -> int:
     except OSError:
         silence(sys.stdout)
     text, status = " ".join(str(error).split()) or type(error).__name__, 1
-    if isinstance(error, ParameterError) and hasattr(args, error.parameter):
+    if isinstance(error, ParameterError) and error.parameter in args:
         flag = f"--{error.parameter.replace('_', '-')}"
-        text = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}"
-        status = 2
+        text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
         text = OUT_OF_MEMORY + text
@@ -76,8 +73,12 @@ def report_error(error: Exception, args: Namespace) -> int:
 
 def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
-    options, flags = method_options(args) | {"seed": args.seed}, vars(args).items()
-    changed = {name: value for name, value in flags if name in SAMPLING_FLAGS and value is not None}
+    options = method_options(args)
+    changed = {
+        name: value
+        for name, value in vars(args).items()
+        if hasattr(Sampling, name) and value is not None
+    }
     Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
         changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
@@ -87,7 +88,7 @@ def run_ask(args: Namespace) -> None:
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
-    lm = load(args.model, args.device, args.dtype, args.quantize, args.compile, args.quiet)
+    lm = load_model(args)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
     sampling = replace(lm.sampling, **changed)
@@ -152,10 +153,16 @@ def answer(
     say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
 
 
+def load_model(args: Namespace) -> LM:
+    """Return the model of a command line, as `load` does."""
+    compiled = "compile" in args and args.compile  # a flag of `ask` only
+    return load(args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
+
+
 def method_options(args: Namespace) -> dict[str, Any]:
     """Return the method's own options, given or default; refuse those of other methods."""
     options, parameters = {}, signature(getattr(agents, args.method)).parameters
-    for name in TEAM_FLAGS:
+    for name in METHOD_FLAGS:
         given = getattr(args, name)
         if name in parameters:
             options[name] = parameters[name].default if given is None else given
@@ -179,15 +186,14 @@ def read_question(text: str) -> str:
 def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
     text = read_input(Path(args.text))
-    lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
-    memory = remember(lm, text, args.latent_steps, args.align, args.role)
+    memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out)
     say(args, f"{args.out}: {memory.lengths[0]:,} slots, {memory.nbytes / 1e6:,.2f} MB")
 
 
 def run_check(args: Namespace) -> None:
     """Measure the hand-over with the built-in questions, and print a table and a verdict."""
-    lm = load(args.model, args.device, args.dtype, args.quantize, quiet=args.quiet)
+    lm = load_model(args)
     if args.model == TINY:
         say(args, f"minimas: {prompts.TINY_HINT}; a check asks other ones")
     report = check(lm, args.layout, args.latent_steps, Screen(args, [{}] * len(QUESTIONS)))
@@ -196,6 +202,6 @@ def run_check(args: Namespace) -> None:
 
 def run_info(args: Namespace) -> None:
     """Print what a model is and what it needs, one line for each fact."""
-    found = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
-    for label, text in found.items():
+    sizes = args.batch_size, args.context, args.max_new_tokens
+    for label, text in describe(args.model, *sizes).items():
         print(f"{label + ':':<14} {text}")

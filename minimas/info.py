@@ -111,8 +111,7 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
     head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, form in FORMATS.items():
-        saved = matrices * (2 - form.bits / 8)
-        sizes[name] = 2 * count - saved + (0 if form.package else head)
+        sizes[name] = 2 * count - matrices * (2 - form.bits / 8) + (0 if form.package else head)
     if gguf:
         saved = sum(
             weights.get(key, 0) * (2 - KEPT_BITS.get(tensor.kind, 16) / 8)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .core.cache import KVCache
 from .core.model import Qwen3
 from .text.tokenizer import Turn
-from .turns import Run, prefill_prompts
+from .turns import Run
 
 
 class Loss(NamedTuple):
@@ -88,26 +88,3 @@ def _batch_losses(model: Qwen3, hidden: Tensor, cache: KVCache, ids: list[list[i
         each = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="none")
         losses.append(Loss(float(each.double().sum()), len(row)))
     return losses
-
-
-class PrefillOnce:
-    """Prefill prompts into an empty KV cache once for several runs, as `LatentRun(prefill=)`.
-
-    Runs with the same questions and another map or number of thoughts begin with equal prompts.
-    Only the clock can tell the difference.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
-
-    def __call__(
-        self, model: Qwen3, ids: list[list[int]], cache: KVCache
-    ) -> tuple[Tensor, KVCache]:
-        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
-        if any(cache.lengths):
-            return prefill_prompts(model, ids, cache)
-        key = tuple(map(tuple, ids))
-        if key not in self.kept:
-            self.kept[key] = prefill_prompts(model, ids, cache)
-        hidden, kept = self.kept[key]
-        return hidden, kept.fork()

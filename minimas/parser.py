@@ -30,7 +30,7 @@ ASK = """answer a question with a team of agents
 --seed -s         ≥0=0    (default: %(default)s)
 --memory          files   KV cache of `remember` to start after; several are joined in order
 --save-memory     text    write the KV cache after the answer to this file
---show-thoughts   top     the K likeliest tokens of each thought (K: 3); after QUESTION
+--show-thoughts   top     the K likeliest tokens of each thought (K: 3)
 --json            yes     one JSON object per result on stdout
 --compile         yes     faster steps after a warm-up of up to a minute
 """
@@ -80,7 +80,7 @@ def whole_number(low: int, text: str) -> int:
 
 
 VALUES = {
-    "text": {"type": str},
+    "text": {},
     "real": {"type": float, "metavar": "X"},
     "file": {"metavar": "FILE"},
     "files": {"action": "append", "metavar": "FILE"},
@@ -91,6 +91,15 @@ VALUES = {
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, where a text after --show-thoughts is not its K but the next argument."""
+        if args:  # None for the whole command line; a command's own arguments are a list
+            args = list(args)
+            for i, flag in enumerate(args[:-1]):  # the last one may be a QUESTION after "--"
+                if flag == "--show-thoughts" and not args[i + 1].isdecimal():
+                    args[i] = "--show-thoughts=3"
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print one line without the usage, and exit with status 2."""
         self.exit(2, f"minimas: error: {message}\n")

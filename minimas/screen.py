@@ -55,8 +55,8 @@ class Screen:
         lens: Lens | None = None,
     ) -> None:
         self.args, self.batch, self.lens = args, batch, lens
-        numbered = enumerate(batch, start=first + 1)
-        self.labels = [f"[{number}/{total}] " if total > 1 else "" for number, _ in numbered]
+        places = range(len(batch))
+        self.labels = [f"[{first + i + 1}/{total}] " if total > 1 else "" for i in places]
         self.label = "to ".join(dict.fromkeys([self.labels[0], self.labels[-1]]))
         self.streams = len(batch) == 1 and not args.json
         self.gap = "\n" if first else ""  # between two answers

@@ -329,6 +329,21 @@ def test_without_the_flag_no_thought_is_looked_at(
     assert files.run("ask", ASKED)[:2] == (0, " 6\n")
 
 
+@pytest.mark.parametrize("before", [[], [2]])
+def test_a_question_after_show_thoughts_was_taken_for_its_number(
+    files: Files, before: list[int]
+) -> None:
+    """`--show-thoughts "QUESTION"` is how most people write it, and K is for the flag."""
+    status, out, err = files.run("ask", "--show-thoughts", *before, ASKED)
+    assert (status, out) == (0, " 6\n")
+    assert {line.count("%") for line in thoughts(err)} == {2 if before else 3}
+
+
+def test_a_flag_after_two_dashes_is_a_question(files: Files) -> None:
+    argv = ["ask", "-n", 1, "--json", "--quiet", "--", "--show-thoughts"]
+    assert json.loads(files.run(*argv)[1])["question"] == "--show-thoughts"
+
+
 @pytest.mark.parametrize("k", ["0", "-1", "1.5", "x", ""])
 def test_a_wrong_number_of_tokens_is_one_line(files: Files, k: str) -> None:
     said = files.refused("ask", ASKED, f"--show-thoughts={k}")

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from minimas import LM, KVCache, Qwen3, Tokenizer
 from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import ChatLayout
-from minimas.nll import Loss, PrefillOnce, losses_after
+from minimas.nll import Loss, losses_after
 from minimas.results import AgentTrace, Result, finish
 from minimas.teams import Agent, Team
 from minimas.text.tokenizer import Turn
-from minimas.turns import Run
+from minimas.turns import Run, prefill_prompts
 
 from .layouts import Variant
-
-__all__ = ["LastTurn", "PrefillOnce", "latent_turn", "text_turn"]
 
 
 @dataclass
@@ -104,3 +104,26 @@ class LastTurn:
 def slots(memory: KVCache) -> list[int]:
     """Return how many slots each row of a KV cache holds."""
     return list(memory.lengths)
+
+
+class PrefillOnce:
+    """Prefill prompts into an empty KV cache once for several runs, as `LatentRun(prefill=)`.
+
+    Runs with the same questions and another map or number of thoughts begin with equal prompts.
+    Only the clock can tell the difference.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
+
+    def __call__(
+        self, model: Qwen3, ids: list[list[int]], cache: KVCache
+    ) -> tuple[Tensor, KVCache]:
+        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
+        if any(cache.lengths):
+            return prefill_prompts(model, ids, cache)
+        key = tuple(map(tuple, ids))
+        if key not in self.kept:
+            self.kept[key] = prefill_prompts(model, ids, cache)
+        hidden, kept = self.kept[key]
+        return hidden, kept.fork()
