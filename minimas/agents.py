@@ -310,11 +310,10 @@ class LatentRun(Run):
     def rotated(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
         other = copy.copy(self)
-        for field in ("questions", "choices", "generators", "layouts_per_question"):
+        own = "questions choices generators layouts_per_question memory_rows memory_lengths"
+        for field in own.split():
             first, *rest = getattr(self, field)
             setattr(other, field, [*rest, first])
-        if self.memory is not None and len(self.memory.lengths) > 1:
-            other.use_memory(self.memory.select([*range(1, len(self.questions)), 0]))
         return other
 
     def last_turn(self, handed: HandOver) -> LastTurn:

@@ -54,7 +54,6 @@ class Lens:
             self.seen += zip(event.traces, views, strict=True)
             self._thoughts = []
 
-    @torch.no_grad()
     def _views(self) -> list[list[ThoughtView]]:
         """Return what the thoughts since the last agent's end say, row by row."""
         hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)

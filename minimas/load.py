@@ -114,20 +114,16 @@ class LM:
     def aligner(self, kind: str) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        It is computed or read once, and anew for a file that has changed or another tokenizer.
-        Raises as `Aligner.from_model` and `Aligner.load` do.
+        A kind is computed once for a tokenizer, a file is read at every call. Raises as
+        `Aligner.from_model` and `Aligner.load` do.
         """
-        path = Path(str(kind))  # not a string: refused by `from_model`
+        if str(kind).endswith(".safetensors"):
+            return Aligner.load(kind, self.model)
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
-        is_map = path.suffix == ".safetensors"
-        key = str(kind), rows, is_map and path.is_file() and path.stat().st_mtime_ns
+        key = str(kind), rows
         if key not in self._aligners:
-            if is_map:
-                made = Aligner.load(kind, self.model)
-            else:
-                made = Aligner.from_model(self.model, kind, rows)
-            self._aligners[key] = made
+            self._aligners[key] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[key]
 
 

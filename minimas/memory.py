@@ -35,9 +35,6 @@ def remember(
         raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
     if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
-    if type(latent_steps) is not int or latent_steps < 0:
-        problem = f"found {latent_steps!r}, expected a whole number, 0 or more"
-        raise ParameterError("latent_steps", problem)
     if role == "plain":
         opened, closing = Turn(text, ((0, len(text)),)), Turn("")
     elif role == "agent":
@@ -54,9 +51,8 @@ def remember(
     cache = lm.model.new_cache(1)
     hidden = prefill(lm.model, [ids], cache)
     if latent_steps:
-        think(
-            lm.model, align if callable(align) else lm.aligner(align), hidden, cache, latent_steps
-        )
+        used = align if callable(align) else lm.aligner(align)
+        think(lm.model, used, hidden, cache, latent_steps)
     if end:
         prefill(lm.model, [end], cache)
     return cache

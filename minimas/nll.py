@@ -40,15 +40,11 @@ def losses_after(
 ) -> list[list[Loss]]:
     """Return the loss of each of a question's texts, as what the last agent would generate.
 
-    `texts` has a list for each question. `hidden` (B, 1, D) is the last state of the last agent's
-    prompt, and `cache` the KV cache after it, which is left as it is.
+    `texts` has a list for each question, which is not empty. `hidden` (B, 1, D) is the last state
+    of the last agent's prompt, and `cache` the KV cache after it, which is left as it is.
     Raises ValueError naming the question whose text has no token or exceeds the context.
     """
-    if len(texts) != len(run.questions) or not all(texts):
-        expected = f"expected one for each of {len(run.questions)} questions"
-        raise ValueError(f"texts: found {len(texts)} lists, {expected}")
-    model = run.lm.model
-    limit = model.config.max_position_embeddings
+    model, limit = run.lm.model, run.lm.model.config.max_position_embeddings
     found: list[list[Loss]] = [[] for _ in texts]
     ids = []
     for q, own in enumerate(texts):

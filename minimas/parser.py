@@ -93,11 +93,9 @@ VALUES = {
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, where a text after --show-thoughts is not its K but the next argument."""
-        if args:  # None for the whole command line; a command's own arguments are a list
-            args = list(args)
-            for i, flag in enumerate(args[:-1]):  # the last one may be a QUESTION after "--"
-                if flag == "--show-thoughts" and not args[i + 1].isdecimal():
-                    args[i] = "--show-thoughts=3"
+        for i, flag in enumerate(args[:-1] if args else []):  # None: the whole command line
+            if flag == "--show-thoughts" and not args[i + 1].isdecimal():
+                args[i] = "--show-thoughts=3"
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -119,30 +119,19 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = tokenizer.encode(tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.use_memory(self.memory)
-
-    def use_memory(self, memory: KVCache | None) -> None:
-        """Start every agent after `memory`, one row for all questions or one row per question.
-
-        Raises ValueError for another number of rows, or a KV cache of another model.
-        """
-        B, self.memory = len(self.questions), memory
-        self.memory_lengths = [0] * B
-        if memory is None:
-            return
+        B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             found = f"found {memory!r:.80}, expected a KVCache with 1 row"
             raise ParameterError("memory", found + (f" or {B}" if B > 1 else ""))
         memory.sign(self.lm.model)
-        self.memory_lengths = memory.lengths * (B // len(memory.lengths))
+        self.memory = memory
+        self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
+        self.memory_lengths = [memory.lengths[row] for row in self.memory_rows]
 
     def new_cache(self, agents: int = 1) -> KVCache:
-        """Return a KV cache with one row per agent and question: empty, or a copy of `memory`."""
-        B = len(self.questions)
-        if self.memory is None:
-            return self.lm.model.new_cache(agents * B)
-        rows = [0] * B if len(self.memory.lengths) == 1 else list(range(B))
-        return self.memory.select(rows * agents)
+        """Return a copy of `memory`, or an empty KV cache: one row per agent and question."""
+        assert self.memory is not None
+        return self.memory.select(self.memory_rows * agents)
 
     def is_new(self, cache: KVCache) -> bool:
         """Return whether a KV cache holds no more than `new_cache` has put there."""

@@ -180,9 +180,9 @@ def test_a_file_that_is_no_memory_is_refused_by_name(files: Files) -> None:
     load().aligner("identity").save(files["map.safetensors"])
     for name, problem in (
         ("none.safetensors", "no such file"),
-        (".", "not a readable safetensors file"),
-        ("eva.txt", "not a readable safetensors file"),
-        ("map.safetensors", "format: found 'minimas-aligner-1', expected 'minimas-memory-1'"),
+        (".", "found a truncated or foreign file, expected safetensors"),
+        ("eva.txt", "found a truncated or foreign file, expected safetensors"),
+        ("map.safetensors", "format: found 'minimas-aligner-1', expected minimas-memory-1"),
     ):
         path = files[name]
         assert f"{path}: {problem}" in files.refused("ask", ASKED, "--memory", path)

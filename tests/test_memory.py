@@ -202,7 +202,6 @@ def test_a_saved_memory_is_used_and_gives_the_same_logits(lm: LM, tmp_path: Path
         ({"text": "\ud800"}, "text"),
         ({"text": "a " * 5000}, "text"),
         ({"text": "a", "latent_steps": -1}, "latent_steps"),
-        ({"text": "a", "latent_steps": True}, "latent_steps"),
         ({"text": "a", "role": "judge"}, "role"),
         ({"text": "a", "latent_steps": 1, "align": "rigde"}, "align"),
     ],
