@@ -150,7 +150,8 @@ def answer(
         usages += [result.usage for result in results]
         if results[0].memory is not None:
             results[0].memory.save(args.save_memory)
-    say(args, f"{bill('total', usages)}, wall time {perf_counter() - args.began:.2f} s")
+    say(args, bill("total", usages))
+    say(args, f"{'wall time':>14}: {perf_counter() - args.began:.2f} s")
 
 
 def load_model(args: Namespace) -> LM:
