@@ -21,7 +21,7 @@ question = " ".join(sys.argv[1:]) or (
     "How many cards does Eva have?"
 )
 
-# All agents are the same model. They differ only in their prompts, which lie in its folder.
+# All agents are the same model. They differ only in their prompts, which are in the model's folder.
 model = load_model("weights/tiny")
 tokenizer = Tokenizer.from_file("weights/tiny/tokenizer.json")
 teams = json.loads(Path("weights/tiny/teams.json").read_text(encoding="utf-8"))

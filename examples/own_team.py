@@ -1,4 +1,4 @@
-"""Make a team of your own: two agents in order, and three who work side by side.
+"""Make a team of your own: two agents in order, then two side by side and one who sums up.
 
 python examples/own_team.py
 """

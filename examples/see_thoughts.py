@@ -2,7 +2,7 @@
 
     python examples/see_thoughts.py
 
-The agents of weights/tiny think the results of a calculation, one after the other.
+The agents of weights/tiny think through the intermediate results, one per thought.
 """
 
 import sys

@@ -18,17 +18,17 @@ ASK = """answer a question with a team of agents
 --model -m        text=weights/tiny  folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
---latent-steps    ≥0      (default: the model's, else 40)
---align           text    ridge, identity, prenorm, random, none or FILE.safetensors
+--latent-steps    ≥0      thoughts per agent (default: the model's, else 40)
+--align           text    ridge (default), identity, prenorm, random, none or FILE.safetensors
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
---transfer        full,latents,last,none,shuffled  what is kept of the KV cache (default: full)
+--transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
 --think           switch  whether a thinking model thinks first (default: as its template)
 --temperature --temp  real  0: greedy (default: the model's)
 --top-p           real    keep the likeliest tokens up to this mass (default: the model's)
 --top-k           ≥0      keep this many tokens; 0: all (default: the model's)
 --seed -s         ≥0=0    (default: %(default)s)
---memory          files   KV cache of `remember` to start after; several are joined in order
+--memory          files   KV cache of `remember` to start after; repeat the flag to join several
 --save-memory     text    write the KV cache after the answer to this file
 --show-thoughts   top     the K likeliest tokens of each thought (K: 3)
 --json            yes     one JSON object per result on stdout
@@ -59,7 +59,7 @@ RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
 --dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
 --device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
---quiet           yes     print nothing but errors on stderr
+--quiet           yes     print only errors on stderr
 --debug           yes     show a traceback with an error
 """
 COMMANDS = {

@@ -50,7 +50,7 @@ def test_the_latentmas_example_fits_on_a_page() -> None:
         ("own_team", ["7 (latent steps: planner 6, judger 0)", "7 (latent steps: math 6"]),
         ("see_thoughts", ["1  ' 2' 94%", "2  ' 9' 91%", "3  ' 6' 90%"]),
         ("stream", ["planner ...... (43 slots)", "judger  6 (165 slots)"]),
-        ("memory_files", ["saved 39 slots", "7, with "]),
+        ("memory_files", ["saved 43 slots", "Eva 6, with "]),
     ],
 )
 def test_an_example_runs_and_prints_what_it_promises(name: str, shown: list[str]) -> None:
