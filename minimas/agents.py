@@ -118,7 +118,8 @@ def stream(
 ) -> Iterator[Event | Result]:
     """Yield each event of a method's call as it happens, and a `Result` per question at the end.
 
-    `settings` are the other parameters of the method. Raises as the method does.
+    `settings` are the other parameters of the method, without `on_event`. Raises as the method
+    does, when the first event is asked for.
     """
     if method == "latent_mas":
         events = answer_latent(LatentRun(lm, questions, **settings))
@@ -340,7 +341,7 @@ class LatentRun(Run):
         agents, parallel = self.resolved_team.agents, self.resolved_team.parallel
         working = self.rotated() if self.transfer == "shuffled" else self
         others = working.layouts_per_question
-        starts = self.memory_lengths
+        starts = working.memory_lengths
         for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
             held = head = base  # slots that are handed over, and those of them that are the head
             for i, agent in enumerate(agents):

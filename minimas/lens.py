@@ -57,7 +57,7 @@ class Lens:
     def _views(self) -> list[list[ThoughtView]]:
         """Return what the thoughts since the last agent's end say, row by row."""
         hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)
-        fed = torch.cat([thought.embedding for thought in self._thoughts], 1)  # (R, n, D)
+        fed = torch.cat([thought.embedding for thought in self._thoughts], 1).float()  # (R, n, D)
         table = self.model.embed(torch.arange(self.size, device=fed.device))  # (V, D)
         table = F.normalize(table, dim=-1)
         # Row by row: the scores of all of them, (R, n, V), would take gigabytes.
@@ -69,7 +69,7 @@ class Lens:
         entropy = -(logs.exp() * logs).sum(-1)  # (n,)
         unit = F.normalize(fed, dim=-1)
         before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
-        cosines, nearest = (unit @ table.T).max(-1)
+        cosines, nearest = (unit.to(table.dtype) @ table.T).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):
             names = [self._text(token) for token in tokens[t].tolist()]

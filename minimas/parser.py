@@ -19,7 +19,7 @@ ASK = """answer a question with a team of agents
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
 --latent-steps    ≥0      thoughts per agent (default: the model's, else 40)
---align           text    ridge (default), identity, prenorm, random, none or FILE.safetensors
+--align           text    ridge, identity, prenorm, random, none or a file (default: ridge)
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
 --transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
@@ -93,6 +93,7 @@ VALUES = {
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, where a text after --show-thoughts is not its K but the next argument."""
+        args = args and list(args)
         for i, flag in enumerate(args[:-1] if args else []):  # None: the whole command line
             if flag == "--show-thoughts" and not args[i + 1].isdecimal():
                 args[i] = "--show-thoughts=3"

@@ -48,7 +48,8 @@ class Agent:
 class Team:
     """Agents in order; the last one answers.
 
-    `parallel`: the agents before the last one work side by side, each from an empty KV cache.
+    `parallel`: the agents before the last one work side by side, each from an empty KV cache, or
+    from the call's memory.
     `layout` says where the prompts of `latent_mas` stand in the conversation:
 
     - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).

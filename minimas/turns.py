@@ -209,7 +209,8 @@ class Run:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
-        answers; its cache is not used afterwards. `head` counts each row's head slots.
+        answers; its cache is used afterwards only with `keep_memory`. `head` counts each row's head
+        slots.
         """
         model, began = self.lm.model, self._clock()
         start = list(cache.lengths)

@@ -131,10 +131,11 @@ class KVCache:
     def sign(self, model: Any) -> None:
         """Set the model that computes the keys; raises ValueError if another one has before."""
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
-        if not known or model.dtype != self.dtype:
+        if not known or (model.dtype, model.device) != (self.dtype, self.device):
             raise ValueError(
-                f"cache: found {self.dtype} and model {getattr(self.owner, 'name', None)!r}, "
-                f"expected {model.dtype} and {model.name!r}, with the same weights"
+                f"cache: found {self.dtype} on {self.device} and model "
+                f"{getattr(self.owner, 'name', None)!r}, expected {model.dtype} on {model.device} "
+                f"and {model.name!r}, with the same weights"
             )
         self.owner = model
 
