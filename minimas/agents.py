@@ -321,8 +321,7 @@ class LatentRun(Run):
         """Return the last agent's turn on what was handed over, by this run or by another one."""
         cache, last = handed.cache, self.resolved_team.agents[-1]
         first = self.is_new(cache)
-        has_head = bool(self.layouts_per_question[0].head.text)
-        if handed.run is not self and has_head and not first:
+        if handed.run is not self and self.layouts_per_question[0].head.text and not first:
             cache = self._with_own_head(handed)
         asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
@@ -340,8 +339,7 @@ class LatentRun(Run):
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
         agents, parallel = self.resolved_team.agents, self.resolved_team.parallel
         working = self.rotated() if self.transfer == "shuffled" else self
-        others = working.layouts_per_question
-        starts = working.memory_lengths
+        starts, others = working.memory_lengths, working.layouts_per_question
         for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
             held = head = base  # slots that are handed over, and those of them that are the head
             for i, agent in enumerate(agents):

@@ -114,16 +114,18 @@ class LM:
     def aligner(self, kind: str) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        A kind is computed once for a tokenizer, a file is read at every call. Raises as
-        `Aligner.from_model` and `Aligner.load` do.
+        It is computed or read once, and anew for a file that has changed or another tokenizer.
+        Raises as `Aligner.from_model` and `Aligner.load` do.
         """
-        if str(kind).endswith(".safetensors"):
-            return Aligner.load(kind, self.model)
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
-        key = str(kind), rows
+        file = Path(str(kind))
+        key = file, rows, file.is_file() and file.stat().st_mtime_ns
         if key not in self._aligners:
-            self._aligners[key] = Aligner.from_model(self.model, kind, rows)
+            if file.suffix == ".safetensors":
+                self._aligners[key] = Aligner.load(kind, self.model)
+            else:
+                self._aligners[key] = Aligner.from_model(self.model, kind, rows)
         return self._aligners[key]
 
 

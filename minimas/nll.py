@@ -44,7 +44,8 @@ def losses_after(
     of the last agent's prompt, and `cache` the KV cache after it, which is left as it is.
     Raises ValueError naming the question whose text has no token or exceeds the context.
     """
-    model, limit = run.lm.model, run.lm.model.config.max_position_embeddings
+    model = run.lm.model
+    limit = model.config.max_position_embeddings
     found: list[list[Loss]] = [[] for _ in texts]
     ids = []
     for q, own in enumerate(texts):
