@@ -689,7 +689,7 @@ def start(*argv: Any, **options: Any) -> Process:
 
 
 def test_the_first_command_works_from_anywhere(tmp_path: Path) -> None:
-    """An answer on stdout, four agents, a bill and the wall time on stderr, no warning, status 0."""
+    """An answer on stdout, agents, bill and wall time on stderr, no warning, status 0."""
     with start("ask", TINY_EXAMPLE, cwd=tmp_path) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.strip() and "\n" not in out.strip(), err
