@@ -130,8 +130,7 @@ def stream(
     elif method == "single":
         events = answer_text(Run(lm, questions, **settings), single_team(lm))
     else:
-        found = f"found {method!r}, expected single, text_mas or latent_mas"
-        raise ParameterError("method", found)
+        raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     results = yield from events
     yield from results
 

@@ -93,7 +93,6 @@ VALUES = {
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, where a text after --show-thoughts is not its K but the next argument."""
-        args = args and list(args)
         for i, flag in enumerate(args[:-1] if args else []):  # None: the whole command line
             if flag == "--show-thoughts" and not args[i + 1].isdecimal():
                 args[i] = "--show-thoughts=3"

@@ -21,12 +21,16 @@ from .gguf_file import BLOCKS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
-PARTS = dict(
+TOP = dict(
     table("""
         token_embd model.embed_tokens
         output_norm model.norm
         output lm_head
         blk model.layers
+    """)
+)
+LAYER = dict(
+    table("""
         attn_norm input_layernorm
         attn_q self_attn.q_proj
         attn_k self_attn.k_proj
@@ -118,7 +122,7 @@ class GGUF:
             field = f"tensor {tensor.name!r:.80}"
             plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
             header.require(plain, field, "RoPE scaling", "none, it is not supported")
-            key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
+            key = ".".join((TOP | LAYER).get(part, part) for part in tensor.name.split("."))
             header.require(key not in self.tensors, field, "it twice", "it once")
             self.tensors[key] = tensor
         raw = self._config()
