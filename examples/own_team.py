@@ -18,7 +18,7 @@ pair = Team(
         Agent("judger", "Judger: give the answer. {question}"),
     )
 )
-# Side by side: nobody sees the others, and the last agent gets all of their caches, joined.
+# Side by side: no agent sees the others, and the last one gets all of their caches, joined.
 experts = Team(
     (
         Agent("math", "Math expert: work it out. {question}"),

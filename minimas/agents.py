@@ -310,8 +310,10 @@ class LatentRun(Run):
     def rotated(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
         other = copy.copy(self)
-        own = "questions choices generators layouts_per_question memory_rows memory_lengths"
-        for field in own.split():
+        for field in (
+            "questions", "choices", "generators", "layouts_per_question", "memory_rows",
+            "memory_lengths",
+        ):  # fmt: skip
             first, *rest = getattr(self, field)
             setattr(other, field, [*rest, first])
         return other
@@ -366,7 +368,7 @@ def single_team(lm: LM) -> Team:
 def choose_team(lm: LM, team: str | Team) -> Team:
     """Return a team given by name: the folder's own first, then the generic one.
 
-    Raises ValueError for an unknown name, or a team in which nobody sees the question.
+    Raises ValueError for an unknown name, or a team in which no agent sees the question.
     """
     if isinstance(team, Team):
         team.require_question()

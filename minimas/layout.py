@@ -37,7 +37,7 @@ class ChatLayout:
     head = Turn("")
 
     def prompt(self, agent: int, first: bool) -> Turn:
-        """Return the prompt of agent number `agent`; `first`: nobody has worked before it."""
+        """Return the prompt of agent number `agent`; `first`: no agent comes before it."""
         text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)
         return self.tokenizer.turn(text, role.system, role.prefix, first, last)

@@ -42,6 +42,8 @@ class Lens:
             raise ValueError(f"{lm.no_tokenizer}: thoughts are shown as tokens")
         self.model, self.backend, self.top = lm.model, lm.tokenizer.backend, top
         self.size = lm.tokenizer.size  # rows of the embedding that no token has are not shown
+        ids = torch.arange(self.size, device=self.model.device)
+        self.table = F.normalize(self.model.embed(ids))  # (V, D), rows of length 1
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 
@@ -58,18 +60,16 @@ class Lens:
         """Return what the thoughts since the last agent's end say, row by row."""
         hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)
         fed = torch.cat([thought.embedding for thought in self._thoughts], 1).float()  # (R, n, D)
-        table = self.model.embed(torch.arange(self.size, device=fed.device))  # (V, D)
-        table = F.normalize(table, dim=-1)
         # Row by row: the scores of all of them, (R, n, V), would take gigabytes.
-        return [self._view(*row, table) for row in zip(hidden, fed, strict=True)]
+        return [self._view(*row) for row in zip(hidden, fed, strict=True)]
 
-    def _view(self, hidden: Tensor, fed: Tensor, table: Tensor) -> list[ThoughtView]:
+    def _view(self, hidden: Tensor, fed: Tensor) -> list[ThoughtView]:
         logs = self.model.logits(hidden[None])[0, :, : self.size].float().log_softmax(-1)  # (n, V)
         chances, tokens = logs.exp().topk(min(self.top, self.size))
         entropy = -(logs.exp() * logs).sum(-1)  # (n,)
-        unit = F.normalize(fed, dim=-1)
+        unit = F.normalize(fed)  # (n, D)
         before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
-        cosines, nearest = (unit.to(table.dtype) @ table.T).max(-1)
+        cosines, nearest = (unit.to(self.table.dtype) @ self.table.T).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):
             names = [self._text(token) for token in tokens[t].tolist()]

@@ -508,7 +508,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
             lambda tmp: ["q", "--team", tmp / "t.json"],
             r"No such file or directory: .*t\.json",
         ),
-        "a team of nobody": (team(b'{"agents": []}'), r"t\.json: team: found no agents"),
+        "a team without agents": (team(b'{"agents": []}'), r"t\.json: team: found no agents"),
         "a team with a typo": (
             team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'),
             r"t\.json: .*write",

@@ -190,7 +190,7 @@ class KVCache:
         first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
         slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
         moves = gap * (slots >= first)  # (B, S)
-        # A slot behind a row's end is free: anything may be there.
+        # A slot after the end of a row is free and may hold anything.
         index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
         turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
         new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]

@@ -26,8 +26,8 @@ def table(text: str) -> list[list[str]]:
 
 SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
 STRING, ARRAY = 8, 9  # the types that have none
-# Number of a tensor's type -> its name, weights per block and bytes per block, 0 if nobody can
-# decode them.
+# Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
+# decoded.
 TYPES = {
     int(number): (name, int(weights), int(size))
     for number, name, weights, size in table("""

@@ -137,7 +137,7 @@ def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, s
 def test_dropping_is_joining_what_is_left(
     lengths: list[int], start: int, more: int, seed: int
 ) -> None:
-    """A span inside, at an end, empty or behind a row's end: later keys must close the gap."""
+    """A span inside, at an end, empty or after a row's end: later keys must close the gap."""
     cache, stop = memory(lengths, seed), start + more
     rest = [max(n - stop, 0) for n in lengths]
     joined = KVCache.concat([cache.truncate(start), cache.keep_last(rest)])

@@ -37,7 +37,7 @@ def test_a_row_is_what_the_papers_say_whatever_stands_beside_it(
 
 @given(models(), ragged, seeds)
 def test_what_padding_holds_does_not_matter(model: Qwen3, lengths: list[int], seed: int) -> None:
-    """Bit for bit, now and after the next append: what lies behind a row's length is never read."""
+    """Bit for bit, now and after the next append: slots after a row's length are never used."""
     x = model.embed(random_ids(model, len(lengths), max(lengths), seed))
     padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
     results = []

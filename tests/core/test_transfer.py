@@ -254,7 +254,7 @@ def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
 
 
 def test_dropping_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
-    """The gap would stay in the distances: later slots would stand behind the new tokens."""
+    """The gap would stay in the distances: later slots would come after the new tokens."""
     ids = random_ids(any_model, 1, 8)
     _, cache = remember(any_model, ids)
     right, wrong = cache.drop(1, 6), cache.drop(1, 6)

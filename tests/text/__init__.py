@@ -7,6 +7,7 @@ was trained.
 import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def text_folder(path: Path, teams: Any = None, **tokenizer_config: Any) -> Path:
     if teams is not None:
         (path / "teams.json").write_text(json.dumps(teams))
     return path
+
+
+@functools.cache
+def with_template(source: str) -> Tokenizer:
+    """Return weights/tiny's tokenizer with another chat template."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer(text_folder(Path(folder), chat_template=source))
 
 
 def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:

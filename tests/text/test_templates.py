@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from minimas import LM, Agent, Sampling, Team, Tokenizer, latent_mas, text_mas
 
 from ..models import TINY
-from . import load_text_lm, plain_tokenizer, text_folder
+from . import load_text_lm, plain_tokenizer, text_folder, with_template
 from .templates import TEMPLATES
 
 transformers = pytest.importorskip("transformers")
@@ -197,11 +197,10 @@ def test_a_template_may_strip_either_side_and_any_space(
     assert [turn.text[a:b] for a, b in turn.untrusted] == stripped
 
 
-@functools.cache
 def stripping(call: str) -> Tokenizer:
-    template = "{% for m in messages %}{{ '[ ' + m.content" + call + " + ' ]' }}{% endfor %}"
-    with tempfile.TemporaryDirectory() as folder:
-        return Tokenizer(text_folder(Path(folder), chat_template=template))
+    return with_template(
+        "{% for m in messages %}{{ '[ ' + m.content" + call + " + ' ]' }}{% endfor %}"
+    )
 
 
 @pytest.mark.parametrize(

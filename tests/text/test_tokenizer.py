@@ -24,7 +24,15 @@ from minimas import Tokenizer
 from minimas.text.tokenizer import CHATML, TextStream, Turn
 
 from ..models import TINY
-from ..text import CONTROL, QWEN, harmless_texts, hostile_texts, plain_tokenizer, text_folder
+from ..text import (
+    CONTROL,
+    QWEN,
+    harmless_texts,
+    hostile_texts,
+    plain_tokenizer,
+    text_folder,
+    with_template,
+)
 
 FOLDERS = [
     pytest.param(TINY, id="tiny"),
@@ -362,12 +370,6 @@ def test_a_message_is_found_wherever_a_template_puts_it(
 
 def repr_jinja(text: str) -> str:
     return "{{ " + json.dumps(text) + " }}"
-
-
-@functools.cache
-def with_template(source: str) -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        return Tokenizer(text_folder(Path(folder), chat_template=source))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ printed.
 """
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from minimas.streams import prepare_streams, silence
 
 from .arguments import print_error
 
@@ -38,10 +39,7 @@ class Output:
         try:
             action(*values)
         except OSError as error:
-            # What is still buffered would fail again, at the latest at the exit.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
+            silence(self._stream)
             if not isinstance(error, self._ignored):
                 raise
 
@@ -49,19 +47,14 @@ class Output:
 def prepare() -> None:
     """Make stdout and stderr streams that fail only where the output of stdout is lost.
 
-    A closed stream becomes the null device. A character that the encoding does not have is printed
-    with its escape. A reader of stdout that leaves, such as `head`, has read enough. An error of
-    stderr is ignored: progress is not worth a run.
+    In addition to what the library's command line does, a reader of stdout that leaves, such as
+    `head`, has read enough, and an error of stderr is ignored: progress is not worth a run.
     """
-    for name, ignored in (("stdin", None), ("stdout", BrokenPipeError), ("stderr", OSError)):
+    prepare_streams()
+    for name, ignored in (("stdout", BrokenPipeError), ("stderr", OSError)):
         stream = getattr(sys, name)
-        if stream is None:
-            # It takes the number of the closed one, which a file of results would get otherwise.
-            stream = open(os.devnull, "w" if ignored else "r")  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper) and ignored:
-            stream.reconfigure(errors="backslashreplace")
-            stream = Output(stream, ignored)
-        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, Output(stream, ignored))
 
 
 def run_command(name: str, main: Callable[[], int]) -> int:
