@@ -171,9 +171,8 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
             run.align_map,
             decodes=agents[0].writes,
             closes=run.closes_turns,
-            head=head,
         )
-        cache, head = turn.hand_over(run.transfer)
+        cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
         if team.parallel:
             for at in range(0, len(head), B):
@@ -186,40 +185,35 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
-    B, turns = len(run.questions), []
-    notes = [""] * B  # for prompts with {context}
-    said: list[list[tuple[Agent, str]]] = [[] for _ in notes]  # for prompts without it
+    numbers, turns = range(len(run.questions)), []
+    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question
 
-    def prompt(agent: Agent, q: int, context: str = "", first: bool = True, **options: Any) -> Turn:
+    def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> Turn:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
-        return run.tokenizer.turn(filled, agent.system, agent.prefix, first, **options)
+        return run.tokenizer.turn(filled, agent.system, agent.prefix, first, last)
 
-    def talk(q: int) -> Turn:
-        turn = Turn("")
-        for agent, text in said[q]:
-            turn += prompt(agent, q, first=not turn.text, last=False) + run.tokenizer.written(text)
-        return turn
-
-    def prompts_of(agent: Agent, sees_others: bool) -> list[Turn]:
-        found = []
-        for q in range(B):
-            context = prompts.CONTEXT.format(work=notes[q]) if sees_others and notes[q] else ""
-            alone = "{context}" in agent.prompt or not sees_others
-            before = Turn("") if alone else talk(q)
-            found.append(before + prompt(agent, q, context, first=not before.text))
-        return found
+    def prompt(agent: Agent, q: int) -> Turn:
+        if "{context}" in agent.prompt:
+            notes = [prompts.WORK.format(name=a.name, text=text.strip()) for a, text in said[q]]
+            context = prompts.CONTEXT.format(work="".join(notes)) if notes else ""
+            return own_turn(agent, q, context, first=True)
+        talk = Turn("")
+        for other, text in said[q]:
+            talk += own_turn(other, q, "", first=not talk.text, last=False)
+            talk += run.tokenizer.written(text)
+        return talk + own_turn(agent, q, "", first=not talk.text)
 
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in side_by_side:
-        asked = [turn for agent in agents for turn in prompts_of(agent, not team.parallel)]
-        turn = yield from run.turn(agents, asked, run.new_cache(len(agents)))
+        asked = [(agent, q) for agent in agents for q in numbers]  # of each row
+        rows = [prompt(agent, q) for agent, q in asked]
+        turn = yield from run.turn(agents, rows, run.new_cache(len(agents)))
         turns.append(turn)
-        for row, out in enumerate(turn.outputs):
-            agent, q = agents[row // B], row % B
-            notes[q] += prompts.WORK.format(name=agent.name, text=out.text.strip())
+        for (agent, q), out in zip(asked, turn.outputs, strict=True):
             said[q].append((agent, out.text))
-    return LastTurn(run, last, prompts_of(last, True), run.new_cache(), 0, None, turns)
+    asked_last = [prompt(last, q) for q in numbers]
+    return LastTurn(run, last, asked_last, run.new_cache(), 0, None, turns)
 
 
 class HandOver(NamedTuple):

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .load import LM
 from .results import AgentEnd, AgentTrace, Event, Thought
@@ -52,18 +51,18 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            views = self._views() if self._thoughts else [[] for _ in event.traces]
-            self.seen += zip(event.traces, views, strict=True)
+            self.seen += [(trace, self._views(row)) for row, trace in enumerate(event.traces)]
             self._thoughts = []
 
-    def _views(self) -> list[list[ThoughtView]]:
-        """Return what the thoughts since the last agent's end say, row by row."""
-        hidden = torch.cat([thought.hidden for thought in self._thoughts], 1)  # (R, n, D)
-        fed = torch.cat([thought.embedding for thought in self._thoughts], 1).float()  # (R, n, D)
-        # Row by row: the scores of all of them, (R, n, V), would take gigabytes.
-        return [self._view(*row) for row in zip(hidden, fed, strict=True)]
+    def _views(self, row: int) -> list[ThoughtView]:
+        """Return what one row's thoughts since the last agent's end say.
 
-    def _view(self, hidden: Tensor, fed: Tensor) -> list[ThoughtView]:
+        The scores of all rows together, (R, n, V), would take gigabytes.
+        """
+        if not self._thoughts:
+            return []
+        hidden = torch.cat([thought.hidden[row] for thought in self._thoughts])  # (n, D)
+        fed = torch.cat([thought.embedding[row] for thought in self._thoughts]).float()  # (n, D)
         logs = self.model.logits(hidden[None])[0, :, : self.size].float().log_softmax(-1)  # (n, V)
         chances, tokens = logs.exp().topk(min(self.top, self.size))
         entropy = -(logs.exp() * logs).sum(-1)  # (n,)

@@ -46,26 +46,28 @@ class TurnResult(NamedTuple):
     cache: KVCache
     hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
     start: list[int]  # slots per row before the turn
-    head: list[int]  # slots per row of what all agents share: system message and opening
     prompt_end: list[int]  # slots per row after the prompt; the thoughts follow
     steps: int
     traces: list[AgentTrace]
     outputs: list[GeneratedText]
 
-    def hand_over(self, transfer: str) -> tuple[KVCache, list[int]]:
-        """Return the cache as the next agent gets it, and how many slots per row are its head."""
-        start = [max(pair) for pair in zip(self.start, self.head, strict=True)]
+    def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
+        """Return the cache as the next agent gets it, and how many slots per row are its head.
+
+        `head` counts each row's slots that all agents share: system message and opening.
+        """
+        start = [max(pair) for pair in zip(self.start, head, strict=True)]
         cache = self.cache
         if transfer == "none":  # then every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
             own = [n - at for n, at in zip(cache.lengths, start, strict=True)]
-            cache = KVCache.concat([cache.truncate(self.head), cache.keep_last(own)])
+            cache = KVCache.concat([cache.truncate(head), cache.keep_last(own)])
         if transfer == "latents":
             thoughts_end = [end + self.steps for end in self.prompt_end]
             thoughts = cache.truncate(thoughts_end).keep_last(self.steps)
             cache = KVCache.concat([cache.truncate(start), thoughts])
-        return cache, self.head
+        return cache, head
 
 
 @dataclass
@@ -204,13 +206,11 @@ class Run:
         decodes: bool = True,
         final: bool = False,
         closes: bool = False,
-        head: Sequence[int] = (),
     ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
-        answers; its cache is used afterwards only with `keep_memory`. `head` counts each row's head
-        slots.
+        answers; its cache is used afterwards only with `keep_memory`.
         """
         model, began = self.lm.model, self._clock()
         start = list(cache.lengths)
@@ -241,7 +241,7 @@ class Run:
             agent = agents[row // len(self.questions)]
             traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(cache, hidden, start, list(head), prompt_end, steps, traces, outputs)
+        return TurnResult(cache, hidden, start, prompt_end, steps, traces, outputs)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""

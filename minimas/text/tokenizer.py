@@ -338,8 +338,9 @@ def is_text(value: Any) -> bool:
 
     Half of a surrogate pair cannot be encoded.
     """
-    blank = not isinstance(value, str) or not value.strip()
-    return not blank and not any("\ud800" <= character <= "\udfff" for character in value)
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _to_json(
