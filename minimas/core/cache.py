@@ -155,8 +155,9 @@ class KVCache:
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
         new = copy.copy(self)
         new.lengths = [self.lengths[row] for row in rows]
-        new.keys = [keys[rows] for keys in self.keys]
-        new.values = [values[rows] for values in self.values]
+        index = torch.tensor(rows, device=self.device)  # (B,), made once for all layers
+        new.keys = [keys.index_select(0, index) for keys in self.keys]
+        new.values = [values.index_select(0, index) for values in self.values]
         return new
 
     def truncate(self, lengths: Lengths) -> "KVCache":
@@ -216,10 +217,10 @@ class KVCache:
             if cache.owner is not None:
                 joined.sign(cache.owner)
             width = max(cache.lengths)
-            first = torch.tensor(joined.lengths)[:, None]  # (B, 1)
-            turn = angles(first.to(joined.device), c.head_dim, c.rope_theta, joined.dtype)
-            rows = torch.arange(len(first))[:, None]  # (B, 1)
-            slots = first + torch.arange(width)  # (B, T)
+            first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
+            turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
+            slots = first + torch.arange(width, device=joined.device)  # (B, T)
             # Without a mask, as nothing attends: it would be (T, S).
             positions = Positions(*turn, None, max(joined.lengths) + width, (rows, slots))
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):

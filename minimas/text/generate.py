@@ -111,9 +111,11 @@ def sample(
         0.0 if g is None else torch.rand((), dtype=torch.float64, generator=g).item()
         for g in generators
     ]
-    draw = torch.tensor(draws, dtype=torch.float64, device=mass.device)[:, None]  # (B, 1)
-    place = torch.searchsorted(mass, draw * mass[:, -1:], right=True)  # (B, 1)
-    place = place.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)
+    # Not blocking: the host would wait for the step before.
+    draw = torch.tensor(draws, dtype=torch.float64).to(mass.device, non_blocking=True)  # (B,)
+    place = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)  # (B, 1)
+    possible = (probabilities > 0).sum(-1, keepdim=True).clamp_min(1)  # NaN: none
+    place = place.minimum(possible - 1)
     return order.gather(1, place)[:, 0]  # (B,)
 
 
@@ -143,7 +145,7 @@ def decode(
     seen = [list(ids) for ids in prompts]
     penalty = sampling.repetition_penalty
     while True:
-        logits = finite(model.logits(hidden), model.name)[:, -1]  # (B, V)
+        logits = model.logits(hidden)[:, -1]  # (B, V)
         if penalty != 1:  # Keskar et al., arXiv 1909.05858, in the form of Hugging Face
             for scores, row in zip(logits, rows, strict=True):
                 old = scores[seen[row]]
@@ -151,8 +153,12 @@ def decode(
         # Nothing is drawn for ended rows: their generators must not depend on the other rows.
         drawing = [generators[row] if row in running else None for row in rows]
         tokens = sample(logits, sampling, drawing)  # (B,)
+        # The only values that are read in a step: on a GPU each reading waits for all kernels.
+        chosen = tokens.where(logits.isfinite().all(-1), -1).tolist()
+        if -1 in chosen:
+            finite(logits, model.name)
         step: list[int | None] = [None] * len(prompts)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for row, token in zip(rows, chosen, strict=True):
             if token in end_ids:
                 running.discard(row)
             if row in running:
@@ -164,7 +170,8 @@ def decode(
         # A compiled step is compiled for one number of rows.
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
-            cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
+            index = torch.tensor(kept, device=tokens.device)
+            cache, tokens, rows = cache.select(kept), tokens.index_select(0, index), sorted(running)
         lengths = [int(row in running) for row in rows]
         hidden = model(model.embed(tokens[:, None]), cache, lengths)  # (B, 1, D)
 

@@ -1,0 +1,185 @@
+"""A GPU that does not exist: fake CUDA tensors, and a record of what the host waits for."""
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from minimas import Qwen3
+from minimas.core.checkpoint import fill
+from minimas.core.config import Config
+from minimas.fast.quantize import Replacer
+
+CUDA = torch.device("cuda:0")
+# hidden_size, intermediate_size, attention heads of Qwen3-0.6B, 4B and 8B; the rest is the same.
+SHAPES = {"0.6B": (1024, 3072, 16), "4B": (2560, 9728, 32), "8B": (4096, 12288, 32)}
+VALUE = 7  # of every number that is read: as a token, none that ends a text
+READS = {  # what reads a tensor's values on the host, and what it reads here
+    "item": lambda x: VALUE,
+    "tolist": lambda x: nested(x.shape),
+    "__bool__": lambda x: x.dtype == torch.bool,  # all is finite, and no error code
+    "__int__": lambda x: VALUE,
+    "__float__": lambda x: float(VALUE),
+}
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # kernels want one dtype, fake ones do not check
+BY_HAND = ("__getitem__", "__setitem__", "contiguous", "copy_")
+
+
+def qwen3(size: str, layers: int = 2) -> Config:
+    """Return the config of Qwen3 in one of its sizes, with fewer layers."""
+    hidden, intermediate, heads = SHAPES[size]
+    return Config(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=size != "8B",
+        dtype="bfloat16",
+    )
+
+
+class FakeSource:
+    """Tensors without values, as a checkpoint that `fill` reads."""
+
+    def __init__(self, model: Qwen3) -> None:
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    def read(self, key: str, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.shapes[key], dtype=dtype)
+
+    def blocks(self, key: str) -> None:
+        """None: nothing is quantized."""
+
+
+class FakeGPU:
+    """A context in which tensors of CUDA can be made. `waits` names what the host has waited for.
+
+    `peak` is the largest number of bytes that were allocated on the GPU at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.waits: list[str] = []
+        self.allocated = self.peak = 0
+        self.fake = FakeTensorMode(allow_non_fake_inputs=False)
+        self.contexts: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> "FakeGPU":
+        stack = contextlib.ExitStack()
+        for name, value in {
+            "get_device_capability": lambda device: (9, 0),
+            "make_graphed_callables": lambda step, sample: step,
+            "device": lambda device: contextlib.nullcontext(),
+            "synchronize": lambda device: None,
+        }.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
+        # A fake tensor's own `tolist` reads item by item.
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", Tensor.tolist))
+        stack.enter_context(self.fake)
+        stack.enter_context(Watch(self))
+        stack.enter_context(ByHand(self))
+        self.contexts.append(stack)
+        self.waits.clear()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.contexts.pop().close()
+
+    def load(self, config: Config, quantize: str | None = None) -> Qwen3:
+        """Return a model on the GPU, in bf16 or quantized, as `minimas.load` makes it."""
+        with torch.device("meta"):
+            model = Qwen3(config, name="fake")
+        source: Any = FakeSource(model)
+        replacer = Replacer(source, CUDA, torch.bfloat16, quantize)
+        fill(model, source, CUDA, torch.bfloat16, replacer)
+        replacer.finish(model)
+        return model
+
+    def allocate(self, x: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
+        storage = x.untyped_storage()
+        size = storage.nbytes()
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.allocated -= size
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operator: copies between devices that block, and what is allocated."""
+
+    def __init__(self, gpu: FakeGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.overloadpacket.__name__ in PRODUCTS and len({x.dtype for x in given}) > 1:
+            raise RuntimeError(f"{func}: different dtypes, {[x.dtype for x in given]}")
+        found = func(*args, **kwargs)
+        storages = {id(x.untyped_storage()) for x in given}
+        for x in tree_leaves(found):
+            if not isinstance(x, Tensor):
+                continue
+            moved = any(x.device != other.device for other in given) and "copy" in str(func)
+            if moved and not kwargs.get("non_blocking", False):
+                self.gpu.waits.append(f"{given[0].device} to {x.device}")
+            if x.device == CUDA and id(x.untyped_storage()) not in storages:
+                self.gpu.allocate(x)
+        return found
+
+
+class ByHand(TorchFunctionMode):
+    """Does what a build of torch for CPUs refuses for CUDA tensors, and counts what is read.
+
+    Indexing asks for the device itself, even without values. It is done with tensors on "meta".
+    """
+
+    def __init__(self, gpu: FakeGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].device == CUDA
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.gpu.waits += [name] * on_gpu
+            return READS[name](args[0])
+        if on_gpu and name in BY_HAND:
+            own = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            for x in own:
+                index = x.dtype in (torch.int64, torch.bool) and name != "copy_"
+                if x.device != CUDA and not index:
+                    raise RuntimeError(f"{name}: a tensor on {x.device} for one on {CUDA}")
+                if x.device != CUDA:
+                    self.gpu.waits.append(f"index on {x.device}")
+            found = func(*tree_map_only(Tensor, on_meta, args), **kwargs)
+            return found if found is None else torch.empty_like(found, device=CUDA)
+        return func(*args, **kwargs)
+
+
+def nested(shape: Sequence[int]) -> Any:
+    """Return the lists that `tolist` returns for a tensor of this shape."""
+    return [nested(shape[1:]) for _ in range(shape[0])] if shape else VALUE
+
+
+def on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

@@ -1,0 +1,216 @@
+"""Prefill, latent steps, decoding and hand-overs at Qwen3's sizes, on a GPU without values.
+
+A tensor on the wrong device or of the wrong dtype raises. Whatever reads a value from the GPU, or
+copies to it and waits, is counted: within a step the host waits for nothing, except for the token
+that `decode` has sampled.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from minimas import Aligner, KVCache, Qwen3, Sampling, think
+from minimas.core.model import prefill, take_last
+from minimas.fast.compiled import Recorded
+from minimas.text.generate import decode, generator
+
+from ..fast.test_compiled import Layers
+from .gpu import CUDA, SHAPES, VALUE, FakeGPU, qwen3
+
+FORMATS = (None, "q4", "q8")
+LENGTHS = [5, 17, 9]  # of a ragged batch
+every_model = pytest.mark.parametrize("quantize", FORMATS)
+every_size = pytest.mark.parametrize("size", SHAPES)
+
+
+@functools.cache
+def rehearsed(size: str, quantize: str | None) -> tuple[FakeGPU, Qwen3]:
+    gpu = FakeGPU()
+    with gpu:
+        model = gpu.load(qwen3(size), quantize)
+    return gpu, model
+
+
+def start(model: Qwen3) -> tuple[Tensor, KVCache]:
+    """Prefill three rows of different lengths. Returns their last states (3, 1, D)."""
+    cache = model.new_cache(len(LENGTHS))
+    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.int64, device=CUDA)
+    hidden = model(model.embed(ids), cache, LENGTHS)  # (B, T, D)
+    return take_last(hidden, LENGTHS), cache
+
+
+def ridge(model: Qwen3) -> Aligner:
+    """A map of the paper's form. `from_model` reads values."""
+    size = model.config.hidden_size
+    return Aligner(matrix=torch.empty(size, size, device=CUDA), norm=1.0)
+
+
+def on_gpu(model: Qwen3, cache: KVCache) -> bool:
+    """Whether every key and value has the model's device and dtype, and enough slots."""
+    stores = [*cache.keys, *cache.values]
+    kinds = {(x.device, x.dtype) for x in stores}
+    return kinds == {(CUDA, model.dtype)} and min(x.shape[2] for x in stores) >= max(cache.lengths)
+
+
+@every_size
+@every_model
+def test_a_latent_step_waits_for_nothing(size: str, quantize: str | None) -> None:
+    """Ragged rows copied a tensor to the GPU twice per layer and step."""
+    gpu, model = rehearsed(size, quantize)
+    with gpu:
+        hidden, cache = start(model)
+        assert not gpu.waits, "prefill"
+        thoughts, hidden = think(model, ridge(model), hidden, cache, 3)
+        assert not gpu.waits
+        assert thoughts.shape == (3, 3, model.config.hidden_size)
+        assert (hidden.device, hidden.dtype) == (CUDA, torch.bfloat16)
+        assert cache.lengths == [n + 3 for n in LENGTHS] and on_gpu(model, cache)
+
+
+@every_size
+@every_model
+def test_a_decode_step_waits_only_for_its_token(size: str, quantize: str | None) -> None:
+    """The check of the scores waited a second time in every step."""
+    gpu, model = rehearsed(size, quantize)
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.9)):
+        with gpu:
+            hidden, cache = start(model)
+            generators = [generator(0, str(row)) for row in LENGTHS]
+            steps = decode(model, hidden, cache, sampling, {1}, generators, [[]] * len(LENGTHS))
+            for _ in range(4):
+                assert next(steps) == [VALUE] * len(LENGTHS)
+            assert gpu.waits == ["tolist"] * 4
+            assert cache.lengths == [n + 3 for n in LENGTHS]
+
+
+@every_model
+def test_a_recorded_step_waits_for_nothing(quantize: str | None) -> None:
+    """Its bookkeeping runs in every step: positions, and whether it has to be recorded anew."""
+    gpu, model = rehearsed("0.6B", quantize)
+    with gpu:
+        hidden, cache = start(model)
+        model.step = Recorded(Layers(model))
+        try:
+            for _ in range(3):
+                hidden = model(hidden, cache)
+        finally:
+            model.step = None
+        assert not gpu.waits
+        assert cache.lengths == [n + 3 for n in LENGTHS] and on_gpu(model, cache)
+
+
+@every_size
+def test_memories_are_cut_and_joined_on_the_gpu(size: str) -> None:
+    """Not a copy of a cache may pass through the host: it has gigabytes."""
+    gpu, model = rehearsed(size, None)
+    with gpu:
+        _, cache = start(model)
+        found = {
+            "fork": cache.fork(),
+            "select": cache.select([2, 0, 1]),
+            "truncate": cache.truncate([4, 4, 2]),
+            "keep_last": cache.keep_last(3),
+            "drop": cache.drop(1, [2, 9, 3]),
+            "concat": KVCache.concat([cache, cache.keep_last(2)]),
+        }
+        lengths = {name: other.lengths for name, other in found.items()}
+        assert lengths == {
+            "fork": [5, 17, 9],
+            "select": [9, 5, 17],
+            "truncate": [4, 4, 2],
+            "keep_last": [3, 3, 3],
+            "drop": [4, 9, 7],
+            "concat": [7, 19, 11],
+        }
+        for name, other in found.items():
+            assert on_gpu(model, other), name
+            model(model.embed(torch.zeros(3, 1, dtype=torch.int64, device=CUDA)), other)
+        assert all(wait.endswith("cuda:0") or wait.startswith("index") for wait in gpu.waits), (
+            "only a few integers may be copied, and nothing be read"
+        )
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_that_bound_the_memory() -> None:
+    """The mask of all positions, (T, S) for every row, would be larger than the model."""
+    gpu, model = rehearsed("0.6B", None)
+    peaks = []
+    for chunk_tokens in (512, 8192):
+        with gpu:
+            before = gpu.peak = gpu.allocated
+            cache = model.new_cache(2)
+            prefill(model, [[0] * 8192, [0] * 4000], cache, chunk_tokens)
+            peaks.append(gpu.peak - before)
+            assert cache.lengths == [8192, 4000]
+    assert peaks[0] < 0.2 * peaks[1]
+
+
+# -- what the rehearsal catches -------------------------------------------------------------------
+
+
+def wrong_map(name: str, model: Qwen3) -> Callable[[Tensor], Tensor]:
+    """A map with one planted fault."""
+    size = model.config.hidden_size
+
+    def elsewhere(hidden: Tensor) -> Tensor:
+        return hidden @ torch.empty(size, size, dtype=hidden.dtype)
+
+    def reads(hidden: Tensor) -> Tensor:
+        return hidden * float(hidden.norm().item())
+
+    def copies(hidden: Tensor) -> Tensor:
+        return hidden + torch.tensor([1.0] * size).to(CUDA, hidden.dtype)
+
+    def fetches(hidden: Tensor) -> Tensor:
+        return hidden.cpu().to(CUDA, non_blocking=True)
+
+    def compares(hidden: Tensor) -> Tensor:
+        return hidden if (hidden > 0).all() else -hidden
+
+    def widens(hidden: Tensor) -> Tensor:
+        return (
+            hidden.float() @ torch.empty(size, size, dtype=hidden.dtype, device=CUDA)
+        ).bfloat16()
+
+    faults = (elsewhere, reads, copies, fetches, compares, widens)
+    return {fault.__name__: fault for fault in faults}[name]
+
+
+@pytest.mark.parametrize(
+    ("fault", "wait"),
+    [
+        ("reads", "item"),
+        ("copies", "cpu to cuda:0"),
+        ("fetches", "cuda:0 to cpu"),
+        ("compares", "__bool__"),
+    ],
+)
+def test_a_planted_wait_is_counted_in_every_step(fault: str, wait: str) -> None:
+    gpu, model = rehearsed("0.6B", None)
+    with gpu:
+        hidden, cache = start(model)
+        think(model, wrong_map(fault, model), hidden, cache, 3)
+        assert gpu.waits == [wait] * 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("elsewhere", "cuda:0.* and cpu"), ("widens", "different dtypes")]
+)
+def test_a_planted_tensor_of_another_device_or_dtype_is_refused(fault: str, message: str) -> None:
+    gpu, model = rehearsed("0.6B", None)
+    with gpu:
+        hidden, cache = start(model)
+        with pytest.raises(RuntimeError, match=message):
+            think(model, wrong_map(fault, model), hidden, cache, 1)
+
+
+@pytest.mark.parametrize("quantize", ["q4", "q8"])
+def test_a_quantized_kernel_refuses_inputs_of_another_dtype(quantize: str) -> None:
+    """Its schema wants bf16. Without the check a GPU would only say so at the first question."""
+    gpu, model = rehearsed("0.6B", quantize)
+    with gpu:
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        with pytest.raises(RuntimeError):
+            layer(torch.empty(1, 1, 1024, dtype=torch.float64, device=CUDA))
