@@ -1,8 +1,8 @@
 """Linear layers of 4 and 8 bits: what each format stores, where it runs, how a matrix is quantized.
 
 A step of one row reads every weight once and computes little, so fewer bytes are less time. Few
-rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked,
-a chunk at a time, and multiplied in 16 or 32 bits (see order.py for what that gains).
+rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked
+and multiplied in 16 or 32 bits (see order.py for what that gains).
 
 What the formats gain for the README's latent step of one row against bf16: q4 1.76 times (2-core
 AMD EPYC with AVX-512, 2026-11-24) and 1.19 times (2-core AMD EPYC with AVX2, 2026-11-28). The
@@ -17,7 +17,7 @@ quantized model is not moved. Does not know: models, files, the order in which t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..core.errors import ParameterError
 from . import bnb
 from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
-from .packed import CHUNK_WEIGHTS, linear
+from .packed import linear
 
 
 class Format(NamedTuple):
@@ -230,26 +230,24 @@ class QuantizedLinear(nn.Module):
 
     max_kernel_rows: float = 0
     multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
-    unpack: Callable[[], Iterator[Tensor]]  # W (N, K) in bf16, in chunks of consecutive rows
+    unpack: Callable[[], Tensor]  # W (N, K) in bf16
 
     def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         (self.out_features, self.in_features), self.bias, self.dtype = shape, bias, dtype
-        # Rows of W that are unpacked at a time: a multiple of TILE whose weights fit the cache.
-        self.chunk_rows = max(TILE, CHUNK_WEIGHTS // self.in_features // TILE * TILE)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (R, K)
         if len(rows) <= self.max_kernel_rows and not rows.requires_grad:  # kernels: no gradient
             y = self.multiply(rows)  # (R, N)
         else:
-            y = torch.cat([linear(rows, part.to(x.dtype)) for part in self.unpack()], -1)
+            y = linear(rows, self.unpack().to(x.dtype))
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (…, N)
 
     @property
     def weight(self) -> Tensor:
-        return torch.cat(list(self.unpack())).to(self.dtype)
+        return self.unpack().to(self.dtype).contiguous()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -270,8 +268,7 @@ class Q4Linear(QuantizedLinear):
     def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, *bias_and_dtype: Any) -> None:
         super().__init__(values.shape, *bias_and_dtype)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
-        # In chunks, because packing needs the values as 32-bit integers.
-        self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
+        self.packed = pack4(F.pad(values, pad))
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
         self.order = order_of_this_cpu() if values.is_cpu else None
@@ -280,16 +277,13 @@ class Q4Linear(QuantizedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return multiply4(rows, self.packed, self.scales)[:, : self.out_features]
 
-    def unpack(self) -> Iterator[Tensor]:
-        if self.order is None:  # only the kernel knows the order: multiply W by the unit vectors
+    def unpack(self) -> Tensor:
+        if self.order:
+            weight = unpack4(self.packed, self.scales, self.order)
+        else:  # only the kernel knows the order: multiply W by the unit vectors
             units = torch.eye(len(self.scales) * GROUP).to(self.scales)
-            products = [multiply4(part, self.packed, self.scales) for part in units.split(512)]
-            yield torch.cat(products).T[: self.out_features]
-            return
-        for start in range(0, self.out_features, self.chunk_rows):
-            chunk = slice(start, start + self.chunk_rows)
-            part = unpack4(self.packed[chunk], self.scales[:, chunk], self.order)
-            yield part[: self.out_features - start]
+            weight = multiply4(units, self.packed, self.scales).T
+        return weight[: self.out_features]
 
 
 class Q8GroupLinear(Q4Linear):
@@ -306,10 +300,9 @@ class Q8GroupLinear(Q4Linear):
     def multiply(self, rows: Tensor) -> Tensor:
         return super().multiply(rows.repeat(1, 2))
 
-    def unpack(self) -> Iterator[Tensor]:
-        for part in super().unpack():
-            high, low = part.chunk(2, 1)
-            yield high + low
+    def unpack(self) -> Tensor:
+        high, low = super().unpack().chunk(2, 1)
+        return high + low
 
 
 class Q8Linear(QuantizedLinear):
@@ -322,9 +315,7 @@ class Q8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape, bias, weight.dtype)
-        self.values, scale = in_chunks(round_rows, weight)
-        # CUDA's kernel would convert them at every call.
-        self.scale = scale if weight.is_cpu else scale.float()
+        self.values, self.scale = in_chunks(round_rows, weight)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()
         )
@@ -337,7 +328,5 @@ class Q8Linear(QuantizedLinear):
         kernel = torch.ops.aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
-    def unpack(self) -> Iterator[Tensor]:
-        for start in range(0, self.out_features, self.chunk_rows):
-            chunk = slice(start, start + self.chunk_rows)
-            yield self.values[chunk] * self.scale[chunk, None].bfloat16()  # (chunk_rows, K)
+    def unpack(self) -> Tensor:
+        return self.values * self.scale[:, None]  # type: ignore[no-any-return]
