@@ -19,7 +19,7 @@ quantized model is not moved. Does not know: models, files, the order in which t
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +30,13 @@ from . import bnb
 from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
 from .packed import linear
 
-
-class Format(NamedTuple):
-    """Bits of each weight, and the package that the format needs besides torch."""
-
-    bits: float
-    package: str = ""
-
-
-FORMATS = {
-    "q4": Format(5),  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
-    "q8": Format(8),  # 8-bit values, a bf16 scale for every row
-    "nf4": Format(4.127, "bitsandbytes"),  # 4-bit normal floats, an 8-bit scale for every 64
-    "int8": Format(8, "bitsandbytes"),  # 8-bit values, a float32 scale for every row
+FORMATS = {  # bits of each weight
+    "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
+    "q8": 8,  # 8-bit values, a bf16 scale for every row
+    "nf4": 4.127,  # 4-bit normal floats, an 8-bit scale for every 64
+    "int8": 8,  # 8-bit values, a float32 scale for every row
 }
+TORCH_FORMATS = ("q4", "q8")  # multiplied by torch's kernels, the others by those of bitsandbytes
 
 
 def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -57,7 +50,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if dtype == torch.float64:
         problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
         raise ParameterError("quantize", f"{found} {problem}")
-    if FORMATS[name].package:
+    if name not in TORCH_FORMATS:
         bnb.require(f"quantize: {found}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
@@ -107,7 +100,7 @@ class Replacer:
         if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
             return None
         runs = self.dtype.itemsize == 2 and has_kernels(self.device)
-        keeps = runs and self.quantize in (None, "q4", "q8")
+        keeps = runs and self.quantize in (None, *TORCH_FORMATS)
         blocks: Any = self.source.blocks(f"{name}.weight") if keeps else None
         if blocks is None and self.quantize is None:
             return None
@@ -116,8 +109,8 @@ class Replacer:
             return self.source.read(f"{name}.{leaf}", self.dtype).to(self.device)
 
         bias = None if module.bias is None else read("bias")
-        if self.quantize is None or (blocks is not None and blocks[2] is not None):
-            parts: Any = [part if part is None else part.to(self.device) for part in blocks]
+        if self.quantize is None or (blocks and blocks[0].dtype == torch.uint8):
+            parts = [part.to(self.device) for part in blocks]
             self.made.append(kept(*parts, bias, self.dtype))
         else:
             self.made.append(quantized(self.quantize, read("weight"), bias))
@@ -140,16 +133,15 @@ class Replacer:
             model._apply = refuse_to_move
 
 
-def kept(values: Tensor, scale: Tensor, minimum: Tensor | None, *bias_and_dtype: Any) -> nn.Module:
+def kept(values: Tensor, scale: Tensor, minimum: Tensor, *bias_and_dtype: Any) -> nn.Module:
     """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
 
-    Q4_0 and Q4_1: values · scale + minimum, scale and minimum (N, G). Q8_0: `minimum` is None.
+    Values (N, K) are uint8 of Q4_0 and Q4_1, or int8 of Q8_0, whose `minimum` is 0. Scale and
+    minimum are (N, G).
     """
-    if minimum is not None:
-        return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
-    halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
-    scales, zeros = torch.cat([16 * scale, scale], 1), torch.cat([0 * scale, 8 * scale], 1)
-    return Q8GroupLinear(halves, scales, zeros, *bias_and_dtype)
+    if values.dtype == torch.int8:
+        return Q8GroupLinear(values, scale, *bias_and_dtype)
+    return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
 
 
 # -- from weights to values ---------------------------------------------------------------
@@ -290,11 +282,13 @@ class Q8GroupLinear(Q4Linear):
     """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
 
     torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
-    4 bits (N, 2 K) holds all high parts and then all low ones: see `kept`.
+    4 bits (N, 2 K) holds all high parts and then all low ones.
     """
 
-    def __init__(self, *halves: Any) -> None:
-        super().__init__(*halves)
+    def __init__(self, values: Tensor, scale: Tensor, *bias_and_dtype: Any) -> None:
+        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
+        zero = torch.cat([0 * scale, 8 * scale], 1)
+        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, *bias_and_dtype)
         self.in_features //= 2
 
     def multiply(self, rows: Tensor) -> Tensor:
