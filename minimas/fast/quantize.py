@@ -18,7 +18,6 @@ quantized model is not moved. Does not know: models, files, the order in which t
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -80,57 +79,53 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     return bnb.layer(name, weight, bias)
 
 
-@dataclass
-class Replacer:
-    """Make the quantized layers of one model, one at a time, while its tensors are read.
+def replacement(
+    source: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    name: str,
+    module: Any,
+) -> nn.Module | None:
+    """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
-    `source` has `read` and `blocks` of tensors; `quantize` None keeps a GGUF file's blocks. Blocks
-    are kept in a 16-bit model, where q4's kernels run.
+    `source` has `read` and `blocks` of tensors. `quantize` None keeps a GGUF file's blocks, in a
+    16-bit model where q4's kernels run.
     """
+    if not name.endswith("_proj"):  # norms, and embedding and LM head: W_a needs them as they are
+        return None
+    runs = dtype.itemsize == 2 and has_kernels(device)
+    keeps = runs and quantize in (None, *TORCH_FORMATS)
+    blocks: Any = source.blocks(f"{name}.weight") if keeps else None
+    if blocks is None and quantize is None:
+        return None
 
-    source: Any
-    device: torch.device
-    dtype: torch.dtype
-    quantize: str | None
-    # None for a matrix of sizes that do not divide.
-    made: list[nn.Module | None] = field(default_factory=list)
+    def read(leaf: str) -> Any:
+        return source.read(f"{name}.{leaf}", dtype).to(device)
 
-    def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
-        """Return the layer to put in place of `module`; None keeps it in 16 or 32 bits."""
-        if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
-            return None
-        runs = self.dtype.itemsize == 2 and has_kernels(self.device)
-        keeps = runs and self.quantize in (None, *TORCH_FORMATS)
-        blocks: Any = self.source.blocks(f"{name}.weight") if keeps else None
-        if blocks is None and self.quantize is None:
-            return None
+    bias = None if module.bias is None else read("bias")
+    if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
+        return kept(*(part.to(device) for part in blocks), bias, dtype)
+    return quantized(quantize, read("weight"), bias)
 
-        def read(leaf: str) -> Any:
-            return self.source.read(f"{name}.{leaf}", self.dtype).to(self.device)
 
-        bias = None if module.bias is None else read("bias")
-        if self.quantize is None or (blocks and blocks[0].dtype == torch.uint8):
-            parts = [part.to(self.device) for part in blocks]
-            self.made.append(kept(*parts, bias, self.dtype))
-        else:
-            self.made.append(quantized(self.quantize, read("weight"), bias))
-        return self.made[-1]
+def finish(model: Any, quantize: str | None) -> None:
+    """Complete a model whose layers were replaced, and refuse to move it from now on.
 
-    def finish(self, model: Any) -> None:
-        """Complete a model whose layers were replaced, and refuse to move it from now on.
-
-        A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
-        quantized.
-        """
-        if None in self.made:
-            logging.getLogger("minimas").warning(
-                "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
-                *(model.name, self.made.count(None), self.quantize),
-            )
-        if model.lm_head is None and any(isinstance(new, QuantizedLinear) for new in self.made):
-            model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
-        if any(self.made):
-            model._apply = refuse_to_move
+    A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
+    quantized.
+    """
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    plain = sum(type(layer) is nn.Linear for layer in layers)
+    if quantize and plain:
+        logging.getLogger("minimas").warning(
+            "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
+            *(model.name, plain, quantize),
+        )
+    if model.lm_head is None and any(isinstance(layer, QuantizedLinear) for layer in layers):
+        model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
+    if plain < len(layers):
+        model._apply = refuse_to_move
 
 
 def kept(values: Tensor, scale: Tensor, minimum: Tensor, *bias_and_dtype: Any) -> nn.Module:
