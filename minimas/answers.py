@@ -24,6 +24,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping
+from decimal import Context
 from fractions import Fraction
 from itertools import islice
 from unicodedata import normalize
@@ -253,6 +254,7 @@ _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
     | \b(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)\b"""
 _VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
+_EXACT = Context(prec=5 * LIMIT)  # digits, enough for every decimal that `_number` accepts
 _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 # Sign, the 3 of 3&1/2, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
 _NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
@@ -337,10 +339,8 @@ def _number(word: str) -> str | None:
     value = Fraction(base) ** int(power or 1) / Fraction(divisor or 1) + int(whole or 0)
     if max(value.numerator, value.denominator) > 10**LIMIT:
         return None
-    units, decimals = divmod(value, 1)
-    plain = f"{units}.{int(decimals * 10**LIMIT):0{LIMIT}}".rstrip("0").rstrip(".")
-    if divisor or Fraction(plain) != value:
-        plain = str(value)
+    decimal = _EXACT.divide(value.numerator, value.denominator).normalize(_EXACT)
+    plain = str(value) if divisor else f"{decimal:f}"
     return f"{'-' if sign == '-' and value else ''}{plain}{percent}"
 
 

@@ -155,10 +155,10 @@ def check(
 def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(finish(hand_over(run), run.on_event)).prefill()
-    losses = losses_after(run, hidden, cache, [[solution] for _, solution in QUESTIONS])
+    losses = losses_after(run, hidden, cache, [solution for _, solution in QUESTIONS])
     how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(QUESTIONS)
     answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
-    return [loss.mean for [loss] in losses], [len(answer.ids) for answer in answers]
+    return [loss.mean for loss in losses], [len(answer.ids) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -15,7 +15,7 @@ from .core.cache import KVCache
 from .core.checkpoint import EMBEDDING
 from .core.config import Config, read_json
 from .core.model import Qwen3
-from .fast.quantize import FORMATS
+from .fast.quantize import FORMATS, TORCH_FORMATS
 from .formats.gguf import GGUF
 from .load import resolve
 
@@ -110,8 +110,8 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
     # Our own formats add an 8-bit LM head if there is none.
     head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
-    for name, form in FORMATS.items():
-        sizes[name] = 2 * count - matrices * (2 - form.bits / 8) + (0 if form.package else head)
+    for name, bits in FORMATS.items():
+        sizes[name] = 2 * count - matrices * (2 - bits / 8) + head * (name in TORCH_FORMATS)
     if gguf:
         saved = sum(
             weights.get(key, 0) * (2 - KEPT_BITS.get(tensor.kind, 16) / 8)

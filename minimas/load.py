@@ -22,7 +22,7 @@ from .core.latent import Aligner
 from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
-from .fast.quantize import Replacer, check
+from .fast.quantize import check, finish, replacement
 from .formats.gguf import GGUF
 from .formats.gguf_file import read_header
 from .hub import download
@@ -155,13 +155,13 @@ def load(
     source = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
     used = asked or getattr(torch, source.config.dtype)
-    replacer = Replacer(source, target, used, quantize)
+    replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
     bar = partial(
         tqdm, desc=f"loading {name}", leave=False, disable=quiet or not sys.stderr or None
     )
-    fill(model, source, target, used, replacer, bar)
-    replacer.finish(model)
+    fill(model, source, target, used, replace, bar)
+    finish(model, quantize)
     pack(model)
     if compile:
         compile_steps(model)

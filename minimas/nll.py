@@ -6,19 +6,18 @@ holds the words of the solution lowers it, whether the model understands them or
 
 Does not know: arms, files, what is right.
 
-    R texts   T tokens   D hidden   V vocabulary
+    B questions   T tokens   D hidden   V vocabulary
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .core.cache import KVCache
-from .core.model import Qwen3
 from .text.tokenizer import Turn
 from .turns import Run
 
@@ -35,52 +34,37 @@ class Loss(NamedTuple):
         return self.total / self.tokens
 
 
-def losses_after(
-    run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[Sequence[str]]
-) -> list[list[Loss]]:
-    """Return the loss of each of a question's texts, as what the last agent would generate.
+def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str]) -> list[Loss]:
+    """Return the loss of one text per question, as what the last agent would generate.
 
-    `texts` has a list for each question, which is not empty. `hidden` (B, 1, D) is the last state
-    of the last agent's prompt, and `cache` the KV cache after it, which is left as it is.
-    Raises ValueError naming the question whose text has no token or exceeds the context.
+    `hidden` (B, 1, D) is the last state of the last agent's prompt, and `cache` the KV cache after
+    it, which is left as it is. Raises ValueError naming the question whose text has no token or
+    exceeds the context.
     """
     model = run.lm.model
     limit = model.config.max_position_embeddings
-    found: list[list[Loss]] = [[] for _ in texts]
     ids = []
-    for q, own in enumerate(texts):
+    for q, text in enumerate(texts):
         # All of a text is untrusted: a control token in a solution stays text.
-        ids.append([run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in own])
-        if not all(ids[q]):
+        ids.append(run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))))
+        if not ids[q]:
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
-        needed = int(cache.lengths[q]) + max(map(len, ids[q]))
+        needed = cache.lengths[q] + len(ids[q])
         if needed > limit:
             expected = f"expected {limit} or fewer, the context"
             raise ValueError(
                 f"question {q + 1}: found {needed} slots with the solution, {expected}"
             )
-    # All first texts are one batch, then all second ones: short options would be padded otherwise.
-    for column in zip_longest(*ids):
-        rows = [q for q, text in enumerate(column) if text]
-        chosen = [column[q] for q in rows]
-        batch = _batch_losses(model, hidden[rows], cache.select(rows), chosen)
-        for q, loss in zip(rows, batch, strict=True):
-            found[q].append(loss)
-    return found
-
-
-def _batch_losses(model: Qwen3, hidden: Tensor, cache: KVCache, ids: list[list[int]]) -> list[Loss]:
-    """Return the loss of one text per row. `hidden` (R, 1, D) predicts the first tokens."""
-    counts = [len(row) - 1 for row in ids]  # the last token predicts nothing
-    width = max(counts)
-    if width:
-        fed = [row[:-1] + [0] * (width - n) for row, n in zip(ids, counts, strict=True)]
-        embeds = model.embed(torch.tensor(fed, device=model.device))
-        hidden = torch.cat([hidden, model(embeds, cache, counts)], 1)  # (R, T, D)
+    # The last token predicts nothing.
+    fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]
+    padded = pad_sequence(fed, batch_first=True).to(model.device)  # (B, T - 1)
+    if padded.numel():
+        counts = [len(row) for row in fed]
+        hidden = torch.cat([hidden, model(model.embed(padded), cache.fork(), counts)], 1)
     losses = []
-    for r, row in enumerate(ids):
-        # Text by text: the logits of all of them, (R, T, V), would take gigabytes.
-        logits = model.logits(hidden[r : r + 1, : len(row)])[0]  # (T, V)
+    for q, row in enumerate(ids):
+        # Text by text: the logits of all of them, (B, T, V), would take gigabytes.
+        logits = model.logits(hidden[q : q + 1, : len(row)])[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         each = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="none")
         losses.append(Loss(float(each.double().sum()), len(row)))

@@ -35,7 +35,7 @@ def report(lm: LM) -> Report:
 def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     """The loss of each arm and the length of its answers are those of `latent_mas` itself."""
     greedy = Sampling(temperature=0.0, max_new_tokens=24)
-    texts = [[solution] for _, solution in QUESTIONS]
+    texts = [solution for _, solution in QUESTIONS]
     how = {"no cache": {"transfer": "none"}, "prompts only": {"latent_steps": 0}}
     how |= {
         f"2 thoughts, {kind}": {"latent_steps": 2, "align": kind} for kind in ("ridge", "prenorm")
@@ -44,7 +44,7 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     for arm, options in zip(report.arms, how.values(), strict=True):
         turn = last_turn(lm, ASKED, kind="math", sampling=greedy, **options)
         found = losses_after(turn.run, *turn.prefill(), texts)
-        assert arm.nll == pytest.approx(sum(loss.mean for [loss] in found) / 6, rel=1e-9)
+        assert arm.nll == pytest.approx(sum(loss.mean for loss in found) / 6, rel=1e-9)
         results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
         assert arm.tokens == sum(result.usage.output_tokens for result in results) / 6
     assert report.layout == "turn" and check(lm, "chat", 1).arms[1].nll != report.arms[1].nll

@@ -1,8 +1,8 @@
 """Linear layers of 4 and 8 bits: what each format stores, where it runs, how a matrix is quantized.
 
 A step of one row reads every weight once and computes little, so fewer bytes are less time. Few
-rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked,
-a chunk at a time, and multiplied in 16 or 32 bits (see order.py for what that gains).
+rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked
+and multiplied in 16 or 32 bits (see order.py for what that gains).
 
 What the formats gain for the README's latent step of one row against bf16: q4 1.76 times (2-core
 AMD EPYC with AVX-512, 2026-11-24) and 1.19 times (2-core AMD EPYC with AVX2, 2026-11-28). The
@@ -17,9 +17,8 @@ quantized model is not moved. Does not know: models, files, the order in which t
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -28,22 +27,15 @@ from torch import Tensor, nn
 from ..core.errors import ParameterError
 from . import bnb
 from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
-from .packed import CHUNK_WEIGHTS, linear
+from .packed import linear
 
-
-class Format(NamedTuple):
-    """Bits of each weight, and the package that the format needs besides torch."""
-
-    bits: float
-    package: str = ""
-
-
-FORMATS = {
-    "q4": Format(5),  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
-    "q8": Format(8),  # 8-bit values, a bf16 scale for every row
-    "nf4": Format(4.127, "bitsandbytes"),  # 4-bit normal floats, an 8-bit scale for every 64
-    "int8": Format(8, "bitsandbytes"),  # 8-bit values, a float32 scale for every row
+FORMATS = {  # bits of each weight
+    "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
+    "q8": 8,  # 8-bit values, a bf16 scale for every row
+    "nf4": 4.127,  # 4-bit normal floats, an 8-bit scale for every 64
+    "int8": 8,  # 8-bit values, a float32 scale for every row
 }
+TORCH_FORMATS = ("q4", "q8")  # multiplied by torch's kernels, the others by those of bitsandbytes
 
 
 def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -57,7 +49,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if dtype == torch.float64:
         problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
         raise ParameterError("quantize", f"{found} {problem}")
-    if FORMATS[name].package:
+    if name not in TORCH_FORMATS:
         bnb.require(f"quantize: {found}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
@@ -81,75 +73,72 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "q4":
         if K % GROUP:
             return None
-        return Q4Linear(*in_chunks(fit, weight), bias, weight.dtype)
+        values, scale, zero = in_chunks(fit, weight)
+        return Q4Linear(values, scale, zero, bias)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
 
 
-@dataclass
-class Replacer:
-    """Make the quantized layers of one model, one at a time, while its tensors are read.
+def replacement(
+    source: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    name: str,
+    module: Any,
+) -> nn.Module | None:
+    """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
-    `source` has `read` and `blocks` of tensors; `quantize` None keeps a GGUF file's blocks. Blocks
-    are kept in a 16-bit model, where q4's kernels run.
+    `source` has `read` and `blocks` of tensors. `quantize` None keeps a GGUF file's blocks, in a
+    16-bit model where q4's kernels run.
     """
+    if not name.endswith("_proj"):  # norms, and embedding and LM head: W_a needs them as they are
+        return None
+    runs = dtype.itemsize == 2 and has_kernels(device)
+    keeps = runs and quantize in (None, *TORCH_FORMATS)
+    blocks: Any = source.blocks(f"{name}.weight") if keeps else None
+    if blocks is None and quantize is None:
+        return None
 
-    source: Any
-    device: torch.device
-    dtype: torch.dtype
-    quantize: str | None
-    # None for a matrix of sizes that do not divide.
-    made: list[nn.Module | None] = field(default_factory=list)
+    def read(leaf: str) -> Any:
+        return source.read(f"{name}.{leaf}", dtype).to(device)
 
-    def __call__(self, name: str, module: nn.Module) -> nn.Module | None:
-        """Return the layer to put in place of `module`; None keeps it in 16 or 32 bits."""
-        if type(module) is not nn.Linear or name == "lm_head":  # W_a needs the LM head in 16 bits
-            return None
-        runs = self.dtype.itemsize == 2 and has_kernels(self.device)
-        keeps = runs and self.quantize in (None, "q4", "q8")
-        blocks: Any = self.source.blocks(f"{name}.weight") if keeps else None
-        if blocks is None and self.quantize is None:
-            return None
-
-        def read(leaf: str) -> Any:
-            return self.source.read(f"{name}.{leaf}", self.dtype).to(self.device)
-
-        bias = None if module.bias is None else read("bias")
-        if self.quantize is None or (blocks is not None and blocks[2] is not None):
-            parts: Any = [part if part is None else part.to(self.device) for part in blocks]
-            self.made.append(kept(*parts, bias, self.dtype))
-        else:
-            self.made.append(quantized(self.quantize, read("weight"), bias))
-        return self.made[-1]
-
-    def finish(self, model: Any) -> None:
-        """Complete a model whose layers were replaced, and refuse to move it from now on.
-
-        A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
-        quantized.
-        """
-        if None in self.made:
-            logging.getLogger("minimas").warning(
-                "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
-                *(model.name, self.made.count(None), self.quantize),
-            )
-        if model.lm_head is None and any(isinstance(new, QuantizedLinear) for new in self.made):
-            model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
-        if any(self.made):
-            model._apply = refuse_to_move
+    bias = None if module.bias is None else read("bias")
+    if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
+        values, scale, minimum = (part.to(device) for part in blocks)
+        return kept(values, scale, minimum, bias)
+    return quantized(quantize, read("weight"), bias)
 
 
-def kept(values: Tensor, scale: Tensor, minimum: Tensor | None, *bias_and_dtype: Any) -> nn.Module:
+def finish(model: Any, quantize: str | None) -> None:
+    """Complete a model whose layers were replaced, and refuse to move it from now on.
+
+    A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
+    quantized.
+    """
+    layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    plain = sum(type(layer) is nn.Linear for layer in layers)
+    if quantize and plain:
+        logging.getLogger("minimas").warning(
+            "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
+            *(model.name, plain, quantize),
+        )
+    if model.lm_head is None and any(isinstance(layer, QuantizedLinear) for layer in layers):
+        model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
+    if plain < len(layers):
+        model._apply = refuse_to_move
+
+
+def kept(values: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
 
-    Q4_0 and Q4_1: values · scale + minimum, scale and minimum (N, G). Q8_0: `minimum` is None.
+    Values (N, K) are uint8 of Q4_0 and Q4_1, or int8 of Q8_0, whose `minimum` is 0. Scale and
+    minimum are (N, G).
     """
-    if minimum is not None:
-        return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
-    halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
-    scales, zeros = torch.cat([16 * scale, scale], 1), torch.cat([0 * scale, 8 * scale], 1)
-    return Q8GroupLinear(halves, scales, zeros, *bias_and_dtype)
+    if values.dtype == torch.int8:
+        return Q8GroupLinear(values, scale, bias)
+    return Q4Linear(values, scale, minimum + 8 * scale, bias)
 
 
 # -- from weights to values ---------------------------------------------------------------
@@ -223,33 +212,31 @@ def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` return W unpacked.
+    """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` return W in bf16.
 
     `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
     """
 
     max_kernel_rows: float = 0
     multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
-    unpack: Callable[[], Iterator[Tensor]]  # W (N, K) in bf16, in chunks of consecutive rows
+    unpack: Callable[[], Tensor]  # W (N, K) in bf16
 
-    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, shape: torch.Size, bias: Tensor | None) -> None:
         super().__init__()
-        (self.out_features, self.in_features), self.bias, self.dtype = shape, bias, dtype
-        # Rows of W that are unpacked at a time: a multiple of TILE whose weights fit the cache.
-        self.chunk_rows = max(TILE, CHUNK_WEIGHTS // self.in_features // TILE * TILE)
+        (self.out_features, self.in_features), self.bias = shape, bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (R, K)
         if len(rows) <= self.max_kernel_rows and not rows.requires_grad:  # kernels: no gradient
             y = self.multiply(rows)  # (R, N)
         else:
-            y = torch.cat([linear(rows, part.to(x.dtype)) for part in self.unpack()], -1)
+            y = linear(rows, self.unpack().to(x.dtype))
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (…, N)
 
     @property
     def weight(self) -> Tensor:
-        return torch.cat(list(self.unpack())).to(self.dtype)
+        return self.unpack().contiguous()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -267,11 +254,10 @@ class QuantizedLinear(nn.Module):
 class Q4Linear(QuantizedLinear):
     """Values 0 … 15 (N, K), scale and zero (N, G): W = (values − 8) · scale + zero by group."""
 
-    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, *bias_and_dtype: Any) -> None:
-        super().__init__(values.shape, *bias_and_dtype)
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
+        super().__init__(values.shape, bias)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
-        # In chunks, because packing needs the values as 32-bit integers.
-        self.packed = torch.cat([pack4(part) for part in F.pad(values, pad).split(self.chunk_rows)])
+        self.packed = pack4(F.pad(values, pad))
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
         self.order = order_of_this_cpu() if values.is_cpu else None
@@ -280,36 +266,34 @@ class Q4Linear(QuantizedLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         return multiply4(rows, self.packed, self.scales)[:, : self.out_features]
 
-    def unpack(self) -> Iterator[Tensor]:
-        if self.order is None:  # only the kernel knows the order: multiply W by the unit vectors
+    def unpack(self) -> Tensor:
+        if self.order:
+            weight = unpack4(self.packed, self.scales, self.order)
+        else:  # only the kernel knows the order: multiply W by the unit vectors
             units = torch.eye(len(self.scales) * GROUP).to(self.scales)
-            products = [multiply4(part, self.packed, self.scales) for part in units.split(512)]
-            yield torch.cat(products).T[: self.out_features]
-            return
-        for start in range(0, self.out_features, self.chunk_rows):
-            chunk = slice(start, start + self.chunk_rows)
-            part = unpack4(self.packed[chunk], self.scales[:, chunk], self.order)
-            yield part[: self.out_features - start]
+            weight = multiply4(units, self.packed, self.scales).T
+        return weight[: self.out_features]
 
 
 class Q8GroupLinear(Q4Linear):
     """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
 
     torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
-    4 bits (N, 2 K) holds all high parts and then all low ones: see `kept`.
+    4 bits (N, 2 K) holds all high parts and then all low ones.
     """
 
-    def __init__(self, *halves: Any) -> None:
-        super().__init__(*halves)
+    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
+        zero = torch.cat([0 * scale, 8 * scale], 1)
+        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, bias)
         self.in_features //= 2
 
     def multiply(self, rows: Tensor) -> Tensor:
         return super().multiply(rows.repeat(1, 2))
 
-    def unpack(self) -> Iterator[Tensor]:
-        for part in super().unpack():
-            high, low = part.chunk(2, 1)
-            yield high + low
+    def unpack(self) -> Tensor:
+        high, low = super().unpack().chunk(2, 1)
+        return high + low
 
 
 class Q8Linear(QuantizedLinear):
@@ -321,10 +305,8 @@ class Q8Linear(QuantizedLinear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias, weight.dtype)
-        self.values, scale = in_chunks(round_rows, weight)
-        # CUDA's kernel would convert them at every call.
-        self.scale = scale if weight.is_cpu else scale.float()
+        super().__init__(weight.shape, bias)
+        self.values, self.scale = in_chunks(round_rows, weight)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()
         )
@@ -337,7 +319,5 @@ class Q8Linear(QuantizedLinear):
         kernel = torch.ops.aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
-    def unpack(self) -> Iterator[Tensor]:
-        for start in range(0, self.out_features, self.chunk_rows):
-            chunk = slice(start, start + self.chunk_rows)
-            yield self.values[chunk] * self.scale[chunk, None].bfloat16()  # (chunk_rows, K)
+    def unpack(self) -> Tensor:
+        return self.values * self.scale[:, None]  # type: ignore[no-any-return]

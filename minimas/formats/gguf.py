@@ -141,9 +141,8 @@ class GGUF:
             header.require(value < most, field, value, f"an id below {most:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
         # Those that end a text or a turn, the file's own first.
-        ends = list(self._ids.values())[:3]
-        ends += [i for i, token in enumerate(tokens) if token in END_TOKENS]
-        ends = [i for i in dict.fromkeys(ends) if i >= 0]
+        ends = [i for i in list(self._ids.values())[:3] if i >= 0]
+        ends += [i for i, token in enumerate(tokens) if token in END_TOKENS and i not in ends]
         self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
         self.no_tokenizer: str | None = None
         try:
@@ -164,18 +163,14 @@ class GGUF:
         return self._reorder(key, result.view(tensor.shape))
 
     def blocks(self, key: str) -> Any:
-        """Return a matrix as the file's own blocks of 32 inputs; None for other types.
+        """Return a matrix as the file's own blocks of 32 inputs, see `StoredTensor.read_blocks`.
 
-        A weight is value · scale + minimum. Q4_0 and Q4_1: values uint8 (N, K) of 0 to 15, scale
-        and minimum float32 (N, K/32). Q8_0: values int8, and None for the minimum.
+        Returns None for a type without such blocks.
         """
         tensor = self.tensors[key]
         if tensor.kind not in BLOCKS:
             return None
-        return tuple(
-            None if part is None else self._reorder(key, part)
-            for part in tensor.read_blocks(0, tensor.rows)
-        )
+        return [self._reorder(key, part) for part in tensor.read_blocks(0, tensor.rows)]
 
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.

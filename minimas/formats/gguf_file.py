@@ -96,16 +96,17 @@ class StoredTensor(NamedTuple):
             )
         return torch.from_numpy(data).view(-1, self.row_bytes)  # (n, row_bytes)
 
-    def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
 
-        Values (n, K) uint8 or int8, scale and minimum (n, K/32) float32; Q8_0 has no minimum.
+        A weight is value · scale + minimum. Values are (n, K) uint8, or int8 of Q8_0; scale and
+        minimum are (n, K/32) float32.
         """
         blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
         scales, packed = blocks.tensor_split([4 if self.kind == "Q4_1" else 2], -1)
         scale, *minimum = scales.contiguous().view(torch.float16).float().unbind(-1)  # (n, G)
         if self.kind == "Q8_0":
-            return packed.flatten(1).view(torch.int8), scale, None  # (n, G, 32) -> (n, K)
+            return packed.flatten(1).view(torch.int8), scale, 0 * scale  # (n, G, 32) -> (n, K)
         # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
         values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
         return values, scale, minimum[0] if minimum else -8 * scale
@@ -120,9 +121,7 @@ class StoredTensor(NamedTuple):
         if self.kind in BLOCKS:
             values, scale, minimum = self.read_blocks(start, stop)
             weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K) -> (n, G, 32)
-            if minimum is not None:
-                weights += minimum[..., None]
-            return weights.flatten(1)  # (n, G, 32) -> (n, K)
+            return (weights + minimum[..., None]).flatten(1)  # (n, G, 32) -> (n, K)
         data = self.read_bytes(start, stop).numpy()
         try:
             from gguf import GGMLQuantizationType, quants

@@ -4,6 +4,7 @@ once.
 
 import contextlib
 import copy
+import functools
 import gc
 import shutil
 import weakref
@@ -20,7 +21,7 @@ from minimas.core.checkpoint import fill
 from minimas.fast import packed
 from minimas.fast.compiled import SPARE_SLOTS, Recorded, check_compiler, compile_steps
 from minimas.fast.packed import pack
-from minimas.fast.quantize import Replacer
+from minimas.fast.quantize import finish, replacement
 
 from ..models import TINY, apart, random_ids, remember, tiny_config, tiny_model
 
@@ -189,9 +190,9 @@ def test_the_host_does_not_wait_for_a_gpu_within_a_step(
         model = Qwen3(tiny_config(hidden_size=64, intermediate_size=96))
     source, device = FakeSource(model), torch.device("cuda:0")
     with FakeTensorMode(allow_non_fake_inputs=False), FakeGPU() as gpu:
-        replacer = Replacer(source, device, torch.bfloat16, quantize)
-        fill(model, source, device, torch.bfloat16, replacer)
-        replacer.finish(model)
+        replace = functools.partial(replacement, source, device, torch.bfloat16, quantize)
+        fill(model, source, device, torch.bfloat16, replace)
+        finish(model, quantize)
         ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
         for step in (None, Recorded(Layers(model))):
             model.step, cache = step, model.new_cache(2)

@@ -184,7 +184,8 @@ def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
     layer = quantized(name, weight, bias) if name != "Q8_0" else None
     if layer is None:
         values, scale = round_rows(weight)
-        layer = kept(values, scale.float()[:, None].expand(-1, K // 32), None, bias, weight.dtype)
+        scale = scale.float()[:, None].expand(-1, K // 32)
+        layer = kept(values, scale, torch.zeros_like(scale), bias)
     assert isinstance(layer, QuantizedLinear)
     assert apart(layer.weight, weight) < LOSS.get(name, 0.015)
     for count in (1, 3, 70):
@@ -284,10 +285,10 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
     )
     scale = (torch.rand(N, K // GROUP, generator=source) + 0.1).half().float()
     minimum = torch.randn(N, K // GROUP, generator=source).half().float()
-    offset = {"Q4_0": -8 * scale, "Q4_1": minimum, "Q8_0": None}[kind]
-    layer, x = kept(values, scale, offset, None, torch.bfloat16), rows(2, K)
+    offset = {"Q4_0": -8 * scale, "Q4_1": minimum, "Q8_0": 0 * scale}[kind]
+    layer, x = kept(values, scale, offset, None), rows(2, K)
     weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
-    weight = (weight if offset is None else weight + offset.double()[..., None]).view(N, K)
+    weight = (weight + offset.double()[..., None]).view(N, K)
     assert apart(layer.weight, weight) < 0.004  # bf16's own rounding
     assert apart(layer(x), F.linear(x.double(), weight)) < 0.01
 
@@ -547,6 +548,6 @@ def test_the_table_says_what_is_stored() -> None:
     q4, q8 = quantized("q4", weight, None), quantized("q8", weight, None)
     assert isinstance(q4, QuantizedLinear) and isinstance(q8, QuantizedLinear)
     held = sum(t.numel() * t.element_size() for t in (q4.packed, q4.scales))
-    assert held * 8 / weight.numel() == FORMATS["q4"].bits
+    assert held * 8 / weight.numel() == FORMATS["q4"]
     values, scale = round_rows(weight)
-    assert values.element_size() * 8 == FORMATS["q8"].bits and scale.dtype == torch.bfloat16
+    assert values.element_size() * 8 == FORMATS["q8"] and scale.dtype == torch.bfloat16

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minimas import Aligner, Config, Qwen3, load, think
 from minimas.core.model import prefill
-from minimas.fast.quantize import FORMATS
+from minimas.fast.quantize import FORMATS, TORCH_FORMATS
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -432,7 +432,7 @@ BITS: dict[str, tuple[float, float]] = {
     "Q8_0": (8.5, 8.5),
     "Q4_0": (4.5, 6.5625),
 }
-BITS |= {name: (stored.bits, 16 if stored.package else 8) for name, stored in FORMATS.items()}
+BITS |= {name: (bits, 8 if name in TORCH_FORMATS else 16) for name, bits in FORMATS.items()}
 # Largest relative difference from bf16 that a format explains after one layer of random weights,
 # which have no redundancy: twice the measured value. After four latent steps it is three times as
 # large (4 bits: 0.8; unrelated results give 1.4).

@@ -98,7 +98,15 @@ class LastTurn:
         `memory` replaces the KV cache that it gets.
         """
         turn = self.turn if memory is None else self.turn._replace(cache=memory)
-        return losses_after(turn.run, *turn.prefill(), texts)
+        hidden, cache = turn.prefill()
+        # All first texts are one batch, then all second ones: short options would be padded
+        # otherwise. A question with fewer texts repeats its last one.
+        columns = []
+        for i in range(max(map(len, texts))):
+            column = [own[min(i, len(own) - 1)] for own in texts]
+            columns.append(losses_after(turn.run, hidden, cache, column))
+        found = zip(*columns, strict=True)
+        return [list(row[: len(own)]) for row, own in zip(found, texts, strict=True)]
 
 
 def slots(memory: KVCache) -> list[int]:
