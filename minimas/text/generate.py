@@ -119,6 +119,16 @@ def sample(
     return order.gather(1, place)[:, 0]  # (B,)
 
 
+def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
+    """Lower the scores (B, V) of each row's earlier tokens, in place.
+
+    Keskar et al., arXiv 1909.05858, in the form of Hugging Face.
+    """
+    for scores, ids in zip(logits, seen, strict=True):
+        old = scores[ids]
+        scores[ids] = torch.where(old > 0, old / penalty, old * penalty)
+
+
 def decode(
     model: Qwen3,
     hidden: Tensor,
@@ -143,13 +153,10 @@ def decode(
     rows = list(range(len(prompts)))  # the rows in the batch
     running = set(rows)
     seen = [list(ids) for ids in prompts]
-    penalty = sampling.repetition_penalty
     while True:
         logits = model.logits(hidden)[:, -1]  # (B, V)
-        if penalty != 1:  # Keskar et al., arXiv 1909.05858, in the form of Hugging Face
-            for scores, row in zip(logits, rows, strict=True):
-                old = scores[seen[row]]
-                scores[seen[row]] = torch.where(old > 0, old / penalty, old * penalty)
+        if sampling.repetition_penalty != 1:
+            penalize(logits, [seen[row] for row in rows], sampling.repetition_penalty)
         # Nothing is drawn for ended rows: their generators must not depend on the other rows.
         drawing = [generators[row] if row in running else None for row in rows]
         tokens = sample(logits, sampling, drawing)  # (B,)
