@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .load import LM
+from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentTrace, Event, Thought
 
 CHUNK_ROWS = 1024  # of the embedding in float32: they stay in the cache of a processor
@@ -40,10 +40,9 @@ class Lens:
 
     def __init__(self, lm: LM, top: int = 3) -> None:
         """`top` is the number of tokens per thought."""
-        if lm.tokenizer is None:
-            raise ValueError(f"{lm.no_tokenizer}: thoughts are shown as tokens")
-        self.model, self.backend, self.top = lm.model, lm.tokenizer.backend, top
-        self.size = lm.tokenizer.size  # rows of the embedding that no token has are not shown
+        tokenizer = text_tokenizer(lm)
+        self.model, self.backend, self.top = lm.model, tokenizer.backend, top
+        self.size = tokenizer.size  # rows of the embedding that no token has are not shown
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 

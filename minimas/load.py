@@ -129,6 +129,18 @@ class LM:
         return self._aligners[key]
 
 
+def text_tokenizer(lm: Any) -> Tokenizer:
+    """Return the tokenizer of what `load` returns.
+
+    Raises ValueError for another object, or a model without a tokenizer.
+    """
+    if not isinstance(lm, LM):
+        raise ParameterError("lm", f"found {lm!r:.80}, expected what `load` returns")
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.no_tokenizer}: questions, memories and thoughts are texts")
+    return lm.tokenizer
+
+
 def load(
     name: str | Path = TINY,
     device: str | torch.device = "auto",
@@ -195,9 +207,10 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
         )
     repo, gguf = hub_id.groups()
     needed = ["config.json"]
-    optional = "generation_config.json tokenizer*.json chat_template.jinja teams.json".split()
+    optional = """generation_config.json tokenizer*.json special_tokens_map.json
+        chat_template.jinja teams.json""".split()
     if gguf:
-        needed = [f"*[-._]{kind}[-.]*gguf" for kind in (gguf, gguf.lower(), gguf.upper())]
+        needed = [f"*[-._]{kind}[-.]*gguf" for kind in sorted({gguf, gguf.lower(), gguf.upper()})]
         optional = []
         if gguf.endswith(".gguf"):
             needed = [re.sub(r"-\d{5}-of-", "-*-of-", gguf)]

@@ -10,7 +10,7 @@ from .core.cache import KVCache
 from .core.errors import ParameterError
 from .core.latent import think
 from .core.model import prefill
-from .load import LM
+from .load import LM, text_tokenizer
 from .text.tokenizer import Turn, is_text
 from .turns import Align
 
@@ -30,9 +30,7 @@ def remember(
     `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
     exceeds the model's context.
     """
-    tokenizer = lm.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{lm.no_tokenizer}: a memory is made of text")
+    tokenizer = text_tokenizer(lm)
     if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
     if role == "plain":

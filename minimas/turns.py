@@ -23,7 +23,7 @@ from .core.errors import ParameterError
 from .core.latent import think
 from .core.model import Qwen3, prefill
 from .layout import LAYOUTS, ChatLayout
-from .load import LM
+from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentStart, AgentTrace, Events, OnEvent, Piece, Result, Thought
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
@@ -92,12 +92,9 @@ class Run:
     prefill: Prefill = prefill_prompts
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lm, LM):
-            raise ParameterError("lm", f"found {self.lm!r:.80}, expected what `load` returns")
-        tokenizer = self.lm.tokenizer
-        if tokenizer is None:
-            raise ValueError(f"{self.lm.no_tokenizer}: questions are text")
-        if isinstance(self.questions, str) or not self.questions:
+        self.tokenizer = text_tokenizer(self.lm)
+        listed = isinstance(self.questions, Sequence) and not isinstance(self.questions, str)
+        if not listed or not self.questions:
             raise ValueError(
                 f"questions: found {self.questions!r}, expected a list of at least one text"
             )
@@ -111,15 +108,18 @@ class Run:
             raise ParameterError("kind", problem)
         if self.choices is None or isinstance(self.choices, Mapping):
             self.choices = [self.choices] * len(self.questions)
-        dicts = [options for options in self.choices if options is not None]
-        bad = not all(isinstance(options, Mapping) and options for options in dicts)
-        if bad or len(self.choices) != len(self.questions):
+        listed = isinstance(self.choices, Sequence) and len(self.choices) == len(self.questions)
+        if not listed or not all(
+            options is None or (isinstance(options, Mapping) and options)
+            for options in self.choices
+        ):
             found = f"found {self.choices!r:.80}"
             raise ValueError(f"choices: {found}, expected a dict letter -> text for each question")
-        self.tokenizer = tokenizer
         self.used_sampling = self.sampling or self.lm.sampling
+        if not isinstance(self.used_sampling, Sampling):
+            raise ParameterError("sampling", f"found {self.sampling!r:.80}, expected a Sampling")
         self.end_ids = self.lm.end_ids
-        self.closing = tokenizer.encode(tokenizer.turn_end)
+        self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
         B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):

@@ -80,10 +80,12 @@ class Tokenizer:
         self.path = Path(folder) / "tokenizer.json"
         self.template_path = self.path.with_name("tokenizer_config.json")
         if files is None:
-            data, settings = self.path.read_bytes(), read_json(self.template_path, needed=False)
+            data = self.path.read_bytes()
+            specials = read_json(self.path.with_name("special_tokens_map.json"), needed=False)
+            settings = read_json(self.template_path, needed=False)
         else:
             data = json.dumps(files["tokenizer.json"]).encode()
-            settings = files["tokenizer_config.json"]
+            specials, settings = {}, files["tokenizer_config.json"]
         try:
             self.backend = Backend.from_buffer(data)
             self.backend.encode("\ue000 a")  # fails for a missing unknown token
@@ -99,14 +101,17 @@ class Tokenizer:
             if token.special or TAG.search(token.content)
         }
         self._special: dict[str, Any] = {}  # the text of special tokens that the template may use
-        for field, token in settings.items():
+        for field, token in (*specials.items(), *settings.items()):
             name = token.get("content") if isinstance(token, dict) else token
             if field.endswith("_token") and isinstance(name, str):
                 self._special[field] = name
         source = settings.get("chat_template")
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
+            if "default" not in named:
+                problem = f"found the names {list(named)}, expected one that is 'default'"
+                raise ValueError(f"{self.template_path}: chat_template: {problem}")
+            source = named["default"]
         file = self.path.with_name("chat_template.jinja")
         if file.is_file():
             self.template_path, source = file, read_text(file)
@@ -191,14 +196,15 @@ class Tokenizer:
         own = [("user", user)] if system is None else [("system", system), ("user", user)]
         earlier, later = [] if first else EXCHANGE, [] if last else EXCHANGE[::-1]
         turn = self._conversation([*earlier, *own, *later])
-        if not last:
-            turn = turn.cut(0, turn.untrusted[-2][0])
+        begin, end = 0, len(turn.text) if last else turn.untrusted[-2][0]
         if not first:
             before = self.turn("x", last=False).text + "x" + self.turn_end
+            begin = len(before)
             if not turn.text.startswith(before):
                 raise self._refusal("puts no whole turn after the end of another one")
-            turn = turn.cut(len(before), len(turn.text))
-        return turn + Turn(prefix)
+            if not self._render([*EXCHANGE, *earlier, *own, *later]).endswith(turn.text[begin:]):
+                raise self._refusal("numbers the turns")
+        return turn.cut(begin, end) + Turn(prefix)
 
     def user_turn(
         self, parts: Sequence[str], system: str | None = None, prefix: str = ""
@@ -257,7 +263,7 @@ class Tokenizer:
             f"{self.template_path}: chat_template: found one that {problem}, {expected}"
         )
 
-    def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True) -> str:
         """Return the template's text for (role, content) messages."""
         try:
             return self._template.render(
