@@ -9,6 +9,7 @@ import html
 import json
 import random
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -134,7 +135,12 @@ def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
     """Of a question, an answer, an arm, a prompt, a token or a setting that holds tags."""
     records = [record_of(i, arm=HOSTILE) for i in range(3)]
     for record in records:
-        record |= {"id": record["id"] + HOSTILE, "answer": HOSTILE, "gold": HOSTILE, "text": HOSTILE}
+        record |= {
+            "id": record["id"] + HOSTILE,
+            "answer": HOSTILE,
+            "gold": HOSTILE,
+            "text": HOSTILE,
+        }
         for agent in record["agents"]:
             agent |= {"name": HOSTILE, "prompt": f"{record['id']}{HOSTILE}", "text": HOSTILE}
         record["agents"][0]["thoughts"][0]["tokens"][0][0] = HOSTILE
@@ -159,13 +165,14 @@ def test_half_a_character_does_not_end_a_report(tmp_path: Path) -> None:
 
 def test_a_page_shows_settings_arms_and_questions(tmp_path: Path) -> None:
     """In words, without the settings that a run does not have."""
-    records = [record_of(i, arm) for i in range(4) for arm in ("one", "two")]
+    records = [record_of(i, arm) for i in range(6) for arm in ("one", "two")]
     page = report(write_run(tmp_path / "my run", records), tmp_path / "report.html")
     seen = Seen(page)
     texts = [text.strip() for text in seen.texts]
     assert "my run" in texts
-    assert texts[texts.index("model") :][:3] == ["model", "", "weights/tiny"] or "weights/tiny" in texts
-    assert {"align", "ridge", "batch size", "8", "cpu", "f1a9"} <= set(texts)
+    assert {"model", "weights/tiny", "align", "ridge", "batch size", "8", "cpu", "f1a9"} <= set(
+        texts
+    )
     assert "layout" not in texts, "a setting without a value says nothing"
     assert "planner → critic → refiner → judger" in texts
     assert {"q-3", "✓ right", "✗ wrong"} <= set(texts)
@@ -187,7 +194,9 @@ def test_the_details_of_a_record_are_those_of_its_line(tmp_path: Path) -> None:
         assert tokens == [[token, round(chance, 3)] for token, chance in thought["tokens"]]
         assert entropy == pytest.approx(thought["entropy"], rel=5e-3)
         heads = record["agents"][0]["attention"]["thoughts"][1]
-        assert one["agents"][0]["attention"]["thoughts"][1] == pytest.approx(sum(heads) / 2, abs=1e-4)
+        assert one["agents"][0]["attention"]["thoughts"][1] == pytest.approx(
+            sum(heads) / 2, abs=1e-4
+        )
 
 
 def test_an_audits_sentence_is_on_the_page(tmp_path: Path) -> None:
@@ -200,7 +209,7 @@ def test_an_audits_sentence_is_on_the_page(tmp_path: Path) -> None:
     page = report(write_run(tmp_path / "run", records, **settings), tmp_path / "report.html")
     sentence = verdict(records)
     assert sentence.startswith("On these 12 questions the thoughts lowered the loss")
-    assert html.escape(sentence, quote=False) in html.unescape(page)
+    assert sentence in Seen(page).texts
     plain = report(write_run(tmp_path / "plain", records), tmp_path / "plain.html")
     assert "What the audit says" not in plain
 
@@ -212,7 +221,9 @@ def test_a_run_without_thoughts_has_a_report(tmp_path: Path) -> None:
         record["agents"] = record["agents"][-1:]
     page = report(write_run(tmp_path / "run", records), tmp_path / "report.html")
     agents = [one["agents"] for one in details_of(page)]
-    assert [(a["name"], a["thoughts"], a["attention"]) for [a] in agents] == [("judger", [], {})] * 3
+    assert [(a["name"], a["thoughts"], a["attention"]) for [a] in agents] == [
+        ("judger", [], {})
+    ] * 3
 
 
 def test_a_thousand_records_with_thoughts_are_at_most_5_mb(tmp_path: Path) -> None:
@@ -227,7 +238,9 @@ def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -
     """JavaScript reads no NaN, and a loss may be one."""
     records = [record_of(i) | {"metric": "nll", "nll": float("nan")} for i in range(2)]
     run = write_run(tmp_path / "run", records)
-    text = (run / "results.jsonl").read_text().replace('"entropy": ', '"entropy": 1e999, "was": ', 1)
+    text = (
+        (run / "results.jsonl").read_text().replace('"entropy": ', '"entropy": 1e999, "was": ', 1)
+    )
     (run / "results.jsonl").write_text(text)
     [first, _] = details_of(report(run, tmp_path / "report.html"))
     assert first["agents"][0]["thoughts"][0][1] is None
@@ -238,10 +251,11 @@ def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -
 
 def test_a_question_is_what_prompts_do_not_have_in_common() -> None:
     """Neither a word that all questions begin with nor one that they end with is lost."""
-    texts = [f"<|im_start|>user\nHelp: {q}?\n\nThink.<|im_end|>" for q in ("Is it 1 or 2", "Is it 2")]
+    texts = [
+        f"<|im_start|>user\nHelp: {q}?\n\nThink.<|im_end|>" for q in ("Is it 1 or 2", "Is it 2")
+    ]
     assert own_parts(texts) == ["Is it 1 or 2?", "Is it 2?"]
     assert own_parts(["Name: ab", "Name: ac"]) == ["ab", "ac"]
-    assert own_parts(["same", "same"]) == ["", ""] or True
 
 
 def test_questions_come_from_the_data_while_it_is_the_same(tmp_path: Path) -> None:
@@ -266,7 +280,12 @@ def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
     records = [record_of(i) | {"answer": "ж"} for i in range(3)]
     run = write_run(tmp_path / "run", records)
     path = run / "results.jsonl"
-    path.write_text("".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in path.read_text().splitlines()))
+    path.write_text(
+        "".join(
+            json.dumps(json.loads(line), ensure_ascii=False) + "\n"
+            for line in path.read_text().splitlines()
+        )
+    )
     whole = path.read_bytes()
     starts = [0, *(match.end() for match in re.finditer(b"\n", whole))]
     inside = whole.index("ж".encode(), starts[2]) + 1
@@ -282,12 +301,14 @@ def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
         assert ("is cut off and left out" in said) == left_out
         assert len(details_of(page)) == there
     path.write_bytes(whole)
-    assert "note" not in [c for c in re.findall(r'<p class="(\w+)" role', report(run, path.with_suffix(".html")))]
+    assert 'class="note" role' not in report(run, tmp_path / "report.html")
 
 
 def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> None:
     """Its head does not say how many questions there are."""
-    run = write_run(tmp_path / "run", [record_of(0), record_of(0, "b"), record_of(1)], questions=None)
+    run = write_run(
+        tmp_path / "run", [record_of(0), record_of(0, "b"), record_of(1)], questions=None
+    )
     assert "may not be finished" in read_report(run).notes[0]
     (run / "summary.json").write_text("{}")
     assert "from 1 to 2 records" in read_report(run).notes[0]
@@ -310,7 +331,11 @@ def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_be_read_is_one_line_and_no_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, expected: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str | None,
+    expected: str,
 ) -> None:
     source = tmp_path / name
     if name.endswith("/"):
@@ -353,7 +378,7 @@ def test_a_thought_of_another_shape_is_refused(tmp_path: Path) -> None:
         read_report(write_run(tmp_path / "run", [record]))
     record = record_of(0)
     record["agents"][1]["attention"]["prompt"] = [0.5]
-    with pytest.raises(ValueError, match="line 2: attention: prompt: found 0.5, expected a list"):
+    with pytest.raises(ValueError, match=r"line 2: attention: prompt: found 0\.5, expected a list"):
         read_report(write_run(tmp_path / "other", [record]))
 
 
@@ -381,7 +406,7 @@ def test_a_page_never_replaces_what_it_is_made_from(
 def test_answers_with_thoughts_have_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The output of `minimas ask --json --show-thoughts` as it is, also of two calls in one file."""
+    """The output of `minimas ask --json --show-thoughts`, also of two calls in one file."""
     data = write_data(tmp_path / "data.jsonl", 2)
     command = ["ask", "--file", str(data), "--json", "--quiet", "-n", "4"]
     assert minimas_main([*command, "--show-thoughts", "--latent-steps", "3"]) == 0
@@ -402,9 +427,12 @@ def test_answers_with_thoughts_have_a_report(
 
 # -- in a browser ----------------------------------------------------------------------------------
 
-ON_OPEN = "onload = () => document.body.dataset.opened = performance.now();"
+READY = """
+const ready = async (selector) => {
+  while (!document.querySelector(selector)) await new Promise((done) => setTimeout(done, 10));
+};
+"""
 CLICKS = """
-const pause = () => new Promise((done) => setTimeout(done, 300));
 const rows = () => [...document.querySelectorAll("#records > tbody:not([hidden])")];
 const ids = () => rows().slice(0, 3).map((body) => body.querySelector("small").textContent);
 const heads = [...document.querySelectorAll("#records > thead button")];
@@ -430,7 +458,7 @@ const set = (id, value) => {
   heading("#").click();
   const [body] = rows();
   body.querySelector("button").click();
-  await pause();
+  await ready(".bill tbody");
   found.agents = [...body.querySelectorAll(".agent h4 span")].map((one) => one.textContent);
   found.chips = body.querySelectorAll(".strip button").length;
   found.cells = body.querySelectorAll(".heatmap i").length;
@@ -448,32 +476,49 @@ const set = (id, value) => {
 """
 
 
-def browse(page: Path, script: str, *flags: str) -> tuple[str, str]:
-    """Open a copy of a page with a script at its end; returns its DOM and what the console said."""
+def browse(page: Path, script: str) -> tuple[str, str]:
+    """Open a copy of a page with a script at its end; returns its DOM and what the console said.
+
+    The browser's clock runs ahead while nothing is to do, and the DOM is that of its end. So a
+    script may wait for what takes time, however busy the machine is.
+    """
     assert BROWSER is not None
     copy = page.with_name(f"copy of {page.name}")
-    copy.write_text(page.read_text(encoding="utf-8") + f"<script>{script}</script>")
+    copy.write_text(page.read_text(encoding="utf-8") + f"<script>{READY}{script}</script>")
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom", copy.as_uri(),
+        f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=10000000",
+        "--dump-dom", copy.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
+def seconds_of_children() -> float:
+    """The processor's seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: Path) -> None:
-    """From disk, without a word on the console, and within two seconds."""
+    """From disk, without a word on the console, with two seconds of the processor at most.
+
+    They are those beyond an empty page: a clock would tell how busy the machine is.
+    """
     records = [record_of(i) for i in range(1000)]
     records[0]["agents"][0]["prompt"] = HOSTILE
     page = tmp_path / "report.html"
     report(write_run(tmp_path / "run", records), page)
-    dom, console = browse(page, ON_OPEN)
-    assert console == ""
-    [opened] = re.findall(r'data-opened="([\d.]+)"', dom)
-    assert float(opened) < 2000, "milliseconds"
-    dom, console = browse(page, CLICKS, "--virtual-time-budget=20000")
+    empty = tmp_path / "empty.html"
+    empty.write_text("<!DOCTYPE html><title>empty</title>")
+    used = [seconds_of_children()]
+    for one in (empty, empty, page):  # the first one makes the browser's profile
+        assert browse(one, "")[1] == ""
+        used.append(seconds_of_children())
+    assert (used[3] - used[2]) - (used[2] - used[1]) < 2
+    dom, console = browse(page, CLICKS)
     assert console == ""
     [text] = re.findall(r'data-found="(.*?)"', dom)
     found = json.loads(html.unescape(text))
@@ -500,7 +545,8 @@ def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: P
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_script_in_a_question_does_not_run_in_a_browser(tmp_path: Path) -> None:
     """In no place of the page, folded or unfolded; a run that would is seen by its mark."""
-    mark = "<img src=x onerror=document.body.dataset.ran=1></script><script>document.body.dataset.ran=1</script>"
+    runs = "document.body.dataset.ran=1"
+    mark = f"<img src=x onerror={runs}></script><script>{runs}</script>"
     records = [record_of(i, arm=mark) for i in range(2)]
     for record in records:
         record |= {"id": record["id"] + mark, "answer": mark, "gold": mark}
@@ -511,8 +557,8 @@ def test_a_script_in_a_question_does_not_run_in_a_browser(tmp_path: Path) -> Non
     page = tmp_path / "report.html"
     report(write_run(tmp_path / "run", records), page)
     unfold = 'document.querySelectorAll(".question button").forEach((button) => button.click());'
-    script = f'{unfold} setTimeout(() => document.querySelector(".strip button").click(), 300);'
-    dom, console = browse(page, script, "--virtual-time-budget=20000")
+    click = 'document.querySelector(".strip button").click()'
+    dom, console = browse(page, f'{unfold} ready(".strip button").then(() => {click});')
     assert console == ""
     assert "thought 1 of 4" in dom
     assert "data-ran" not in dom.split("<main>")[0]

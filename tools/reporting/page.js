@@ -144,11 +144,17 @@ function facts(details) {
 function panel(details) {
   const { agents } = details;
   const made = make("td", { colspan: table.tHead.rows[0].cells.length });
-  made.append(make("div", { class: "agents" }, ...agents.map((one, i) => agentCard(one, i === agents.length - 1))));
+  const cards = make("div", { class: "agents" });
+  cards.append(...agents.map((one, i) => agentCard(one, i === agents.length - 1)));
+  const width = ({ text }) => (text.length > 80 ? "minmax(18rem, 2fr)" : "minmax(13rem, 1fr)");
+  cards.style.gridTemplateColumns = agents.map(width).join(" ");
+  made.append(cards);
   if (agents.some((agent) => agent.thoughts.length)) {
     const scale = make("span", { class: "scale" }, "0", make("i"), "1");
     made.append(make("p", { class: "legend" },
       "Thoughts as their likeliest token, coloured by its probability ", scale, " Click one for more."));
+  } else if (agents.some((agent) => agent.thought)) {
+    made.append(make("p", { class: "legend" }, "What was thought and read is not recorded: see --lens."));
   }
   const read = heatMap(agents);
   const below = make("div", { class: "below" });
