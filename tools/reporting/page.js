@@ -152,7 +152,7 @@ function panel(details) {
   if (agents.some((agent) => agent.thoughts.length)) {
     const scale = make("span", { class: "scale" }, "0", make("i"), "1");
     made.append(make("p", { class: "legend" },
-      "Thoughts as their likeliest token, coloured by its probability ", scale, " Click one for more."));
+      "Thoughts as their likeliest token, coloured by its probability ", scale, ". Click one for more."));
   } else if (agents.some((agent) => agent.thought)) {
     made.append(make("p", { class: "legend" }, "What was thought and read is not recorded: see --lens."));
   }
