@@ -121,6 +121,7 @@ def run_report(folder: Path) -> Report:
     shown["model"] = model.get("name") if isinstance(model, dict) else shown.get("model")
     shown |= {name: head[name] for name in MADE_ON if name in head}
     shown["fingerprint"] = head["settings"].get("model")
+    shown["dtype"] = head["settings"].get("dtype")  # not "auto"
     said = verdict(entries) if head["settings"].get("audit") else ""
     return Report(folder.resolve().name, shown, entries, notes, verdict=said)
 
