@@ -436,6 +436,40 @@ def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
     assert [at] == slots(given.memory)
 
 
+@pytest.mark.parametrize("layout", ["chat", "turn"])
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+@pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
+def test_the_parts_of_what_is_handed_over_fit_every_transfer(
+    lm: LM, transfer: str, team: str, layout: str
+) -> None:
+    """What all agents have in common is there once, in the prompt of the first one that is there.
+    The parts are counted from the end, so that its size shows whether they are right.
+    """
+    questions = [*QUESTION, "Tom has 3 red and 14 blue balls. He loses 2. How many are left?"]
+    settings: dict[str, Any] = {"latent_steps": 2, "sampling": Sampling(), "layout": layout}
+    given = latent_turn(lm, questions, team=team, transfer=transfer, **settings)
+    assert given.given is not None
+    for q, head in enumerate(given.given.head):
+        traces, parts = given.traces(q), given.parts(q)
+        if transfer == "none":
+            assert parts == []
+            continue
+        agent, what, start, end = parts[0]
+        follows = team == "sequential"  # the last agent's prompt is without the head
+        expected = {
+            "full": traces[0].prompt_tokens,
+            "latents": head or 2,
+            "last": traces[-1].prompt_tokens + (head if follows else 0),
+        }[transfer]
+        assert (start, end) == (0, expected)
+        assert what == ("thoughts" if transfer == "latents" and not head else "prompt")
+        assert agent == (len(traces) - 1 if transfer == "last" else 0)
+        thoughts = [end - start for _, what, start, end in parts if what == "thoughts"]
+        assert thoughts == [2] * (1 if transfer == "last" else len(traces))
+        closing = 2 if layout == "chat" and transfer != "latents" else 0
+        assert parts[-1][3] == slots(given.memory)[q] - closing
+
+
 def test_only_a_full_memory_has_parts(lm: LM) -> None:
     with pytest.raises(ValueError, match="only a full memory has parts"):
         segments(latent_turn(lm, QUESTION, latent_steps=2, transfer="latents"))

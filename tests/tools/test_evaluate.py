@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from minimas import LM, Sampling, latent_mas, load
+from minimas.lens import Lens
 from minimas.text.tokenizer import Turn
 from tools.evaluation import ledger
 from tools.evaluation.arms import Arm, grid
@@ -270,6 +271,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
         (["--limit", "4"], "limit (--limit): found null, expected 4"),
         (["--seeds", "0,1"], "seeds (--seeds): found [0], expected [0, 1]"),
         (["--dtype", "float64"], 'dtype (--dtype): found "float32", expected "float64"'),
+        (["--lens", "3"], "lens (--lens): found null, expected 3"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -1125,3 +1127,57 @@ def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
     pytest.importorskip("math_verify")
     assert grader(False, verifies=True)(row, said) is True
     assert grader(False, verifies=True)(row, r"\boxed{\frac{\sqrt{3}}{2}}") is False
+
+
+# -- thoughts as tokens ----------------------------------------------------------------------------
+
+
+def test_a_lens_adds_thoughts_and_who_was_read_and_changes_nothing_else(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every agent that thinks, on answers and losses; of the shuffled arm, those of the memory
+    that it gets. Of an arm without thoughts nothing, which is said.
+    """
+    command = ["--data", str(data), "--out", str(tmp_path), *FIXED, "--lens", "2"]
+    assert main(command) == 0
+    said = capsys.readouterr().err.splitlines()
+    blind = [f"evaluate: --lens records nothing of {arm}: no thoughts" for arm in SINGLES]
+    assert sorted(said) == sorted(blind)
+    found, layers = lines(tmp_path), 3
+    for record in found:
+        *earlier, last = record["agents"]
+        assert not {"thoughts", "attention"} & last.keys()
+        for agent in earlier:
+            assert [len(one["tokens"]) for one in agent["thoughts"]] == [2, 2]
+            assert [one["cosine_before"] is None for one in agent["thoughts"]] == [True, False]
+            shape = [len(heads) for heads in agent["attention"]["thoughts"]]
+            assert shape == [len(heads) for heads in agent["attention"]["prompt"]]
+            assert len(shape) == layers
+        for layer in range(layers if earlier else 0):
+            parts = [part for agent in earlier for part in agent["attention"].values()]
+            totals = [sum(shares) for shares in zip(*(part[layer] for part in parts), strict=True)]
+            assert all(0 < total < 1 for total in totals), "the rest is the last agent's own turn"
+    lm = load(TINY, device="cpu", dtype="float32")
+    lens, asked = Lens(lm, 2), [json.loads(line) for line in data.read_text().splitlines()]
+    latent_mas(lm, [asked[1]["question"]], kind="math", latent_steps=2, on_event=lens)
+    expected = [[view.tokens for view in views] for _, views in lens.seen[:3]]
+    for id_, transfer in (("q-1", "full"), ("q-0", "shuffled")):  # q-0 gets the memory of q-1
+        for metric in ("accuracy", "nll"):
+            [record] = [
+                r for r in found
+                if (r["id"], r["transfer"], r["metric"]) == (id_, transfer, metric)
+            ]  # fmt: skip
+            for agent, views in zip(record["agents"], expected, strict=False):
+                for one, tokens in zip(agent["thoughts"], views, strict=True):
+                    assert [token for token, _ in one["tokens"]] == [token for token, _ in tokens]
+                    chances = [chance for _, chance in one["tokens"]]
+                    assert chances == pytest.approx([chance for _, chance in tokens], rel=2e-3)
+    for record in found:
+        for agent in record["agents"]:
+            agent.pop("thoughts", None)
+            agent.pop("attention", None)
+    assert found == lines(finished)
+    assert main(["--out", str(tmp_path), "--replay", "q-4"]) == 0
+
+
+SINGLES = ("single metric=accuracy", "single metric=nll")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from minimas import LM, Sampling, Team
+from minimas.lens import Lens
 from minimas.results import AgentEnd, AgentTrace, Event, OnEvent, Result
 from minimas.teams import TEAMS
 from minimas.turns import Prefill, prefill_prompts
@@ -29,6 +30,7 @@ from .feeders import Feeder, Feeders
 from .grading import Grader, gold_text, judge, option_texts, right_letter
 from .last_turn import LastTurn, PrefillOnce, latent_turn, slots, text_turn
 from .layouts import VARIANTS
+from .looking import Look
 from .rows import Row, kind_of
 
 VOTE_TEMPERATURE = 0.7  # of samples to vote on, if the run itself is greedy
@@ -69,10 +71,11 @@ class Bench:
         self.batches = [range(start, min(start + batch_size, len(rows))) for start in starts]
         self._prefill = (-1, PrefillOnce())  # a batch, and the first prompts of its arms
 
-    def compute(self, batch: int, arm: Arm, seed: int) -> list[Record]:
+    def compute(self, batch: int, arm: Arm, seed: int, lens: Lens | None = None) -> list[Record]:
         """Return the records of one unit, in the data's order.
 
-        Raises ValueError naming the arm and the ids of the questions that cannot be run.
+        With a `lens`, thoughts and attention are in them, see `looking`; seconds do not count what
+        it computes. Raises ValueError naming the arm and the ids of the questions that cannot run.
         """
         settings = asdict(arm)
         head = {"batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
@@ -80,9 +83,9 @@ class Bench:
         for rows in self.groups(self.batches[batch], arm):
             try:
                 if arm.metric == "nll":
-                    measured = self._losses(batch, rows, arm, seed)
+                    measured = self._losses(batch, rows, arm, seed, lens)
                 else:
-                    measured = self._answers(rows, arm, seed)
+                    measured = self._answers(rows, arm, seed, lens)
             except ValueError as error:
                 ids = ", ".join(str(self.rows[i]["id"]) for i in rows)
                 raise ValueError(f"{arm.name}, of the questions {ids}: {error}") from error
@@ -158,17 +161,20 @@ class Bench:
 
     # -- answers ------------------------------------------------------------------------------
 
-    def _answers(self, rows: list[int], arm: Arm, seed: int) -> list[Record]:
+    def _answers(self, rows: list[int], arm: Arm, seed: int, lens: Lens | None) -> list[Record]:
         sampling = self.sampling
         if arm.samples > 1 and sampling.temperature == 0:
             sampling = replace(sampling, temperature=VOTE_TEMPERATURE)
         samples: list[list[Record]] = []
         for number in range(arm.samples):
-            marks = Marks()
+            marks = Marks(lens)
             own_seed = seed if arm.samples == 1 else seed * 1_000_000 + number
-            how = How(own_seed, sampling, marks)
-            results = self.last_turn(rows, arm, how).answer()
-            samples.append([self._answer(i, results[q], marks, q) for q, i in enumerate(rows)])
+            last = self.last_turn(rows, arm, How(own_seed, sampling, marks))
+            look = Look(last, lens)
+            results = last.answer()
+            records = [self._answer(i, results[q], marks, q) for q, i in enumerate(rows)]
+            look.add_to(records, [result.text for result in results])
+            samples.append(records)
         return [vote(of_one_question) for of_one_question in zip(*samples, strict=True)]
 
     def _answer(self, i: int, result: Result, marks: "Marks", q: int) -> Record:
@@ -184,14 +190,17 @@ class Bench:
 
     # -- losses -------------------------------------------------------------------------------
 
-    def _losses(self, batch: int, rows: list[int], arm: Arm, seed: int) -> list[Record]:
+    def _losses(
+        self, batch: int, rows: list[int], arm: Arm, seed: int, lens: Lens | None
+    ) -> list[Record]:
         if self._prefill[0] != batch:
             self._prefill = (batch, PrefillOnce())
-        marks, start, records = Marks(), time.perf_counter(), []
+        marks, start, records = Marks(lens), time.perf_counter(), []
         last = self.last_turn(rows, arm, How(seed, on_event=marks, prefill=self._prefill[1]))
         texts = [[gold_text(self.rows[i]), *option_texts(self.rows[i]).values()] for i in rows]
+        look = Look(last, lens)
         found = last.losses(texts)
-        seconds = (time.perf_counter() - start) / len(rows)
+        seconds = (time.perf_counter() - start - marks.seconds) / len(rows)
         for q, (i, (gold, *options)) in enumerate(zip(rows, found, strict=True)):
             row, traces = self.rows[i], last.traces(q)
             totals = [loss.total for loss in options]
@@ -210,6 +219,7 @@ class Bench:
             own = AgentTrace(read, last.latent_steps, name=last.agent.name, prompt=prompt.text)
             total = bill([*traces, own], marks.of(q, len(traces)))
             records.append(record | total | {"seconds": seconds})
+        look.add_to(records, [gold for gold, *_ in texts])
         return records
 
 
@@ -267,14 +277,20 @@ class Marks:
     """Keeps a mark of each agent's memory: the mean size of the last slot's keys and values.
 
     The mean is over all layers. The last slot depends on all before it, so that a memory that
-    differs anywhere has another mark, at the cost of one slot.
+    differs anywhere has another mark, at the cost of one slot. A `lens` gets the events too;
+    `seconds` is how long it took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lens: Lens | None = None) -> None:
         self.turns: list[list[list[float]]] = []
+        self.lens, self.seconds = lens, 0.0
 
     def __call__(self, event: Event) -> None:
         """Keep the marks of one turn's memory, a row per trace."""
+        if self.lens:
+            start = time.perf_counter()
+            self.lens(event)
+            self.seconds += time.perf_counter() - start
         if not isinstance(event, AgentEnd):
             return
         memory = event.memory

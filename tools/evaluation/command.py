@@ -20,6 +20,7 @@ from torch import distributed
 import minimas
 from minimas.agents import TRANSFERS
 from minimas.fast.quantize import FORMATS
+from minimas.lens import Lens
 from minimas.teams import LAYOUTS, TEAMS
 from tools.shared.arguments import FAILURES, Parser, list_of, one_of, print_error, whole, yes_no
 from tools.shared.files import write_whole
@@ -88,6 +89,8 @@ def parser() -> Parser:
     add("--device", default="auto")
     add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as in the file)")
     add("--run-untrusted-code", action="store_true", help="grade code by running it in a sandbox")
+    lens = "record K tokens per thought, and whom the last agent reads (tools/report.py shows it)"
+    add("--lens", type=whole(1), metavar="K", help=lens)
     add("--audit", action="store_true", help="all control arms, diagnostics and a verdict")
     add("--arms", type=list_of(str), metavar="NAMES", help="list: an audit's arms (default: all)")
     add("--out", type=Path, required=True, metavar="DIR")
@@ -190,6 +193,7 @@ class Evaluation:
         graded = grader(args.run_untrusted_code, has_math_verify())
         text = args.fit_text.read_text(encoding="utf-8") if args.fit_text else None
         self.bench = Bench(lm, rows, args.batch_size, sampling, graded, Feeders(lm, text))
+        self.lens = Lens(lm, args.lens) if args.lens else None
         self.arms = self.choose_arms()
         # A batch under all arms, then the next: a run that is cut short has compared them on the
         # same questions.
@@ -198,6 +202,7 @@ class Evaluation:
             ids = [rows[i]["id"] for i in batch]
             for arm in self.arms:
                 self.units |= {Key(number, arm.name, seed): ids for seed in args.seeds}
+        self.blind: set[str] = set()  # arms of which --lens records nothing
         self.settings = run_settings(args, self.bench, self.arms)
 
     def choose_arms(self) -> list[Arm]:
@@ -257,7 +262,9 @@ class Evaluation:
             self.show(f"evaluate: {len(todo)} of {len(mine)} units to do; {UNIT}")
         try:
             for count, key in enumerate(todo, start=1):
-                ledger.append(self.bench.compute(key.batch, arms[key.arm], key.seed))
+                records = self.bench.compute(key.batch, arms[key.arm], key.seed, self.lens)
+                ledger.append(records)
+                self.say_if_blind(key.arm, records)
                 seconds = (time.perf_counter() - start) / count * (len(todo) - count)
                 text = f"evaluate: {count} of {len(todo)} units, {seconds:,.0f} s left "
                 self.show(text, ends=count == len(todo))
@@ -284,6 +291,13 @@ class Evaluation:
             raise found[0]
         taken: tuple[set[Key], dict[str, int]] = found[0]
         return taken
+
+    def say_if_blind(self, arm: str, records: Sequence[Record]) -> None:
+        """Print, once for each arm, that --lens records nothing where no agent thinks."""
+        agents = [agent for record in records for agent in record["agents"]]
+        if self.lens and arm not in self.blind and not any("thoughts" in a for a in agents):
+            self.blind.add(arm)
+            print(f"evaluate: --lens records nothing of {arm}: no thoughts", file=sys.stderr)
 
     def show(self, text: str, ends: bool = True) -> None:
         """Print progress on stderr; on a terminal the next text replaces one that does not end."""

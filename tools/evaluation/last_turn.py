@@ -77,14 +77,48 @@ class LastTurn:
         self.tokenizer: Tokenizer = turn.run.tokenizer
         self.closing_tokens = len(turn.run.closing)  # of the text that closes a turn
         self.memory: KVCache = turn.cache
+        self.held = slots(turn.cache)  # per question, before the turn
         self.prompts: list[Turn] = turn.prompts
         self.agent: Agent = turn.agent
+        # The run whose agents have made the KV cache, which may be one on other questions.
+        self.handed_by = given.run if given and isinstance(given.run, LatentRun) else None
         self.latent_steps: int = turn.steps
 
     def traces(self, question: int) -> list[AgentTrace]:
         """Return the traces of the agents that have worked on one question, in order."""
         count = len(self.prompts)
         return [trace for turn in self.turn.turns for trace in turn.traces[question::count]]
+
+    def parts(self, question: int = 0) -> list[tuple[int, str, int, int]]:
+        """Return (agent's number, "prompt" | "thoughts" | "text", first slot, slot after it).
+
+        They are the parts of the KV cache that the last agent gets for one question, in order, and
+        only those with slots. What all agents have in common belongs to the first one's prompt,
+        and the tokens that close a turn to no part. [] where no KV cache is handed over.
+        """
+        held = self.held[question]
+        run, traces = self.handed_by, self.traces(question)
+        if self.given is None or run is None or not held:
+            return []
+        whole = run.transfer != "latents"
+        closing = self.closing_tokens if whole and run.closes_turns else 0
+        shared = self.given.head[question] if run.resolved_team.parallel else 0  # is there once
+        first = len(traces) - 1 if run.transfer == "last" else 0
+        parts, end = list[tuple[int, str, int, int]](), held
+        for agent in reversed(range(first, len(traces))):
+            trace = traces[agent]
+            sizes = {
+                "text": trace.output_tokens if whole else 0,
+                "thoughts": trace.latent_steps,
+                "prompt": trace.prompt_tokens - shared if whole else 0,
+            }
+            end -= closing
+            for what, size in sizes.items():
+                start = 0 if (agent, what) == (first, "prompt") else end - size
+                if start < end:
+                    parts.append((agent, what, start, end))
+                end = start
+        return parts[::-1]
 
     def answer(self) -> list[Result]:
         """Let the last agent answer."""

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimas import Aligner, KVCache
-from minimas.text.tokenizer import Turn
 
 from .arms import Arm
-from .attention import attention_weights
 from .bench import Bench, How
 from .grading import gold_text
 from .last_turn import LastTurn, slots
+from .looking import attention_by_head
 
 HOST = "pause"  # the map of the transplant's host: as many slots, without a thought in them
 MAX_QUESTIONS = 4  # that are diagnosed
@@ -37,14 +36,11 @@ Record = dict[str, Any]
 def attention(last: LastTurn, gold: str) -> dict[str, list[float]]:
     """Return how much the last agent attends to each part of its memory, for a single question.
 
-    It prefills its prompt and the solution `gold`. Returns part -> share of each layer, means over
-    heads and positions. The rest, up to 1, is attention to its own turn.
+    Returns part -> share of each layer, means over heads, see `attention_by_head`. The rest, up to
+    1, is attention to its own turn.
     """
-    parts, model, tokenizer = segments(last), last.model, last.tokenizer
-    solution = Turn(gold, ((0, len(gold)),))
-    ids = tokenizer.encode_turn(last.prompts[0]) + tokenizer.encode_turn(solution)
-    weights = attention_weights(model, ids, last.memory).mean(1)  # (layers, S)
-    return {name: weights[:, start:end].sum(-1).tolist() for name, start, end in parts}
+    weights = attention_by_head(last, last.memory, gold).mean(1)  # (layers, S)
+    return {name: weights[:, start:end].sum(-1).tolist() for name, start, end in segments(last)}
 
 
 def segments(last: LastTurn) -> list[tuple[str, int, int]]:
@@ -53,24 +49,11 @@ def segments(last: LastTurn) -> list[tuple[str, int, int]]:
     The parts are each agent's prompt, thoughts and generated text. Raises ValueError if the memory
     has other slots.
     """
-    traces, [held] = last.traces(0), slots(last.memory)
-    counted = sum(t.prompt_tokens + t.latent_steps + t.output_tokens for t in traces)
-    closing = last.closing_tokens if held > counted else 0
-    parts, at = [], 0
-    for trace in traces:
-        sizes = {
-            "prompt": trace.prompt_tokens,
-            "thoughts": trace.latent_steps,
-            "text": trace.output_tokens,
-        }
-        for what, size in sizes.items():
-            if size:
-                parts.append((f"{trace.name}: {what}", at, at + size))
-            at += size
-        at += closing
-    if at != held:
-        raise ValueError(f"memory: found {held} slots, expected {at}: only a full memory has parts")
-    return parts
+    transfer = last.handed_by.transfer if last.handed_by else None
+    if transfer not in ("full", "shuffled"):
+        raise ValueError(f"transfer: found {transfer!r}: only a full memory has parts")
+    names = [trace.name for trace in last.traces(0)]
+    return [(f"{names[agent]}: {what}", start, end) for agent, what, start, end in last.parts()]
 
 
 # -- transplants ------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def run_head(
         "settings": settings,
         "arguments": arguments(args),
         "arms": [dataclasses.asdict(arm) for arm in arms],
+        "questions": len(bench.rows),
         "minimas": minimas.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
