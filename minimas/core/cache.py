@@ -12,7 +12,7 @@ cache; every other method returns a new one. Does not know: tokens, agents, what
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,7 @@ class KVCache:
 
         Raises ValueError if a number is below 0 or above `most`.
         """
-        counts = self._per_row(lengths, most)
-        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
+        self.lengths = (self._per_row(self.lengths) + self._per_row(lengths, most)).tolist()
 
     def sign(self, model: Any) -> None:
         """Set the model that computes the keys; raises ValueError if another one has before."""
@@ -171,8 +170,8 @@ class KVCache:
 
         Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
         """
-        kept = zip(self.lengths, self._per_row(lengths), strict=True)
-        return self.drop(0, [max(end - n, 0) for end, n in kept])
+        surplus = self._per_row(self.lengths) - self._per_row(lengths)
+        return self.drop(0, surplus.clamp(min=0))
 
     def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
         """Return the slots before `start`, and after them those from `stop` on, with keys moved.
@@ -182,17 +181,18 @@ class KVCache:
         seen none before them, as after `concat`. Otherwise it is an approximation: they keep what
         they took in above the first layer. Raises ValueError if a number is below 0.
         """
-        rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
-        starts = [min(row) for row in rows]
-        gaps = [min(stop, end) - min(start, stop, end) for start, stop, end in rows]
+        ends = self._per_row(self.lengths)  # (B,)
+        last = self._per_row(stop).minimum(ends)  # (B,)
+        first = self._per_row(start).minimum(last)  # (B,)
+        gaps = last - first  # (B,)
         new = copy.copy(self)
-        new.lengths = [end - gap for end, gap in zip(self.lengths, gaps, strict=True)]
-        first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
-        slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
-        moves = gap * (slots >= first)  # (B, S)
+        new.lengths = (ends - gaps).tolist()
+        slots = torch.arange(max(new.lengths), device=ends.device)  # (S,)
+        source = slots + gaps[:, None] * (slots >= first[:, None])  # (B, S)
         # A slot after the end of a row is free and may hold anything.
-        index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
-        turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
+        source = source.clamp(max=max(self.lengths) - 1)
+        moves, index = (slots - source).to(self.device), source.to(self.device)[:, None, :, None]
+        turn = angles(moves, self.config.head_dim, self.config.rope_theta, self.dtype)
         new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]
         new.values = [values.take_along_dim(index, 2) for values in self.values]  # (B, K, S, d)
         return new
@@ -228,15 +228,12 @@ class KVCache:
             joined.advance(cache.lengths, width)
         return joined
 
-    def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
-        """Return one integer for each row."""
-        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        each = given if isinstance(given, Iterable) else [given] * len(self.lengths)
-        counts = list(map(int, each))
-        if len(counts) != len(self.lengths) or min(counts) < 0 or max(counts) > most:
-            raise ValueError(
-                f"lengths: found {counts}, expected {len(self.lengths)} numbers, 0 … {most}"
-            )
+    def _per_row(self, lengths: Lengths, most: float = math.inf) -> Tensor:
+        """Return one integer for each row, (B,), on the host."""
+        given, B = torch.as_tensor(lengths, dtype=torch.int64, device="cpu"), len(self.lengths)
+        counts = given if given.ndim else given.expand(B)
+        if counts.shape != (B,) or counts.min() < 0 or counts.max() > most:
+            raise ValueError(f"lengths: found {counts.tolist()}, expected {B} numbers, 0 … {most}")
         return counts
 
     def save(self, path: str | Path) -> None:
