@@ -42,7 +42,7 @@ def chat(args: Namespace) -> None:
                         if memory
                         else "0 slots"
                     )
-                    for name, value in {"turns": turns, "held": held, **args.settings}.items():
+                    for name, value in {"turns": turns, "KV cache": held, **args.settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
                 case [command, *_] if command[0] == "/":
                     raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")
@@ -54,5 +54,6 @@ def chat(args: Namespace) -> None:
         except KeyboardInterrupt:
             say(args, "\nminimas: stopped, the conversation is as it was")
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
-            sys.stdout.flush()  # raises if it is stdout that has failed
+            if isinstance(error, OSError) and line[0] != "/":  # of stdout, not of a file
+                raise
             report_error(error, args)
