@@ -20,6 +20,7 @@ def chat(args: Namespace) -> None:
     if args.method == "single":
         alone = Team((Agent("assistant", "{question}"),))
         args.method, args.options["team"] = "text_mas", args.lm.teams.get("single", alone)
+    args.options["keep_memory"] = True
     memory = start = args.options.get("memory")
     turns = 0
     say(args, f"minimas: type a message, {COMMANDS}")
@@ -37,18 +38,15 @@ def chat(args: Namespace) -> None:
                 case ["/load", file]:
                     memory, turns = KVCache.load(file, args.lm.model), 0
                 case ["/show"]:
-                    held = (
-                        f"{memory.lengths[0]:,} slots, {memory.nbytes:,} bytes"
-                        if memory
-                        else "0 slots"
-                    )
+                    held = "0 slots"
+                    if memory:
+                        held = f"{memory.lengths[0]:,} slots, {memory.nbytes:,} bytes"
                     for name, value in {"turns": turns, "KV cache": held, **args.settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
                 case [command, *_] if command[0] == "/":
                     raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")
                 case [_, *_]:
-                    how = {"memory": memory, "continues": memory is not None}
-                    args.options |= how | {"keep_memory": True}
+                    args.options |= {"memory": memory, "continues": memory is not None}
                     [result] = show_answers(args, [("free", [{"question": line}])])
                     memory, turns = result.memory, turns + 1
         except KeyboardInterrupt:

@@ -52,8 +52,8 @@ def report_error(error: Exception, args: Namespace) -> int:
     if isinstance(error, ParameterError) and error.parameter in args:
         flag = f"--{error.parameter.replace('_', '-')}"
         text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
+    # On a CPU, torch raises a plain RuntimeError.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         text = OUT_OF_MEMORY + text
     print(f"minimas: error: {text}", file=sys.stderr)
     return status
