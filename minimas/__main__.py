@@ -1,4 +1,4 @@
-"""The command line: `python -m minimas ask QUESTION`, `remember FILE`, `check` and `info MODEL`.
+"""The command line: `python -m minimas ask QUESTION`, `chat`, `remember FILE`, `check` and `info`.
 
 This module and `parser` do not import torch, so that --help is fast; `commands` does the work.
 """

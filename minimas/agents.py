@@ -41,9 +41,12 @@ def single(
     on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
+    continues: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory)
+    run = Run(
+        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues
+    )
     return finish(answer_text(run, single_team(lm)), on_event)
 
 
@@ -58,13 +61,16 @@ def text_mas(
     on_event: OnEvent | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
+    continues: bool = False,
 ) -> list[Result]:
     """Let the same agents pass text: each one's text goes where later prompts have `{context}`.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory)
+    run = Run(
+        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues
+    )
     return finish(answer_text(run, choose_team(lm, team)), on_event)
 
 
@@ -84,6 +90,7 @@ def latent_mas(
     layout: str | None = None,
     memory: KVCache | None = None,
     keep_memory: bool = False,
+    continues: bool = False,
 ) -> list[Result]:
     """Let agents think in latent space and hand their KV cache over; only the last one decodes.
 
@@ -100,13 +107,14 @@ def latent_mas(
 
     `memory` is a KV cache that every agent starts after, such as one of `remember`: one row for all
     questions, or one row per question. It is copied and not prefilled again. With `keep_memory`,
-    `Result.memory` is the KV cache after the answer, for the next call.
+    `Result.memory` is the KV cache after the answer, for the next call. `continues` makes the
+    prompts later turns of the conversation in `memory`: no second system message of the template.
 
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
     before any work starts.
     """
     run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory,
+        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues,
         team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
         layout=layout,
     )  # fmt: skip
@@ -190,6 +198,7 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
 
     def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> Turn:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
+        first = first and not run.continues
         return run.tokenizer.turn(filled, agent.system, agent.prefix, first, last)
 
     def prompt(agent: Agent, q: int) -> Turn:

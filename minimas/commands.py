@@ -1,11 +1,10 @@
-"""What the commands do: answer questions, check a hand-over, describe a model.
+"""What the commands do: answer questions, talk, check a hand-over, describe a model.
 
 This module only connects arguments with functions. Does not know: flags, how anything is computed.
 """
 
 import json
 import os
-import re
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -17,16 +16,15 @@ from typing import Any
 import torch
 
 from . import __version__, agents, prompts
+from .chat import chat
 from .check import QUESTIONS, check
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .info import describe
-from .lens import Lens
 from .load import LM, TINY, load
 from .memory import remember
-from .results import Result, Usage
-from .rows import Row, batches, read_input, read_rows
-from .screen import Screen, bill, say
+from .rows import batches, read_input, read_rows
+from .screen import Screen, bill, report_error, say, show_answers
 from .streams import silence
 from .teams import Team
 from .text.generate import Sampling
@@ -34,46 +32,58 @@ from .text.tokenizer import is_text
 
 # A method takes the flags that are called as one of its parameters.
 METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
-POSITIONAL = {"question": "QUESTION", "text": "FILE"}
-OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
 
 def run(args: Namespace) -> int:
-    """Run the command of `args`. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run the function `run_…` of the command's name.
+
+    Returns the exit status: 0 done, 1 failed, 2 wrong usage.
+    """
     try:
-        {"ask": run_ask, "remember": run_remember, "check": run_check, "info": run_info}[
-            args.command
-        ](args)
+        globals()[f"run_{args.command}"](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
     except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
-        if args.debug:
-            raise
         return report_error(error, args)
     return 0
 
 
-def report_error(error: Exception, args: Namespace) -> int:
-    """Print an error in one line, and return the exit status that follows from it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        silence(sys.stdout)
-    text, status = " ".join(str(error).split()) or type(error).__name__, 1
-    if isinstance(error, ParameterError) and error.parameter in args:
-        flag = f"--{error.parameter.replace('_', '-')}"
-        text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if full or "can't allocate memory" in text:  # of a CPU, torch raises a plain RuntimeError
-        text = OUT_OF_MEMORY + text
-    print(f"minimas: error: {text}", file=sys.stderr)
-    return status
-
-
 def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
-    options = method_options(args)
+    rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
+    if args.save_memory and len(rows) > 1:
+        raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
+    prepare(args)
+    args.options["keep_memory"] = bool(args.save_memory)
+    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
+    groups = batches(rows, args.kind, size)
+    if args.compile:
+        say(args, "minimas: compiling, up to a minute")
+        began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
+        texts = ["How" + " many" * n for n in range(len(groups[0][1]))]
+        getattr(agents, args.method)(args.lm, texts, **args.options | short)
+        say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
+    results = show_answers(args, groups)
+    if results[0].memory is not None:
+        results[0].memory.save(args.save_memory)
+    say(args, bill("total", [result.usage for result in results]))
+    say(args, f"{'wall time':>14}: {perf_counter() - args.began:.2f} s")
+
+
+def run_chat(args: Namespace) -> None:
+    """Answer the messages on standard input, in one conversation."""
+    prepare(args)
+    chat(args)
+
+
+def prepare(args: Namespace) -> None:
+    """Load the model, after wrong arguments are refused.
+
+    Puts into `args`: the model `lm`, the `options` of the method, and the `settings` that a record
+    of an answer holds.
+    """
+    options = args.options = method_options(args)
     changed = {
         name: value
         for name, value in vars(args).items()
@@ -82,17 +92,14 @@ def run_ask(args: Namespace) -> None:
     Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
         changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
-    rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
-    if args.save_memory and len(rows) > 1:
-        raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
     team = options.get("team", "")
     if team.endswith(".json"):
-        team = Team.from_json(team).with_layout(args.layout)  # refused before a model loads
-    lm = load_model(args)
+        team = Team.from_json(team).with_layout(args.layout)
+    lm = args.lm = load_model(args)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
     sampling = replace(lm.sampling, **changed)
-    settings = {
+    settings = args.settings = {
         "model": args.model,
         "method": args.method,
         "layout": "chat",
@@ -112,46 +119,6 @@ def run_ask(args: Namespace) -> None:
         lm.aligner(options["align"])  # raises for a wrong kind or file
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
-    known = (re.fullmatch(prompts.TINY_QUESTION, row["question"].strip()) for row in rows)
-    if args.model == TINY and not all(known):
-        say(args, f"minimas: {prompts.TINY_HINT}")
-    answer(args, lm, rows, options, settings)
-
-
-def answer(
-    args: Namespace, lm: LM, rows: list[Row], options: dict[str, Any], settings: dict[str, Any]
-) -> None:
-    """Answer the questions batch by batch. Each answer is printed before the next batch begins."""
-    method = getattr(agents, args.method)
-    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
-    groups = batches(rows, args.kind, size)
-    if args.compile:
-        say(args, "minimas: compiling, up to a minute")
-        began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
-        method(lm, ["How" + " many" * n for n in range(len(groups[0][1]))], **options | short)
-        say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
-    usages: list[Usage] = []
-    for kind, batch in groups:
-        lens = Lens(lm, args.show_thoughts) if args.show_thoughts else None
-        screen = Screen(args, batch, len(usages), len(rows), lens)
-        results: list[Result] = []
-        try:
-            results = method(
-                lm,
-                [row["question"] for row in batch],
-                choices=[row.get("choices") for row in batch],
-                kind=kind,
-                on_event=screen,
-                keep_memory=bool(args.save_memory),
-                **options,
-            )
-        finally:
-            screen.show(results, settings | {"kind": kind})  # if interrupted, the text so far
-        usages += [result.usage for result in results]
-        if results[0].memory is not None:
-            results[0].memory.save(args.save_memory)
-    say(args, bill("total", usages))
-    say(args, f"{'wall time':>14}: {perf_counter() - args.began:.2f} s")
 
 
 def load_model(args: Namespace) -> LM:
@@ -164,7 +131,7 @@ def method_options(args: Namespace) -> dict[str, Any]:
     """Return the method's own options, given or default; refuse those of other methods."""
     options, parameters = {}, signature(getattr(agents, args.method)).parameters
     for name in METHOD_FLAGS:
-        given = getattr(args, name)
+        given = getattr(args, name, None)  # `chat` does not have all
         if name in parameters:
             options[name] = parameters[name].default if given is None else given
         elif given is not None:

@@ -26,13 +26,15 @@ class ChatLayout:
     """Each agent's prompt is a chat turn of its own.
 
     `opening` and `prompts` are those of the team for one question, completely filled in. `head` is
-    what the prompts of all agents have in common and what hand-overs keep.
+    what the prompts of all agents have in common and what hand-overs keep. `continues`: a
+    conversation comes before the first agent's prompt.
     """
 
     tokenizer: Tokenizer
     team: Team
     opening: str
     prompts: Sequence[str]
+    continues: bool = False
     closes_turns = True
     head = Turn("")
 
@@ -40,6 +42,7 @@ class ChatLayout:
         """Return the prompt of agent number `agent`; `first`: no agent comes before it."""
         text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)
+        first = first and not self.continues
         return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
     def head_tokens(self, agent: int) -> int:
@@ -62,7 +65,9 @@ class TurnLayout(ChatLayout):
         for paragraph in paragraphs:
             parts += [paragraph, SEPARATOR]
         role = self.team.agents[-1]
-        before, first, *pieces = self.tokenizer.user_turn(parts[:-1], role.system, role.prefix)
+        before, first, *pieces = self.tokenizer.user_turn(
+            parts[:-1], role.system, role.prefix, not self.continues
+        )
         self.head = before + first
         self._separators, self._paragraphs = pieces[::2], pieces[1::2]
 

@@ -15,13 +15,20 @@ from . import __version__
 ASK = """answer a question with a team of agents
 --kind            math,choice,code,free  of question (default: by a row's fields, else free)
 --batch-size      ≥1=1    rows of a file at once (default: %(default)s)
---model -m        text=weights/tiny  folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
+--transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
+--save-memory     text    write the KV cache after the answer to this file
+--compile         yes     faster steps after a warm-up of up to a minute
+"""
+CHAT = """talk with one agent or a team: a message per line, the KV cache is kept between turns
+--method          single,latent_mas,text_mas=single  who answers (default: %(default)s)
+"""
+ANSWERING = """
+--model -m        text=weights/tiny  folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
 --latent-steps    ≥0      thoughts per agent (default: the model's, else 40)
 --align           text    ridge, identity, prenorm, random, none or a file (default: ridge)
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
---transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
 --think           switch  whether a thinking model thinks first (default: as its template)
 --temperature --temp  real  0: greedy (default: the model's)
@@ -29,10 +36,8 @@ ASK = """answer a question with a team of agents
 --top-k           ≥0      keep this many tokens; 0: all (default: the model's)
 --seed -s         ≥0=0    (default: %(default)s)
 --memory          files   KV cache of `remember` to start after; repeat the flag to join several
---save-memory     text    write the KV cache after the answer to this file
 --show-thoughts   top     the K likeliest tokens of each thought (K: 3)
 --json            yes     one JSON object per result on stdout
---compile         yes     faster steps after a warm-up of up to a minute
 """
 CHECK = """measure what a hand-over does to a model's answers
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
@@ -63,7 +68,8 @@ RUNNING = """
 --debug           yes     show a traceback with an error
 """
 COMMANDS = {
-    "ask": ASK + RUNNING,
+    "ask": ASK + ANSWERING + RUNNING,
+    "chat": CHAT + ANSWERING + RUNNING,
     "remember": REMEMBER + RUNNING,
     "check": CHECK + RUNNING,
     "info": INFO,

@@ -1,23 +1,31 @@
-"""What the command line prints: answers and JSON on stdout, progress and bills on stderr.
+"""What the command line prints: answers and JSON on stdout; progress, bills, errors on stderr.
 
-Does not know: arguments beyond --json and --quiet, how an answer comes about.
+Does not know: where arguments come from, how an answer comes about.
 """
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from shutil import get_terminal_size
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from tqdm.utils import disp_trim
 
+from . import agents, prompts
+from .core.errors import ParameterError
 from .lens import Lens, ThoughtView
+from .load import TINY
 from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Usage
 from .rows import Row
 from .streams import silence
+
+POSITIONAL = {"question": "QUESTION", "text": "FILE"}
+OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
 
 def say(args: Namespace, text: str) -> None:
@@ -27,6 +35,28 @@ def say(args: Namespace, text: str) -> None:
             tqdm.write(text, file=sys.stderr)
     except OSError:
         silence(sys.stderr)
+
+
+def report_error(error: Exception, args: Namespace) -> int:
+    """Print an error in one line, and return the exit status that follows from it.
+
+    Raises it again with --debug.
+    """
+    if args.debug:
+        raise error
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+    text, status = " ".join(str(error).split()) or type(error).__name__, 1
+    if isinstance(error, ParameterError) and error.parameter in args:
+        flag = f"--{error.parameter.replace('_', '-')}"
+        text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
+    # On a CPU, torch raises a plain RuntimeError.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        text = OUT_OF_MEMORY + text
+    print(f"minimas: error: {text}", file=sys.stderr)
+    return status
 
 
 def bill(name: str, usages: Sequence[Usage]) -> str:
@@ -39,6 +69,7 @@ def bill(name: str, usages: Sequence[Usage]) -> str:
     )
 
 
+@dataclass
 class Screen:
     """Shows one batch: the answer on stdout as it is generated, progress and bills on stderr.
 
@@ -46,54 +77,52 @@ class Screen:
     thoughts are shown too.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        batch: list[Row],
-        first: int = 0,
-        total: int = 1,
-        lens: Lens | None = None,
-    ) -> None:
-        self.args, self.batch, self.lens = args, batch, lens
-        places = range(len(batch))
-        self.labels = [f"[{first + i + 1}/{total}] " if total > 1 else "" for i in places]
+    args: Namespace
+    batch: list[Row]
+    first: int = 0
+    total: int = 1
+    lens: Lens | None = None
+
+    def __post_init__(self) -> None:
+        places = range(self.first + 1, self.first + 1 + len(self.batch))
+        self.labels = [f"[{place}/{self.total}] " if self.total > 1 else "" for place in places]
         self.label = "to ".join(dict.fromkeys([self.labels[0], self.labels[-1]]))
-        self.streams = len(batch) == 1 and not args.json
-        self.gap = "\n" if first else ""  # between two answers
-        self.texts, self.steps = [""] * len(batch), 0
+        self.streams = len(self.batch) == 1 and not self.args.json
+        self.gap = "\n" if self.first else ""  # between two answers
+        self.texts = [""] * len(self.batch)
         self.bar = tqdm(disable=True)
 
     def __call__(self, event: Event) -> None:
         """Show one event of a method."""
         if self.lens:
             self.lens(event)
-        if isinstance(event, AgentStart):
-            steps = event.latent_steps
-            self.steps = max(self.steps, steps)
-            self.bar = tqdm(
-                desc=f"{self.label}{event.agent}: {event.prompt_tokens} prompt tokens",
-                total=steps or None,
-                unit=" steps" if steps else " tokens",
-                leave=False,
-                disable=self.args.quiet or None,  # None: hidden unless stderr is a terminal
-            )
-        elif isinstance(event, AgentEnd):
-            self.bar.close()
-            if self.streams and self.texts[0]:
-                print(flush=True)  # the answer is complete
-            for start in range(0, len(event.traces), len(self.batch)):
-                traces = event.traces[start : start + len(self.batch)]
-                say(self.args, bill(self.label + traces[0].name, traces))
-                if self.lens:
-                    self._show_thoughts(self.lens.seen[start - len(event.traces) :])
-        else:
-            self.bar.update()
-            if isinstance(event, Piece) and event.final:
-                self.texts[event.question] += event.text
-                if self.streams and event.text:
+        match event:
+            case AgentStart(agent, tokens, steps):
+                self.bar = tqdm(
+                    desc=f"{self.label}{agent}: {tokens} prompt tokens",
+                    total=steps or None,
+                    unit=" steps" if steps else " tokens",
+                    leave=False,
+                    disable=self.args.quiet or None,  # None: hidden unless stderr is a terminal
+                )
+            case AgentEnd(_, all_traces):
+                self.bar.close()
+                if self.streams and self.texts[0]:
+                    print(flush=True)  # the answer is complete
+                for start in range(0, len(all_traces), len(self.batch)):
+                    traces = all_traces[start : start + len(self.batch)]
+                    say(self.args, bill(self.label + traces[0].name, traces))
+                    if self.lens:
+                        self._show_thoughts(self.lens.seen[start - len(all_traces) :])
+            case Piece(question, text, final=True):
+                self.bar.update()
+                self.texts[question] += text
+                if self.streams and text:
                     self.bar.close()
-                    print(self.gap + event.text, end="", flush=True)
+                    print(self.gap + text, end="", flush=True)
                     self.gap = ""
+            case _:
+                self.bar.update()
 
     def _show_thoughts(self, seen: list[tuple[AgentTrace, list[ThoughtView]]]) -> None:
         width = len(self.labels[-1])
@@ -108,12 +137,15 @@ class Screen:
         """Print what is not on stdout yet; of a batch without results, the text so far."""
         self.bar.close()
         if not results and any(self.texts):
+            if self.streams:
+                print(flush=True)  # ends the line
             results = [Result("", text, None, "interrupted", [AgentTrace()]) for text in self.texts]
         for i, result in enumerate(results):
             row, label = self.batch[i], self.labels[i]
             if self.args.json:
                 record = {"id": row.get("id")} | asdict(replace(result, memory=None)) | settings
-                record |= {"latent_steps": self.steps, "usage": asdict(result.usage)}
+                steps = max(agent.latent_steps for agent in result.agents)
+                record |= {"latent_steps": steps, "usage": asdict(result.usage)}
                 record["question"] = row["question"]
                 if self.lens:
                     own = self.lens.seen[i :: len(self.batch)]
@@ -131,3 +163,32 @@ class Screen:
                 if said.rfind("<think>") > said.rfind("</think>"):
                     limit += ", still thinking: pass more, such as 4096, or --no-think"
                 say(self.args, f"{'':>14}  {label}{limit}")
+
+
+def show_answers(args: Namespace, groups: Sequence[tuple[str, list[Row]]]) -> list[Result]:
+    """Answer the rows of each (kind, batch), print each answer, and return the results.
+
+    `args` has the model and what else `commands.prepare` puts there.
+    """
+    questions = [row["question"] for _, batch in groups for row in batch]
+    known = (re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
+    if args.model == TINY and not all(known):
+        say(args, f"minimas: {prompts.TINY_HINT}")
+    results: list[Result] = []
+    for kind, batch in groups:
+        lens = Lens(args.lm, args.show_thoughts) if args.show_thoughts else None
+        screen = Screen(args, batch, len(results), len(questions), lens)
+        own: list[Result] = []
+        try:
+            own = getattr(agents, args.method)(
+                args.lm,
+                [row["question"] for row in batch],
+                choices=[row.get("choices") for row in batch],
+                kind=kind,
+                on_event=screen,
+                **args.options,
+            )
+        finally:
+            screen.show(own, args.settings | {"kind": kind})  # if interrupted, the text so far
+        results += own
+    return results

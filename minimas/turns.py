@@ -75,7 +75,7 @@ class Run:
     """One call of a method: what is the same for all of its agents.
 
     `choices` is None, one dict letter -> text, or one per question. `sampling` None is the model's.
-    `memory` and `keep_memory`: see `latent_mas`.
+    `memory`, `keep_memory` and `continues`: see `latent_mas`.
     `prefill` may be replaced by callers who keep what was prefilled for several runs.
     Raises ValueError naming the parameter or question, what was found and what was expected.
     """
@@ -89,6 +89,7 @@ class Run:
     on_event: OnEvent | None = None
     memory: KVCache | None = None
     keep_memory: bool = False
+    continues: bool = False
     prefill: Prefill = prefill_prompts
 
     def __post_init__(self) -> None:
@@ -159,7 +160,8 @@ class Run:
         found = []
         for q in range(len(self.questions)):
             filled = [self.fill(agent.prompt, q) for agent in team.agents]
-            found.append(layout(self.tokenizer, team, self.fill(team.opening, q), filled))
+            opening = self.fill(team.opening, q)
+            found.append(layout(self.tokenizer, team, opening, filled, self.continues))
         return found
 
     def require_context(
@@ -176,7 +178,8 @@ class Run:
             raise ValueError(
                 f"{agent.name}: {start} slots of working memory, a prompt of {tokens} tokens, "
                 f"{steps} thoughts (--latent-steps) and {generated} tokens to generate "
-                f"(--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
+                f"(--max-new-tokens) make {needed}, expected {limit} or fewer, the context "
+                "(in a chat, /clear empties it)"
             )
         return needed
 

@@ -207,16 +207,20 @@ class Tokenizer:
         return turn.cut(begin, end) + Turn(prefix)
 
     def user_turn(
-        self, parts: Sequence[str], system: str | None = None, prefix: str = ""
+        self,
+        parts: Sequence[str],
+        system: str | None = None,
+        prefix: str = "",
+        first: bool = True,
     ) -> list[Turn]:
         """Return the turn of one user message, cut before the message and between its `parts`.
 
         The result is what comes before the message, then every part. The last part includes the
-        rest of the turn, up to `prefix` in the open assistant turn. Raises ValueError as `turn`
-        does.
+        rest of the turn, up to `prefix` in the open assistant turn. `first` is as in `turn`, and
+        ValueError is raised as there.
         """
         message = "".join(parts)
-        turn = self.turn(message, system, prefix)
+        turn = self.turn(message, system, prefix, first)
         start, end = turn.untrusted[-1]
         unstripped = start - message.find(turn.text[start:end])
         starts = itertools.accumulate(map(len, parts[:-1]), initial=unstripped)

@@ -1,0 +1,57 @@
+"""A conversation: each message is prefilled after the KV cache of all turns before it.
+
+A single agent gets the message as it is, unless the model's folder has a prompt for it. What
+fails, or is stopped by Ctrl-C, leaves the conversation as it was. Does not know: flags, how an
+answer comes about.
+"""
+
+import sys
+from argparse import Namespace
+
+from .core.cache import KVCache
+from .screen import report_error, say, show_answers
+from .teams import Agent, Team
+
+COMMANDS = "/clear, /save FILE (after a message), /load FILE, /show or /exit"
+
+
+def chat(args: Namespace) -> None:
+    """Answer each line of standard input, or do what it says if it begins with a slash."""
+    if args.method == "single":
+        alone = Team((Agent("assistant", "{question}"),))
+        args.method, args.options["team"] = "text_mas", args.lm.teams.get("single", alone)
+    args.options["keep_memory"] = True
+    memory = start = args.options.get("memory")
+    turns = 0
+    say(args, f"minimas: type a message, {COMMANDS}")
+    while True:
+        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
+        line = (sys.stdin.readline() or "/exit").strip()
+        try:
+            match line.split(maxsplit=1):
+                case ["/exit"]:
+                    return
+                case ["/clear"]:
+                    memory, turns = start, 0
+                case ["/save", file] if memory:
+                    memory.save(file)
+                case ["/load", file]:
+                    memory, turns = KVCache.load(file, args.lm.model), 0
+                case ["/show"]:
+                    held = "0 slots"
+                    if memory:
+                        held = f"{memory.lengths[0]:,} slots, {memory.nbytes:,} bytes"
+                    for name, value in {"turns": turns, "KV cache": held, **args.settings}.items():
+                        print(f"{name:>14}: {value}", file=sys.stderr)
+                case [command, *_] if command[0] == "/":
+                    raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")
+                case [_, *_]:
+                    args.options |= {"memory": memory, "continues": memory is not None}
+                    [result] = show_answers(args, [("free", [{"question": line}])])
+                    memory, turns = result.memory, turns + 1
+        except KeyboardInterrupt:
+            say(args, "\nminimas: stopped, the conversation is as it was")
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            if isinstance(error, OSError) and line[0] != "/":  # of stdout, not of a file
+                raise
+            report_error(error, args)

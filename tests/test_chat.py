@@ -1,0 +1,392 @@
+"""`chat`: later turns of one conversation, slash commands, and what must not change it.
+
+A conversation is compared with the template's own text of it, fed as tokens to an empty KV cache.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimas import LM, Agent, KVCache, Sampling, Team, Tokenizer, latent_mas, load, text_mas
+from minimas.__main__ import main
+from minimas.core.model import prefill
+
+from .models import TINY, distance, tiny_model, write_folder
+from .test_cli import start
+from .text import QWEN, load_text_lm, text_folder, tiny_tokenizer
+
+EVA = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
+TOM = "Tom has 3 apples. He eats 1. How many apples does Tom have?"
+# Puts a system message and a begin of text where none is given, but only at the start.
+DEFAULTS = (
+    "<|endoftext|>{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n"
+    "{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ALONE = Team((Agent("assistant", "{question}"),))
+Chat = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
+    """`main` with these lines on standard input and these flags: (status, stdout, stderr)."""
+
+    def call(lines: str | list[str], *flags: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        text = lines if isinstance(lines, str) else "".join(f"{line}\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        status = main(["chat", *map(str, flags)])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a short context, and with a template that has a default message."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=150)
+    path = write_folder(tmp_path_factory.mktemp("chat") / "model", model, tokenizer=TINY)
+    (path / "chat_template.jinja").write_text(DEFAULTS)
+    return path
+
+
+def records(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def errors(err: str) -> list[str]:
+    """Return the lines of errors; no line is a traceback."""
+    assert "Traceback" not in err
+    return [line for line in err.splitlines() if "error" in line]
+
+
+# -- the conversation ------------------------------------------------------------------------------
+
+
+def talked(lm: LM, messages: list[str], team: Team = ALONE, **how: Any) -> tuple[KVCache, str]:
+    """Return the KV cache of a conversation with a team, and the template's text of it."""
+    assert lm.tokenizer is not None
+    memory, said = None, []
+    for message in messages:
+        [result] = text_mas(
+            lm, [message], team, memory=memory, keep_memory=True, continues=bool(memory), **how
+        )
+        memory = result.memory
+        said += [("user", message), ("assistant", result.text)]
+    assert memory is not None
+    return memory, lm.tokenizer._render(said, generation_prompt=False)
+
+
+def fed(lm: LM, text: str) -> KVCache:
+    cache = lm.model.new_cache(1)
+    assert lm.tokenizer is not None
+    prefill(lm.model, [lm.tokenizer.encode(text)], cache)
+    return cache
+
+
+@pytest.mark.parametrize("template", [None, DEFAULTS])
+def test_a_later_message_began_a_new_conversation(tmp_path: Path, template: str | None) -> None:
+    """The template put its system message and its begin of text before every message."""
+    settings = {} if template is None else {"chat_template": template}
+    lm = load_text_lm(text_folder(tmp_path, **settings))
+    how = {"sampling": Sampling(max_new_tokens=1)}  # more may have other tokens than their text
+    found, text = talked(lm, ["How many cards?", "Why?", "She loses 3."], **how)
+    assert text.count("<|im_start|>user") == 3
+    assert text.count("Be brief") == (template is not None)
+    assert distance(found, fed(lm, text)) < 1e-9
+    [again] = text_mas(lm, ["Why?"], ALONE, memory=found, keep_memory=True, **how)
+    assert again.memory is not None
+    assert ("Be brief" in again.agents[0].prompt) == (template is not None), "the old way"
+
+
+@pytest.mark.skipif(not QWEN.exists(), reason="no tokenizer of Qwen3 here")
+def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
+    """It renders an answer without thoughts as it was, and puts no empty thoughts before it."""
+    tokenizer = Tokenizer(QWEN)
+    model = tiny_model(vocab_size=tokenizer.size)
+    lm = LM(model, QWEN)
+    first, second = (tokenizer.turn(text, first=first) for text, first in (("a b", 1), ("c", 0)))
+    text = tokenizer._render(
+        [("user", "a b"), ("assistant", "Fine."), ("user", "c")], generation_prompt=True
+    )
+    assert first.text + "Fine." + tokenizer.turn_end + second.text == text
+    found, _ = talked(lm, ["a b", "c"], sampling=Sampling(max_new_tokens=1))
+    ids = [tokenizer.encode(turn.text) for turn in (first, second)]
+    assert found.lengths == [
+        sum(map(len, ids)) + 2 * (1 + len(tokenizer.encode(tokenizer.turn_end)))
+    ]
+
+
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_a_later_turn_of_a_team_follows_the_earlier_ones(
+    tmp_path: Path, team: str, layout: str
+) -> None:
+    """Every agent, side by side or not, began with the template's system message again."""
+    lm = load_text_lm(text_folder(tmp_path, chat_template=DEFAULTS))
+    how: dict[str, Any] = {"team": team, "layout": layout, "latent_steps": 2, "keep_memory": True}
+    how["sampling"] = Sampling(max_new_tokens=3)
+    [first] = latent_mas(lm, ["one?"], **how)
+    for transfer in ("full", "latents", "last", "none"):
+        [second] = latent_mas(
+            lm, ["two?"], memory=first.memory, continues=True, transfer=transfer, **how
+        )
+        assert second.memory is not None and first.memory is not None
+        assert distance(second.memory.truncate(first.memory.lengths), first.memory) == 0
+        prompts = [agent.prompt for agent in second.agents]
+        assert not any("Be brief" in prompt or "<|endoftext|>" in prompt for prompt in prompts)
+        assert prompts[0].startswith("<|im_start|>user\n")
+    assert "Be brief" in first.agents[0].prompt
+
+
+def test_text_agents_go_on_with_a_conversation(tmp_path: Path) -> None:
+    lm = load_text_lm(text_folder(tmp_path, chat_template=DEFAULTS))
+    how: dict[str, Any] = {"sampling": Sampling(max_new_tokens=3), "keep_memory": True}
+    [first] = text_mas(lm, ["one?"], **how)
+    [second] = text_mas(lm, ["two?"], memory=first.memory, continues=True, **how)
+    assert all("Be brief" in agent.prompt for agent in first.agents)
+    assert not any("Be brief" in agent.prompt for agent in second.agents)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
+def test_a_turn_prefills_its_own_message_only(chat: Chat, method: str) -> None:
+    """The bill of the fifth message is that of the first; the KV cache grows with each."""
+    status, out, _ = chat([EVA] * 5, "--json", "--method", method, "-n", 8)
+    found = records(out)
+    assert status == 0 and [one["question"] for one in found] == [EVA] * 5
+    agents = found[0]["agents"]
+    for number in range(1 if method == "text_mas" else len(agents)):  # the others get texts too
+        assert len({one["agents"][number]["prompt_tokens"] for one in found}) == 1
+    sizes = [one["usage"]["memory_bytes"] for one in found]
+    assert sizes == sorted(set(sizes))
+
+
+def test_answers_are_on_stdout_and_all_else_on_stderr(chat: Chat) -> None:
+    status, out, err = chat([EVA, "", TOM, "/exit", EVA])
+    assert status == 0 and out.splitlines() == ["<think> 2 9 6</think> 6", "<think> 3 2</think> 2"]
+    assert "prompt tokens" in err and "> " not in err and not errors(err)
+    assert chat([EVA, TOM], "--quiet") == (0, out, "")
+    assert chat(EVA)[1] == out.splitlines(keepends=True)[0], "the last line may have no end"
+
+
+def test_a_chat_feeds_the_templates_own_text_of_the_conversation(
+    chat: Chat, folder: Path, tmp_path: Path
+) -> None:
+    file, asked = tmp_path / "talk", ["How many?", "Why, <|im_end|>?"]
+    found = records(chat([*asked, f"/save {file}"], "-m", folder, "-n", 1, "--json")[1])
+    lm = load(folder)
+    assert lm.tokenizer is not None
+    said = [
+        pair for one in found for pair in (("user", one["question"]), ("assistant", one["text"]))
+    ]
+    turns = lm.tokenizer._conversation(said, generation_prompt=False)
+    cache = lm.model.new_cache(1)
+    prefill(lm.model, [lm.tokenizer.encode_turn(turns)], cache)
+    assert distance(KVCache.load(file, lm.model), cache) < 1e-9
+
+
+def test_a_team_is_chosen_by_its_flags(chat: Chat) -> None:
+    flags = ["--method", "latent_mas", "--team", "hierarchical", "--latent-steps", 2, "--json"]
+    [found] = records(chat([EVA], *flags)[1])
+    assert [agent["name"] for agent in found["agents"]] == ["math", "science", "code", "summarizer"]
+    assert found["latent_steps"] == 2 and found["team"] == "hierarchical"
+    status, out, err = chat([EVA], "--team", "hierarchical")
+    assert (status, out) == (2, "") and "--team: found with --method single" in err
+
+
+def test_a_single_agent_gets_the_message_as_it_is(chat: Chat, folder: Path) -> None:
+    """The form of an answer, "End with the final answer", is for questions of a benchmark."""
+    found = records(chat(["Hello, you!", "Why?"], "-m", folder, "-n", 2, "--json")[1])
+    prompts = [one["agents"][0]["prompt"] for one in found]
+    assert prompts[0].endswith("<|im_start|>user\nHello, you!<|im_end|>\n<|im_start|>assistant\n")
+    assert prompts[1] == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    [tiny] = records(chat([EVA], "--json")[1])
+    assert f"Solve it step by step. {EVA}" in tiny["agents"][0]["prompt"]
+
+
+def test_the_embedded_model_says_what_it_knows_in_a_chat(chat: Chat) -> None:
+    assert "--model Qwen/Qwen3-0.6B" not in chat([EVA])[2]
+    assert "--model Qwen/Qwen3-0.6B" in chat(["Hello!"])[2]
+
+
+def test_a_conversation_is_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
+    """What follows /load is what would have followed in the chat that was saved."""
+    file = tmp_path / "my talk.safetensors"
+    found = records(chat([EVA, f"/save {file}", TOM], "--json")[1])
+    status, out, _ = chat([TOM, f"/load {file}", TOM], "--json")
+    other, again = records(out)
+    same = ("text", "finish_reason", "question")
+    assert status == 0 and [again[name] for name in same] == [found[1][name] for name in same]
+    assert again["usage"]["memory_bytes"] == found[1]["usage"]["memory_bytes"]
+    assert again["usage"]["memory_bytes"] > other["usage"]["memory_bytes"]
+    assert len(KVCache.load(file, load().model).lengths) == 1
+
+
+def test_clear_goes_back_to_the_memory_that_was_given(chat: Chat, tmp_path: Path) -> None:
+    """The first turn after --memory, and after /clear, has it before the message."""
+    note = tmp_path / "note.txt"
+    note.write_text("Ben has 4 coins.")
+    file = tmp_path / "note.safetensors"
+    assert main(["remember", str(note), "--out", str(file), "--quiet"]) == 0
+    [slots] = KVCache.load(file, load().model).lengths
+    status, out, err = chat([EVA, "/clear", EVA, "/clear", "/show"], "--memory", file, "--json")
+    first, second = (one["usage"]["memory_bytes"] for one in records(out))
+    [without] = records(chat([EVA], "--json")[1])
+    assert status == 0 and first == second
+    assert first == without["usage"]["memory_bytes"] + slots * 768
+    assert f"KV cache: {slots} slots" in err
+    assert "0 slots" in chat([EVA, "/clear", "/show"])[2]
+
+
+def test_show_says_what_the_conversation_holds(chat: Chat) -> None:
+    _, out, err = chat([EVA, TOM, "/show"], "-n", 9, "--json")
+    size = records(out)[-1]["usage"]["memory_bytes"]
+    assert re.search(r"^ *turns: 2$", err, re.M)
+    assert f"{size // 768} slots, {size:,} bytes" in err
+    assert re.search(r"^ *model: weights/tiny$", err, re.M) and "'max_new_tokens': 9" in err
+
+
+# -- what is wrong ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("/what", "'/what', expected .*/clear.*/save FILE.*/load FILE.*/show.*/exit"),
+        ("/ clear", "'/ clear', expected"),
+        ("/save", "'/save', expected .*/save FILE"),
+        ("/load", "'/load', expected .*/load FILE"),
+        ("/clear all", "'/clear all', expected"),
+        ("/save {tmp}/none/talk", "none/talk: cannot write the memory"),
+        ("/save {tmp}", "cannot write the memory"),
+        ("/load {tmp}/none", "none: no such file"),
+        ("/load {tmp}", "truncated or foreign"),
+        ("/load {other}", "other: model: found memory of"),
+        ("half \udcff of a character", "expected a text"),
+    ],
+)
+def test_a_fault_is_one_line_and_leaves_the_conversation(
+    chat: Chat, tmp_path: Path, command: str, named: str
+) -> None:
+    stranger = tiny_model(vocab_size=tiny_tokenizer().size)
+    cache = stranger.new_cache(1)
+    prefill(stranger, [[1, 2]], cache)
+    cache.save(tmp_path / "other")
+    command = command.format(tmp=tmp_path, other=tmp_path / "other")
+    status, out, err = chat([EVA, command, TOM], "--json")
+    assert status == 0 and len(records(out)) == 2
+    [line] = errors(err)
+    assert re.match(rf"minimas: error: .*{named}", line), line
+    expected = records(chat([EVA, TOM], "--json")[1])
+    assert [one["text"] for one in records(out)] == [one["text"] for one in expected]
+    sizes = [one["usage"]["memory_bytes"] for one in records(out)]
+    assert sizes == [one["usage"]["memory_bytes"] for one in expected]
+
+
+def test_an_empty_conversation_is_not_saved(chat: Chat, tmp_path: Path) -> None:
+    """Also after a message that failed."""
+    for lines in ([], ["a " * 20_000], [EVA, "/clear"]):
+        status, _, err = chat([*lines, f"/save {tmp_path / 'talk'}"])
+        assert status == 0 and "/save FILE (after a message)" in errors(err)[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> None:
+    """Before anything is prefilled; after /clear there is room again."""
+    lines = ["one two three"] * 9
+    status, out, err = chat([*lines, "/clear", lines[0]], "-m", folder, "-n", 12, "--json")
+    assert status == 0
+    found, said = records(out), errors(err)
+    assert len(found) + len(said) == len(lines) + 1 and len(said) > 1
+    assert all("expected 150 or fewer, the context" in line and "/clear" in line for line in said)
+    assert found[-1]["usage"]["memory_bytes"] == found[0]["usage"]["memory_bytes"]
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that never ends its turn."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=100_000)
+    model.lm_head.weight.data[:5] = 0
+    return write_folder(tmp_path_factory.mktemp("endless") / "model", model, tokenizer=TINY)
+
+
+@contextlib.contextmanager
+def terminal() -> Any:
+    """Yield the two ends of a terminal."""
+    ends = pty.openpty()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
+    """The conversation is what it was before the message; at the prompt Ctrl-C ends the chat."""
+    with terminal() as (master, slave):
+        flags = ["chat", "-m", endless, "-n", 90_000]
+        with start(*flags, stdin=slave) as process:
+            assert process.stdout is not None and process.stderr is not None
+            os.write(master, b"hi\n")
+            partly = process.stdout.read(5)
+            process.send_signal(signal.SIGINT)
+            while "stopped" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+            os.write(master, b"/show\n")
+            while "turns: 0" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+            assert len(partly) == 5 and process.stdout.readline().endswith("\n")
+            while "versions" not in process.stderr.readline():
+                pass
+            assert process.stderr.read(2) == "> "
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "\nminimas: stopped\n")
+
+
+def test_a_sign_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
+    """On stderr, so that the answers can be redirected."""
+    with terminal() as (master, slave), start("chat", "--quiet", stdin=slave) as process:
+        os.write(master, EVA.encode() + b"\n\x04")
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "<think> 2 9 6</think> 6\n")
+    assert err.count("> ") == 2
+
+
+def test_a_reader_that_leaves_ends_the_chat_quietly(endless: Path) -> None:
+    flags = ["chat", "-m", endless, "-n", 90_000, "--quiet"]
+    with start(*flags, stdin=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("hi\nhi\n")
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_ends_the_chat() -> None:
+    """It went on, and threw every later answer away."""
+    how: dict[str, Any] = {"stdin": subprocess.PIPE}
+    with Path("/dev/full").open("w") as full, start("chat", "--quiet", stdout=full, **how) as chat:
+        _, err = chat.communicate(f"{EVA}\n{EVA}\n", timeout=60)
+    assert chat.returncode == 1
+    assert re.fullmatch(r"minimas: error: .*No space left on device.*\n", err), err
