@@ -196,15 +196,16 @@ class Tokenizer:
         own = [("user", user)] if system is None else [("system", system), ("user", user)]
         earlier, later = [] if first else EXCHANGE, [] if last else EXCHANGE[::-1]
         turn = self._conversation([*earlier, *own, *later])
-        begin, end = 0, len(turn.text) if last else turn.untrusted[-2][0]
+        if not last:
+            turn = turn.cut(0, turn.untrusted[-2][0])
         if not first:
             before = self.turn("x", last=False).text + "x" + self.turn_end
-            begin = len(before)
             if not turn.text.startswith(before):
                 raise self._refusal("puts no whole turn after the end of another one")
-            if not self._render([*EXCHANGE, *earlier, *own, *later]).endswith(turn.text[begin:]):
+            turn = turn.cut(len(before), len(turn.text))
+            if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
                 raise self._refusal("numbers the turns")
-        return turn.cut(begin, end) + Turn(prefix)
+        return turn + Turn(prefix)
 
     def user_turn(
         self,

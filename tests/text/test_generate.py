@@ -286,14 +286,14 @@ def test_a_typo_in_a_setting_is_no_setting() -> None:
             {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
             Sampling(0.6, 0.95, 20),
         ),
-        ({"do_sample": True, "top_p": None, "temperature": 0.6}, Sampling(0.6)),
+        ({"do_sample": True, "top_p": None, "temperature": 0.6}, Sampling(0.6, top_k=50)),
         (
             {"do_sample": True, "top_p": 0.9},
-            Sampling(1.0, 0.9),
-        ),  # Hugging Face samples at 1 then, not greedily
+            Sampling(1.0, 0.9, 50),
+        ),  # Hugging Face samples at 1 then, not greedily, and from 50 tokens
         ({"repetition_penalty": 1.1, "eos_token_id": 2}, Sampling(repetition_penalty=1.1)),
         ({"max_new_tokens": 32}, Sampling(max_new_tokens=32)),
-        ({"do_sample": True, "min_p": 0.1}, Sampling(1.0, min_p=0.1)),
+        ({"do_sample": True, "min_p": 0.1}, Sampling(1.0, top_k=50, min_p=0.1)),
         ({"min_p": 0.1}, Sampling()),
     ],
 )

@@ -241,3 +241,17 @@ def test_the_oracle_tells_a_wrong_prompt_from_a_right_one() -> None:
     for messages in ([("user", "y")], [("system", "x")], [("user", "x"), ("user", "x")]):
         assert rendered("llama 3", messages) != right
     assert json.loads(json.dumps(right)).count("<s>") == 1
+
+
+def test_a_template_that_numbers_the_turns_is_refused_for_later_ones() -> None:
+    """The third agent's turn had the second one's number."""
+    numbered = (
+        "{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index0 // 2 + 1 }}]"
+        "{{ m.content }}:{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(numbered)
+    assert tokenizer.turn("hello").text == "[Round 1]hello:"
+    with pytest.raises(ValueError, match="numbers the turns"):
+        tokenizer.turn("hello", first=False)
+    plain = with_template(numbered.replace("{{ loop.index0 // 2 + 1 }}", ""))
+    assert plain.turn("hello", first=False).text == "[Round ]hello:"

@@ -300,6 +300,24 @@ OTHER = (
 NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OTHER}]
 
 
+def test_special_tokens_of_their_own_file_reach_the_template(tmp_path: Path) -> None:
+    """A template got no bos, and generation did not stop at an eos that only this file names."""
+    text_folder(tmp_path, chat_template="{{ bos_token }}" + OTHER)
+    own = {"bos_token": {"content": "<think>"}, "eos_token": "<|endoftext|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(own))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.message("hello", "user")[0].text == "<think>[user]hello"
+    assert tokenizer.backend.token_to_id("<|endoftext|>") in tokenizer.end_ids
+
+
+def test_templates_without_a_default_one_are_refused(tmp_path: Path) -> None:
+    """ChatML was taken in their place; transformers raises."""
+    for templates in ([{"name": "tool_use", "template": OTHER}], []):
+        text_folder(tmp_path, chat_template=templates)
+        with pytest.raises(ValueError, match=r"tokenizer_config.json: .*expected one .*'default'"):
+            Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("in_config", "in_file", "expected"),
     [
@@ -308,7 +326,6 @@ NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template":
         (None, OTHER, OTHER),
         (CHATML, OTHER, OTHER),  # transformers 5 writes the file, and it wins
         (None, None, CHATML),
-        ([{"name": "tool_use", "template": OTHER}], None, CHATML),
     ],
 )
 def test_the_template_is_found_wherever_it_may_be(
