@@ -49,8 +49,10 @@ def checked_row(row: Any, line: int) -> Row:
 def options(choices: Any) -> dict[str, str]:
     """Return letter -> text, also from {"text": […], "label": […]}, without texts that are null."""
     match choices:
-        case {"text": [*texts], "label": [*labels]} if len({*map(str, labels)}) == len(texts):
-            choices = dict(zip(map(str, labels), texts, strict=True))
+        case {"text": [*texts], "label": [*labels]}:
+            named = dict(zip(map(str, labels), texts, strict=False))
+            if len(named) == len(labels) == len(texts):
+                choices = named
     if isinstance(choices, dict):
         found = {letter: text for letter, text in choices.items() if text is not None}
         if found and all(isinstance(text, str) for text in found.values()):

@@ -58,6 +58,7 @@ def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
     [
         {"A": None},
         {"label": ["A", "B"], "text": ["red"]},
+        {"label": ["A", "A", "B"], "text": ["red", "blue"]},
         {"label": [], "text": []},
         {"A": 1.5},
         {"A": ["red"]},
