@@ -78,12 +78,12 @@ class Tokenizer:
     ) -> None:
         """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
         self.path = Path(folder) / "tokenizer.json"
+        self.template_path = self.path.with_name("tokenizer_config.json")
         if files is None:
-            data = self.path.read_bytes()
-            settings = read_json(self.path.with_name("tokenizer_config.json"), needed=False)
+            data, settings = self.path.read_bytes(), read_json(self.template_path, needed=False)
         else:
             data = json.dumps(files["tokenizer.json"]).encode()
-            settings = files.get("tokenizer_config.json", {})
+            settings = files["tokenizer_config.json"]
         try:
             self.backend = Backend.from_buffer(data)
             self.backend.encode("\ue000 a")  # fails for a missing unknown token
@@ -107,11 +107,9 @@ class Tokenizer:
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
-        self.template_path = self.path.with_name("chat_template.jinja")
-        if self.template_path.is_file():
-            source = read_text(self.template_path)
-        else:
-            self.template_path = self.path.with_name("tokenizer_config.json")
+        file = self.path.with_name("chat_template.jinja")
+        if file.is_file():
+            self.template_path, source = file, read_text(file)
         self._source = CHATML if source is None else source
         dialog = self._conversation(EXCHANGE, generation_prompt=False)
         names = self._special.get("eos_token", "<|im_end|>"), "<|im_end|>"
@@ -340,7 +338,7 @@ def is_text(value: Any) -> bool:
     """
     if not isinstance(value, str) or not value.strip():
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    return re.search("[\ud800-\udfff]", value) is None
 
 
 def _to_json(
