@@ -73,7 +73,8 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "q4":
         if K % GROUP:
             return None
-        return Q4Linear(*in_chunks(fit, weight), bias, weight.dtype)
+        values, scale, zero = in_chunks(fit, weight)
+        return Q4Linear(values, scale, zero, bias)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
@@ -105,7 +106,8 @@ def replacement(
 
     bias = None if module.bias is None else read("bias")
     if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
-        return kept(*(part.to(device) for part in blocks), bias, dtype)
+        values, scale, minimum = (part.to(device) for part in blocks)
+        return kept(values, scale, minimum, bias)
     return quantized(quantize, read("weight"), bias)
 
 
@@ -128,15 +130,15 @@ def finish(model: Any, quantize: str | None) -> None:
         model._apply = refuse_to_move
 
 
-def kept(values: Tensor, scale: Tensor, minimum: Tensor, *bias_and_dtype: Any) -> nn.Module:
+def kept(values: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
 
     Values (N, K) are uint8 of Q4_0 and Q4_1, or int8 of Q8_0, whose `minimum` is 0. Scale and
     minimum are (N, G).
     """
     if values.dtype == torch.int8:
-        return Q8GroupLinear(values, scale, *bias_and_dtype)
-    return Q4Linear(values, scale, minimum + 8 * scale, *bias_and_dtype)
+        return Q8GroupLinear(values, scale, bias)
+    return Q4Linear(values, scale, minimum + 8 * scale, bias)
 
 
 # -- from weights to values ---------------------------------------------------------------
@@ -210,7 +212,7 @@ def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` return W unpacked.
+    """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` return W in bf16.
 
     `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
     """
@@ -219,9 +221,9 @@ class QuantizedLinear(nn.Module):
     multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
     unpack: Callable[[], Tensor]  # W (N, K) in bf16
 
-    def __init__(self, shape: torch.Size, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, shape: torch.Size, bias: Tensor | None) -> None:
         super().__init__()
-        (self.out_features, self.in_features), self.bias, self.dtype = shape, bias, dtype
+        (self.out_features, self.in_features), self.bias = shape, bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (R, K)
@@ -234,7 +236,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.unpack().to(self.dtype).contiguous()
+        return self.unpack().contiguous()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight
@@ -252,8 +254,8 @@ class QuantizedLinear(nn.Module):
 class Q4Linear(QuantizedLinear):
     """Values 0 … 15 (N, K), scale and zero (N, G): W = (values − 8) · scale + zero by group."""
 
-    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, *bias_and_dtype: Any) -> None:
-        super().__init__(values.shape, *bias_and_dtype)
+    def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
+        super().__init__(values.shape, bias)
         pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
         self.packed = pack4(F.pad(values, pad))
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
@@ -280,10 +282,10 @@ class Q8GroupLinear(Q4Linear):
     4 bits (N, 2 K) holds all high parts and then all low ones.
     """
 
-    def __init__(self, values: Tensor, scale: Tensor, *bias_and_dtype: Any) -> None:
+    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
         zero = torch.cat([0 * scale, 8 * scale], 1)
-        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, *bias_and_dtype)
+        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, bias)
         self.in_features //= 2
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ class Q8Linear(QuantizedLinear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.shape, bias, weight.dtype)
+        super().__init__(weight.shape, bias)
         self.values, self.scale = in_chunks(round_rows, weight)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()

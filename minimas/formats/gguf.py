@@ -141,9 +141,8 @@ class GGUF:
             header.require(value < most, field, value, f"an id below {most:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
         # Those that end a text or a turn, the file's own first.
-        ends = list(self._ids.values())[:3]
-        ends += [i for i, token in enumerate(tokens) if token in END_TOKENS]
-        ends = [i for i in dict.fromkeys(ends) if i >= 0]
+        ends = [i for i in list(self._ids.values())[:3] if i >= 0]
+        ends += [i for i, token in enumerate(tokens) if token in END_TOKENS and i not in ends]
         self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
         self.no_tokenizer: str | None = None
         try:

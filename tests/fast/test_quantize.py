@@ -185,7 +185,7 @@ def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
     if layer is None:
         values, scale = round_rows(weight)
         scale = scale.float()[:, None].expand(-1, K // 32)
-        layer = kept(values, scale, torch.zeros_like(scale), bias, weight.dtype)
+        layer = kept(values, scale, torch.zeros_like(scale), bias)
     assert isinstance(layer, QuantizedLinear)
     assert apart(layer.weight, weight) < LOSS.get(name, 0.015)
     for count in (1, 3, 70):
@@ -286,7 +286,7 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
     scale = (torch.rand(N, K // GROUP, generator=source) + 0.1).half().float()
     minimum = torch.randn(N, K // GROUP, generator=source).half().float()
     offset = {"Q4_0": -8 * scale, "Q4_1": minimum, "Q8_0": 0 * scale}[kind]
-    layer, x = kept(values, scale, offset, None, torch.bfloat16), rows(2, K)
+    layer, x = kept(values, scale, offset, None), rows(2, K)
     weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
     weight = (weight + offset.double()[..., None]).view(N, K)
     assert apart(layer.weight, weight) < 0.004  # bf16's own rounding
