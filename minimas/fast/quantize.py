@@ -100,16 +100,15 @@ def replacement(
     if blocks is None and quantize is None:
         return None
 
-    def read(leaf: str) -> Any:
-        return source.read(f"{name}.{leaf}", dtype).to(device)
-
-    bias = None if module.bias is None else read("bias")
+    bias = module.bias
+    if bias is not None:
+        bias = source.read(f"{name}.bias", dtype).to(device)
     if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
         values, scale, minimum = (part.to(device) for part in blocks)
         if values.dtype == torch.int8:
             return Q8GroupLinear(values, scale, bias)
         return Q4Linear(values, scale, minimum + 8 * scale, bias)
-    return quantized(quantize, read("weight"), bias)
+    return quantized(quantize, source.read(f"{name}.weight", dtype).to(device), bias)
 
 
 def finish(model: Any, quantize: str | None) -> None:
