@@ -1,8 +1,8 @@
 """The gold NLL: the loss of a given text under the last agent, after its prompt and KV cache.
 
-It needs no decoding, and it is a number for each question. It tells two settings apart on 24
-questions where the share of right answers needs 200. Above all it rewards copying: a cache that
-holds the words of the solution lowers it, whether the model understands them or not.
+It needs no decoding and gives one number per question. It tells two settings apart on 24 questions,
+where the share of right answers needs 200. Above all it rewards copying: a cache that holds the
+words of the solution lowers it, whether the model understands them or not.
 
 Does not know: arms, files, what is right.
 
@@ -51,9 +51,9 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
             raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
         needed = cache.lengths[q] + len(ids[q])
         if needed > limit:
-            expected = f"expected {limit} or fewer, the context"
             raise ValueError(
-                f"question {q + 1}: found {needed} slots with the solution, {expected}"
+                f"question {q + 1}: found {needed} slots with the solution, "
+                f"expected {limit} or fewer, the context"
             )
     # The last token predicts nothing.
     fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]

@@ -33,7 +33,7 @@ from .packed import CPULinear, can_pack, has_units
 SPARE_SLOTS = 256  # steps until a recorded step must be recorded anew
 
 
-def check_compiler(device_type: str = "cpu") -> None:
+def check_compiler(device_type: str) -> None:
     """Check, before any file is read, that torch.compile has the compilers that it calls.
 
     Raises ValueError without a C++ compiler, or on a GPU without Triton.
@@ -132,7 +132,7 @@ class Recorded:
         return self.replay(inputs_embeds, slots).clone()  # type: ignore[no-any-return]
 
     def _record(self, cache: KVCache, *sample: Tensor) -> Callable[..., Any]:
-        """Return the step of `cache` as a function of embeddings and slots, on a GPU recorded."""
+        """Return the step of `cache` as a recorded function of embeddings and slots."""
         the_cache: Any = weakref.ref(cache)
         total = cache.keys[0].shape[2] - 1  # `append` keeps one slot free
 
@@ -140,8 +140,6 @@ class Recorded:
             positions = the_cache().positions_at(slots, total, ragged=True)
             return self.layers(inputs_embeds, positions, the_cache())
 
-        if cache.device.type != "cuda":
-            return step
         with torch.cuda.device(cache.device):
             copies = tuple(x.clone() for x in sample)  # what the recording reads
             return torch.cuda.make_graphed_callables(step, copies)

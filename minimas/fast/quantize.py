@@ -1,14 +1,13 @@
 """Linear layers of 4 and 8 bits: what each format stores, where it runs, how a matrix is quantized.
 
-A step of one row reads every weight once and computes little, so fewer bytes are less time. Few
+A step of one row reads every weight once and computes little, so fewer bytes take less time. Few
 rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked
 and multiplied in 16 or 32 bits (see order.py for what that gains).
 
-What the formats gain for the README's latent step of one row against bf16: q4 1.76 times (2-core
-AMD EPYC with AVX-512, 2026-11-24) and 1.19 times (2-core AMD EPYC with AVX2, 2026-11-28). The
-products of eight rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and
-20 ms in q8, 2.0 and 2.6 times as fast; those of one row 8, 7 and 7 ms (2-core AMD EPYC with AVX2,
-2026-11-29).
+The README's latent step of one row is 1.76 times as fast in q4 as in bf16 (2-core AMD EPYC with
+AVX-512, 2026-11-24), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). The products of eight
+rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20 ms in q8, 2.0 and
+2.6 times as fast; those of one row 8, 7 and 7 ms (2-core AMD EPYC with AVX2, 2026-11-29).
 
 The embedding is never quantized, because W_a is computed from it. Packing belongs to a device, so a
 quantized model is not moved. Does not know: models, files, the order in which tensors arrive.
@@ -91,7 +90,7 @@ def replacement(
     """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
     `source` has `read` and `blocks` of tensors. `quantize` None keeps a GGUF file's blocks, in a
-    16-bit model where q4's kernels run.
+    16-bit model where q4's kernels run: their values stay, and only scales are rounded, to bf16.
     """
     if not name.endswith("_proj"):  # norms, and embedding and LM head: W_a needs them as they are
         return None
@@ -101,14 +100,15 @@ def replacement(
     if blocks is None and quantize is None:
         return None
 
-    def read(leaf: str) -> Any:
-        return source.read(f"{name}.{leaf}", dtype).to(device)
-
-    bias = None if module.bias is None else read("bias")
+    bias = module.bias
+    if bias is not None:
+        bias = source.read(f"{name}.bias", dtype).to(device)
     if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
         values, scale, minimum = (part.to(device) for part in blocks)
-        return kept(values, scale, minimum, bias)
-    return quantized(quantize, read("weight"), bias)
+        if values.dtype == torch.int8:
+            return Q8GroupLinear(values, scale, bias)
+        return Q4Linear(values, scale, minimum + 8 * scale, bias)
+    return quantized(quantize, source.read(f"{name}.weight", dtype).to(device), bias)
 
 
 def finish(model: Any, quantize: str | None) -> None:
@@ -130,23 +130,17 @@ def finish(model: Any, quantize: str | None) -> None:
         model._apply = refuse_to_move
 
 
-def kept(values: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None) -> nn.Module:
-    """Return the layer that keeps the values of a GGUF matrix; only scales are rounded, to bf16.
-
-    Values (N, K) are uint8 of Q4_0 and Q4_1, or int8 of Q8_0, whose `minimum` is 0. Scale and
-    minimum are (N, G).
-    """
-    if values.dtype == torch.int8:
-        return Q8GroupLinear(values, scale, bias)
-    return Q4Linear(values, scale, minimum + 8 * scale, bias)
-
-
 # -- from weights to values ---------------------------------------------------------------
 
 
 def in_chunks(function: Any, weight: Tensor) -> Any:
-    """Return what `fit` or `round_rows` does, computed in chunks of rows that stay in the cache."""
-    parts = map(function, weight.split(2**18 // weight.shape[1]))
+    """Return what `fit` or `round_rows` does, computed in chunks of rows.
+
+    They stay in the cache of a CPU, which makes fitting 3.4 times as fast (AVX2). A GPU gets fewer
+    and larger ones.
+    """
+    size = 2**18 if weight.is_cpu else 2**26
+    parts = map(function, weight.split(size // weight.shape[1]))
     return map(torch.cat, zip(*parts, strict=True))
 
 
@@ -299,14 +293,15 @@ class Q8GroupLinear(Q4Linear):
 class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
-    The kernel computes in 16 bits. A product of 8-bit integers with rounded activations was tried:
-    for 1, 8 and 512 rows it was 0.65, 1.05 and 1.15 times as fast (2-core AMD EPYC with AVX2,
-    2026-11-29), and it needs a second activation row to be as exact.
+    The kernel computes in 16 bits. Products of 8-bit integers were not faster: see
+    docs/quantization.md.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape, bias)
-        self.values, self.scale = in_chunks(round_rows, weight)
+        self.values, scale = in_chunks(round_rows, weight)
+        # CUDA's kernel would convert them at every call.
+        self.scale = scale if weight.is_cpu else scale.float()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()
         )
@@ -320,4 +315,4 @@ class Q8Linear(QuantizedLinear):
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
     def unpack(self) -> Tensor:
-        return self.values * self.scale[:, None]  # type: ignore[no-any-return]
+        return self.values * self.scale[:, None].bfloat16()

@@ -1,9 +1,9 @@
 """Read a .gguf file by GGUF's own names: its metadata, and its tensors a range of rows at a time.
 
-Everything comes by plain reads. So the file never stays resident, and a file that shrinks meanwhile
-is an error; a memory mapping would end the process. Every count, offset and type is checked against
-the file before it is used. The common types are decoded here, all others by the package `gguf`.
-Does not know: what the metadata and the tensors mean (gguf.py), models, devices.
+The file is read, not mapped into memory. So it never stays resident, and a file that shrinks
+meanwhile raises an error, where a mapping would end the process. Every count, offset and type is
+checked against the file before it is used. The common types are decoded here, all others by the
+package `gguf`. Does not know: what the metadata and the tensors mean (gguf.py), models, devices.
 
 Source: the GGUF specification (ggml, docs/gguf.md).
 """

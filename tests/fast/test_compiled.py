@@ -57,6 +57,13 @@ class Layers:
         return self.model.model.norm(x)  # type: ignore[no-any-return]
 
 
+@pytest.fixture(autouse=True)
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a recorded step is the step itself."""
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda step, sample: step)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+
+
 @pytest.mark.parametrize("lengths", [None, [7, 3]])
 def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
     """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was
@@ -184,8 +191,6 @@ def test_the_host_does_not_wait_for_a_gpu_within_a_step(
     values cannot be read.
     """
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda step, sample: step)
-    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
     with torch.device("meta"):
         model = Qwen3(tiny_config(hidden_size=64, intermediate_size=96))
     source, device = FakeSource(model), torch.device("cuda:0")
@@ -338,7 +343,7 @@ def test_without_a_compiler_nothing_is_started(monkeypatch: pytest.MonkeyPatch) 
     ):
         load("/nowhere/at/all", device="cpu", compile=True)
     with pytest.raises(ValueError, match="no C"):
-        check_compiler()
+        check_compiler("cpu")
 
 
 def test_without_triton_a_gpu_is_told_so_before_anything_is_read(

@@ -21,11 +21,12 @@ from minimas.fast.order import ORDERS, Order, unpack4
 from minimas.fast.quantize import (
     FORMATS,
     GROUP,
+    Q4Linear,
+    Q8GroupLinear,
     Q8Linear,
     QuantizedLinear,
     check,
     fit,
-    kept,
     quantized,
     round_rows,
 )  # fmt: skip
@@ -184,8 +185,7 @@ def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
     layer = quantized(name, weight, bias) if name != "Q8_0" else None
     if layer is None:
         values, scale = round_rows(weight)
-        scale = scale.float()[:, None].expand(-1, K // 32)
-        layer = kept(values, scale, torch.zeros_like(scale), bias)
+        layer = Q8GroupLinear(values, scale.float()[:, None].expand(-1, K // 32), bias)
     assert isinstance(layer, QuantizedLinear)
     assert apart(layer.weight, weight) < LOSS.get(name, 0.015)
     for count in (1, 3, 70):
@@ -286,7 +286,11 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
     scale = (torch.rand(N, K // GROUP, generator=source) + 0.1).half().float()
     minimum = torch.randn(N, K // GROUP, generator=source).half().float()
     offset = {"Q4_0": -8 * scale, "Q4_1": minimum, "Q8_0": 0 * scale}[kind]
-    layer, x = kept(values, scale, offset, None), rows(2, K)
+    if kind == "Q8_0":
+        layer: QuantizedLinear = Q8GroupLinear(values, scale, None)
+    else:
+        layer = Q4Linear(values, scale, offset + 8 * scale, None)
+    x = rows(2, K)
     weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
     weight = (weight + offset.double()[..., None]).view(N, K)
     assert apart(layer.weight, weight) < 0.004  # bf16's own rounding
@@ -307,9 +311,7 @@ def test_a_loud_row_does_not_coarsen_its_neighbours() -> None:
 
 
 def test_one_large_activation_does_not_drown_the_small_ones() -> None:
-    """Real models have outliers of a thousand times the rest; what rounding to whole numbers loses
-    is a second row.
-    """
+    """Real models have outliers of a thousand times the rest."""
     weight, x = gaussian(64, 256, 0), rows(1, 256)
     x[0, 7] = 1000
     layer = quantized("q8", weight, None)

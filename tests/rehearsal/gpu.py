@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from minimas import Qwen3
 from minimas.core.checkpoint import fill
 from minimas.core.config import Config
-from minimas.fast.quantize import Replacer
+from minimas.fast.quantize import finish, replacement
 
 CUDA = torch.device("cuda:0")
 # hidden_size, intermediate_size, attention heads of Qwen3-0.6B, 4B and 8B; the rest is the same.
@@ -104,9 +105,9 @@ class FakeGPU:
         with torch.device("meta"):
             model = Qwen3(config, name="fake")
         source: Any = FakeSource(model)
-        replacer = Replacer(source, CUDA, torch.bfloat16, quantize)
-        fill(model, source, CUDA, torch.bfloat16, replacer)
-        replacer.finish(model)
+        replace = partial(replacement, source, CUDA, torch.bfloat16, quantize)
+        fill(model, source, CUDA, torch.bfloat16, replace)
+        finish(model, quantize)
         return model
 
     def allocate(self, x: Tensor) -> None:

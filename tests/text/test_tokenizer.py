@@ -302,7 +302,8 @@ NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template":
 
 def test_special_tokens_of_their_own_file_reach_the_template(tmp_path: Path) -> None:
     """A template got no bos, and generation did not stop at an eos that only this file names."""
-    text_folder(tmp_path, chat_template="{{ bos_token }}" + OTHER)
+    template = "{{ bos_token }}" + OTHER
+    text_folder(tmp_path, chat_template=template, bos_token=None, eos_token=None)
     own = {"bos_token": {"content": "<think>"}, "eos_token": "<|endoftext|>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(own))
     tokenizer = Tokenizer(tmp_path)
