@@ -315,4 +315,4 @@ class Q8Linear(QuantizedLinear):
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
     def unpack(self) -> Tensor:
-        return self.values * self.scale[:, None].bfloat16()
+        return self.values * self.scale[:, None].bfloat16()  # type: ignore[no-any-return]

@@ -4,26 +4,20 @@ once.
 
 import contextlib
 import copy
-import functools
 import gc
 import shutil
 import weakref
-from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from minimas import Aligner, KVCache, Qwen3, load, think
 from minimas.core.cache import Positions
-from minimas.core.checkpoint import fill
 from minimas.fast import packed
 from minimas.fast.compiled import SPARE_SLOTS, Recorded, check_compiler, compile_steps
 from minimas.fast.packed import pack
-from minimas.fast.quantize import finish, replacement
 
-from ..models import TINY, apart, random_ids, remember, tiny_config, tiny_model
+from ..models import TINY, apart, random_ids, remember, tiny_model
 
 # torch's own compiler imports what torch deprecates
 pytestmark = pytest.mark.filterwarnings(
@@ -142,72 +136,6 @@ def test_a_copy_of_a_recorded_model_does_not_replay_the_recording_of_the_first()
     twin.model.norm.weight.data.mul_(2)
     found = twin.step(hidden[:, -1:], cache.truncate(7))  # type: ignore[misc]
     assert apart(found, 2 * expected) <= 1e-9
-
-
-class FakeSource:
-    """Tensors without values, as a checkpoint that `fill` reads."""
-
-    def __init__(self, model: Qwen3) -> None:
-        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-    def read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(self.shapes[key], dtype=dtype, device="cuda:0")
-
-    def blocks(self, key: str) -> None:
-        """None: nothing is quantized."""
-
-
-class FakeGPU(TorchFunctionMode):
-    """Counts the copies to a GPU that wait for its kernels, in `blocking`.
-
-    A build for CPUs cannot index or pad tensors of a GPU, even those without values. This is
-    done with tensors on "meta".
-    """
-
-    blocking = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> torch.Tensor:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to and args[0].is_cpu and torch.device("cuda:0") in args:
-            self.blocking += not kwargs.get("non_blocking", False)
-        by_hand = func.__name__ in ("__getitem__", "__setitem__", "pad", "contiguous")
-        if by_hand and args[0].device.type == "cuda":
-            found = func(*torch.utils._pytree.tree_map_only(torch.Tensor, on_meta, args))
-            return found if found is None else torch.empty_like(found, device="cuda:0")
-        return func(*args, **kwargs)  # type: ignore[no-any-return]
-
-
-def on_meta(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="meta")
-
-
-@pytest.mark.parametrize("quantize", [None, "q4", "q8"])
-def test_the_host_does_not_wait_for_a_gpu_within_a_step(
-    quantize: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reading a number waits for all kernels, and so does a copy that blocks. Tensors without
-    values cannot be read.
-    """
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    with torch.device("meta"):
-        model = Qwen3(tiny_config(hidden_size=64, intermediate_size=96))
-    source, device = FakeSource(model), torch.device("cuda:0")
-    with FakeTensorMode(allow_non_fake_inputs=False), FakeGPU() as gpu:
-        replace = functools.partial(replacement, source, device, torch.bfloat16, quantize)
-        fill(model, source, device, torch.bfloat16, replace)
-        finish(model, quantize)
-        ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
-        for step in (None, Recorded(Layers(model))):
-            model.step, cache = step, model.new_cache(2)
-            model(model.embed(ids), cache, [3, 7])
-            hidden, gpu.blocking = model.embed(ids[:, :1]), 0
-            for _ in range(3):
-                hidden = model(hidden, cache)
-            assert hidden.device == device and hidden.shape == (2, 1, 64)
-            assert cache.lengths == [6, 10]
-        assert gpu.blocking == 0, "a recorded step waits"
 
 
 # -- compiled --------------------------------------------------------------------------------------

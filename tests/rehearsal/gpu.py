@@ -31,6 +31,10 @@ READS = {  # what reads a tensor's values on the host, and what it reads here
     "__float__": lambda x: float(VALUE),
 }
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # kernels want one dtype, fake ones do not check
+KERNELS = {  # the dtypes of the tensors that CUDA's kernels take without a conversion
+    "_weight_int4pack_mm": [torch.bfloat16, torch.int32, torch.bfloat16],
+    "_weight_int8pack_mm": [torch.bfloat16, torch.int8, torch.float32],
+}
 BY_HAND = ("__getitem__", "__setitem__", "contiguous", "copy_")
 
 
@@ -52,6 +56,13 @@ def qwen3(size: str, layers: int = 2) -> Config:
         tie_word_embeddings=size != "8B",
         dtype="bfloat16",
     )
+
+
+def has_kernel(
+    name: str, key: str, ask: Any = torch._C._dispatch_has_kernel_for_dispatch_key
+) -> bool:
+    """Whether torch has a kernel. A build for CPUs has none for CUDA, a build for CUDA does."""
+    return name == "aten::_weight_int8pack_mm" or ask(name, key)
 
 
 class FakeSource:
@@ -82,12 +93,13 @@ class FakeGPU:
     def __enter__(self) -> "FakeGPU":
         stack = contextlib.ExitStack()
         for name, value in {
-            "get_device_capability": lambda device: (9, 0),
-            "make_graphed_callables": lambda step, sample: step,
-            "device": lambda device: contextlib.nullcontext(),
-            "synchronize": lambda device: None,
+            "cuda.get_device_capability": lambda device: (9, 0),
+            "cuda.make_graphed_callables": lambda step, sample: step,
+            "cuda.device": lambda device: contextlib.nullcontext(),
+            "cuda.synchronize": lambda device: None,
+            "_C._dispatch_has_kernel_for_dispatch_key": has_kernel,
         }.items():
-            stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
+            stack.enter_context(mock.patch(f"torch.{name}", value))
         # A fake tensor's own `tolist` reads item by item.
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", Tensor.tolist))
         stack.enter_context(self.fake)
@@ -132,8 +144,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.overloadpacket.__name__ in PRODUCTS and len({x.dtype for x in given}) > 1:
-            raise RuntimeError(f"{func}: different dtypes, {[x.dtype for x in given]}")
+        name, dtypes = func.overloadpacket.__name__, [x.dtype for x in given]
+        if dtypes != KERNELS.get(name, dtypes) or (name in PRODUCTS and len(set(dtypes)) > 1):
+            raise RuntimeError(f"{func}: wrong dtypes, {dtypes}")
         found = func(*args, **kwargs)
         storages = {id(x.untyped_storage()) for x in given}
         for x in tree_leaves(found):
@@ -162,7 +175,7 @@ class ByHand(TorchFunctionMode):
         on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].device == CUDA
         name = getattr(func, "__name__", "")
         if name in READS:
-            self.gpu.waits += [name] * on_gpu
+            self.gpu.waits.append(name if on_gpu else f"{name} on the host")
             return READS[name](args[0])
         if on_gpu and name in BY_HAND:
             own = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]

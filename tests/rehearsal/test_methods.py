@@ -29,9 +29,16 @@ def rehearsed() -> tuple[FakeGPU, LM]:
     return gpu, lm
 
 
-@pytest.mark.parametrize("transfer", TRANSFERS)
-@pytest.mark.parametrize("layout", ["turn", "chat"])
-@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+@pytest.mark.parametrize(
+    ("team", "layout", "transfer"),
+    [
+        *(("sequential", "turn", transfer) for transfer in TRANSFERS),
+        ("sequential", "chat", "full"),
+        ("sequential", "chat", "latents"),
+        ("hierarchical", "turn", "full"),
+        ("hierarchical", "chat", "last"),
+    ],
+)
 def test_latent_mas_stays_on_the_gpu(team: str, layout: str, transfer: str) -> None:
     gpu, lm = rehearsed()
     thoughts: list[Thought] = []

@@ -80,9 +80,10 @@ def test_a_decode_step_waits_only_for_its_token(size: str, quantize: str | None)
             hidden, cache = start(model)
             generators = [generator(0, str(row)) for row in LENGTHS]
             steps = decode(model, hidden, cache, sampling, {1}, generators, [[]] * len(LENGTHS))
+            draws = ["item on the host"] * len(LENGTHS) if sampling.temperature else []
             for _ in range(4):
                 assert next(steps) == [VALUE] * len(LENGTHS)
-            assert gpu.waits == ["tolist"] * 4
+            assert gpu.waits == [*draws, "tolist"] * 4
             assert cache.lengths == [n + 3 for n in LENGTHS]
 
 
@@ -196,7 +197,7 @@ def test_a_planted_wait_is_counted_in_every_step(fault: str, wait: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("elsewhere", "cuda:0.* and cpu"), ("widens", "different dtypes")]
+    ("fault", "message"), [("elsewhere", "cuda:0.* and cpu"), ("widens", "wrong dtypes")]
 )
 def test_a_planted_tensor_of_another_device_or_dtype_is_refused(fault: str, message: str) -> None:
     gpu, model = rehearsed("0.6B", None)
@@ -206,11 +207,16 @@ def test_a_planted_tensor_of_another_device_or_dtype_is_refused(fault: str, mess
             think(model, wrong_map(fault, model), hidden, cache, 1)
 
 
-@pytest.mark.parametrize("quantize", ["q4", "q8"])
-def test_a_quantized_kernel_refuses_inputs_of_another_dtype(quantize: str) -> None:
-    """Its schema wants bf16. Without the check a GPU would only say so at the first question."""
+@pytest.mark.parametrize(("quantize", "weights"), [("q4", "packed"), ("q8", "values")])
+def test_a_kernel_refuses_packed_weights_of_another_dtype(quantize: str, weights: str) -> None:
+    """A kernel's schema names the dtype of what is packed for it."""
     gpu, model = rehearsed("0.6B", quantize)
     with gpu:
         layer = model.get_submodule("model.layers.0.mlp.up_proj")
-        with pytest.raises(RuntimeError):
-            layer(torch.empty(1, 1, 1024, dtype=torch.float64, device=CUDA))
+        packed = getattr(layer, weights)
+        setattr(layer, weights, packed.to(torch.int16))
+        try:
+            with pytest.raises(RuntimeError, match="wrong dtypes"):
+                layer(torch.empty(1, 1, 1024, dtype=torch.bfloat16, device=CUDA))
+        finally:
+            setattr(layer, weights, packed)
