@@ -129,6 +129,8 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises as the method
     does, when the first event is asked for.
     """
+    if "on_event" in settings:
+        raise ParameterError("on_event", "found with `stream`, expected a method")
     if method == "latent_mas":
         events = answer_latent(LatentRun(lm, questions, **settings))
     elif method == "text_mas":
