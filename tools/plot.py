@@ -3,6 +3,7 @@
     python tools/plot.py steps RUN [RUN …] --out steps          # by number of thoughts
     python tools/plot.py costs RUN [RUN …] --paper paper_tables.json --task GSM8K --out costs
     python tools/plot.py audit RUN --out audit                  # every arm's difference
+    python tools/plot.py drift RUN --out drift                  # of a run with --lens
     python tools/plot.py thoughts --model DIR --data FILE.jsonl --align ridge,prenorm --out thoughts
     python tools/plot.py again steps.json --out elsewhere       # from the numbers, without the run
 
@@ -50,7 +51,7 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     top = Parser("plot", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     what = top.add_subparsers(dest="what", required=True, parser_class=Parser)
-    for name, count in (("steps", "+"), ("costs", "+"), ("audit", 1)):
+    for name, count in (("steps", "+"), ("costs", "+"), ("audit", 1), ("drift", 1)):
         command = what.add_parser(name)
         command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="run's folder")
     add = what.choices["costs"].add_argument
@@ -79,6 +80,8 @@ def collect(args: argparse.Namespace) -> Figure:
         return figures.costs(figures.runs(args.runs), paper, args.task)
     if args.what == "audit":
         return figures.forest(figures.runs(args.runs))
+    if args.what == "drift":
+        return figures.drift(figures.runs(args.runs))
     if args.what == "thoughts":
         rows = read_rows(args.data)[: args.limit]
         kind = kind_of(rows[0])

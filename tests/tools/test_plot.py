@@ -242,6 +242,27 @@ def test_thoughts_are_those_of_the_map_step_by_step() -> None:
     assert [len(question) for question in ridge["places"]] == [5, 5]
 
 
+def test_drift_is_a_mean_over_agents_and_questions() -> None:
+    """Attention is added up over the agents whose thoughts get it, and averaged over heads."""
+
+    def agent(cosine: float, shares: list[float]) -> Record:
+        thoughts = [{"cosine_before": None}, {"cosine_before": cosine}]
+        return {"thoughts": thoughts, "attention": {"thoughts": [shares, [0.0, 0.0]]}}
+
+    last: Record = {"name": "judger"}  # does not think
+    found = [
+        record("a", nll=1.0) | {"agents": [agent(0.5, [0.1, 0.3]), agent(0.7, [0.2, 0.2]), last]},
+        record("b", nll=1.0) | {"agents": [agent(0.9, [0.4, 0.4]), agent(0.9, [0.0, 0.0]), last]},
+    ]
+    figure = figures.drift(found)
+    [arm] = figure["arms"].values()
+    assert arm["cosines"] == pytest.approx([0.75])
+    assert arm["attention"] == pytest.approx([0.4, 0.0])
+    assert figure["questions"] == 2
+    with pytest.raises(ValueError, match="--lens"):
+        figures.drift([record("a", nll=1.0) | {"agents": [last]}])
+
+
 def test_a_plane_keeps_the_two_main_directions() -> None:
     points = torch.tensor(
         [
@@ -281,6 +302,14 @@ def test_each_picture_is_drawn_with_its_numbers_beside_it(
         "the same numbers, another picture"
     )
     assert again.with_suffix(".json").read_text() == numbers
+
+
+def test_drift_is_drawn(tmp_path: Path) -> None:
+    arms = {"ridge": {"cosines": [0.5, 0.9], "attention": [0.4, 0.1, 0.0]}}
+    numbers = tmp_path / "made.json"
+    numbers.write_text(json.dumps({"what": "drift", "questions": 2, "arms": arms}))
+    assert plot.main(["again", str(numbers), "--out", str(tmp_path / "drift")]) == 0
+    assert "attention" in (tmp_path / "drift.svg").read_text(encoding="utf-8")
 
 
 def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:

@@ -217,6 +217,28 @@ def draw_forest(figure: Figure, canvas: Any) -> None:
         axes.set_title(f"n = {n}; blue: better, orange: worse (p < {alpha:g})")
 
 
+# -- how thoughts drift, and who reads them -----------------------------------------------------
+
+
+def draw_drift(figure: Figure, canvas: Any) -> None:
+    """Draw the cosine of successive thoughts by step, and the attention on thoughts by layer."""
+    canvas.set_size_inches(9, 3.6)
+    cosines, attention = canvas.subplots(1, 2)
+    shown: dict[str, Any] = {}
+    for place, (name, arm) in enumerate(figure["arms"].items()):
+        style = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.6}
+        # The first thought has none before it.
+        steps = range(2, len(arm["cosines"]) + 2)
+        [shown[name]] = cosines.plot(steps, arm["cosines"], **style)
+        attention.plot(range(len(arm["attention"])), arm["attention"], **style)
+    cosines.set(title="Cosine to the thought before", xlabel="thought", ylim=(-0.1, 1.05))
+    attention.set(title="The last agent's attention on all thoughts", xlabel="layer", ylim=(0, 1))
+    for axes in (cosines, attention):
+        axes.grid(axis="y", **GRID)
+    canvas.legend(shown.values(), shown, loc="outside lower center", ncols=2)
+    canvas.suptitle(f"{figure['questions']} questions")
+
+
 # -- where thoughts lie -----------------------------------------------------------------------
 
 
@@ -252,4 +274,10 @@ def draw_thoughts(figure: Figure, canvas: Any) -> None:
     canvas.suptitle(f"{figure['model']}: {what}")
 
 
-DRAWN = {"steps": draw_steps, "costs": draw_costs, "forest": draw_forest, "thoughts": draw_thoughts}
+DRAWN = {
+    "steps": draw_steps,
+    "costs": draw_costs,
+    "forest": draw_forest,
+    "drift": draw_drift,
+    "thoughts": draw_thoughts,
+}

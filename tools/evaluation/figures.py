@@ -250,6 +250,36 @@ def forest(found: Sequence[Record]) -> Figure:
     return {"what": "forest", "panels": panels, "alpha": ALPHA, "verdict": verdict(found)}
 
 
+# -- how thoughts drift, and who reads them -----------------------------------------------------
+
+
+def drift(found: Sequence[Record]) -> Figure:
+    """Return how alike successive thoughts are, and the attention that all thoughts get.
+
+    By arm: the mean cosine of each thought to the one before it, and the share of the last agent's
+    attention on the thoughts of all agents, layer by layer. Raises ValueError for a run without
+    `--lens`.
+    """
+    varied = varied_settings(found)
+    arms: Figure = {}
+    for record in found:
+        thinking = [agent for agent in record["agents"] if "thoughts" in agent]
+        arm = arms.setdefault(label(record, varied), {"cosines": [], "attention": []})
+        for agent in thinking:
+            arm["cosines"].append([one["cosine_before"] for one in agent["thoughts"][1:]])
+        shares = [agent["attention"]["thoughts"] for agent in thinking if "attention" in agent]
+        if shares:  # agents × layers × heads
+            arm["attention"].append(torch.tensor(shares).sum(0).mean(-1).tolist())
+    arms = {name: arm for name, arm in arms.items() if arm["cosines"] and arm["attention"]}
+    if not arms:
+        raise ValueError("found no thoughts in the records, expected a run with --lens")
+    for arm in arms.values():
+        for what, rows in arm.items():
+            arm[what] = rounded(torch.tensor(rows).mean(0).tolist())
+    questions = len({record["id"] for record in found})
+    return {"what": "drift", "questions": questions, "arms": arms}
+
+
 # -- where thoughts lie -----------------------------------------------------------------------
 
 
