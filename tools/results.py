@@ -6,7 +6,8 @@
 
 A table stands between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`. NAME is
 one or more files of docs/results/, joined with +; ARM is the one that the last column compares
-with, question by question. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+with, question by question. In "*, REST" the star stands for the start of each line's own arm, up to
+its first comma. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
 
 Does not know: how records come about.
 """
@@ -70,13 +71,16 @@ def table(records: Sequence[Record], base: str) -> str:
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record["arm"], []).append(record)
-    if base not in arms:
-        raise ValueError(f"base: found {base!r}, expected one of {', '.join(arms)}")
+    # A star in `base` stands for an arm's name up to its first comma.
+    bases = {name: base.replace("*", name.partition(",")[0]) for name in arms}
+    unknown = [own for own in bases.values() if own not in arms]
+    if unknown:
+        raise ValueError(f"base: found {unknown[0]!r}, expected one of {', '.join(arms)}")
     losses = all("nll" in record for record in records)
     line, head = (loss_line, LOSS_HEAD) if losses else (answer_line, ANSWER_HEAD)
-    lines = [[*head, f"− {base}"], ["---", *["--:"] * len(head)]]
+    lines = [[*head, f"− {base.removeprefix('*, ')}"], ["---", *["--:"] * len(head)]]
     for name, mine in arms.items():
-        compared = "" if name == base else difference(mine, arms[base], losses)
+        compared = "" if name == bases[name] else difference(mine, arms[bases[name]], losses)
         lines.append([name, *line(mine), compared])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

@@ -41,6 +41,17 @@ def test_a_base_that_no_record_has_is_refused() -> None:
         results.table([record], "team")
 
 
+def test_each_arm_may_be_compared_with_its_own_base() -> None:
+    """With one base for all, a layout's own loss would count as harm of its thoughts."""
+    rows = {"a, none": 1.0, "a, 20": 1.5, "b, none": 3.0, "b, 20": 3.25}
+    records = [{"id": "q", "seed": 0, "arm": arm, "nll": nll} for arm, nll in rows.items()]
+    lines = results.table(records, "*, none").splitlines()
+    assert lines[0].endswith("− none |")
+    assert "+0.500" in lines[3] and "+0.250" in lines[5]
+    with pytest.raises(ValueError, match="base: found 'b, none'"):
+        results.table([record for record in records if record["arm"] != "b, none"], "*, none")
+
+
 def test_what_is_stored_is_what_the_run_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
