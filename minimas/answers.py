@@ -129,7 +129,8 @@ _PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
       | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
-    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\] | [a-zA-Z](?![a-zA-Z])
+    | @\{{{_HELD}\}} (?: [a-zA-Z](?![a-zA-Z])
+      | [ $.,;(]*(?:\\text\w*\{{)?\ *(?:or|possibly|maybe|perhaps)\b[\s$}}]*[\d\\]
       | [ $]* (?: \^(?!\{{?\\circ) | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)
         | \\(?:pi|sqrt|frac|times|cdot|div) | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
 _ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
@@ -179,13 +180,14 @@ _REWRITES = {
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
     # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
     rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?[a-z]+>|<\|\w+\|>
-    | (?:(?<!\d)|(?![万萬亿億兆千百十半点點]))[\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
+    | (?:(?<!\d)(?<!\d\ )|(?![万萬亿億兆千百十半点點打ダ만억조천백십]))
+      [\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
     r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
-    r"(?<=\d) ?hundred\b": "e2",
-    r"(?<=\d) ?thousand\b": "e3",
-    r"(?<=\d) ?million\b": "e6",
-    r"(?<=\d) ?billion\b": "e9",
-    r"(?<=\d) ?trillion\b": "e12",
+    r"(?<=\d) ?hundreds?\b": "e2",
+    r"(?<=\d) ?thousands?\b": "e3",
+    r"(?<=\d) ?millions?\b": "e6",
+    r"(?<=\d) ?billions?\b": "e9",
+    r"(?<=\d) ?trillions?\b": "e12",
     r"\*\*|\^\{(-?\d+)\}": r"^\1",  # 10**3 and 10^{3}
     r"√ ?(\w+)|\\sqrt ?(\w)": r"\\sqrt{\1\2}",
     r"\\[dtc]frac(?![a-z])": r"\\frac",
@@ -198,8 +200,13 @@ _REWRITES = {
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
     rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
     _FRAC: r"\1\3/\2\4",
-    # It is 18, not 5.
-    r"(?:\bnot|\bcannot|n't|\brather than|\binstead of)(?: be)? -?\d+(?:[.,]\d+)*": "",
+    # It is not 5 but 18. I doubt that it is 5. If it is 5, …
+    r"""(?ix) (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?
+      | (?:\b(?:doubt|suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether
+          |unlikely|impossible|deny|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
+          |nobody|no\ one)|(?:\bnot|n't)\ (?:think|believe))\b [^,;:.=\n\d]{0,40}? )
+      \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?""": "",
+    r"(?m)^ *=> *": "",
     r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
     # "minus 5"; "- 5" alone is no list
     r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
@@ -211,29 +218,59 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
-_ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
+# What follows the answer; not ", or 43", "(base 8)", "; 43".
+_ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
+      | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?(?:or|and|but|also|possibly|maybe
+        |perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
+    (?: ,(?!\ ?(?-x:{_NAME_IS})) | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
+# "Wait, that's wrong. It is 8."
+_TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?
+      (?: (?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
+      |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit:
+      |my\ (?:mistake|bad|error)|on\ second\ thought|rather(?!\ than)|no(?=[,.!])
+      |let\ me\ (?:re|double|correct|fix)\w*|i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
+      |(?:that|it|this)(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake|not\ (?:right|correct))
+      |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct) )\b
+    | (?<=[.!?\n])\ ?(?:but|however|although|except|or|maybe|perhaps|possibly|alternatively
+      |otherwise)\b(?=[^.\n]{0,100}\d)"""
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
 # "18 in 3 days" without an equation: is it 3?
-_DOUBTFUL = r"""(?x) \ (?:in|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
+_DOUBTFUL = r"""(?x) \ (?:in|from|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
     (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
 _LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
-    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d)|so|which|because|since)\b
-    (?!.*\b(?:and|or|but)\b).*"""
+    \ (?:in(?!\ (?:base|hex|oct|bin))|for|at(?!\ (?:the\ )?(?:least|most))|per(?!\ mil)|on|with
+    |after|every|each|out\ of(?!\ \d)|so|which|because|since)\b (?!.*\b(?:and|or|but)\b).*"""
 # 2 dozen, 5 to ten, 2 and a half, 5 squared
-_COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
-    |trillion|bn|mn|lakh|crore|two|three|four|five|six|seven|eight|nine|ten|zero|squared|cubed
-    |factorial|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|thirds?|halves|base
-    |mod|below)\b"""
-# Two numbers, an inequality, a question, a refuted number.
-_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
-    | \\(?:[gln]eq?|pm|equiv)(?![a-z])
-    | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
-      |not|(?:any|every|no)thing\ but)\ (?:of\ )?\S*\d
+_COUNT = r"""(?:(?:a\ )?half|a\ quarter|do(?:[zc]en|uzaine)\w*|d[uú]tzend|score|gross|grand|pi|sqrt
+    |hundreds?|hunderte?|thousands?|thou|tausende?|tusen\w*|duizend|mil|mille|mila|tys\w*|ribu|nghìn
+    |ngàn|(?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w*|milliard\w*|bn|mn|mio
+    |mln|mrd|juta|triệu|lakhs?|lacs?|crores?|two|three|four|five|six|seven|eight|nine|tens?|zero
+    |squared|cubed|doubled|tripled|halved|factorial|alpha|beta|gamma|theta|lambda|phi|omega
+    |(?-i:[xyz]{2,3})|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred
+      |thousand|[a-z]+illion)ths?|thirds?|quarters|halves|(?:in\ )?(?:base|hex|octal|binary)[a-z]*
+    |mod|below|per\ ?mill?e?)\b"""
+# Two numbers, an inequality, a question; a word before the number that makes it an operand, a bound
+# or an exception ("ten times 5", "up to 5"); a variable or a word of another script after it; a
+# refuted number.
+_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
+    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \bat\ (?:the\ )?(?:least|most)\b | \d\ +[:∶]
+    | \b(?: (?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score
+        |distance|length|height|area|volume|weight|age|balance|change|discount)\ )[^\W_]+\ of
+      |absolute\ value\ of|than|half|twice|thrice|double|triple|quadruple|squared?|cubed?|root|power
+      |log|ln|exp|sqrt|mod|modulo|gcd|lcm|abs|ceil|floor|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?
+      |below|under|over|above|beyond|within|near|exceed\w*|least|most|minimum|maximum|max
+      |as\ \w+\ as|(?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to|to\ the|added\ to
+      |never|not|neither|nor|hardly|barely|scarcely|rarely|seldom|(?:any|every|no)thing\ but
+      |but|except|excluding|barring|besides|without|until|from|and|plus|minus|times|point|choose|less
+      |(?:divided|multiplied|divisible)\ by|step|question|problem|{_COUNT}|one|eleven|twelve
+      |[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty )\ [^\w\s]*\d
     | \d[^\s\d]{{0,3}}[ ]
       (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
-      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )?
-      (?:[-+(~]*\d|{_COUNT})
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|over|divided\ by|vs\.?|point
+        |[-~&])\ )?
+      (?:[-+(~]*\d|{_COUNT}|(?<=and\ |lus\ |nus\ )(?:an?|one)\b)
+    | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!')|[^\W\d_A-Za-zÀ-ɏ])
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
@@ -241,7 +278,7 @@ _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|impl
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
 # x_1, f(3), (in dollars)
 _INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
-    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\)"""
+    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
@@ -265,6 +302,7 @@ _UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUN
 
 
 def _math(text: str) -> str | None:
+    text = re.split(_TAKEN_BACK, text)[-1]
     held, _ = _box(text)
     if held is not None:
         return _value(held)
@@ -272,7 +310,7 @@ def _math(text: str) -> str | None:
     if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
         return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
-    clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
+    clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0].rstrip("!") if said else _last(_END, text)
     answer = _result(clause)
     stated = bool(said) or answer != clause
     answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)

@@ -271,6 +271,172 @@ def test_a_huge_exponent_is_not_computed(text: str) -> None:
         assert not grade("math", rf"\boxed{{{text}}}", "1")
 
 
+# After each of these openings, the number stands alone in the answer.
+OPENINGS = ("The answer is ", "Answer: ", "So it is ")
+
+
+def passing(texts: str, openings: tuple[str, ...] = ("",)) -> list[str]:
+    """The texts, one a line after each opening, that pass for 42."""
+    lines = (opening + text for text in texts.strip().split("\n") for opening in openings)
+    return [line for line in lines if grade("math", line.replace("⏎", "\n"), "42")]
+
+
+def test_a_second_number_makes_the_first_one_no_answer() -> None:
+    """A model that offers two numbers would be right with either of them."""
+    texts = """
+42, or 43 if the dog counts
+42 (or 43)
+42; 43
+42, possibly 43
+42 (perhaps 43)
+42, although it could be 43
+42, and then 43
+42 pairs, or 84 socks"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("\\boxed{42} (or 43)\n\\boxed{42}; possibly 43") == []
+    said = "The answer is 42, which is 6 times 7.\nThe answer is 42 (forty-two).\nIt is 42, not 43."
+    assert len(passing(said)) == 3
+
+
+def test_a_number_that_is_taken_back_is_no_answer() -> None:
+    """The first number passed although the next sentence corrects it."""
+    texts = """
+42. Wait, that's wrong. It is 43.
+42. Actually, it should be 43.
+42. But I forgot the tax, so 43.
+42. Hold on, the tax is missing: 43.
+42. My mistake, it is 43.
+42. That is not right.
+42. Let me recompute: 40 + 3 = 43.
+42. Or maybe 43.
+42... no, 43"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("#### 42⏎Wait, the answer is 43.\n\\boxed{42}. Oops, it is 43.") == []
+    assert grade("math", "The answer is 41. Sorry, it is 42.", "42")
+    assert grade("math", "\\boxed{41}. Wait, I made a mistake. The answer is 42.", "42")
+    for text in ("The answer is 42. I checked it 3 times.", "Wait, let me see. The answer is 42.",
+                 "The answer is 42. However, prices may change.", "Actually, 42."):  # fmt: skip
+        assert grade("math", text, "42"), text
+
+
+def test_an_operand_is_no_answer() -> None:
+    """ "A third of 42" passed as 42: the words of an operation were taken for a sentence."""
+    texts = """
+a third of 42
+two thirds of 42
+an eighth of 42
+the reciprocal of 42
+the factorial of 42
+a multiple of 42
+cos 42
+arctan 42
+e to the 42
+ten plus 42
+five times 42
+eleven minus 42
+a dozen and 42
+one hundred and 42
+seventy 42
+42 plus one
+42 and a third
+42 over two
+42 doubled"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert extract("math", "The answer is two and 1/2") is None
+    said = """
+The total comes to 42.
+It adds up to 42.
+They spent a total of $42.
+an average speed of 42 km/h
+The least common multiple is 42.
+One third is 42."""
+    assert len(passing(said)) == 6
+
+
+def test_a_factor_is_no_unit() -> None:
+    """ "12 dozens" passed as 12: every word after a number was a unit."""
+    texts = """
+42 dozens
+42 tens
+42 twelfths
+42 thirteenths
+42 mil
+42 grand
+$42 M
+42 B
+$42 k
+42 π
+42 x
+42 i
+42 theta
+42 in base 8
+42 (base 8)
+42만
+42억
+42 만
+42 लाख
+42 тысячи
+42 миллиона
+42 Millionen
+42 Tausend
+42 millones
+42 milhões
+42 mille
+42 mila
+42 juta
+42 Dutzend"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("42 thousands\n$42 millions\n42 hundreds") == []
+    assert grade("math", "She earned $3 millions.", "3000000")
+    said = (
+        "42 miles\n42 milligrams\n42 months\n42 pillows\n42 m\n$42 a week\n42 años\n42個\n42 teeth"
+    )
+    assert len(passing(said)) == 9
+
+
+def test_a_ratio_with_spaces_is_not_its_last_number() -> None:
+    """ "3 : 4" passed as 4."""
+    assert passing("So the ratio is 3 : 42.\nThe ratio of cats to dogs is 42 : 5.") == []
+
+
+def test_a_bound_an_exception_and_a_supposition_are_no_answers() -> None:
+    """ "More than 42" was refused, "at least 42" passed."""
+    texts = """
+at least 42
+at most 42
+up to 42
+exceeding 42
+a maximum of 42
+as many as 42
+42 at most
+all but 42
+any number except 42
+excluding 42
+besides 42
+unlikely to be 42
+hardly 42"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    sentences = """
+I doubt the answer is 42.
+I doubt it is 42.
+Suppose the answer is 42.
+If the answer is 42, then we fail.
+Let's say the answer is 42.
+I don't think the answer is 42.
+It is impossible that it is 42.
+The answer is not equal to 42."""
+    assert passing(sentences) == []
+    assert grade("math", "If 3 are eaten, 42 remain.", "42")
+    assert grade("math", "Not 41 but 42", "42")
+
+
+def test_an_exclamation_mark_and_an_arrow_are_no_operators() -> None:
+    """ "So the answer is 42!" was a factorial, and "=> 42" an inequality."""
+    said = "So the answer is 42!\n=> 42\n\\boxed{m\\angle A = 42^\\circ}"
+    assert len(passing(said)) == 3
+    assert passing("\\boxed{42!}") == []
+
+
 # -- choice ----------------------------------------------------------------------------------------
 
 
