@@ -69,8 +69,8 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
     if answer is None:
         return False
     if kind == "free":
-        last = re.sub(_ANSWER_LINE, "", answer.rpartition("\n")[2])
-        return _bare(gold) in map(_bare, (answer, last, _box(answer)[0] or answer))
+        last = re.sub(_ANSWER_LINE, r"\1", answer.rpartition("\n")[2])
+        return _whole(gold) in map(_whole, (answer, last, _box(answer)[0] or answer))
     if kind == "choice":
         return {answer} == _named(gold, choices)
     right = _math(gold) if re.search(r"####|\\f?box", gold) else _value(gold)
@@ -136,15 +136,20 @@ _PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
 _ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
     |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
     (?!\ (?:choices|options)))"""
-_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]
-    |\ -\ )[\s:]*)"""
+_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|(?<=nswer)'s\b|[是为為は은→➜]
+    |[-=]>|[:=]|\ -\ )[\s:]*)"""
 
 
 def _plain(text: str) -> str:
     """Digits, letters and signs in ASCII where they have such a form, as full-width ones have."""
-    for pattern, replacement in _UNICODE.items():
+    return normalize("NFKC", _rewritten(text, _UNICODE)).translate(_ASCII)
+
+
+def _rewritten(text: str, rules: Mapping[str, str]) -> str:
+    """The text after replacing each pattern in turn."""
+    for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
-    return normalize("NFKC", text).translate(_ASCII)
+    return text
 
 
 def _box(text: str) -> tuple[str | None, str]:
@@ -200,13 +205,13 @@ _REWRITES = {
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
     rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
     _FRAC: r"\1\3/\2\4",
-    # It is not 5 but 18. I doubt that it is 5. If it is 5, …
-    r"""(?ix) (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?
+    # An arrow before the answer. It is not 5 but 18. I doubt that it is 5. If it is 5, …
+    r"""(?imx) ^\ *=>\ *
+    | (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?
       | (?:\b(?:doubt|suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether
           |unlikely|impossible|deny|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
           |nobody|no\ one)|(?:\bnot|n't)\ (?:think|believe))\b [^,;:.=\n\d]{0,40}? )
       \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?""": "",
-    r"(?m)^ *=> *": "",
     r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
     # "minus 5"; "- 5" alone is no list
     r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
@@ -222,7 +227,7 @@ _NAME_IS = r"[A-Za-z]\S{0,20} = "
 _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?(?:or|and|but|also|possibly|maybe
         |perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
-    (?: ,(?!\ ?(?-x:{_NAME_IS})) | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
+    (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
 # "Wait, that's wrong. It is 8."
 _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?
       (?: (?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
@@ -250,10 +255,10 @@ _COUNT = r"""(?:(?:a\ )?half|a\ quarter|do(?:[zc]en|uzaine)\w*|d[uú]tzend|score
     |(?-i:[xyz]{2,3})|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred
       |thousand|[a-z]+illion)ths?|thirds?|quarters|halves|(?:in\ )?(?:base|hex|octal|binary)[a-z]*
     |mod|below|per\ ?mill?e?)\b"""
-# Two numbers, an inequality, a question; a word before the number that makes it an operand, a bound
-# or an exception ("ten times 5", "up to 5"); a variable or a word of another script after it; a
-# refuted number.
-_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
+# Two numbers, an equation, an inequality, a question; a word before the number that makes it an
+# operand, a bound or an exception ("ten times 5", "up to 5"); a variable or a word of another
+# script after it; a refuted number.
+_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | !=|\ =\  | \+/- | \?\W*\Z
     | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \bat\ (?:the\ )?(?:least|most)\b | \d\ +[:∶]
     | \b(?: (?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score
         |distance|length|height|area|volume|weight|age|balance|change|discount)\ )[^\W_]+\ of
@@ -306,15 +311,15 @@ def _math(text: str) -> str | None:
     held, _ = _box(text)
     if held is not None:
         return _value(held)
-    text = _simple(text)
+    text = _rewritten(_plain(text), _REWRITES)
     if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
         return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
-    clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0].rstrip("!") if said else _last(_END, text)
+    clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
     answer = _result(clause)
-    stated = bool(said) or answer != clause
+    stated = said or answer != clause
     answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)
-    if " = " in answer or re.search(_UNCLEAR, answer):
+    if re.search(_UNCLEAR, answer):
         return None
     numbers = re.findall(r"(?<!\S)[(\"']*+(\S*(?:\d|\\[a-z])\S*)", answer)
     if numbers == answer.split():
@@ -322,13 +327,6 @@ def _math(text: str) -> str | None:
     if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
         return None
     return _number(numbers[-1].rstrip(",.;:!?)\"'"))
-
-
-def _simple(text: str) -> str:
-    text = _plain(text)
-    for pattern, replacement in _REWRITES.items():
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _last(separator: str, text: str) -> str:
@@ -349,15 +347,16 @@ def _states(left: str) -> bool:
     variables = re.findall(_VARIABLE, left)
     if not re.search(r"\d", left):
         return len(variables) < 2 and not re.search(_OPERATOR, left)
-    terms = re.split(_OPERATOR, left)
-    return not variables and all(re.search(r"\d|pi\b|^\W*$", term) for term in terms)
+    return not variables and all(
+        re.search(r"\d|pi\b|^\W*$", term) for term in re.split(_OPERATOR, left)
+    )
 
 
 def _value(text: str) -> str | None:
     """What a box, a gold or a `####` line says: a number with its unit, else an expression
     without its spaces.
     """
-    text = _result(_simple(text)).rstrip(" \n,;:.")
+    text = _result(_rewritten(_plain(text), _REWRITES)).rstrip(" \n,;:.")
     text = re.sub(r"^[A-Za-z ]+(?::| is) *(?=-?[\d.])", "", text)
     number, *units = text.split() or [""]
     value = _number(number.strip("(){}"))
@@ -388,8 +387,10 @@ _CHOSEN = rf"""(?ix) (?: {_ANSWER}
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
     | ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
     | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
-    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
-    | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|must\ be)\b
+    | \b(?:option|choice|statement|solution|opci[óo]n|alternativa)
+      (?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
+    | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|(?:must|has\ to)\ be)\b
+    | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b) | 而是
     | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{{4}}\ *(?=[^\n]*\Z)
     | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
     (?=(?P<said>.{{0,500}}))"""
@@ -399,20 +400,26 @@ _NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|
       (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
 _ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
-    answer(?:\ is\b|:|\**\ *:)"""
-_DRESS = rf"</?[a-z]{{1,6}}>|{_FONT}|\\[()\[\]!]|[*_`${{}}]|\\(?=[%&#])|<\|\w+\|>"
-_AROUND = " .,;:!\"'"
+    answer(?:\ is\b:?|:|\**\ *:)\**(.*[^*\n])?\**$"""
+_DRESS = rf"""(?x) ^\s*(?:-|>|\#{{1,3}})\ +(?=\W*[A-Za-z]) | </?[a-z]{{1,6}}> | {_FONT}
+    | \\[()\[\]!] | [*_`${{}}] | \\(?=[%&#]) | <\|\w+\|>"""
+_AROUND = " .,;:!\"'\n"
+# Markup and quotes at both ends, a bracket around all of it, the sign of a currency, the full stop.
+_WHOLE = rf"""(?sx) \A(?:</?[a-z]{{1,6}}>|{_FONT}|\\[(\[]|[*_`${{"'])++ (.*?)
+      (?<![\ .,;:!*_`$}}"'])[\ .,;:!]*+(?:</[a-z]{{1,6}}>|\\[)\]]|[*_`$}}"'])+[.,;:!]*\Z
+    | \A\(((?:[^()]|\([^()]*\))*)\)\Z | \A\\?\$(?=\.?\d[^$]*\Z) | <\|\w+\|> | \\(?=[%&#])"""
 # Up to six words as in "the correct option (B).", then the letter and what closes it.
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
       |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
       |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
 # because …; but not C
-_AFFIRMED = r"""(?x) \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
-      |번?(?:입니다|이다|다)|选项|是?正[确確]|(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
+_AFFIRMED = r"""(?x: \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
+      |번?(?:입니다|이다|다)|选项|不[选選是]|而不|是?正[确確]
+      |(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
       (?:the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
-    | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to)\ (?:option\ )?
-      \(?[a-z0-9]\b(?!\ \w)"""
+    | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to|over)\ (?:option\ )?
+      \(?[a-z0-9]\b(?!\ \w))"""
 # A second letter, as in "(A) or B" and "A, B".
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
     |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
@@ -461,35 +468,50 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
         for key, words in options.items()
         if words
         and re.match(
-            rf"(?:(?:option|choice|answer)\b[^\w-]*)?{re.escape(words)}"
-            rf"(?:$| \({re.escape(key)}\)|{goes_on})",
+            rf"(?:(?:option|choice|answer)\b[^\w-]*)?(?:\(?{re.escape(key)}\W+)?{re.escape(words)}\)?"
+            rf"(?:$|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)|{goes_on}"
+            rf"|,? (?:not|rather than|instead of|while|whereas)\b|{_AFFIRMED})",
             text,
         )
     }
     return {key for key in said if said[key] == max(said.values())}
 
 
+def _whole(text: str) -> str:
+    """Text without case, repeated spaces, and the markup and punctuation around all of it."""
+    text = " ".join(_plain(text).casefold().split()).rstrip(" .,;:!")
+    return re.sub(_WHOLE, r"\1\2", text)
+
+
 def _bare(text: str) -> str:
     """Text without LaTeX, Markdown, case, spaces and punctuation around it, and without brackets
     around all of it.
     """
-    text = re.sub(r"\\[,;: ]|~", " ", _plain(text))
-    text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(_AROUND)
-    return re.sub(r"\A\(((?:[^()]|\([^()]*\))*)\)\Z", r"\1", text).strip(_AROUND)
+    text = re.sub(_DRESS, "", re.sub(r"\\[,;: ]|~", " ", _plain(text)))
+    return _whole(text.strip(_AROUND)).strip(_AROUND)
 
 
 # -- code ------------------------------------------------------------------------------------------
 
 # Models also put a fence after other text. What a Markdown block holds is Markdown.
-_FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]*(\w*).*\n"
+_FENCE = r"""(?mx) ^(?:(?:[\ \t>*+-]|\d+[.)])*+|[^\n`~]*(?=[`~]+\ *\w*\ *\n))
+    (`{3,}+(?=[^\n`]*\n)|~{3,}+)(?!\ *(?:markdown|md)\b)[\ {.]*(\w*).*\n"""
 _STATEMENT = r"""(?mx) ^\ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b
     |@|[\w\ ,.]+=)"""
 _NOT_EXAMPLE = r"""(?x: (?!.*TestCase|check\(candidate
     |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage))))"""
-_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^\w+\ *=\ *lambda\b"
-# What functions, classes, imports, CONSTANTS and lambdas are called.
+# A solution is more than a signature with a docstring, "..." or "pass" as its body.
+_SOLUTION = rf"""(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE}
+      (?!\w+\ *(?:\((?:[^()]|\([^()]{{0,200}}\)){{0,500}}+\))?[^\n]*?:\s*
+        (?:r?(\"{{3}}|'{{3}})[\s\S]*?\1\s*)?(?:\#.*\s*)*
+        (?:\.\.\.|pass\b|raise\ NotImplemented.*)?\s*(?:\Z|^\S))
+    | ^\w+\ *=\ *lambda\b"""
+# What functions, classes, imports, constants and lambdas are called.
 _DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
-    | (?=\w+\ *=\ *lambda\b|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
+    | (?=[A-Z_\d]+\b[^=\n]*=|\w+\ *(?::[^=\n]*)?=\ *(?:[\d\[{{("'-]|[\w.]+\ *(?:$|\[|\|)
+        |(?:lambda|re|math|collections|functools|typing|set|dict|list|tuple|frozenset|range|float
+          |int|str|defaultdict|deque|Counter|namedtuple|partial|TypeVar|NewType)\b)))
+    ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
 
 
 def _program(text: str) -> str | None:
@@ -499,16 +521,18 @@ def _program(text: str) -> str | None:
     Without one: a block that the token limit cut off, the last block, or the text itself if it is a
     program.
     """
-    blocks = _blocks(text.replace("\r\n", "\n"))
+    blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
     program = max(
-        blocks[::-1], key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
+        reversed(blocks), key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
     )
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
         names = _names(earlier)
-        if names and shared & (names ^ _names(program)):  # one uses the other
+        linked = shared & (names ^ _names(program))
+        # An example uses the program; a helper is used by it, or defines something else too.
+        if re.search(_SOLUTION, earlier) if linked - names else linked or "import *" in earlier:
             program = f"{earlier}\n\n{program}"
     return program or None
 
@@ -522,9 +546,9 @@ def _blocks(text: str) -> list[str]:
     blocks: list[str] = []
     position = 0
     while opening := re.compile(_FENCE).search(text, position):
-        start, fence = opening.end(), opening[1]
-        closing = re.compile(rf"(?m)^ *{fence}[`~]* *$|(?<=[^\s`~]){fence} *$|\Z")
-        ends = list(islice(closing.finditer(text, start), 5))
+        start = opening.end()
+        closing = re.compile(rf"(?m)^[ \t]*{opening[1]}[`~]* *$|(?<=[^\s`~]){opening[1]} *$|\Z")
+        ends = list(islice(closing.finditer(text, start), 15))
         end = next((end for end in ends if _parses(text[start : end.start()])), ends[0])
         if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
             program = textwrap.dedent(text[start : end.start()]).strip("\n")

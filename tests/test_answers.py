@@ -127,7 +127,7 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 REPEATED = (
     "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}"
-    "|\\text{|\\frac{1}{"
+    "|\\text{|\\frac{1}{|wait |, no, |if |*x|'.|def f(|def f(a): ...\n|> |- |``` a\n"
     "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
     "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,|'|x = |1 in |答案是"
@@ -174,6 +174,19 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
         assert grade("free", text, "The Eiffel Tower"), text
     assert not grade("free", "The Eiffel Tower\nIt is in Paris.", "The Eiffel Tower")
     assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
+
+
+def test_free_text_keeps_the_signs_inside_it() -> None:
+    """Only markup around all of the text may be ignored: ".5" passed for "5"."""
+    pairs = ".5 5,2*3 23,a_b ab,x_1 x1,!x x,~x x,x<y>z xz,x* x,_x x,#5 5,<a> a,a*b* ab".split(",")
+    for text, gold in map(str.split, pairs):
+        assert not grade("free", text, gold), text
+        assert not grade("free", gold, text), text
+    for text in ("`x_1`", "**x_1**.", "_x_1_", "$x_1$", '"x_1"', "\\text{x_1}", "X_1!",
+                 "<b>x_1</b>", "**Answer:** x_1", "**Answer: x_1**", 'The answer is: "x_1".',
+                 "\\(x_1\\)", "\\boxed{\\text{x_1}}", "(x_1)"):  # fmt: skip
+        assert grade("free", text, "x_1"), text
+    assert grade("free", "$5", "5")
 
 
 # -- math ------------------------------------------------------------------------------------------
@@ -495,6 +508,41 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
     )
 
 
+CITIES = {"A": "Paris", "B": "London", "C": "Berlin", "D": "12"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(B) London is correct.",
+        "London is the correct answer.",
+        "The answer is London, not Paris.",
+        "The answer is London rather than Berlin.",
+        "The answer is B (London), while A is Paris.",
+        "A is incorrect, B is correct.",
+        "It has to be B.",
+        "The solution is B.",
+        "The answer's B.",
+        "- B",
+        "> B",
+        "### B",
+        "答案不是A，而是B",
+        "选B不选A",
+    ],
+)
+def test_an_option_is_read_in_ordinary_sentences(text: str) -> None:
+    """Right answers counted as none."""
+    assert extract("choice", text, CITIES) == "b"
+
+
+def test_an_option_and_its_letter_may_follow_each_other() -> None:
+    """ "12, option D" was no answer."""
+    assert extract("choice", "So the answer is 12, option D.", CITIES) == "d"
+    assert extract("choice", "- A\n- B", CITIES) is None
+    for text in ("B is incorrect.", "The answer is not B, and C is wrong.", "- 5"):
+        assert extract("choice", text, CITIES) is None, text
+
+
 # -- on the data -----------------------------------------------------------------------------------
 
 
@@ -574,6 +622,70 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
         )
         found += extract("choice", f"{row['question']}\n{options}", row["choices"]) is not None
     assert found == 0
+
+
+INC = "def inc(a):\n    return a + 1"
+
+
+def fenced(*programs: str) -> str:
+    return "\nText.\n".join(f"```python\n{program}\n```" for program in programs)
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "step = 1",
+        "Number = int",
+        "from operator import *",
+        "Pair = tuple[int, int]",
+        "words = {'a': 1}",
+    ],
+)
+def test_a_helper_block_may_be_an_assignment(helper: str) -> None:
+    """A right solution ended in a NameError because the block before it was left out."""
+    used = helper.split(" = ")[0] if "=" in helper else "add"
+    program = f"def inc(a):\n    return [a, {used}]"
+    assert extract("code", fenced(helper, program)) == f"{helper}\n\n{program}"
+
+
+@pytest.mark.parametrize(
+    "example", ["result = inc(1)", "x = 5\nprint(inc(x))", "import math\ninc(2)"]
+)
+def test_an_example_before_the_solution_is_left_out(example: str) -> None:
+    """It runs before what it calls is defined."""
+    program = "import math\ndef inc(x):\n    result = x + 1\n    return result"
+    assert extract("code", fenced(example, program)) == program
+
+
+@pytest.mark.parametrize(
+    "stub",
+    [
+        "def inc(a: int) -> int: ...",
+        "def inc(a):\n    pass",
+        'def inc(a):\n    """Add one."""',
+        "def inc(\n    a: int,\n) -> int:\n    '''Add: one.'''\n    ...",
+        "def inc(a):\n    # TODO\n    raise NotImplementedError",
+    ],
+)
+def test_a_stub_does_not_replace_the_solution(stub: str) -> None:
+    """The interface repeated at the end won over the function with a body."""
+    assert extract("code", fenced(INC, stub)) == INC
+    assert extract("code", fenced(stub, INC)) == INC
+    assert extract("code", fenced(stub)) == stub
+
+
+def test_fences_are_read_as_in_commonmark() -> None:
+    """Fences in a sentence, a list and a quote, and a docstring with many examples, broke off."""
+    assert extract("code", f"Use ``` for code.\n{fenced(INC)}") == INC
+    tabs = "\n\t".join(fenced(INC).split("\n"))
+    assert extract("code", f"- Solution:\n\n\t{tabs}\n") == INC
+    quoted = "\n> ".join(fenced(INC).split("\n"))
+    assert extract("code", f"Said:\n\n> {quoted}\n") == INC
+    example = "    ```\n    inc(1)\n    ```\n"
+    program = f'def inc(a):\n    """Add.\n\n{example * 4}    """\n    return a + 1'
+    assert extract("code", fenced(program)) == program
+    program = 'def inc(a):\n    """Add.\n\n>>> inc(1)\n2\n    """\n    return a + 1'
+    assert extract("code", fenced(program)) == program
 
 
 MATH_DRESSES = r"""
