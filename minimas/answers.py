@@ -267,8 +267,8 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | !
       |below|under|over|above|beyond|within|near|exceed\w*|least|most|minimum|maximum|max
       |as\ \w+\ as|(?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to|to\ the|added\ to
       |never|not|neither|nor|hardly|barely|scarcely|rarely|seldom|(?:any|every|no)thing\ but
-      |but|except|excluding|barring|besides|without|until|from|and|plus|minus|times|point|choose|less
-      |(?:divided|multiplied|divisible)\ by|step|question|problem|{_COUNT}|one|eleven|twelve
+      |but|except|excluding|barring|besides|without|until|from|and|plus|minus|times|point|choose
+      |less|(?:divided|multiplied|divisible)\ by|step|question|problem|{_COUNT}|one|eleven|twelve
       |[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty )\ [^\w\s]*\d
     | \d[^\s\d]{{0,3}}[ ]
       (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
@@ -468,8 +468,8 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
         for key, words in options.items()
         if words
         and re.match(
-            rf"(?:(?:option|choice|answer)\b[^\w-]*)?(?:\(?{re.escape(key)}\W+)?{re.escape(words)}\)?"
-            rf"(?:$|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)|{goes_on}"
+            rf"(?:(?:option|choice|answer)\b[^\w-]*)?(?:\(?{re.escape(key)}\W+)?"
+            rf"{re.escape(words)}\)?(?:$|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)|{goes_on}"
             rf"|,? (?:not|rather than|instead of|while|whereas)\b|{_AFFIRMED})",
             text,
         )
