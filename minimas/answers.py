@@ -469,7 +469,8 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
         if words
         and re.match(
             rf"(?:(?:option|choice|answer)\b[^\w-]*)?(?:\(?{re.escape(key)}\W+)?"
-            rf"{re.escape(words)}\)?(?:$|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)|{goes_on}"
+            rf"{re.escape(words)}\)?(?:$|{goes_on}"
+            rf"|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)"
             rf"|,? (?:not|rather than|instead of|while|whereas)\b|{_AFFIRMED})",
             text,
         )
