@@ -69,8 +69,8 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
     if answer is None:
         return False
     if kind == "free":
-        last = re.sub(_ANSWER_LINE, "", answer.rpartition("\n")[2])
-        return _bare(gold) in map(_bare, (answer, last, _box(answer)[0] or answer))
+        last = re.sub(_ANSWER_LINE, r"\1", answer.rpartition("\n")[2])
+        return _whole(gold) in map(_whole, (answer, last, _box(answer)[0] or answer))
     if kind == "choice":
         return {answer} == _named(gold, choices)
     right = _math(gold) if re.search(r"####|\\f?box", gold) else _value(gold)
@@ -129,21 +129,27 @@ _PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
       | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
-    | @\{{{_HELD}\}} (?:[ $.,]*(?:\\text\w*\{{)?\ *or\b[\s$}}]*[\d\\] | [a-zA-Z](?![a-zA-Z])
+    | @\{{{_HELD}\}} (?: [a-zA-Z](?![a-zA-Z])
+      | [ $.,;(]*(?:\\text\w*\{{)?\ *(?:or|possibly|maybe|perhaps)\b[\s$}}]*[\d\\]
       | [ $]* (?: \^(?!\{{?\\circ) | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)
         | \\(?:pi|sqrt|frac|times|cdot|div) | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
 _ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
     |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
     (?!\ (?:choices|options)))"""
-_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|[是为為は은→➜]|[-=]>|[:=]
-    |\ -\ )[\s:]*)"""
+_IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|(?<=nswer)'s\b|[是为為は은→➜]
+    |[-=]>|[:=]|\ -\ )[\s:]*)"""
 
 
 def _plain(text: str) -> str:
     """Digits, letters and signs in ASCII where they have such a form, as full-width ones have."""
-    for pattern, replacement in _UNICODE.items():
+    return normalize("NFKC", _rewritten(text, _UNICODE)).translate(_ASCII)
+
+
+def _rewritten(text: str, rules: Mapping[str, str]) -> str:
+    """The text after replacing each pattern in turn."""
+    for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
-    return normalize("NFKC", text).translate(_ASCII)
+    return text
 
 
 def _box(text: str) -> tuple[str | None, str]:
@@ -179,13 +185,14 @@ _REWRITES = {
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
     # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
     rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?[a-z]+>|<\|\w+\|>
-    | (?:(?<!\d)|(?![万萬亿億兆千百十半点點]))[\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
+    | (?:(?<!\d)(?<!\d\ )|(?![万萬亿億兆千百十半点點打ダ만억조천백십]))
+      [\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
     r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
-    r"(?<=\d) ?hundred\b": "e2",
-    r"(?<=\d) ?thousand\b": "e3",
-    r"(?<=\d) ?million\b": "e6",
-    r"(?<=\d) ?billion\b": "e9",
-    r"(?<=\d) ?trillion\b": "e12",
+    r"(?<=\d) ?hundreds?\b": "e2",
+    r"(?<=\d) ?thousands?\b": "e3",
+    r"(?<=\d) ?millions?\b": "e6",
+    r"(?<=\d) ?billions?\b": "e9",
+    r"(?<=\d) ?trillions?\b": "e12",
     r"\*\*|\^\{(-?\d+)\}": r"^\1",  # 10**3 and 10^{3}
     r"√ ?(\w+)|\\sqrt ?(\w)": r"\\sqrt{\1\2}",
     r"\\[dtc]frac(?![a-z])": r"\\frac",
@@ -198,8 +205,13 @@ _REWRITES = {
     # 3\frac{1}{2} and 3 1/2 are 3&1/2
     rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
     _FRAC: r"\1\3/\2\4",
-    # It is 18, not 5.
-    r"(?:\bnot|\bcannot|n't|\brather than|\binstead of)(?: be)? -?\d+(?:[.,]\d+)*": "",
+    # An arrow before the answer. It is not 5 but 18. I doubt that it is 5. If it is 5, …
+    r"""(?imx) ^\ *=>\ *
+    | (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?
+      | (?:\b(?:doubt|suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether
+          |unlikely|impossible|deny|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
+          |nobody|no\ one)|(?:\bnot|n't)\ (?:think|believe))\b [^,;:.=\n\d]{0,40}? )
+      \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?""": "",
     r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
     # "minus 5"; "- 5" alone is no list
     r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
@@ -211,29 +223,59 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
-_ASIDE = rf",(?! ?(?:[-+]?\d|{_NAME_IS}))|;| \(| - | (?:because|since|as|so|which)\b"
+# What follows the answer; not ", or 43", "(base 8)", "; 43".
+_ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
+      | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?(?:or|and|but|also|possibly|maybe
+        |perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
+    (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
+# "Wait, that's wrong. It is 8."
+_TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?
+      (?: (?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
+      |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit:
+      |my\ (?:mistake|bad|error)|on\ second\ thought|rather(?!\ than)|no(?=[,.!])
+      |let\ me\ (?:re|double|correct|fix)\w*|i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
+      |(?:that|it|this)(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake|not\ (?:right|correct))
+      |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct) )\b
+    | (?<=[.!?\n])\ ?(?:but|however|although|except|or|maybe|perhaps|possibly|alternatively
+      |otherwise)\b(?=[^.\n]{0,100}\d)"""
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
 # "18 in 3 days" without an equation: is it 3?
-_DOUBTFUL = r"""(?x) \ (?:in|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
+_DOUBTFUL = r"""(?x) \ (?:in|from|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
     (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
 _LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
-    \ (?:in|for|at|per|on|with|after|every|each|out\ of(?!\ \d)|so|which|because|since)\b
-    (?!.*\b(?:and|or|but)\b).*"""
+    \ (?:in(?!\ (?:base|hex|oct|bin))|for|at(?!\ (?:the\ )?(?:least|most))|per(?!\ mil)|on|with
+    |after|every|each|out\ of(?!\ \d)|so|which|because|since)\b (?!.*\b(?:and|or|but)\b).*"""
 # 2 dozen, 5 to ten, 2 and a half, 5 squared
-_COUNT = r"""(?:(?:a\ )?half|a\ quarter|dozen|score|gross|pi|sqrt|hundred|thousand|million|billion
-    |trillion|bn|mn|lakh|crore|two|three|four|five|six|seven|eight|nine|ten|zero|squared|cubed
-    |factorial|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?|thirds?|halves|base
-    |mod|below)\b"""
-# Two numbers, an inequality, a question, a refuted number.
-_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps)\b | [<>≠≤≥±≡] | != | \+/- | \?\W*\Z
-    | \\(?:[gln]eq?|pm|equiv)(?![a-z])
-    | \b(?:than|half|twice|double|triple|squared?|cubed?|root|log|ln|below|under|over|above|never
-      |not|(?:any|every|no)thing\ but)\ (?:of\ )?\S*\d
+_COUNT = r"""(?:(?:a\ )?half|a\ quarter|do(?:[zc]en|uzaine)\w*|d[uú]tzend|score|gross|grand|pi|sqrt
+    |hundreds?|hunderte?|thousands?|thou|tausende?|tusen\w*|duizend|mil|mille|mila|tys\w*|ribu|nghìn
+    |ngàn|(?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w*|milliard\w*|bn|mn|mio
+    |mln|mrd|juta|triệu|lakhs?|lacs?|crores?|two|three|four|five|six|seven|eight|nine|tens?|zero
+    |squared|cubed|doubled|tripled|halved|factorial|alpha|beta|gamma|theta|lambda|phi|omega
+    |(?-i:[xyz]{2,3})|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred
+      |thousand|[a-z]+illion)ths?|thirds?|quarters|halves|(?:in\ )?(?:base|hex|octal|binary)[a-z]*
+    |mod|below|per\ ?mill?e?)\b"""
+# Two numbers, an equation, an inequality, a question; a word before the number that makes it an
+# operand, a bound or an exception ("ten times 5", "up to 5"); a variable or a word of another
+# script after it; a refuted number.
+_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | !=|\ =\  | \+/- | \?\W*\Z
+    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \bat\ (?:the\ )?(?:least|most)\b | \d\ +[:∶]
+    | \b(?: (?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score
+        |distance|length|height|area|volume|weight|age|balance|change|discount)\ )[^\W_]+\ of
+      |absolute\ value\ of|than|half|twice|thrice|double|triple|quadruple|squared?|cubed?|root|power
+      |log|ln|exp|sqrt|mod|modulo|gcd|lcm|abs|ceil|floor|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?
+      |below|under|over|above|beyond|within|near|exceed\w*|least|most|minimum|maximum|max
+      |as\ \w+\ as|(?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to|to\ the|added\ to
+      |never|not|neither|nor|hardly|barely|scarcely|rarely|seldom|(?:any|every|no)thing\ but
+      |but|except|excluding|barring|besides|without|until|from|and|plus|minus|times|point|choose
+      |less|(?:divided|multiplied|divisible)\ by|step|question|problem|{_COUNT}|one|eleven|twelve
+      |[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty )\ [^\w\s]*\d
     | \d[^\s\d]{{0,3}}[ ]
       (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
-      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|vs\.?|[-~&])\ )?
-      (?:[-+(~]*\d|{_COUNT})
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|over|divided\ by|vs\.?|point
+        |[-~&])\ )?
+      (?:[-+(~]*\d|{_COUNT}|(?<=and\ |lus\ |nus\ )(?:an?|one)\b)
+    | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!')|[^\W\d_A-Za-zÀ-ɏ])
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
@@ -241,7 +283,7 @@ _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|impl
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
 # x_1, f(3), (in dollars)
 _INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
-    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\)"""
+    | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
@@ -265,18 +307,19 @@ _UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUN
 
 
 def _math(text: str) -> str | None:
+    text = re.split(_TAKEN_BACK, text)[-1]
     held, _ = _box(text)
     if held is not None:
         return _value(held)
-    text = _simple(text)
+    text = _rewritten(_plain(text), _REWRITES)
     if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
         return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
     answer = _result(clause)
-    stated = bool(said) or answer != clause
+    stated = said or answer != clause
     answer = re.sub(_LATER, r"\1", answer) if stated else _last(_CLAUSE, clause)
-    if " = " in answer or re.search(_UNCLEAR, answer):
+    if re.search(_UNCLEAR, answer):
         return None
     numbers = re.findall(r"(?<!\S)[(\"']*+(\S*(?:\d|\\[a-z])\S*)", answer)
     if numbers == answer.split():
@@ -284,13 +327,6 @@ def _math(text: str) -> str | None:
     if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
         return None
     return _number(numbers[-1].rstrip(",.;:!?)\"'"))
-
-
-def _simple(text: str) -> str:
-    text = _plain(text)
-    for pattern, replacement in _REWRITES.items():
-        text = re.sub(pattern, replacement, text)
-    return text
 
 
 def _last(separator: str, text: str) -> str:
@@ -311,15 +347,16 @@ def _states(left: str) -> bool:
     variables = re.findall(_VARIABLE, left)
     if not re.search(r"\d", left):
         return len(variables) < 2 and not re.search(_OPERATOR, left)
-    terms = re.split(_OPERATOR, left)
-    return not variables and all(re.search(r"\d|pi\b|^\W*$", term) for term in terms)
+    return not variables and all(
+        re.search(r"\d|pi\b|^\W*$", term) for term in re.split(_OPERATOR, left)
+    )
 
 
 def _value(text: str) -> str | None:
     """What a box, a gold or a `####` line says: a number with its unit, else an expression
     without its spaces.
     """
-    text = _result(_simple(text)).rstrip(" \n,;:.")
+    text = _result(_rewritten(_plain(text), _REWRITES)).rstrip(" \n,;:.")
     text = re.sub(r"^[A-Za-z ]+(?::| is) *(?=-?[\d.])", "", text)
     number, *units = text.split() or [""]
     value = _number(number.strip("(){}"))
@@ -350,8 +387,10 @@ _CHOSEN = rf"""(?ix) (?: {_ANSWER}
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
     | ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
     | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
-    | \b(?:option|choice|statement|opci[óo]n|alternativa)(?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
-    | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|must\ be)\b
+    | \b(?:option|choice|statement|solution|opci[óo]n|alternativa)
+      (?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
+    | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|(?:must|has\ to)\ be)\b
+    | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b) | 而是
     | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{{4}}\ *(?=[^\n]*\Z)
     | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
     (?=(?P<said>.{{0,500}}))"""
@@ -361,20 +400,26 @@ _NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|
       (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
 _ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
-    answer(?:\ is\b|:|\**\ *:)"""
-_DRESS = rf"</?[a-z]{{1,6}}>|{_FONT}|\\[()\[\]!]|[*_`${{}}]|\\(?=[%&#])|<\|\w+\|>"
-_AROUND = " .,;:!\"'"
+    answer(?:\ is\b:?|:|\**\ *:)\**(.*[^*\n])?\**$"""
+_DRESS = rf"""(?x) ^\s*(?:-|>|\#{{1,3}})\ +(?=\W*[A-Za-z]) | </?[a-z]{{1,6}}> | {_FONT}
+    | \\[()\[\]!] | [*_`${{}}] | \\(?=[%&#]) | <\|\w+\|>"""
+_AROUND = " .,;:!\"'\n"
+# Markup and quotes at both ends, a bracket around all of it, the sign of a currency, the full stop.
+_WHOLE = rf"""(?sx) \A(?:</?[a-z]{{1,6}}>|{_FONT}|\\[(\[]|[*_`${{"'])++ (.*?)
+      (?<![\ .,;:!*_`$}}"'])[\ .,;:!]*+(?:</[a-z]{{1,6}}>|\\[)\]]|[*_`$}}"'])+[.,;:!]*\Z
+    | \A\(((?:[^()]|\([^()]*\))*)\)\Z | \A\\?\$(?=\.?\d[^$]*\Z) | <\|\w+\|> | \\(?=[%&#])"""
 # Up to six words as in "the correct option (B).", then the letter and what closes it.
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
       |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
       |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
 # because …; but not C
-_AFFIRMED = r"""(?x) \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
-      |번?(?:입니다|이다|다)|选项|是?正[确確]|(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
+_AFFIRMED = r"""(?x: \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
+      |번?(?:입니다|이다|다)|选项|不[选選是]|而不|是?正[确確]
+      |(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
       (?:the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
-    | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to)\ (?:option\ )?
-      \(?[a-z0-9]\b(?!\ \w)"""
+    | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to|over)\ (?:option\ )?
+      \(?[a-z0-9]\b(?!\ \w))"""
 # A second letter, as in "(A) or B" and "A, B".
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
     |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
@@ -423,35 +468,51 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
         for key, words in options.items()
         if words
         and re.match(
-            rf"(?:(?:option|choice|answer)\b[^\w-]*)?{re.escape(words)}"
-            rf"(?:$| \({re.escape(key)}\)|{goes_on})",
+            rf"(?:(?:option|choice|answer)\b[^\w-]*)?(?:\(?{re.escape(key)}\W+)?"
+            rf"{re.escape(words)}\)?(?:$|{goes_on}"
+            rf"|,? (?:option |choice |i\.e\.,? )?\(?{re.escape(key)}(?:\)|$)"
+            rf"|,? (?:not|rather than|instead of|while|whereas)\b|{_AFFIRMED})",
             text,
         )
     }
     return {key for key in said if said[key] == max(said.values())}
 
 
+def _whole(text: str) -> str:
+    """Text without case, repeated spaces, and the markup and punctuation around all of it."""
+    text = " ".join(_plain(text).casefold().split()).rstrip(" .,;:!")
+    return re.sub(_WHOLE, r"\1\2", text)
+
+
 def _bare(text: str) -> str:
     """Text without LaTeX, Markdown, case, spaces and punctuation around it, and without brackets
     around all of it.
     """
-    text = re.sub(r"\\[,;: ]|~", " ", _plain(text))
-    text = " ".join(re.sub(_DRESS, "", text).casefold().split()).strip(_AROUND)
-    return re.sub(r"\A\(((?:[^()]|\([^()]*\))*)\)\Z", r"\1", text).strip(_AROUND)
+    text = re.sub(_DRESS, "", re.sub(r"\\[,;: ]|~", " ", _plain(text)))
+    return _whole(text.strip(_AROUND)).strip(_AROUND)
 
 
 # -- code ------------------------------------------------------------------------------------------
 
 # Models also put a fence after other text. What a Markdown block holds is Markdown.
-_FENCE = r"(?m)^[^\n`~]*(`{3,}+(?=[^\n`]*\n)|~{3,}+)(?! *(?:markdown|md)\b)[ {.]*(\w*).*\n"
+_FENCE = r"""(?mx) ^(?:(?:[\ \t>*+-]|\d+[.)])*+|[^\n`~]*(?=[`~]+\ *\w*\ *\n))
+    (`{3,}+(?=[^\n`]*\n)|~{3,}+)(?!\ *(?:markdown|md)\b)[\ {.]*(\w*).*\n"""
 _STATEMENT = r"""(?mx) ^\ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b
     |@|[\w\ ,.]+=)"""
 _NOT_EXAMPLE = r"""(?x: (?!.*TestCase|check\(candidate
     |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage))))"""
-_SOLUTION = rf"(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE} | ^\w+\ *=\ *lambda\b"
-# What functions, classes, imports, CONSTANTS and lambdas are called.
+# A solution is more than a signature with a docstring, "..." or "pass" as its body.
+_SOLUTION = rf"""(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE}
+      (?!\w+\ *(?:\((?:[^()]|\([^()]{{0,200}}\)){{0,500}}+\))?[^\n]*?:\s*
+        (?:r?(\"{{3}}|'{{3}})[\s\S]*?\1\s*)?(?:\#.*\s*)*
+        (?:\.\.\.|pass\b|raise\ NotImplemented.*)?\s*(?:\Z|^\S))
+    | ^\w+\ *=\ *lambda\b"""
+# What functions, classes, imports, constants and lambdas are called.
 _DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
-    | (?=\w+\ *=\ *lambda\b|[A-Z_\d]+\b[^=\n]*=)) ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
+    | (?=[A-Z_\d]+\b[^=\n]*=|\w+\ *(?::[^=\n]*)?=\ *(?:[\d\[{{("'-]|[\w.]+\ *(?:$|\[|\|)
+        |(?:lambda|re|math|collections|functools|typing|set|dict|list|tuple|frozenset|range|float
+          |int|str|defaultdict|deque|Counter|namedtuple|partial|TypeVar|NewType)\b)))
+    ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
 
 
 def _program(text: str) -> str | None:
@@ -461,16 +522,18 @@ def _program(text: str) -> str | None:
     Without one: a block that the token limit cut off, the last block, or the text itself if it is a
     program.
     """
-    blocks = _blocks(text.replace("\r\n", "\n"))
+    blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
         return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
     program = max(
-        blocks[::-1], key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
+        reversed(blocks), key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
     )
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
         names = _names(earlier)
-        if names and shared & (names ^ _names(program)):  # one uses the other
+        linked = shared & (names ^ _names(program))
+        # An example uses the program; a helper is used by it, or defines something else too.
+        if re.search(_SOLUTION, earlier) if linked - names else linked or "import *" in earlier:
             program = f"{earlier}\n\n{program}"
     return program or None
 
@@ -484,9 +547,9 @@ def _blocks(text: str) -> list[str]:
     blocks: list[str] = []
     position = 0
     while opening := re.compile(_FENCE).search(text, position):
-        start, fence = opening.end(), opening[1]
-        closing = re.compile(rf"(?m)^ *{fence}[`~]* *$|(?<=[^\s`~]){fence} *$|\Z")
-        ends = list(islice(closing.finditer(text, start), 5))
+        start = opening.end()
+        closing = re.compile(rf"(?m)^[ \t]*{opening[1]}[`~]* *$|(?<=[^\s`~]){opening[1]} *$|\Z")
+        ends = list(islice(closing.finditer(text, start), 15))
         end = next((end for end in ends if _parses(text[start : end.start()])), ends[0])
         if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
             program = textwrap.dedent(text[start : end.start()]).strip("\n")

@@ -16,8 +16,13 @@ from .answers import KINDS
 from .text.tokenizer import is_text, read_text
 
 Row = dict[str, Any]
-# A number as a gold answer, alone or at the end of a solution as in GSM8K.
-NUMBER = re.compile(r"(?is)(.*\n\s*####)?\s*([-+]?[\d.,/]+(e[-+]?\d+)?)\s*")
+# A number as a gold answer, alone or at the end of a solution as in GSM8K, where it may have a
+# unit. The groups are the solution and the number.
+NUMBER = re.compile(
+    r"""(?isx) (.*\#{4})? \s* ([-+]?[$€£]?[-+]? (?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+|(?=\.\d))
+      (?:\.\d*)? (?:e[-+]?\d+)? (?:/\d+)? \ ?%?) \.?\s*
+    | .*\#{4}[^\n]*\d[^\n]*\s*"""
+)
 
 
 def number(text: str) -> Decimal:

@@ -127,7 +127,7 @@ def test_no_text_makes_it_raise(kind: str, text: str) -> None:
 
 REPEATED = (
     "1| |1 |1, |1 / |1*|9^|= |a|answer to |The answer is |(A) |A\n|A. is\n|\\boxed{|\\boxed{}"
-    "|\\text{|\\frac{1}{"
+    "|\\text{|\\frac{1}{|wait |, no, |if |*x|'.|def f(|def f(a): ...\n|> |- |``` a\n"
     "|{|`|"
     "```python\n|```a|```\nx=1\n|<think>|</think>|٣é|#### 1\n|\n|$|-|.|choose |is |1 or |"
     "so |√|½|°C|#### a\n|((|\\boxed{1} or |**|_|\\|(|not |,|'|x = |1 in |答案是"
@@ -174,6 +174,19 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
         assert grade("free", text, "The Eiffel Tower"), text
     assert not grade("free", "The Eiffel Tower\nIt is in Paris.", "The Eiffel Tower")
     assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
+
+
+def test_free_text_keeps_the_signs_inside_it() -> None:
+    """Only markup around all of the text may be ignored: ".5" passed for "5"."""
+    pairs = ".5 5,2*3 23,a_b ab,x_1 x1,!x x,~x x,x<y>z xz,x* x,_x x,#5 5,<a> a,a*b* ab".split(",")
+    for text, gold in map(str.split, pairs):
+        assert not grade("free", text, gold), text
+        assert not grade("free", gold, text), text
+    for text in ("`x_1`", "**x_1**.", "_x_1_", "$x_1$", '"x_1"', "\\text{x_1}", "X_1!",
+                 "<b>x_1</b>", "**Answer:** x_1", "**Answer: x_1**", 'The answer is: "x_1".',
+                 "\\(x_1\\)", "\\boxed{\\text{x_1}}", "(x_1)"):  # fmt: skip
+        assert grade("free", text, "x_1"), text
+    assert grade("free", "$5", "5")
 
 
 # -- math ------------------------------------------------------------------------------------------
@@ -271,6 +284,172 @@ def test_a_huge_exponent_is_not_computed(text: str) -> None:
         assert not grade("math", rf"\boxed{{{text}}}", "1")
 
 
+# After each of these openings, the number stands alone in the answer.
+OPENINGS = ("The answer is ", "Answer: ", "So it is ")
+
+
+def passing(texts: str, openings: tuple[str, ...] = ("",)) -> list[str]:
+    """The texts, one a line after each opening, that pass for 42."""
+    lines = (opening + text for text in texts.strip().split("\n") for opening in openings)
+    return [line for line in lines if grade("math", line.replace("⏎", "\n"), "42")]
+
+
+def test_a_second_number_makes_the_first_one_no_answer() -> None:
+    """A model that offers two numbers would be right with either of them."""
+    texts = """
+42, or 43 if the dog counts
+42 (or 43)
+42; 43
+42, possibly 43
+42 (perhaps 43)
+42, although it could be 43
+42, and then 43
+42 pairs, or 84 socks"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("\\boxed{42} (or 43)\n\\boxed{42}; possibly 43") == []
+    said = "The answer is 42, which is 6 times 7.\nThe answer is 42 (forty-two).\nIt is 42, not 43."
+    assert len(passing(said)) == 3
+
+
+def test_a_number_that_is_taken_back_is_no_answer() -> None:
+    """The first number passed although the next sentence corrects it."""
+    texts = """
+42. Wait, that's wrong. It is 43.
+42. Actually, it should be 43.
+42. But I forgot the tax, so 43.
+42. Hold on, the tax is missing: 43.
+42. My mistake, it is 43.
+42. That is not right.
+42. Let me recompute: 40 + 3 = 43.
+42. Or maybe 43.
+42... no, 43"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("#### 42⏎Wait, the answer is 43.\n\\boxed{42}. Oops, it is 43.") == []
+    assert grade("math", "The answer is 41. Sorry, it is 42.", "42")
+    assert grade("math", "\\boxed{41}. Wait, I made a mistake. The answer is 42.", "42")
+    for text in ("The answer is 42. I checked it 3 times.", "Wait, let me see. The answer is 42.",
+                 "The answer is 42. However, prices may change.", "Actually, 42."):  # fmt: skip
+        assert grade("math", text, "42"), text
+
+
+def test_an_operand_is_no_answer() -> None:
+    """ "A third of 42" passed as 42: the words of an operation were taken for a sentence."""
+    texts = """
+a third of 42
+two thirds of 42
+an eighth of 42
+the reciprocal of 42
+the factorial of 42
+a multiple of 42
+cos 42
+arctan 42
+e to the 42
+ten plus 42
+five times 42
+eleven minus 42
+a dozen and 42
+one hundred and 42
+seventy 42
+42 plus one
+42 and a third
+42 over two
+42 doubled"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert extract("math", "The answer is two and 1/2") is None
+    said = """
+The total comes to 42.
+It adds up to 42.
+They spent a total of $42.
+an average speed of 42 km/h
+The least common multiple is 42.
+One third is 42."""
+    assert len(passing(said)) == 6
+
+
+def test_a_factor_is_no_unit() -> None:
+    """ "12 dozens" passed as 12: every word after a number was a unit."""
+    texts = """
+42 dozens
+42 tens
+42 twelfths
+42 thirteenths
+42 mil
+42 grand
+$42 M
+42 B
+$42 k
+42 π
+42 x
+42 i
+42 theta
+42 in base 8
+42 (base 8)
+42만
+42억
+42 만
+42 लाख
+42 тысячи
+42 миллиона
+42 Millionen
+42 Tausend
+42 millones
+42 milhões
+42 mille
+42 mila
+42 juta
+42 Dutzend"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    assert passing("42 thousands\n$42 millions\n42 hundreds") == []
+    assert grade("math", "She earned $3 millions.", "3000000")
+    said = (
+        "42 miles\n42 milligrams\n42 months\n42 pillows\n42 m\n$42 a week\n42 años\n42個\n42 teeth"
+    )
+    assert len(passing(said)) == 9
+
+
+def test_a_ratio_with_spaces_is_not_its_last_number() -> None:
+    """ "3 : 4" passed as 4."""
+    assert passing("So the ratio is 3 : 42.\nThe ratio of cats to dogs is 42 : 5.") == []
+
+
+def test_a_bound_an_exception_and_a_supposition_are_no_answers() -> None:
+    """ "More than 42" was refused, "at least 42" passed."""
+    texts = """
+at least 42
+at most 42
+up to 42
+exceeding 42
+a maximum of 42
+as many as 42
+42 at most
+all but 42
+any number except 42
+excluding 42
+besides 42
+unlikely to be 42
+hardly 42"""
+    assert passing(texts, (*OPENINGS, "")) == []
+    sentences = """
+I doubt the answer is 42.
+I doubt it is 42.
+Suppose the answer is 42.
+If the answer is 42, then we fail.
+Let's say the answer is 42.
+I don't think the answer is 42.
+It is impossible that it is 42.
+The answer is not equal to 42."""
+    assert passing(sentences) == []
+    assert grade("math", "If 3 are eaten, 42 remain.", "42")
+    assert grade("math", "Not 41 but 42", "42")
+
+
+def test_an_exclamation_mark_and_an_arrow_are_no_operators() -> None:
+    """ "So the answer is 42!" was a factorial, and "=> 42" an inequality."""
+    said = "So the answer is 42!\n=> 42\n\\boxed{m\\angle A = 42^\\circ}"
+    assert len(passing(said)) == 3
+    assert passing("\\boxed{42!}") == []
+
+
 # -- choice ----------------------------------------------------------------------------------------
 
 
@@ -327,6 +506,41 @@ def test_a_part_of_an_option_is_not_that_option() -> None:
         )
         == "b"
     )
+
+
+CITIES = {"A": "Paris", "B": "London", "C": "Berlin", "D": "12"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(B) London is correct.",
+        "London is the correct answer.",
+        "The answer is London, not Paris.",
+        "The answer is London rather than Berlin.",
+        "The answer is B (London), while A is Paris.",
+        "A is incorrect, B is correct.",
+        "It has to be B.",
+        "The solution is B.",
+        "The answer's B.",
+        "- B",
+        "> B",
+        "### B",
+        "答案不是A，而是B",
+        "选B不选A",
+    ],
+)
+def test_an_option_is_read_in_ordinary_sentences(text: str) -> None:
+    """Right answers counted as none."""
+    assert extract("choice", text, CITIES) == "b"
+
+
+def test_an_option_and_its_letter_may_follow_each_other() -> None:
+    """ "12, option D" was no answer."""
+    assert extract("choice", "So the answer is 12, option D.", CITIES) == "d"
+    assert extract("choice", "- A\n- B", CITIES) is None
+    for text in ("B is incorrect.", "The answer is not B, and C is wrong.", "- 5"):
+        assert extract("choice", text, CITIES) is None, text
 
 
 # -- on the data -----------------------------------------------------------------------------------
@@ -408,6 +622,70 @@ def test_a_question_read_back_is_seldom_an_answer() -> None:
         )
         found += extract("choice", f"{row['question']}\n{options}", row["choices"]) is not None
     assert found == 0
+
+
+INC = "def inc(a):\n    return a + 1"
+
+
+def fenced(*programs: str) -> str:
+    return "\nText.\n".join(f"```python\n{program}\n```" for program in programs)
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [
+        "step = 1",
+        "Number = int",
+        "from operator import *",
+        "Pair = tuple[int, int]",
+        "words = {'a': 1}",
+    ],
+)
+def test_a_helper_block_may_be_an_assignment(helper: str) -> None:
+    """A right solution ended in a NameError because the block before it was left out."""
+    used = helper.split(" = ")[0] if "=" in helper else "add"
+    program = f"def inc(a):\n    return [a, {used}]"
+    assert extract("code", fenced(helper, program)) == f"{helper}\n\n{program}"
+
+
+@pytest.mark.parametrize(
+    "example", ["result = inc(1)", "x = 5\nprint(inc(x))", "import math\ninc(2)"]
+)
+def test_an_example_before_the_solution_is_left_out(example: str) -> None:
+    """It runs before what it calls is defined."""
+    program = "import math\ndef inc(x):\n    result = x + 1\n    return result"
+    assert extract("code", fenced(example, program)) == program
+
+
+@pytest.mark.parametrize(
+    "stub",
+    [
+        "def inc(a: int) -> int: ...",
+        "def inc(a):\n    pass",
+        'def inc(a):\n    """Add one."""',
+        "def inc(\n    a: int,\n) -> int:\n    '''Add: one.'''\n    ...",
+        "def inc(a):\n    # TODO\n    raise NotImplementedError",
+    ],
+)
+def test_a_stub_does_not_replace_the_solution(stub: str) -> None:
+    """The interface repeated at the end won over the function with a body."""
+    assert extract("code", fenced(INC, stub)) == INC
+    assert extract("code", fenced(stub, INC)) == INC
+    assert extract("code", fenced(stub)) == stub
+
+
+def test_fences_are_read_as_in_commonmark() -> None:
+    """Fences in a sentence, a list and a quote, and a docstring with many examples, broke off."""
+    assert extract("code", f"Use ``` for code.\n{fenced(INC)}") == INC
+    tabs = "\n\t".join(fenced(INC).split("\n"))
+    assert extract("code", f"- Solution:\n\n\t{tabs}\n") == INC
+    quoted = "\n> ".join(fenced(INC).split("\n"))
+    assert extract("code", f"Said:\n\n> {quoted}\n") == INC
+    example = "    ```\n    inc(1)\n    ```\n"
+    program = f'def inc(a):\n    """Add.\n\n{example * 4}    """\n    return a + 1'
+    assert extract("code", fenced(program)) == program
+    program = 'def inc(a):\n    """Add.\n\n>>> inc(1)\n2\n    """\n    return a + 1'
+    assert extract("code", fenced(program)) == program
 
 
 MATH_DRESSES = r"""

@@ -78,6 +78,10 @@ BAD = {  # rows, what is said
         [row(0, choices={"a": "x", "b": "y"}, answer="c")],
         "line 1: answer: found 'c', expected one of a, b",
     ),
+    "a choice without choices": (
+        [row(0), row(1, kind="choice", answer="5")],
+        "line 2: answer: found '5', expected one of a, b, ",
+    ),
     "choices as a list": (
         [row(0, choices=["a"])],
         r"line 1: choices: found \['a'\], expected an object",
@@ -118,7 +122,13 @@ def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
     ("fields", "kind"),
     [
         ({}, "math"), ({"answer": "1,234.5"}, "math"),
-        ({"answer": "-1/2"}, "math"), ({"answer": "Paris"}, "free"),
+        ({"answer": "-1/2"}, "math"), ({"answer": ".5"}, "math"),
+        ({"answer": "So\n#### $5"}, "math"),
+        ({"answer": "So\n#### 5%"}, "math"), ({"answer": "So #### 5"}, "math"),
+        ({"answer": "#### 5"}, "math"), ({"answer": "#### 5 eggs"}, "math"),
+        ({"answer": "1.2.3"}, "free"), ({"answer": "."}, "free"),
+        ({"answer": "2024/12/25"}, "free"),
+        ({"answer": "Paris"}, "free"),
         ({"answer": "a", "choices": {"a": "x"}}, "choice"), ({"tests": "assert f()"}, "code"),
         ({"entry_point": "f"}, "code"),
         ({"test_list": ["assert f()"]}, "code"), ({"kind": "free"}, "free"),
@@ -128,6 +138,14 @@ def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
 def test_the_fields_of_a_row_say_its_kind(fields: dict[str, Any], kind: str) -> None:
     """A kind of its own wins: options that are there for the loss are not shown."""
     assert kind_of(row(0, **fields)) == kind
+
+
+@pytest.mark.parametrize("answer", ["So\n#### $5", "So #### 5", "#### 5", "#### 5 eggs", "#### 5."])
+def test_a_gold_after_hashes_can_be_right(answer: str, tmp_path: Path) -> None:
+    """A sign of a currency or a solution on one line made the whole solution the gold text."""
+    [made] = read_rows(written(tmp_path, row(0, answer=answer)))
+    assert grade(kind_of(made), "\\boxed{5}", made["answer"])
+    assert not grade(kind_of(made), "\\boxed{6}", made["answer"])
 
 
 def test_an_unknown_task_lists_the_names() -> None:

@@ -74,10 +74,11 @@ def checked_row(row: Row) -> Row:
         row["answer"] = f"{row['answer']:f}"  # as it is written, but without an exponent
     row = json.loads(json.dumps(row, default=float))  # other numbers are as in any JSON
     row["id"] = str(row["id"])
-    if "choices" in row and row.get("kind", "choice") == "choice":
+    if kind_of(row) == "choice":
         answer = str(row.get("answer"))
-        if option_of(answer, row["choices"]) is None:
-            raise wrong("answer", answer, f"one of {', '.join(row['choices'])}")
+        options = row.get("choices") or dict.fromkeys("abcdefghij", "")
+        if option_of(answer, options) is None:
+            raise wrong("answer", answer, f"one of {', '.join(options)}")
     if kind_of(row) == "code":
         return code_row(row)
     row["answer"] = str(row["answer"])
