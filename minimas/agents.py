@@ -44,9 +44,7 @@ def single(
     continues: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(
-        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues
-    )
+    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues)
     return finish(answer_text(run, single_team(lm)), on_event)
 
 
@@ -68,9 +66,7 @@ def text_mas(
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(
-        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues
-    )
+    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues)
     return finish(answer_text(run, choose_team(lm, team)), on_event)
 
 
@@ -114,7 +110,7 @@ def latent_mas(
     before any work starts.
     """
     run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, on_event, memory, keep_memory, continues,
+        lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues,
         team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
         layout=layout,
     )  # fmt: skip
@@ -129,8 +125,6 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises as the method
     does, when the first event is asked for.
     """
-    if "on_event" in settings:
-        raise ParameterError("on_event", "found with `stream`, expected a method")
     if method == "latent_mas":
         events = answer_latent(LatentRun(lm, questions, **settings))
     elif method == "text_mas":

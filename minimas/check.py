@@ -135,9 +135,10 @@ def check(
         f"{latent_steps} thoughts, ridge": {"align": "ridge"},
         f"{latent_steps} thoughts, prenorm": {"align": "prenorm"},
     }
-    how = {"sampling": GREEDY, "on_event": on_event, "team": team, "latent_steps": latent_steps}
+    how = {"sampling": GREEDY, "team": team, "latent_steps": latent_steps}
     found = {
-        name: _measure(LatentRun(lm, ASKED, "math", **how | own)) for name, own in settings.items()
+        name: _measure(LatentRun(lm, ASKED, "math", **how | own), on_event)
+        for name, own in settings.items()
     }
     base, _ = found["prompts only"]
     arms = []
@@ -152,9 +153,9 @@ def check(
     return Report(lm.model.name, team.layout, *sizes, arms, verdict, command)
 
 
-def _measure(run: LatentRun) -> tuple[list[float], list[int]]:
+def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    hidden, cache = run.last_turn(finish(hand_over(run), run.on_event)).prefill()
+    hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill()
     losses = losses_after(run, hidden, cache, [solution for _, solution in QUESTIONS])
     how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(QUESTIONS)
     answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)

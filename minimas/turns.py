@@ -21,23 +21,15 @@ from .answers import KINDS, extract
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .core.latent import think
-from .core.model import Qwen3, prefill
+from .core.model import prefill
 from .layout import LAYOUTS, ChatLayout
 from .load import LM, text_tokenizer
-from .results import AgentEnd, AgentStart, AgentTrace, Events, OnEvent, Piece, Result, Thought
+from .results import AgentEnd, AgentStart, AgentTrace, Events, Piece, Result, Thought
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
 
 Align = Callable[[Tensor], Tensor]  # hidden states (R, 1, D) -> embeddings (R, 1, D)
-
-
-Prefill = Callable[[Qwen3, list[list[int]], KVCache], tuple[Tensor, KVCache]]
-
-
-def prefill_prompts(model: Qwen3, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
-    """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache."""
-    return prefill(model, ids, cache), cache
 
 
 class TurnResult(NamedTuple):
@@ -76,7 +68,6 @@ class Run:
 
     `choices` is None, one dict letter -> text, or one per question. `sampling` None is the model's.
     `memory`, `keep_memory` and `continues`: see `latent_mas`.
-    `prefill` may be replaced by callers who keep what was prefilled for several runs.
     Raises ValueError naming the parameter or question, what was found and what was expected.
     """
 
@@ -86,11 +77,9 @@ class Run:
     choices: Any = None
     sampling: Sampling | None = None
     seed: int = 0
-    on_event: OnEvent | None = None
     memory: KVCache | None = None
     keep_memory: bool = False
     continues: bool = False
-    prefill: Prefill = prefill_prompts
 
     def __post_init__(self) -> None:
         self.tokenizer = text_tokenizer(self.lm)
@@ -183,6 +172,10 @@ class Run:
             )
         return needed
 
+    def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache."""
+        return prefill(self.lm.model, ids, cache), cache
+
     def encode(
         self,
         agents: Sequence[Agent],
@@ -222,7 +215,7 @@ class Run:
         name = " + ".join(agent.name for agent in agents)
         yield AgentStart(name, sum(map(len, ids)), steps)
 
-        hidden, cache = self.prefill(model, ids, cache)  # (R, 1, D)
+        hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
         if align is not None:
             hidden = yield from self._think(align, hidden, cache, steps)

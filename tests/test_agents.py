@@ -740,7 +740,7 @@ def test_a_stream_that_is_left_early_stops_the_work(lm: LM) -> None:
 def test_an_unknown_method_of_a_stream_is_refused(lm: LM) -> None:
     with pytest.raises(ValueError, match=r"method: found 'both', expected single"):
         next(stream(lm, QUESTIONS[:1], "both"))
-    with pytest.raises(ValueError, match="on_event"):  # it was never called
+    with pytest.raises(TypeError, match="on_event"):  # it was never called
         next(stream(lm, QUESTIONS[:1], on_event=print))
 
 

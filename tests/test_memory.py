@@ -13,7 +13,6 @@ from torch import Tensor
 from minimas import (
     LM,
     KVCache,
-    Qwen3,
     Result,
     Sampling,
     Team,
@@ -26,7 +25,7 @@ from minimas import (
 )
 from minimas.core.config import FAMILIES
 from minimas.core.model import prefill
-from minimas.turns import prefill_prompts
+from minimas.turns import Run
 
 from .models import distance, tiny_model
 from .text import SHORT, load_text_lm, text_folder
@@ -43,15 +42,16 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
-def after(ids: Sequence[int]) -> Any:
-    """Return a prefill that feeds `ids` before every prompt that starts from nothing."""
+def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Let runs feed `ids` before every prompt that starts from nothing."""
+    plain = Run.prefill
 
-    def fed(model: Qwen3, rows: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
+    def fed(run: Run, rows: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
         if not any(cache.lengths):
             rows = [[*ids, *row] for row in rows]
-        return prefill_prompts(model, rows, cache)
+        return plain(run, rows, cache)
 
-    return fed
+    monkeypatch.setattr(Run, "prefill", fed)
 
 
 def tokens(lm: LM, text: str) -> list[int]:
@@ -64,13 +64,15 @@ def tokens(lm: LM, text: str) -> list[int]:
 @pytest.mark.parametrize("layout", ["turn", "chat"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_memory_equals_its_text_fed_before_the_first_prompt(
-    tmp_path: Path, family: str, layout: str
+    tmp_path: Path, family: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong positions after a memory change every state (theorem 3.3), ragged rows included."""
     lm = load_text_lm(text_folder(tmp_path), family)
     options: dict[str, Any] = {"layout": layout, "latent_steps": 3}
     used = last_turn(lm, ASKED, memory=remember(lm, NOTE), **options)
-    fed = last_turn(lm, ASKED, prefill=after(tokens(lm, NOTE)), **options)
+    with monkeypatch.context() as patch:
+        feed_first(patch, tokens(lm, NOTE))
+        fed = last_turn(lm, ASKED, **options)
     assert distance(used.cache, fed.cache) < 1e-9
     assert float((used.prefill()[0] - fed.prefill()[0]).abs().max()) < 1e-9
     other = last_turn(lm, ASKED, memory=remember(lm, NOTE.replace("7", "8")), **options)

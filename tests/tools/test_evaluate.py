@@ -775,7 +775,7 @@ def test_what_arms_share_is_prefilled_once_and_changes_nothing(lm: LM) -> None:
     for steps, align in ((0, "ridge"), (3, "ridge"), (3, "random"), (3, "ridge")):
         how: dict[str, Any] = {"latent_steps": steps, "align": align}
         plain = latent_turn(lm, QUESTIONS, **how).losses([["1 2"]] * 3)
-        assert plain == latent_turn(lm, QUESTIONS, prefill=once, **how).losses([["1 2"]] * 3)
+        assert plain == latent_turn(lm, QUESTIONS, once=once, **how).losses([["1 2"]] * 3)
     assert len(once.kept) == 1
 
 

@@ -23,7 +23,6 @@ from minimas import LM, Sampling, Team
 from minimas.lens import Lens
 from minimas.results import AgentEnd, AgentTrace, Event, OnEvent, Result
 from minimas.teams import TEAMS
-from minimas.turns import Prefill, prefill_prompts
 
 from .arms import Arm
 from .feeders import Feeder, Feeders
@@ -42,13 +41,13 @@ Record = dict[str, Any]
 class How:
     """How agents work apart from an arm's settings.
 
-    `align` replaces the arm's map; `prefill` keeps first prompts for other arms.
+    `align` replaces the arm's map; `once` keeps first prompts for other arms.
     """
 
     seed: int = 0
     sampling: Sampling | None = None
     on_event: OnEvent | None = None
-    prefill: Prefill = prefill_prompts
+    once: PrefillOnce | None = None
     align: Feeder | None = None
 
 
@@ -121,7 +120,7 @@ class Bench:
                 "sampling": how.sampling or self.sampling,
                 "seed": how.seed,
                 "on_event": how.on_event,
-                "prefill": how.prefill,
+                "once": how.once,
             }
 
         if arm.method != "latent_mas":
@@ -196,7 +195,7 @@ class Bench:
         if self._prefill[0] != batch:
             self._prefill = (batch, PrefillOnce())
         marks, start, records = Marks(lens), time.perf_counter(), []
-        last = self.last_turn(rows, arm, How(seed, on_event=marks, prefill=self._prefill[1]))
+        last = self.last_turn(rows, arm, How(seed, on_event=marks, once=self._prefill[1]))
         texts = [[gold_text(self.rows[i]), *option_texts(self.rows[i]).values()] for i in rows]
         look = Look(last, lens)
         found = last.losses(texts)

@@ -15,16 +15,44 @@ from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_ove
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import ChatLayout
 from minimas.nll import Loss, losses_after
-from minimas.results import AgentTrace, Result, finish
+from minimas.results import AgentTrace, OnEvent, Result, finish
 from minimas.teams import Agent, Team
 from minimas.text.tokenizer import Turn
-from minimas.turns import Run, prefill_prompts
+from minimas.turns import Run
 
 from .layouts import Variant
 
 
+class PrefillOnce:
+    """What was prefilled into an empty KV cache, for several runs.
+
+    Runs with the same questions and another map or number of thoughts begin with equal prompts.
+    Only the clock can tell the difference.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
+
+
 @dataclass
-class VariantRun(LatentRun):
+class SharingRun(Run):
+    """A run that takes its first prompts from what others with the same `once` have prefilled."""
+
+    once: PrefillOnce | None = None
+
+    def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
+        if self.once is None or any(cache.lengths):
+            return super().prefill(ids, cache)
+        key = tuple(map(tuple, ids))
+        if key not in self.once.kept:
+            self.once.kept[key] = super().prefill(ids, cache)
+        hidden, kept = self.once.kept[key]
+        return hidden, kept.fork()
+
+
+@dataclass
+class VariantRun(LatentRun, SharingRun):
     """A run of `latent_mas` whose prompts may stand in a layout of measurements."""
 
     variant: Variant | None = None
@@ -39,7 +67,11 @@ class VariantRun(LatentRun):
 
 
 def latent_turn(
-    lm: LM, questions: Sequence[str], handed: "LastTurn | None" = None, **settings: Any
+    lm: LM,
+    questions: Sequence[str],
+    handed: "LastTurn | None" = None,
+    on_event: OnEvent | None = None,
+    **settings: Any,
 ) -> "LastTurn":
     """Let every agent but the last work, as in `latent_mas`, which names the settings.
 
@@ -49,20 +81,24 @@ def latent_turn(
     run = VariantRun(lm, questions, **settings)
     if handed is None:
         working = run.rotated() if run.transfer == "shuffled" else run
-        given = finish(hand_over(working), run.on_event)
+        given = finish(hand_over(working), on_event)
     else:
         assert handed.given is not None, "a text agent hands no KV cache over"
         given = handed.given
-    return LastTurn(run.last_turn(given), given)
+    return LastTurn(run.last_turn(given), given, on_event)
 
 
 def text_turn(
-    lm: LM, questions: Sequence[str], team: Team | str | None, **settings: Any
+    lm: LM,
+    questions: Sequence[str],
+    team: Team | str | None,
+    on_event: OnEvent | None = None,
+    **settings: Any,
 ) -> "LastTurn":
     """Let every agent but the last work, as in `text_mas`; with `team` None as in `single`."""
-    run = Run(lm, questions, **settings)
+    run = SharingRun(lm, questions, **settings)
     chosen = choose_team(lm, team) if team else single_team(lm)
-    return LastTurn(finish(hand_over_text(run, chosen), run.on_event))
+    return LastTurn(finish(hand_over_text(run, chosen), on_event), None, on_event)
 
 
 class LastTurn:
@@ -71,8 +107,13 @@ class LastTurn:
     Use `answer` or `losses` once; they use the cache up.
     """
 
-    def __init__(self, turn: MethodsLastTurn, given: HandOver | None = None) -> None:
-        self.turn, self.given = turn, given
+    def __init__(
+        self,
+        turn: MethodsLastTurn,
+        given: HandOver | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self.turn, self.given, self.on_event = turn, given, on_event
         self.model: Qwen3 = turn.run.lm.model
         self.tokenizer: Tokenizer = turn.run.tokenizer
         self.closing_tokens = len(turn.run.closing)  # of the text that closes a turn
@@ -122,7 +163,7 @@ class LastTurn:
 
     def answer(self) -> list[Result]:
         """Let the last agent answer."""
-        return finish(self.turn.answer(), self.turn.run.on_event)
+        return finish(self.turn.answer(), self.on_event)
 
     def losses(
         self, texts: Sequence[Sequence[str]], memory: KVCache | None = None
@@ -146,26 +187,3 @@ class LastTurn:
 def slots(memory: KVCache) -> list[int]:
     """Return how many slots each row of a KV cache holds."""
     return list(memory.lengths)
-
-
-class PrefillOnce:
-    """Prefill prompts into an empty KV cache once for several runs, as `LatentRun(prefill=)`.
-
-    Runs with the same questions and another map or number of thoughts begin with equal prompts.
-    Only the clock can tell the difference.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
-
-    def __call__(
-        self, model: Qwen3, ids: list[list[int]], cache: KVCache
-    ) -> tuple[Tensor, KVCache]:
-        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
-        if any(cache.lengths):
-            return prefill_prompts(model, ids, cache)
-        key = tuple(map(tuple, ids))
-        if key not in self.kept:
-            self.kept[key] = prefill_prompts(model, ids, cache)
-        hidden, kept = self.kept[key]
-        return hidden, kept.fork()
