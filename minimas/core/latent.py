@@ -52,8 +52,8 @@ def alignment_matrix(
     V, D = w_out.shape
     # With V ≤ D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
-    gram = torch.zeros(D, D, dtype=wide, device=w_out.device)  # W_outᵀ W_out
-    cross = torch.zeros_like(gram)  # W_outᵀ W_in
+    # W_outᵀ W_out and W_outᵀ W_in.
+    gram, cross = torch.zeros(2, D, D, dtype=wide, device=w_out.device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         out = out.to(wide)
         gram += out.T @ out
