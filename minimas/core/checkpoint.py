@@ -39,8 +39,8 @@ def load_model(
 def empty_model(name: str, source: Any) -> Qwen3:
     """Return a model without memory for weights, after checking that `source` has all of them.
 
-    `source` is a `Folder`, or what has `path`, `config`, `shapes` and `read` like one. Raises
-    ValueError for a tensor that is missing, superfluous or of another shape.
+    `source` is a `Folder` or an object with the same `path`, `config`, `shapes` and `read`. Raises
+    ValueError for a tensor that is missing, unexpected or of another shape.
     """
     with torch.device("meta"):
         model = Qwen3(source.config, name)

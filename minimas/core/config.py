@@ -99,7 +99,7 @@ class Config:
         """
         fields = {field: value for field, value in raw.items() if value is not None}
         family: Any = fields.get("model_type")
-        if family == "llama":  # the first ones have no such fields
+        if family == "llama":  # its first configs lack these
             fields.setdefault("rope_theta", 1e4)
             fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
         if family == "qwen2":  # it always has a bias on q, k and v
@@ -120,7 +120,7 @@ class Config:
         fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
         sizes: dict[str, Any] = {}
         for field, most in NUMBERS.items():
-            if field == "head_dim" and family != "qwen3":  # whose own is free of hidden_size
+            if field == "head_dim" and family != "qwen3":  # which has its own
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
             kind = type(most)

@@ -1,7 +1,7 @@
 """Files of a KV cache and of an aligner: safetensors with the fingerprint of the model.
 
-A file is written whole or not at all. Another model refuses it, because the same shapes have
-another meaning there. It holds, beside the names of the format and the model:
+A file is written whole or not at all. It is refused for any other model, where the same shapes
+have another meaning. Besides the format and the identity of the model it holds:
 
     memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only
     aligner    matrix (D, D), scale (D,), shift (D,), norm (): those that the map has
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def identity(model: Any) -> dict[str, str]:
-    """Return the name and the fingerprint of a model; raises ValueError if it is something else."""
+    """Return the metadata that name a model; raises ValueError if it is something else."""
     if not hasattr(model, "fingerprint"):
         raise ValueError(f"model: found {type(model).__name__}, expected a Qwen3, as lm.model is")
     return {"model": model.name, "fingerprint": model.fingerprint()}
@@ -35,7 +35,7 @@ def write(
     tensors: Mapping[str, Tensor | None],
     made_by: dict[str, str] | None,
 ) -> None:
-    """Write the tensors of a `what`, except None, for the model with the identity `made_by`.
+    """Write a file of kind `what`: the tensors that are not None, for the model `made_by`.
 
     Raises ValueError if there is no model, OSError if the file cannot be written.
     """

@@ -176,7 +176,7 @@ class Qwen3(nn.Module):
     def fingerprint(self) -> str:
         """Return 16 hex digits that tell checkpoints apart, from a sample of every weight as bf16.
 
-        They do not depend on the dtype, except that float16 rounds otherwise.
+        They do not depend on the dtype, except that float16 rounds differently.
         """
         c = self.config
         digest = hashlib.sha256(

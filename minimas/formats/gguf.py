@@ -1,4 +1,4 @@
-"""Present a .gguf file as the Hugging Face folder it was made of: JSON files, and tensors by name.
+"""Present a .gguf file as the Hugging Face folder it was made from: JSON files, tensors by name.
 
 What llama.cpp's converter did is undone: the tensors' names, the order of Q's and K's rows, tied
 embeddings that are stored twice. What is not supported, or not known for certain, is refused by
@@ -58,7 +58,7 @@ FIELDS = dict(
         rope_theta rope.freq_base
     """)
 )
-# Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
+# Metadata that changes the mathematics, and the values that mean "not in use", as absence does.
 UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
@@ -220,9 +220,8 @@ class GGUF:
             "model_type": family,
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
-            "dtype": FLOATS.get(
-                " ".join(kinds), "bfloat16"
-            ),  # of matrices that are all of one kind
+            # The type of the matrices, if they all have the same.
+            "dtype": FLOATS.get(" ".join(kinds), "bfloat16"),
         }
 
     def _tokenizer(self) -> dict[str, Any]:
@@ -240,7 +239,7 @@ class GGUF:
         types = value("tokenizer.ggml.token_type", list)
         expected = f"{len(tokens)}, one for every token"
         require(len(types) == len(tokens), "tokenizer.ggml.token_type", len(types), expected)
-        # Without unused ones. Added tokens too: the library would number them anew, at the end.
+        # Unused tokens are left out. Added ones are not: the library would renumber them.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
         different = len(vocabulary) == len(types) - types.count(UNUSED)
         require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
