@@ -39,14 +39,14 @@ def load_model(
 def empty_model(name: str, source: Any) -> Qwen3:
     """Return a model without memory for weights, after checking that `source` has all of them.
 
-    `source` is a `Folder`, or what has `path`, `config`, `shapes` and `read` like one. Raises
-    ValueError for a tensor that is missing, superfluous or of another shape.
+    `source` is a `Folder` or an object with the same `path`, `config`, `shapes` and `read`. Raises
+    ValueError for a tensor that is missing, unexpected or of another shape.
     """
     with torch.device("meta"):
         model = Qwen3(source.config, name)
     wanted, shapes = model.state_dict(), source.shapes
-    tied = source.config.tie_word_embeddings and HEAD in shapes
-    if tied:  # either name may be that of the only copy
+    if source.config.tie_word_embeddings and HEAD in shapes:  # beside the embedding or in its place
+        wanted[HEAD] = wanted[EMBEDDING]
         shapes.setdefault(EMBEDDING, shapes[HEAD])
     for key, weight in wanted.items():
         shape = tuple(weight.shape)
@@ -55,7 +55,7 @@ def empty_model(name: str, source: Any) -> Qwen3:
             raise ValueError(
                 f"{source.path}: tensor {key}: found {found}, expected shape {shape} by config.json"
             )
-    for key in shapes.keys() - wanted.keys() - {HEAD if tied else ""}:
+    for key in shapes.keys() - wanted.keys():
         if not key.endswith(".rotary_emb.inv_freq"):  # of old Llama checkpoints
             raise ValueError(
                 f"{source.path}: tensor {key} belongs to nothing in a model of this config.json"
@@ -119,7 +119,8 @@ class Folder:
                             f"{path / name}: tensor {key}: found {part.get_dtype()}, "
                             f"expected one of {', '.join(STORED)}"
                         )
-                    self.shapes[key], self._files[key] = tuple(part.get_shape()), name
+                    self.shapes[key] = tuple(part.get_shape())
+                    self._files[key] = name
         if index and index != self._files:
             logging.getLogger(__name__).warning(
                 "%s: tensor %s, file %s: index and files disagree; what the files hold is used",

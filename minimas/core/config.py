@@ -7,7 +7,6 @@ field is ignored without a warning. Does not know: tensors, tokenizers.
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +92,14 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> "Config":
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "Config":
         """Read the dict of a config.json.
 
         Raises ValueError naming `source`, the field, what was found and what was expected.
         """
         fields = {field: value for field, value in raw.items() if value is not None}
         family: Any = fields.get("model_type")
-        if family == "llama":  # the first ones have no such fields
+        if family == "llama":  # its first configs lack these
             fields.setdefault("rope_theta", 1e4)
             fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
         if family == "qwen2":  # it always has a bias on q, k and v
@@ -117,11 +116,11 @@ class Config:
         # Of transformers 4 and 5. If both are there, the first counts, as in transformers.
         name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         block = fields.get(name, {})
-        check(isinstance(block, Mapping), name, "an object or null")
+        check(isinstance(block, dict), name, "an object or null")
         fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
         sizes: dict[str, Any] = {}
         for field, most in NUMBERS.items():
-            if field == "head_dim" and family != "qwen3":  # whose own is free of hidden_size
+            if field == "head_dim" and family != "qwen3":  # which has its own
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
             kind = type(most)
@@ -145,13 +144,13 @@ class Config:
         )
 
 
-def _refuse(block: Mapping[str, Any], where: str, found: str = ": found ") -> None:
+def _refuse(block: dict[str, Any], where: str, found: str = ": found ") -> None:
     """Refuse what is not implemented, at any depth. Warn of unknown fields."""
     for field, value in block.items():
         allowed = (None, *UNSUPPORTED.get(field, (value,)))
         if value not in allowed:
             raise ValueError(f"{where}{field}{found}{value!r:.80}, expected one of {allowed}")
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             _refuse(value, f"{where}{field}{found}", " ")
         elif value and field not in KNOWN:
             logging.getLogger(__name__).warning("%s%s is not known, and ignored", where, field)

@@ -1,7 +1,7 @@
 """Files of a KV cache and of an aligner: safetensors with the fingerprint of the model.
 
-A file is written whole or not at all. Another model refuses it, because the same shapes have
-another meaning there. It holds, beside the names of the format and the model:
+A file is written whole or not at all. It is refused for any other model, where the same shapes
+have another meaning. Besides the format and the identity of the model it holds:
 
     memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only
     aligner    matrix (D, D), scale (D,), shift (D,), norm (): those that the map has
@@ -22,27 +22,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def identity(model: Any) -> tuple[str, str]:
-    """Return the name and the fingerprint of a model; raises ValueError if it is something else."""
+def identity(model: Any) -> dict[str, str]:
+    """Return the metadata that name a model; raises ValueError if it is something else."""
     if not hasattr(model, "fingerprint"):
         raise ValueError(f"model: found {type(model).__name__}, expected a Qwen3, as lm.model is")
-    return model.name, model.fingerprint()
+    return {"model": model.name, "fingerprint": model.fingerprint()}
 
 
 def write(
     path: str | Path,
     what: str,
     tensors: Mapping[str, Tensor | None],
-    made_by: tuple[str, str] | None,
+    made_by: dict[str, str] | None,
 ) -> None:
-    """Write the tensors of a `what`, except None, for the model with the identity `made_by`.
+    """Write a file of kind `what`: the tensors that are not None, for the model `made_by`.
 
     Raises ValueError if there is no model, OSError if the file cannot be written.
     """
     if made_by is None:
         raise ValueError(f"{path}: found {what} of no model, expected one that a model has made")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
-    metadata = {"format": f"minimas-{what}-1", "model": made_by[0], "fingerprint": made_by[1]}
+    metadata = {"format": f"minimas-{what}-1"} | made_by
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:
         save_file(stored, partial, metadata=metadata)
@@ -61,9 +61,8 @@ def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     """
     reader = identity(model)
     tensors, metadata = contents(path, what)
-    name, fingerprint = metadata.get("model"), metadata.get("fingerprint")
-    if fingerprint != reader[1]:
-        raise ValueError(f"{path}: model: found {what} of {name, fingerprint}, expected {reader}")
+    if metadata.get("fingerprint") != reader["fingerprint"]:
+        raise ValueError(f"{path}: model: found {what} with {metadata}, expected {reader}")
     return tensors
 
 

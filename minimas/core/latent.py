@@ -52,8 +52,8 @@ def alignment_matrix(
     V, D = w_out.shape
     # With V ≤ D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
-    gram = torch.zeros(D, D, dtype=wide, device=w_out.device)  # W_outᵀ W_out
-    cross = torch.zeros_like(gram)  # W_outᵀ W_in
+    # W_outᵀ W_out and W_outᵀ W_in.
+    gram, cross = torch.zeros(2, D, D, dtype=wide, device=w_out.device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         out = out.to(wide)
         gram += out.T @ out
@@ -75,7 +75,7 @@ class Aligner:
         e = rescale((h · scale) W) + shift
 
     `matrix` is W (D, D), `scale` (D,), `norm` the length of rescaled vectors, `shift` (D,). None
-    leaves out what it stands for. `model` is the model that the map is for: `save` needs it.
+    leaves out its step. `model` is the model that the map is for: `save` needs it.
     """
 
     def __init__(
@@ -97,8 +97,9 @@ class Aligner:
         "ridge" is the paper's W_a. "identity" leaves h as it is. "prenorm" is (h ÷ g) W_a, the
         state before the gain g of the final norm. "random" has W_a's singular values and random
         directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
-        back as it is. `rows` is how many embedding rows count (None: all); the rows after the
-        tokenizer's last id are padding. Raises ValueError for another kind, or rows out of range.
+        back as it is. `rows` is the number of embedding rows to use (None: all); the rows after
+        the tokenizer's last id are padding. Raises ValueError for another kind, or rows out of
+        range.
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
@@ -161,7 +162,7 @@ class Aligner:
         x = x if self.scale is None else x * self.scale
         x = x if self.matrix is None else x @ self.matrix
         if self.norm is not None:
-            x = x * (self.norm / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+            x = self.norm * torch.nn.functional.normalize(x, dim=-1)
         x = x if self.shift is None else x + self.shift
         return x.to(hidden.dtype)
 

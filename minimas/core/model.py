@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -39,17 +39,17 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        q_size = c.num_attention_heads * c.head_dim
-        kv_size = c.num_key_value_heads * c.head_dim
+        D, d = c.hidden_size, c.head_dim
+        q_size, kv_size = c.num_attention_heads * d, c.num_key_value_heads * d
         bias = c.model_type == "qwen2"
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q_size, bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias)
-        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=False)
-        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, q_size, bias)
+        self.k_proj = nn.Linear(D, kv_size, bias)
+        self.v_proj = nn.Linear(D, kv_size, bias)
+        self.o_proj = nn.Linear(q_size, D, bias=False)
+        self.q_norm = norm(d, c.rms_norm_eps)
+        self.k_norm = norm(d, c.rms_norm_eps)
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -176,7 +176,7 @@ class Qwen3(nn.Module):
     def fingerprint(self) -> str:
         """Return 16 hex digits that tell checkpoints apart, from a sample of every weight as bf16.
 
-        They do not depend on the dtype, except that float16 rounds otherwise.
+        They do not depend on the dtype, except that float16 rounds differently.
         """
         c = self.config
         digest = hashlib.sha256(
@@ -207,7 +207,7 @@ def finite_on_cpu(x: Tensor, *name_and_cause: str) -> Tensor:
 
     Reading a value there waits for all kernels. `decode` checks the scores, which it reads anyway.
     """
-    return finite(x, *name_and_cause) if x.device.type == "cpu" else x
+    return finite(x, *name_and_cause) if x.is_cpu else x
 
 
 def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
@@ -238,5 +238,5 @@ def prefill(
         chunk = slice(start, start + chunk_tokens)
         counts = [len(row[chunk]) for row in ids]
         states.append(model(model.embed(padded[:, chunk].to(model.device)), cache, counts))
-    last = take_last(torch.cat(states, 1), [len(row) for row in ids])  # (B, 1, D)
+    last = take_last(torch.cat(states, 1), list(map(len, ids)))  # (B, 1, D)
     return finite_on_cpu(last, model.name)

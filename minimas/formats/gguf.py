@@ -1,4 +1,4 @@
-"""Present a .gguf file as the Hugging Face folder it was made of: JSON files, and tensors by name.
+"""Present a .gguf file as the Hugging Face folder it was made from: JSON files, tensors by name.
 
 What llama.cpp's converter did is undone: the tensors' names, the order of Q's and K's rows, tied
 embeddings that are stored twice. What is not supported, or not known for certain, is refused by
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import Config
-from .gguf_file import BLOCKS, StoredTensor, read_header, table
+from .gguf_file import BLOCKS, FLOATS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
@@ -58,7 +58,7 @@ FIELDS = dict(
         rope_theta rope.freq_base
     """)
 )
-# Metadata that changes the mathematics -> the values that mean "not in use"; absence always does.
+# Metadata that changes the mathematics, and the values that mean "not in use", as absence does.
 UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
@@ -74,7 +74,6 @@ UNSUPPORTED: dict[str, Any] = {
         (0,),
     ),
 }
-DTYPES = {"F32": "float32", "F16": "float16"}  # of a file whose matrices are all of this type
 # How a text is cut into words, by tokenizer.ggml.pre. Only those whose Hugging Face tokenizer is
 # known for certain.
 WORDS = (
@@ -126,19 +125,18 @@ class GGUF:
             header.require(key not in self.tensors, field, "it twice", "it once")
             self.tensors[key] = tensor
         raw = self._config()
-        self.config = Config.from_dict(raw, f"{path}: config.json")
-        family, head_dim, most = raw["model_type"], self.config.head_dim, self.config.vocab_size
-        sizes = dict.fromkeys("rope.dimension_count attention.value_length".split(), (head_dim,))
+        self.config = c = Config.from_dict(raw, f"{path}: config.json")
+        sizes = dict.fromkeys("rope.dimension_count attention.value_length".split(), (c.head_dim,))
         for name, allowed in (UNSUPPORTED | sizes).items():
-            value = header.metadata.get(f"{family}.{name}", allowed[0])
-            expected = f"{allowed[0]!r}, nothing else"
-            header.require(value in allowed, f"{family}.{name}", repr(value), expected)
+            field = f"{c.model_type}.{name}"
+            value = header.metadata.get(field, allowed[0])
+            header.require(value in allowed, field, repr(value), f"{allowed[0]!r}, nothing else")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
         self._ids: dict[str, int] = {}  # of special tokens; -1, as in llama.cpp, if there is none
         for name in "eos eot eom unknown padding bos".split():
             field = f"tokenizer.ggml.{name}_token_id"
             self._ids[name] = value = header.value(field, int, -1)
-            header.require(value < most, field, value, f"an id below {most:,}")
+            header.require(value < c.vocab_size, field, value, f"an id below {c.vocab_size:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
         # Those that end a text or a turn, the file's own first.
         ends = [i for i in list(self._ids.values())[:3] if i >= 0]
@@ -190,9 +188,9 @@ class GGUF:
         They are if the file has no head, or if the two differ by their rounding only. Then the
         finer one is kept for both.
         """
-        found = EMBEDDING in self.tensors
-        self._header.require(found, "tensor token_embd.weight", "nothing", "a matrix")
-        embedding, head = self.tensors[EMBEDDING], self.tensors.get(HEAD)
+        tensors, field = self.tensors, "tensor token_embd.weight"
+        self._header.require(EMBEDDING in tensors, field, "nothing", "a matrix")
+        embedding, head = tensors[EMBEDDING], tensors.get(HEAD)
         if head is None or head.shape != embedding.shape:
             return head is None
         coarse, fine = sorted((embedding, head), key=lambda tensor: tensor.row_bytes)
@@ -205,8 +203,8 @@ class GGUF:
         bits = 8 * coarse.row_bytes / coarse.shape[-1]
         if not torch.dist(a, b) <= max(0.2, 2.5 / 2**bits) * b.norm():
             return False
-        self.tensors[EMBEDDING] = fine
-        del self.tensors[HEAD]
+        tensors[EMBEDDING] = fine
+        del tensors[HEAD]
         return True
 
     def _config(self) -> dict[str, Any]:
@@ -222,7 +220,8 @@ class GGUF:
             "model_type": family,
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
-            "dtype": DTYPES.get(" ".join(kinds), "bfloat16"),
+            # The type of the matrices, if they all have the same.
+            "dtype": FLOATS.get(" ".join(kinds), "bfloat16"),
         }
 
     def _tokenizer(self) -> dict[str, Any]:
@@ -240,13 +239,16 @@ class GGUF:
         types = value("tokenizer.ggml.token_type", list)
         expected = f"{len(tokens)}, one for every token"
         require(len(types) == len(tokens), "tokenizer.ggml.token_type", len(types), expected)
-        # Without unused ones. Added tokens too: the library would number them anew, at the end.
+        # Unused tokens are left out. Added ones are not: the library would renumber them.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
         different = len(vocabulary) == len(types) - types.count(UNUSED)
         require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
         pairs = [str(merge).split(" ") for merge in value("tokenizer.ggml.merges", list)]
-        known = vocabulary.keys()
-        wrong = [pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= known]
+        wrong = [
+            pair
+            for pair in pairs
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys()
+        ]
         require(not wrong, "tokenizer.ggml.merges", wrong[:1], "two tokens that make a third")
         flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
         whole = pre == "llama-bpe"  # a word that is a token stays whole

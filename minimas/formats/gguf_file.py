@@ -66,7 +66,7 @@ TYPES = {
         40 NVFP4 64 36
     """)
 }
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in torch
 BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
 
 
@@ -116,17 +116,18 @@ class StoredTensor(NamedTuple):
 
         Raises ImportError if that needs the package gguf.
         """
-        if self.kind in FLOATS:
-            return self.read_bytes(start, stop).view(FLOATS[self.kind])  # (n, row_bytes) -> (n, K)
         if self.kind in BLOCKS:
             values, scale, minimum = self.read_blocks(start, stop)
             weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K) -> (n, G, 32)
             return (weights + minimum[..., None]).flatten(1)  # (n, G, 32) -> (n, K)
-        data = self.read_bytes(start, stop).numpy()
+        data = self.read_bytes(start, stop)  # (n, row_bytes)
+        if self.kind in FLOATS:
+            return data.view(getattr(torch, FLOATS[self.kind]))  # (n, K)
         try:
-            from gguf import GGMLQuantizationType, quants
+            from gguf import GGMLQuantizationType as Kind
+            from gguf.quants import dequantize
 
-            return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[self.kind]))
+            return torch.from_numpy(dequantize(data.numpy(), Kind[self.kind]))  # (n, K)
         except (ImportError, KeyError) as error:
             raise ImportError(
                 f"{self.path}: tensor {self.name!r}: found type {self.kind}, which needs a package "
@@ -210,8 +211,7 @@ class Header:
             stop = start + rows * row_bytes
             expected = f"at most {self.size:,}"
             self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
-            tensor = StoredTensor(name, self.path, start, kind, shape, rows, row_bytes)
-            self.tensors.append(tensor)
+            self.tensors.append(StoredTensor(name, self.path, start, kind, shape, rows, row_bytes))
 
     def _read(self, count: int, field: str) -> bytes:
         data = self._file.read(min(count, self.size))
@@ -246,6 +246,7 @@ def read_header(path: Path) -> Header:
         return given
     end = f"-of-{count:05}.gguf"
     stem = re.sub(rf"-\d{{5}}{end}$", "", path.name)
-    shards = [Header(path.with_name(f"{stem}-{i + 1:05}{end}")) for i in range(count)]
-    shards[0].tensors = [tensor for shard in shards for tensor in shard.tensors]
-    return shards[0]
+    first, *others = (Header(path.with_name(f"{stem}-{i + 1:05}{end}")) for i in range(count))
+    for shard in others:
+        first.tensors += shard.tensors
+    return first
