@@ -106,7 +106,7 @@ def prepare(args: Namespace) -> None:
         **options,
         "sampling": asdict(sampling),
         "memory": args.memory,
-        "quantization": args.quantize,
+        "quantization": args.quantize or ("as in the file" if lm.folder.is_file() else None),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.model.device),
         "versions": {"minimas": __version__, "torch": torch.__version__},

@@ -23,6 +23,7 @@ from .load import TINY
 from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Usage
 from .rows import Row
 from .streams import silence
+from .turns import with_opened_think
 
 POSITIONAL = {"question": "QUESTION", "text": "FILE"}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
@@ -159,7 +160,7 @@ class Screen:
             if result.finish_reason == "length":
                 last = result.agents[-1]
                 limit = f"cut off at --max-new-tokens {last.output_tokens}"
-                said = last.prompt + last.text
+                said = with_opened_think(last.prompt, last.text)
                 if said.rfind("<think>") > said.rfind("</think>"):
                     limit += ", still thinking: pass more, such as 4096, or --no-think"
                 say(self.args, f"{'':>14}  {label}{limit}")
