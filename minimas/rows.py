@@ -79,9 +79,8 @@ def read_rows(path: Path) -> list[Row]:
                 row = json.loads(source, parse_float=number, parse_constant=number)
                 rows.append(checked_row(row, line))
         except (ValueError, RecursionError) as error:
-            problem = f"found bad JSON ({error}), expected an object"
-            if type(error) is ValueError:  # of `number` or `checked_row`
-                problem = str(error)
+            ours = type(error) is ValueError  # of `number` or `checked_row`
+            problem = error if ours else f"found bad JSON ({error}), expected an object"
             raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
         raise ValueError(f"{path}: found no rows, expected one JSON object with a question a line")
