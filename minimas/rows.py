@@ -104,5 +104,8 @@ def kind_of(row: Row) -> str:
 
 def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
     """Return (kind, at most `size` rows of it) in the rows' order; `kind` None: the row's own."""
-    runs = groupby(enumerate(rows), lambda item: (kind or kind_of(item[1]), item[0] // size))
-    return [(name, [row for _, row in run]) for (name, _), run in runs]
+    return [
+        (name, list(run))
+        for start in range(0, len(rows), size)
+        for name, run in groupby(rows[start : start + size], lambda row: kind or kind_of(row))
+    ]
