@@ -9,19 +9,23 @@ import sys
 from argparse import Namespace
 
 from .core.cache import KVCache
-from .screen import report_error, say, show_answers
+from .load import LM
+from .screen import ERRORS, Settings, report_error, say, show_answers
 from .teams import Agent, Team
 
 COMMANDS = "/clear, /save FILE (after a message), /load FILE, /show or /exit"
 
 
-def chat(args: Namespace) -> None:
-    """Answer each line of standard input, or do what it says if it begins with a slash."""
+def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None:
+    """Answer each line of standard input, or do what it says if it begins with a slash.
+
+    `options` and `settings` are as in `show_answers`.
+    """
     if args.method == "single":
         alone = Team((Agent("assistant", "{question}"),))
-        args.method, args.options["team"] = "text_mas", args.lm.teams.get("single", alone)
-    args.options["keep_memory"] = True
-    memory = start = args.options.get("memory")
+        args.method, options["team"] = "text_mas", lm.teams.get("single", alone)
+    options["keep_memory"] = True
+    memory = start = options.get("memory")
     turns = 0
     say(args, f"minimas: type a message, {COMMANDS}")
     while True:
@@ -36,22 +40,23 @@ def chat(args: Namespace) -> None:
                 case ["/save", file] if memory:
                     memory.save(file)
                 case ["/load", file]:
-                    memory, turns = KVCache.load(file, args.lm.model), 0
+                    memory, turns = KVCache.load(file, lm.model), 0
                 case ["/show"]:
                     held = "0 slots"
                     if memory:
                         held = f"{memory.lengths[0]:,} slots, {memory.nbytes:,} bytes"
-                    for name, value in {"turns": turns, "KV cache": held, **args.settings}.items():
+                    for name, value in {"turns": turns, "KV cache": held, **settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
                 case [command, *_] if command[0] == "/":
                     raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")
                 case [_, *_]:
-                    args.options |= {"memory": memory, "continues": memory is not None}
-                    [result] = show_answers(args, [("free", [{"question": line}])])
+                    options |= {"memory": memory, "continues": memory is not None}
+                    asked = [("free", [{"question": line}])]
+                    [result] = show_answers(args, lm, options, settings, asked)
                     memory, turns = result.memory, turns + 1
         except KeyboardInterrupt:
             say(args, "\nminimas: stopped, the conversation is as it was")
-        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        except ERRORS as error:
             if isinstance(error, OSError) and line[0] != "/":  # of stdout, not of a file
                 raise
             report_error(error, args)

@@ -58,7 +58,7 @@ There are 5 × 48 = 240 trees. The storm breaks 240 / 8 = 30 of them. 240 − 30
 are still standing. \\boxed{210}"""
 
 QUESTIONS = [pair.split("\n") for pair in TEXT.split("\n\n")]
-ASKED = [question for question, _ in QUESTIONS]
+ASKED, SOLUTIONS = zip(*QUESTIONS, strict=True)
 GREEDY = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
 
 
@@ -149,15 +149,15 @@ def check(
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
     verdict, flags = judge(team.layout, arms)
     command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
-    sizes = latent_steps, MAX_NEW_TOKENS, len(QUESTIONS)
+    sizes = latent_steps, MAX_NEW_TOKENS, len(ASKED)
     return Report(lm.model.name, team.layout, *sizes, arms, verdict, command)
 
 
 def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill()
-    losses = losses_after(run, hidden, cache, [solution for _, solution in QUESTIONS])
-    how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(QUESTIONS)
+    losses = losses_after(run, hidden, cache, SOLUTIONS)
+    how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(ASKED)
     answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
     return [loss.mean for loss in losses], [len(answer.ids) for answer in answers]
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from .info import describe
 from .load import LM, TINY, load
 from .memory import remember
 from .rows import batches, read_input, read_rows
-from .screen import Screen, bill, report_error, say, show_answers
+from .screen import ERRORS, Screen, Settings, bill, report_error, say, show_answers
 from .streams import silence
 from .teams import Team
 from .text.generate import Sampling
@@ -35,16 +34,13 @@ METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
 
 
 def run(args: Namespace) -> int:
-    """Run the function `run_…` of the command's name.
-
-    Returns the exit status: 0 done, 1 failed, 2 wrong usage.
-    """
+    """Run one of the COMMANDS. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     try:
-        globals()[f"run_{args.command}"](args)
+        COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
-    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
+    except ERRORS as error:
         return report_error(error, args)
     return 0
 
@@ -54,17 +50,17 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
-    prepare(args)
-    args.options["keep_memory"] = bool(args.save_memory)
+    lm, options, settings = prepare(args)
+    options["keep_memory"] = bool(args.save_memory)
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
     groups = batches(rows, args.kind, size)
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
         began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
         texts = ["How" + " many" * n for n in range(len(groups[0][1]))]
-        getattr(agents, args.method)(args.lm, texts, **args.options | short)
+        getattr(agents, args.method)(lm, texts, **options | short)
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
-    results = show_answers(args, groups)
+    results = show_answers(args, lm, options, settings, groups)
     if results[0].memory is not None:
         results[0].memory.save(args.save_memory)
     say(args, bill("total", [result.usage for result in results]))
@@ -73,17 +69,15 @@ def run_ask(args: Namespace) -> None:
 
 def run_chat(args: Namespace) -> None:
     """Answer the messages on standard input, in one conversation."""
-    prepare(args)
-    chat(args)
+    chat(args, *prepare(args))
 
 
-def prepare(args: Namespace) -> None:
+def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     """Load the model, after wrong arguments are refused.
 
-    Puts into `args`: the model `lm`, the `options` of the method, and the `settings` that a record
-    of an answer holds.
+    Returns the model, the options of the method, and the settings that a record of an answer holds.
     """
-    options = args.options = method_options(args)
+    options = method_options(args)
     changed = {
         name: value
         for name, value in vars(args).items()
@@ -95,20 +89,20 @@ def prepare(args: Namespace) -> None:
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)
-    lm = args.lm = load_model(args)
+    lm = load_model(args)
     if args.think is not None and lm.tokenizer:
         lm.tokenizer.set_thinking(args.think)
     sampling = replace(lm.sampling, **changed)
-    settings = args.settings = {
+    settings = {
         "model": args.model,
         "method": args.method,
         "layout": "chat",
         **options,
         "sampling": asdict(sampling),
         "memory": args.memory,
-        "quantization": args.quantize,
+        "quantization": args.quantize or ("as in the file" if lm.folder.is_file() else None),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "device": str(lm.model.device),
+        "device": lm.model.device,
         "versions": {"minimas": __version__, "torch": torch.__version__},
     }
     options["sampling"] = sampling
@@ -119,25 +113,26 @@ def prepare(args: Namespace) -> None:
         lm.aligner(options["align"])  # raises for a wrong kind or file
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
+    return lm, options, settings
 
 
 def load_model(args: Namespace) -> LM:
     """Return the model of a command line, as `load` does."""
-    compiled = "compile" in args and args.compile  # a flag of `ask` only
+    compiled = getattr(args, "compile", False)  # a flag of `ask` only
     return load(args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
 
 
-def method_options(args: Namespace) -> dict[str, Any]:
+def method_options(args: Namespace) -> Settings:
     """Return the method's own options, given or default; refuse those of other methods."""
-    options, parameters = {}, signature(getattr(agents, args.method)).parameters
+    options: Settings = {}
+    parameters = signature(getattr(agents, args.method)).parameters
     for name in METHOD_FLAGS:
         given = getattr(args, name, None)  # `chat` does not have all
         if name in parameters:
             options[name] = parameters[name].default if given is None else given
         elif given is not None:
-            raise ParameterError(
-                name, f"found with --method {args.method}, expected a method that uses it"
-            )
+            problem = f"found with --method {args.method}, expected a method that uses it"
+            raise ParameterError(name, problem)
     return options
 
 
@@ -170,6 +165,15 @@ def run_check(args: Namespace) -> None:
 
 def run_info(args: Namespace) -> None:
     """Print what a model is and what it needs, one line for each fact."""
-    sizes = args.batch_size, args.context, args.max_new_tokens
-    for label, text in describe(args.model, *sizes).items():
+    lines = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
+    for label, text in lines.items():
         print(f"{label + ':':<14} {text}")
+
+
+COMMANDS = {
+    "ask": run_ask,
+    "chat": run_chat,
+    "remember": run_remember,
+    "check": run_check,
+    "info": run_info,
+}

@@ -94,8 +94,11 @@ class LM:
     def teams(self) -> dict[str, Team]:
         """Read the folder's own teams by name from teams.json; {} without."""
         raw, path = self._settings("teams.json")
-        raw.pop("latent_steps", None)
-        return {name: Team.from_dict(team, f"{path}: {name}") for name, team in raw.items()}
+        return {
+            name: Team.from_dict(team, f"{path}: {name}")
+            for name, team in raw.items()
+            if name != "latent_steps"
+        }
 
     @cached_property
     def default_steps(self) -> int:

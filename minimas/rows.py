@@ -84,9 +84,8 @@ def read_rows(path: Path) -> list[Row]:
                 row = json.loads(source, parse_float=number, parse_constant=number)
                 rows.append(checked_row(row, line))
         except (ValueError, RecursionError) as error:
-            problem = f"found bad JSON ({error}), expected an object"
-            if type(error) is ValueError:  # of `number` or `checked_row`
-                problem = str(error)
+            ours = type(error) is ValueError  # of `number` or `checked_row`
+            problem = error if ours else f"found bad JSON ({error}), expected an object"
             raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
         raise ValueError(f"{path}: found no rows, expected one JSON object with a question a line")
@@ -110,5 +109,8 @@ def kind_of(row: Row) -> str:
 
 def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
     """Return (kind, at most `size` rows of it) in the rows' order; `kind` None: the row's own."""
-    runs = groupby(enumerate(rows), lambda item: (kind or kind_of(item[1]), item[0] // size))
-    return [(name, [row for _, row in run]) for (name, _), run in runs]
+    return [
+        (name, list(run))
+        for start in range(0, len(rows), size)
+        for name, run in groupby(rows[start : start + size], lambda row: kind or kind_of(row))
+    ]

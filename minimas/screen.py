@@ -19,11 +19,15 @@ from tqdm.utils import disp_trim
 from . import agents, prompts
 from .core.errors import ParameterError
 from .lens import Lens, ThoughtView
-from .load import TINY
+from .load import LM, TINY
 from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Usage
 from .rows import Row
 from .streams import silence
+from .turns import with_opened_think
 
+# What is reported in one line; another exception is a fault of the program.
+ERRORS = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
+Settings = dict[str, Any]  # what a method was called with, name -> value
 POSITIONAL = {"question": "QUESTION", "text": "FILE"}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
@@ -133,7 +137,7 @@ class Screen:
                     line += f" {chance:4.0%} {text!r:<12.12}"
                 say(self.args, disp_trim(line, get_terminal_size().columns))
 
-    def show(self, results: Sequence[Result], settings: dict[str, Any]) -> None:
+    def show(self, results: Sequence[Result], settings: Settings) -> None:
         """Print what is not on stdout yet; of a batch without results, the text so far."""
         self.bar.close()
         if not results and any(self.texts):
@@ -141,12 +145,15 @@ class Screen:
                 print(flush=True)  # ends the line
             results = [Result("", text, None, "interrupted", [AgentTrace()]) for text in self.texts]
         for i, result in enumerate(results):
-            row, label = self.batch[i], self.labels[i]
             if self.args.json:
-                record = {"id": row.get("id")} | asdict(replace(result, memory=None)) | settings
-                steps = max(agent.latent_steps for agent in result.agents)
-                record |= {"latent_steps": steps, "usage": asdict(result.usage)}
-                record["question"] = row["question"]
+                record = {
+                    "id": self.batch[i].get("id"),
+                    **asdict(replace(result, memory=None)),
+                    **settings,
+                    "latent_steps": max(agent.latent_steps for agent in result.agents),
+                    "usage": asdict(result.usage),
+                    "question": self.batch[i]["question"],
+                }
                 if self.lens:
                     own = self.lens.seen[i :: len(self.batch)]
                     record["thoughts"] = [
@@ -159,16 +166,22 @@ class Screen:
             if result.finish_reason == "length":
                 last = result.agents[-1]
                 limit = f"cut off at --max-new-tokens {last.output_tokens}"
-                said = last.prompt + last.text
+                said = with_opened_think(last.prompt, last.text)
                 if said.rfind("<think>") > said.rfind("</think>"):
                     limit += ", still thinking: pass more, such as 4096, or --no-think"
-                say(self.args, f"{'':>14}  {label}{limit}")
+                say(self.args, f"{'':>14}  {self.labels[i]}{limit}")
 
 
-def show_answers(args: Namespace, groups: Sequence[tuple[str, list[Row]]]) -> list[Result]:
+def show_answers(
+    args: Namespace,
+    lm: LM,
+    options: Settings,
+    settings: Settings,
+    groups: Sequence[tuple[str, list[Row]]],
+) -> list[Result]:
     """Answer the rows of each (kind, batch), print each answer, and return the results.
 
-    `args` has the model and what else `commands.prepare` puts there.
+    `options` are parameters of the method, and `settings` what a record holds about all answers.
     """
     questions = [row["question"] for _, batch in groups for row in batch]
     known = (re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
@@ -176,19 +189,19 @@ def show_answers(args: Namespace, groups: Sequence[tuple[str, list[Row]]]) -> li
         say(args, f"minimas: {prompts.TINY_HINT}")
     results: list[Result] = []
     for kind, batch in groups:
-        lens = Lens(args.lm, args.show_thoughts) if args.show_thoughts else None
+        lens = Lens(lm, args.show_thoughts) if args.show_thoughts else None
         screen = Screen(args, batch, len(results), len(questions), lens)
         own: list[Result] = []
         try:
             own = getattr(agents, args.method)(
-                args.lm,
+                lm,
                 [row["question"] for row in batch],
                 choices=[row.get("choices") for row in batch],
                 kind=kind,
                 on_event=screen,
-                **args.options,
+                **options,
             )
         finally:
-            screen.show(own, args.settings | {"kind": kind})  # if interrupted, the text so far
+            screen.show(own, settings | {"kind": kind})  # if interrupted, the text so far
         results += own
     return results

@@ -133,6 +133,22 @@ def test_a_record_says_what_its_result_depends_on(
         assert (found["latent_steps"], found["layout"]) == (0, "chat")
 
 
+def test_a_record_of_a_gguf_file_said_that_nothing_was_quantized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers keep the file's blocks of 4 bits, and "quantization" was null."""
+    pytest.importorskip("gguf")
+    from .formats.test_gguf import trained, words_of, write
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 500}
+    model = tiny_model(dtype=torch.float32, **sizes)
+    words = words_of(trained("qwen2"), "qwen2")
+    path = write(tmp_path / "a.gguf", model, kinds="Q4_0", extra=words)
+    argv = ["q?", "-m", path, "-n", 1, "--latent-steps", 0, "--json", "--quiet", "--device", "cpu"]
+    assert json.loads(ask(capsys, *argv)[0])["quantization"] == "as in the file"
+    assert json.loads(ask(capsys, *argv, "--quantize", "q8")[0])["quantization"] == "q8"
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -205,3 +221,14 @@ def test_a_thought_that_was_cut_off_is_called_one(
         _, err = ask(capsys, "q?", "--method", "single", *flags)
         [line] = [line for line in err.splitlines() if "cut off at --max-new-tokens 256" in line]
         assert ("still thinking: pass more, such as 4096, or --no-think" in line) == thinks
+
+
+@pytest.mark.parametrize("question", ["Eva has 2 <think> cards?", "Why </think> not <think>"])
+def test_a_think_of_the_question_was_taken_for_a_thought_of_the_model(
+    thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str], question: str
+) -> None:
+    """Only the template and the model open a thought; a user may write about the tag."""
+    for flags, thinks in (([folder], False), ([thinker, "--no-think"], False), ([thinker], True)):
+        for method in (["single"], ["latent_mas", "--latent-steps", 0]):
+            _, err = ask(capsys, question, "-n", 1, "-m", *flags, "--method", *method)
+            assert ("still thinking" in err) == thinks
