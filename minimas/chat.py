@@ -42,10 +42,7 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                 case ["/load", file]:
                     memory, turns = KVCache.load(file, lm.model), 0
                 case ["/show"]:
-                    held = "0 slots"
-                    if memory:
-                        held = f"{memory.lengths[0]:,} slots, {memory.nbytes:,} bytes"
-                    for name, value in {"turns": turns, "KV cache": held, **settings}.items():
+                    for name, value in {"turns": turns, "KV cache": memory, **settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
                 case [command, *_] if command[0] == "/":
                     raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")

@@ -14,13 +14,13 @@ from time import perf_counter
 
 import torch
 
-from . import __version__, agents, prompts
+from . import __version__, agents
 from .chat import chat
 from .check import QUESTIONS, check
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .info import describe
-from .load import LM, TINY, load
+from .load import LM, load
 from .memory import remember
 from .rows import batches, read_input, read_rows
 from .screen import ERRORS, Screen, Settings, bill, report_error, say, show_answers
@@ -157,8 +157,6 @@ def run_remember(args: Namespace) -> None:
 def run_check(args: Namespace) -> None:
     """Measure the hand-over with the built-in questions, and print a table and a verdict."""
     lm = load_model(args)
-    if args.model == TINY:
-        say(args, f"minimas: {prompts.TINY_HINT}; a check asks other ones")
     report = check(lm, args.layout, args.latent_steps, Screen(args, [{}] * len(QUESTIONS)))
     print(json.dumps(asdict(report)) if args.json else "\n".join(report.lines()))
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentTrace, Event, Thought
@@ -68,7 +67,10 @@ class Lens:
         entropy = -(logs.exp() * logs).sum(-1)  # (n,)
         unit = F.normalize(fed)  # (n, D)
         before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
-        cosines, nearest = self._cosines(unit).max(-1)
+        # In float32: a CPU without matrix units takes six times as long in bf16.
+        table = self.model.model.embed_tokens.weight[: self.size].split(CHUNK_ROWS)
+        scores = [unit @ F.normalize(rows.float()).T for rows in table]  # (n, CHUNK_ROWS) each
+        cosines, nearest = torch.cat(scores, 1).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):
             names = [self._text(token) for token in tokens[t].tolist()]
@@ -76,17 +78,6 @@ class Lens:
             near = self._text(int(nearest[t])), float(cosines[t])
             views.append(ThoughtView(likely, float(entropy[t]), norm, before[t], *near))
         return views
-
-    def _cosines(self, unit: Tensor) -> Tensor:
-        """Return the cosines of vectors of length 1 to all tokens' embeddings, (n, D) -> (n, V).
-
-        In float32: a CPU without matrix units takes six times as long in bf16.
-        """
-        cosines = []
-        for rows in self.model.model.embed_tokens.weight[: self.size].split(CHUNK_ROWS):
-            table = rows.float()  # (at most CHUNK_ROWS, D)
-            cosines.append(unit @ table.T / table.norm(dim=-1))
-        return torch.cat(cosines, 1)
 
     def _text(self, token: int) -> str:
         return self.backend.decode([token], skip_special_tokens=False)

@@ -113,8 +113,8 @@ class Run:
         self.generators = [generator(self.seed, question) for question in self.questions]
         B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
-            found = f"found {memory!r:.80}, expected a KVCache with 1 row"
-            raise ParameterError("memory", found + (f" or {B}" if B > 1 else ""))
+            expected = f"expected a KVCache with 1 row or {B}, one for each question"
+            raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
         memory.sign(self.lm.model)
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
@@ -127,7 +127,7 @@ class Run:
 
     def is_new(self, cache: KVCache) -> bool:
         """Return whether a KV cache holds no more than `new_cache` has put there."""
-        return sum(cache.lengths[: len(self.questions)]) == sum(self.memory_lengths)
+        return cache.lengths[: len(self.questions)] == self.memory_lengths
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
         """Return a prompt with question q, its context and the form of its answer filled in."""
@@ -162,7 +162,7 @@ class Run:
         """
         limit = self.lm.model.config.max_position_embeddings
         generated = self.used_sampling.max_new_tokens if decodes else 0
-        needed = start + tokens + steps + generated + (len(self.closing) if closes else 0)
+        needed = start + tokens + steps + generated + closes * len(self.closing)
         if needed > limit:
             raise ValueError(
                 f"{agent.name}: {start} slots of working memory, a prompt of {tokens} tokens, "
@@ -175,22 +175,6 @@ class Run:
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
         """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache."""
         return prefill(self.lm.model, ids, cache), cache
-
-    def encode(
-        self,
-        agents: Sequence[Agent],
-        turns: Sequence[Turn],
-        cache: KVCache,
-        steps: int = 0,
-        decodes: bool = False,
-        closes: bool = False,
-    ) -> list[list[int]]:
-        """Return the token ids of each row's prompt; raises ValueError if a turn does not fit."""
-        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
-        for row, row_ids in enumerate(ids):
-            agent, start = agents[row // len(self.questions)], cache.lengths[row]
-            self.require_context(agent, start, len(row_ids), steps, decodes, closes)
-        return ids
 
     def turn(
         self,
@@ -208,10 +192,13 @@ class Run:
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
         answers; its cache is used afterwards only with `keep_memory`.
         """
-        model, began = self.lm.model, self._clock()
+        began = self._clock()
         start = list(cache.lengths)
         closes = self.keep_memory if final else closes
-        ids = self.encode(agents, turns, cache, steps, decodes, closes)
+        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
+        workers = [agent for agent in agents for _ in self.questions]  # one per row
+        for agent, filled, row_ids in zip(workers, start, ids, strict=True):
+            self.require_context(agent, filled, len(row_ids), steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
         yield AgentStart(name, sum(map(len, ids)), steps)
 
@@ -224,7 +211,7 @@ class Run:
         if decodes:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # left open, the next agent's system message would stand inside this answer
-            prefill(model, [self.closing] * len(ids), cache)
+            self.prefill([self.closing] * len(ids), cache)
 
         seconds = (self._clock() - began) / len(ids)
         traces = []
@@ -232,10 +219,9 @@ class Run:
             # The last token at the limit is not fed, unless an agent continues from the cache.
             unfed = out.finish_reason == "length" and not keeps_cache
             slots = prompt_end[row] + steps + len(out.ids) - unfed
-            slots += len(self.closing) if closes else 0
+            slots += closes * len(self.closing)
             bill = (len(ids[row]), steps, len(out.ids), seconds, slots * cache.slot_nbytes)
-            agent = agents[row // len(self.questions)]
-            traces.append(AgentTrace(*bill, agent.name, turns[row].text, out.text))
+            traces.append(AgentTrace(*bill, workers[row].name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
         return TurnResult(cache, hidden, start, prompt_end, steps, traces, outputs)
 

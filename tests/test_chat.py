@@ -248,15 +248,15 @@ def test_clear_goes_back_to_the_memory_that_was_given(chat: Chat, tmp_path: Path
     [without] = records(chat([EVA], "--json")[1])
     assert status == 0 and first == second
     assert first == without["usage"]["memory_bytes"] + slots * 768
-    assert f"KV cache: {slots} slots" in err
-    assert "0 slots" in chat([EVA, "/clear", "/show"])[2]
+    assert f"KV cache: KVCache(lengths=[{slots}], " in err
+    assert "KV cache: None" in chat([EVA, "/clear", "/show"])[2]
 
 
 def test_show_says_what_the_conversation_holds(chat: Chat) -> None:
     _, out, err = chat([EVA, TOM, "/show"], "-n", 9, "--json")
     size = records(out)[-1]["usage"]["memory_bytes"]
     assert re.search(r"^ *turns: 2$", err, re.M)
-    assert f"{size // 768} slots, {size:,} bytes" in err
+    assert f"KVCache(lengths=[{size // 768}], {size:,} bytes, " in err
     assert re.search(r"^ *model: weights/tiny$", err, re.M) and "'max_new_tokens': 9" in err
 
 

@@ -196,7 +196,7 @@ def tokens(path: Path) -> int:
 
 def test_the_core_is_read_in_one_evening() -> None:
     """Aim: 6,800. This limit is never raised."""
-    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_400
+    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 7_750
 
 
 def test_the_library_does_not_grow() -> None:

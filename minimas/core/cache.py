@@ -62,8 +62,8 @@ class KVCache:
         self.values = [empty] * config.num_hidden_layers
 
     def __repr__(self) -> str:
-        layers = len(self.keys)
-        return f"KVCache(lengths={self.lengths}, {layers} layers, {self.dtype}, {self.device})"
+        kind = f"{len(self.keys)} layers, {self.dtype}, {self.device}"
+        return f"KVCache(lengths={self.lengths}, {self.nbytes:,} bytes, {kind})"
 
     @property
     def slot_nbytes(self) -> int:

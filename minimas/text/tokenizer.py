@@ -352,21 +352,10 @@ def is_text(value: Any) -> bool:
     return re.search("[\ud800-\udfff]", value) is None
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON text, with the parameters that transformers gives to templates."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+def _to_json(value: Any, *args: Any, **named: Any) -> str:
+    """Return JSON text, with the parameters that transformers gives to templates, in its order."""
+    given = zip(("ensure_ascii", "indent", "separators", "sort_keys"), args, strict=False)
+    return json.dumps(value, **{"ensure_ascii": False, **dict(given), **named})
 
 
 def _raise_exception(message: str) -> Any:
