@@ -242,6 +242,16 @@ def test_thoughts_are_those_of_the_map_step_by_step() -> None:
     assert [len(question) for question in ridge["places"]] == [5, 5]
 
 
+def test_arms_of_two_layouts_are_told_apart() -> None:
+    """Both were one line, or one of them was called "turns open"."""
+    layouts = [record("a", nll=1.0, layout=layout, close=None) for layout in ("turn", "chat")]
+    varied = figures.varied_settings(layouts)
+    assert [figures.label(one, varied) for one in layouts] == [
+        "latent_mas, 4 × ridge, layout turn",
+        "latent_mas, 4 × ridge, layout chat",
+    ]
+
+
 def test_drift_is_a_mean_over_agents_and_questions() -> None:
     """Attention is added up over the agents whose thoughts get it, and averaged over heads."""
 

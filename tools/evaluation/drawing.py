@@ -232,9 +232,11 @@ def draw_drift(figure: Figure, canvas: Any) -> None:
         [shown[name]] = cosines.plot(steps, arm["cosines"], **style)
         attention.plot(range(len(arm["attention"])), arm["attention"], **style)
     cosines.set(title="Cosine to the thought before", xlabel="thought", ylim=(-0.1, 1.05))
-    attention.set(title="The last agent's attention on all thoughts", xlabel="layer", ylim=(0, 1))
+    attention.set(title="The last agent's attention on all thoughts", xlabel="layer")
+    attention.set_ylim(bottom=0)
     for axes in (cosines, attention):
         axes.grid(axis="y", **GRID)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     canvas.legend(shown.values(), shown, loc="outside lower center", ncols=2)
     canvas.suptitle(f"{figure['questions']} questions")
 

@@ -135,7 +135,8 @@ def unusual(r: Record, varied: Sequence[str]) -> list[str]:
     said = {
         "team": r.get("team") or "",
         "transfer": "last memory only" if r.get("transfer") == "last" else "",
-        "close": "" if r.get("close") else "turns open",
+        "layout": f"layout {r.get('layout')}" if r.get("layout") else "",
+        "close": "turns open" if r.get("close") is False else "",
         "prefix": f"prefix {r.get('prefix')!r}",
     }
     return [said[name] for name in varied if said[name]]
@@ -144,7 +145,7 @@ def unusual(r: Record, varied: Sequence[str]) -> list[str]:
 def varied_settings(found: Sequence[Record]) -> list[str]:
     """Return the names of the rarer settings that have several values among the records."""
     latent = [r for r in found if r["method"] == "latent_mas"]
-    names = ("team", "transfer", "close", "prefix")
+    names = ("team", "transfer", "layout", "close", "prefix")
     return [name for name in names if len({json.dumps(r.get(name)) for r in latent}) > 1]
 
 
