@@ -5,7 +5,8 @@ slot p was rotated for position p. A ragged batch is padded on the right. The sl
 on are free: a query at position p sees only slots up to p, and the next append overwrites them.
 Therefore no padding mask is needed, and a row does not depend on the other rows. A method that
 moves a slot also rotates its key. `append`, `advance` and `sign`, which the model calls, change the
-cache; every other method returns a new one. Does not know: tokens, agents, what a model computes.
+cache; the methods that copy, cut or join return a new one. This file does not know tokens, agents,
+or what a model computes.
 
     B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -179,9 +180,10 @@ class KVCache:
         """Return the slots before `start`, and after them those from `stop` on, with keys moved.
 
         Both may differ per row. As in a slice, slots that a row does not have are ignored. This
-        equals feeding what is left if the model has one layer, or if the slots from `stop` on have
-        seen none before them, as after `concat`. Otherwise it is an approximation: they keep what
-        they took in above the first layer. Raises ValueError if a number is below 0.
+        equals feeding what is left if the model has one layer, or if the slots from `stop` on did
+        not attend to the dropped ones, as after `concat`. Otherwise it is an approximation: above
+        the first layer they still hold what they read there. Raises ValueError if a number is
+        below 0.
         """
         rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
         starts = [min(row) for row in rows]
