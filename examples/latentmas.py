@@ -1,4 +1,4 @@
-"""LatentMAS (arXiv 2511.20639) in one file: four agents, one model, one working memory, no text.
+"""LatentMAS (arXiv 2511.20639) in one file: four agents, one model, one working memory.
 
     python examples/latentmas.py ["QUESTION"]
 
@@ -35,8 +35,9 @@ memory = model.new_cache(batch_size=1)
 def read(text: str) -> torch.Tensor:
     """Prefill `text` after what the memory holds; returns the last hidden state, (1, 1, D)."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    print(f"  prefilled {len(ids)} tokens, now {memory.lengths[0] + len(ids)} slots")
-    return prefill(model, [ids], memory)
+    hidden = prefill(model, [ids], memory)
+    print(f"  prefilled {len(ids)} tokens, now {memory.lengths[0]} slots")
+    return hidden
 
 
 for agent in [*thinkers, last_agent]:
@@ -45,7 +46,7 @@ for agent in [*thinkers, last_agent]:
     hidden = read(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
     if agent is not last_agent:
         # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
-        thoughts, hidden = think(model, align, hidden, memory, teams["latent_steps"])
+        thoughts, _ = think(model, align, hidden, memory, teams["latent_steps"])
         print(f"  thought {thoughts.shape[1]} times, now {memory.lengths[0]} slots")
         read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the memory
 

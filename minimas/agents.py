@@ -141,7 +141,7 @@ def stream(
 
 def answer_latent(run: "LatentRun") -> Events[list[Result]]:
     """Let the team work; yields what happens, and returns the results."""
-    # Another question's cache is the cache of agents who were asked another question.
+    # To get the cache of question i + 1, the agents before the last are asked that question.
     handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
     return (yield from run.last_turn(handed).answer())
 

@@ -2,7 +2,7 @@
 
 A `Run` is one call of a method. It checks the caller's arguments, fills the prompts in, and takes
 turns. All agents of a turn are rows of one batch: all questions of the first agent, then all of
-the second. Does not know: which agent comes after which, and what is handed over.
+the second. This file does not know which agent comes after which.
 
     B questions   R rows, B per agent   D hidden
 """

@@ -3,10 +3,10 @@
 The invariant is *slot = position*: slots 0 to lengths[b] - 1 of row b are filled, and the key in
 slot p was rotated for position p. A ragged batch is padded on the right. The slots from lengths[b]
 on are free: a query at position p sees only slots up to p, and the next append overwrites them.
-Therefore no padding mask is needed, and a row does not depend on the other rows. A method that
-moves a slot also rotates its key. `append`, `advance` and `sign`, which the model calls, change the
-cache; the methods that copy, cut or join return a new one. This file does not know tokens, agents,
-or what a model computes.
+Therefore the causal mask hides the padding too, and a row does not depend on the other rows. A
+method that moves a slot also rotates its key. `append`, `advance` and `sign`, which the model
+calls, change the cache; the methods that copy, cut or join return a new one. This file does not
+know tokens, agents, or what a model computes.
 
     B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -90,7 +90,7 @@ class KVCache:
         return self.positions_at(slots, max(lengths) + new, ragged)
 
     def positions_at(self, slots: Tensor, total: int, ragged: bool) -> Positions:
-        """Return new positions at `slots` (B, T) of `total` ones.
+        """Return the positions that write to `slots` (B, T) and attend to slots 0 … total - 1.
 
         If not `ragged`, `slots` is (1, T): the last ones, the same for all rows.
         """
@@ -130,7 +130,7 @@ class KVCache:
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
 
     def sign(self, model: Any) -> None:
-        """Set the model that computes the keys; raises ValueError if another one has before."""
+        """Record the model that computes the keys; raises ValueError if another one already has."""
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or (model.dtype, model.device) != (self.dtype, self.device):
             raise ValueError(
@@ -169,7 +169,7 @@ class KVCache:
         return self.drop(lengths, self.lengths)
 
     def keep_last(self, lengths: Lengths) -> "KVCache":
-        """Return the last `lengths` slots, for all rows or for each, moved to slot 0.
+        """Return the last `lengths` slots, for all rows or for each, moved to the front.
 
         Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
         """
@@ -204,7 +204,8 @@ class KVCache:
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
         """Join caches of equal batch size row by row; keys are rotated to their new positions.
 
-        Equals one forward pass in which no part sees another (a block mask), not a sequential one.
+        For parts that were computed apart this equals one forward pass in which no part sees
+        another (a block mask), not a sequential one.
         Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.
         """
         kinds = {f"{len(c.lengths)} rows of {c.dtype} on {c.device} of {c.config}" for c in caches}

@@ -42,8 +42,8 @@ def alignment_matrix(
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
-    The sums over V are made in chunks of rows, in float32 (float64 for float64 weights), without a
-    whole copy. Raises ValueError for unequal shapes or weights that are not finite.
+    The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
+    float64 weights and for V ≤ D. Raises ValueError for unequal shapes or weights that are not finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
         raise ValueError(
@@ -51,7 +51,7 @@ def alignment_matrix(
             "expected two equal (V, D)"
         )
     V, D = w_out.shape
-    # With V ≤ D only λ makes the matrix invertible, and float32 loses λ.
+    # With V < D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     # W_outᵀ W_out and W_outᵀ W_in.
     gram, cross = torch.zeros(2, D, D, dtype=wide, device=w_out.device)
@@ -95,10 +95,10 @@ class Aligner:
     def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
         """Compute one kind of map from the unquantized embeddings of a model.
 
-        "ridge" is the paper's W_a. "identity" leaves h as it is. "prenorm" is (h ÷ g) W_a, the
+        "ridge" is the paper's W_a. "identity" only rescales h. "prenorm" is (h ÷ g) W_a, the
         state before the gain g of the final norm. "random" has W_a's singular values and random
         directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
-        back as it is. `rows` is the number of embedding rows to use (None: all); the rows after
+        back unchanged. `rows` is the number of embedding rows to use (None: all); the rows after
         the tokenizer's last id are padding. Raises ValueError for another kind, or rows out of
         range.
         """

@@ -82,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each with a norm before it and a residual around both."""
+    """One layer: attention, then MLP, each after a norm, with a residual around norm and part."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def prefill(
     """Append one list of token ids per row to `cache`; returns the last hidden states, (B, 1, D).
 
     A chunk of `chunk_tokens` positions bounds the (T, S) mask of a long prompt. Raises ValueError
-    for a row without ids, or a state that is not finite.
+    for a row without ids or, on a CPU, a state that is not finite.
     """
     if not all(ids):
         raise ValueError("ids: found a row without tokens, expected at least one in every row")
