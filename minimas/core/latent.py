@@ -43,7 +43,8 @@ def alignment_matrix(
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
     The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
-    float64 weights and for V ≤ D. Raises ValueError for unequal shapes or weights that are not finite.
+    float64 weights and for V ≤ D. Raises ValueError for unequal shapes or weights that are not
+    finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
         raise ValueError(
