@@ -35,7 +35,7 @@ memory = model.new_cache(batch_size=1)
 def read(text: str) -> torch.Tensor:
     """Prefill `text` after what the memory holds; returns the last hidden state, (1, 1, D)."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    print(f"  prefill {len(ids)} tokens, then {memory.lengths[0] + len(ids)} slots")
+    print(f"  prefilled {len(ids)} tokens, now {memory.lengths[0] + len(ids)} slots")
     return prefill(model, [ids], memory)
 
 
