@@ -62,7 +62,7 @@ def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
     reader = identity(model)
     tensors, metadata = contents(path, what)
     if metadata.get("fingerprint") != reader["fingerprint"]:
-        raise ValueError(f"{path}: model: found {what} with {metadata}, expected {reader}")
+        raise ValueError(f"{path}: model: found {what} of {metadata}, expected {reader}")
     return tensors
 
 
