@@ -45,7 +45,7 @@ for agent in [*thinkers, last_agent]:
     hidden = read(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
     if agent is not last_agent:
         # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
-        thoughts, _ = think(model, align, hidden, memory, teams["latent_steps"])
+        thoughts, hidden = think(model, align, hidden, memory, teams["latent_steps"])
         print(f"  thought {thoughts.shape[1]} times, now {memory.lengths[0]} slots")
         read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the memory
 
