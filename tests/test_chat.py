@@ -24,7 +24,7 @@ from minimas.core.model import prefill
 
 from .models import TINY, distance, tiny_model, write_folder
 from .test_cli import start
-from .text import QWEN, load_text_lm, text_folder, tiny_tokenizer
+from .text import QWEN, endless_folder, load_text_lm, text_folder, tiny_tokenizer
 
 EVA = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
 TOM = "Tom has 3 apples. He eats 1. How many apples does Tom have?"
@@ -322,9 +322,7 @@ def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> No
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that never ends its turn."""
-    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=100_000)
-    model.lm_head.weight.data[:5] = 0
-    return write_folder(tmp_path_factory.mktemp("endless") / "model", model, tokenizer=TINY)
+    return endless_folder(tmp_path_factory.mktemp("endless") / "model", 100_000)
 
 
 @contextlib.contextmanager

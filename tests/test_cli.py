@@ -23,9 +23,9 @@ from minimas import Sampling, __version__, latent_mas, load
 from minimas.__main__ import main
 from minimas.core.errors import ParameterError
 
-from .models import TINY, tiny_model, write_folder
+from .models import TINY, write_folder
 from .processes import Process
-from .text import text_model, tiny_tokenizer
+from .text import endless_folder, text_model
 
 ROOT = TINY.parents[1]
 TINY_EXAMPLE = (
@@ -61,9 +61,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that reads a hundred thousand tokens and never ends its turn."""
-    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=100_000)
-    model.lm_head.weight.data[:5] = 0
-    return write_folder(tmp_path_factory.mktemp("cli") / "model", model, tokenizer=TINY)
+    return endless_folder(tmp_path_factory.mktemp("cli") / "model", 100_000)
 
 
 def jsonl(path: Path, *rows: Any) -> Path:

@@ -16,7 +16,7 @@ from minimas.results import Event, Piece
 from minimas.text.generate import Sampling
 
 from .models import TINY, tiny_model, write_folder
-from .text import tiny_tokenizer
+from .text import endless_folder
 
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -29,9 +29,7 @@ THINKING = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that never ends its turn."""
-    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=4096)
-    model.lm_head.weight.data[:5] = 0
-    return write_folder(tmp_path_factory.mktemp("ask") / "model", model, tokenizer=TINY)
+    return endless_folder(tmp_path_factory.mktemp("ask") / "model", 4096)
 
 
 @pytest.fixture

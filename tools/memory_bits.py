@@ -81,7 +81,7 @@ def main() -> int:
     top.add_argument("model", metavar="FOLDER")
     about = "questions with solutions"
     top.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help=about)
-    top.add_argument("--limit", type=whole(1), help="so many questions")
+    top.add_argument("--limit", type=whole(1), help="number of questions (default: all)")
     args = top.parse_args()
     found: list[list[float]] = []
     try:

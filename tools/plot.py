@@ -60,7 +60,7 @@ def parser() -> Parser:
     add = what.add_parser("thoughts").add_argument
     add("--model", "-m", default="weights/tiny")
     add("--data", type=Path, required=True, metavar="FILE.jsonl", help="questions")
-    add("--limit", type=whole(1), default=8, help="so many (default: %(default)s)")
+    add("--limit", type=whole(1), default=8, help="number of questions (default: %(default)s)")
     add("--align", type=list_of(kind_of_map), default=MAPS, help="list of maps")
     add("--steps", type=whole(2), default=80, help="(default: %(default)s)")
     add("--dtype", default="auto")

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from minimas import LM, Qwen3, Sampling, Tokenizer
 
-from ..models import TINY, tiny_model
+from ..models import TINY, tiny_model, write_folder
 
 QWEN = TINY.parents[2] / "shared" / "qwen3-tokenizer"
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
@@ -59,6 +59,13 @@ def with_template(source: str) -> Tokenizer:
     """Return weights/tiny's tokenizer with another chat template."""
     with tempfile.TemporaryDirectory() as folder:
         return Tokenizer(text_folder(Path(folder), chat_template=source))
+
+
+def endless_folder(path: Path, context: int) -> Path:
+    """Write a random model that never ends its turn, whose context has this many positions."""
+    model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context)
+    model.lm_head.weight.data[:5] = 0  # of the control tokens
+    return write_folder(path, model, tokenizer=TINY)
 
 
 def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:

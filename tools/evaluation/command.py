@@ -79,7 +79,7 @@ def parser() -> Parser:
     add("--metric", type=list_of(one_of(METRICS)), help="list: accuracy, nll (audit: both)")
     add("--seeds", type=list_of(whole(0)), default=[0], help="list")
     add("--samples", type=whole(1), help="answers of a single agent to vote on (default: 1)")
-    add("--limit", type=whole(1), help="so many questions")
+    add("--limit", type=whole(1), help="number of questions (default: all)")
     add("--batch-size", type=whole(1), default=8, help="(default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="(default: greedy)")
     add("--top-p", type=float, default=1.0)
