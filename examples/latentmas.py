@@ -29,14 +29,14 @@ teams = json.loads(Path("weights/tiny/teams.json").read_text(encoding="utf-8"))
 # The alignment W_a (equation 3) maps a hidden state to an input embedding.
 align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
 # The working memory (section 3.2): one KV cache, which every agent hands to the next one.
-memory = model.new_cache(batch_size=1)
+cache = model.new_cache(batch_size=1)
 
 
 def read(text: str) -> torch.Tensor:
-    """Prefill `text` after what the memory holds; returns the last hidden state, (1, 1, D)."""
+    """Prefill `text` after what the cache holds; returns the last hidden state, (1, 1, D)."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    print(f"  prefilled {len(ids)} tokens, now {memory.lengths[0] + len(ids)} slots")
-    return prefill(model, [ids], memory)
+    print(f"  prefilled {len(ids)} tokens, now {cache.lengths[0] + len(ids)} slots")
+    return prefill(model, [ids], cache)
 
 
 for agent in [*thinkers, last_agent]:
@@ -45,9 +45,9 @@ for agent in [*thinkers, last_agent]:
     hidden = read(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
     if agent is not last_agent:
         # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
-        thoughts, hidden = think(model, align, hidden, memory, teams["latent_steps"])
-        print(f"  thought {thoughts.shape[1]} times, now {memory.lengths[0]} slots")
-        read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the memory
+        thoughts, _ = think(model, align, hidden, cache, teams["latent_steps"])
+        print(f"  thought {thoughts.shape[1]} times, now {cache.lengths[0]} slots")
+        read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the cache
 
 # Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
 answer = []
@@ -56,5 +56,5 @@ for _ in range(256):
     if token == tokenizer.token_to_id("<|im_end|>"):
         break
     answer.append(token)
-    hidden = model(model.embed(torch.tensor([[token]])), memory)
+    hidden = model(model.embed(torch.tensor([[token]])), cache)
 print(tokenizer.decode(answer).strip())
