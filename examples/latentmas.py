@@ -51,7 +51,7 @@ for agent in [*thinkers, last_agent]:
 
 # Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
 answer = []
-for _ in range(256):
+while len(answer) < 256:
     token = int(model.logits(hidden).argmax())
     if token == tokenizer.token_to_id("<|im_end|>"):
         break
