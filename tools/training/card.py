@@ -194,7 +194,7 @@ def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: in
         for seed, run in runs.items()
     ]
     blocks = {
-        "asked": f"{count:,} questions a row. Shipped: seed {best}.",
+        "asked": f"{count:,} questions per row. Shipped: seed {best}.",
         "table": markdown(table),
         "float32": "In float32: " + "; ".join(wide),
         "steps": markdown(steps),
