@@ -295,10 +295,10 @@ def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
         path.write_bytes(whole[:cut])
         page = report(run, tmp_path / "report.html")
         said = capsys.readouterr().err
-        note = f"{there} of 3 records are there: the run is not finished"
+        note = f"{there} of 3 records: the run is not finished"
         assert note in said
         assert note in page
-        assert ("is cut off and left out" in said) == left_out
+        assert ("is incomplete and left out" in said) == left_out
         assert len(details_of(page)) == there
     path.write_bytes(whole)
     assert 'class="note" role' not in report(run, tmp_path / "report.html")
@@ -309,7 +309,7 @@ def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> N
     run = write_run(
         tmp_path / "run", [record_of(0), record_of(0, "b"), record_of(1)], questions=None
     )
-    assert "may not be finished" in read_report(run).notes[0]
+    assert "may be unfinished" in read_report(run).notes[0]
     (run / "summary.json").write_text("{}")
     assert "from 1 to 2 records" in read_report(run).notes[0]
 
@@ -390,9 +390,9 @@ def test_a_page_never_replaces_what_it_is_made_from(
     results = run / "results.jsonl"
     before = results.read_bytes()
     for out, expected in (
-        (results, "which is read, expected another file"),
+        (results, "which is an input file, expected another file"),
         (run, "out (--out): found the folder"),
-        (tmp_path / "no" / "where.html", "where.html: not written, and as it was before"),
+        (tmp_path / "no" / "where.html", "where.html: cannot be written and is unchanged"),
     ):
         assert main([str(run), "--out", str(out)]) == 1
         assert expected in capsys.readouterr().err
@@ -422,7 +422,7 @@ def test_answers_with_thoughts_have_a_report(
     assert found.settings["model"] == "weights/tiny"
     assert [arm.split()[0] for arm in found.arms] == ["latent_mas", "single"]
     source.write_text(source.read_text()[:-9])
-    assert "line 4 is cut off and left out" in read_report(source).notes[0]
+    assert "line 4 is incomplete and left out" in read_report(source).notes[0]
 
 
 # -- in a browser ----------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from .stats import bootstrap, by_question, share
 Record = dict[str, Any]
 COUNTS = ("read", "thought", "written")
 HEAD = [
-    "arm", "n", "right, 95 %", "gold NLL, 95 %", "cut off", *COUNTS, "s a question",
+    "arm", "n", "right, 95 %", "gold NLL, 95 %", "cut off", "prefilled", "thoughts", "generated",
+    "s per question",
 ]  # fmt: skip
 
 
