@@ -157,7 +157,7 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
             "full": moved(-0.2),
             "shuffled": none,
         },
-        "they help, and another question's memory does not so well": {
+        "they help, and with another question's memory the loss is higher": {
             "full": moved(-0.5),
             "shuffled": moved(-0.2),
         },
@@ -240,10 +240,10 @@ def test_an_audit_refuses_what_it_would_not_read(
 @pytest.mark.parametrize(
     ("questions", "said"),
     [
-        (1, "On 1 question no p below 1 is possible (on 5, none below 0.0625)"),
-        (3, "On 3 questions no p below 0.25 is possible (on 5, none below 0.0625)"),
-        (5, "On 5 questions no p below 0.0625 is possible, so nothing can be found with fewer"),
-        (7, "On 7 questions no p below 0.015625 is possible"),
+        (1, "With 1 question the smallest possible p is 1 (with 5 questions, 0.0625). At least 8"),
+        (3, "With 3 questions the smallest possible p is 0.25 (with 5 questions, 0.0625)."),
+        (5, "With 5 questions the smallest possible p is 0.0625. At least 8 questions are needed"),
+        (7, "With 7 questions the smallest possible p is 0.015625."),
         (8, None),
     ],
 )
@@ -258,7 +258,7 @@ def test_an_audit_of_few_questions_says_that_it_can_find_nothing(
     assert (smallest < ALPHA) == (said is None)
     assert f"{smallest:g}" == f"{2 / 2**questions:g}"
     if said is None:
-        assert "is possible" not in text
+        assert "smallest possible" not in text
     else:
         assert said in text.splitlines()[-3]
 
@@ -322,7 +322,7 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
     """
     found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
     assert (
-        "with this model they help, and another question's memory does not so well"
+        "with this model they help, and with another question's memory the loss is higher"
         in found["verdict"]
     )
     assert "it helps (p < 0.001)" in found["verdict"]
@@ -358,7 +358,7 @@ def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
     found = [*full, *(record | {"arm": "nll: prompts only", "seed": 0} for record in other)]
     found += [record | {"arm": "nll: none", "seed": 0} for record in other]
     assert "no effect of the thoughts on the loss of the right answer is found" in verdict(found)
-    assert "of the prompts' memory no effect is found" in verdict(found)
+    assert "no effect of the prompts' memory is found" in verdict(found)
 
 
 def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_the_parts_of_what_is_handed_over_fit_every_transfer(
 
 
 def test_only_a_full_memory_has_parts(lm: LM) -> None:
-    with pytest.raises(ValueError, match="only a full memory has parts"):
+    with pytest.raises(ValueError, match="expected full or shuffled"):
         segments(latent_turn(lm, QUESTION, latent_steps=2, transfer="latents"))
 
 

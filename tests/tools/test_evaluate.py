@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "compute", interrupted)
         assert main(command) == 130
-    assert "keeps what is done" in capsys.readouterr().err
+    assert "keeps finished results" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 9
     assert main(command) == 0
     assert lines(tmp_path) == lines(finished)
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
         patch.setattr(ledger.os, "fsync", full)
         assert main(command) == 1
     said = capsys.readouterr().err
-    assert "the disk is full; what was done before is kept" in said
+    assert "the disk is full; earlier results are kept" in said
     assert said.count("\n") == 1
     assert len(lines(tmp_path)) == 6
     assert main(command) == 0
@@ -351,7 +351,7 @@ def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     """A second start of the same command, in another window."""
     book = Ledger(tmp_path / "results.jsonl", {"settings": {}})
-    with pytest.raises(ValueError, match="another process is writing here"):
+    with pytest.raises(ValueError, match="another process is writing to it"):
         take_up(tmp_path, {}, {})
     book.close()
 
@@ -378,7 +378,7 @@ def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
 
     def read_and_interrupted(path: Path, units: Any) -> Any:
         found = whole_units(path, units)
-        with pytest.raises(ValueError, match="another process is writing here"):
+        with pytest.raises(ValueError, match="another process is writing to it"):
             write_unit(path, ANOTHER)
         return found
 
@@ -453,7 +453,9 @@ def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
         assert done.returncode == status, done.stderr
         assert done.stdout.startswith(stdout)
-    expected = "found no module fcntl, which locks the files of results, expected Linux, macOS"
+    expected = (
+        "found no module fcntl, which is needed to lock the result files, expected Linux, macOS"
+    )
     assert done.stderr.startswith(f"evaluate: error: {expected}")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
@@ -484,7 +486,7 @@ def test_running_programs_is_refused_where_there_is_no_sandbox(
             "argument --latent-steps: found '-1', expected a whole number, 0 or more",
         ),
         (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
-        (["--task", "gsm8k"], 1, "expected a task's name, or --data"),
+        (["--task", "gsm8k"], 1, "found neither, expected a task or --data"),
         (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
     ],
 )
@@ -588,7 +590,7 @@ def test_regrade_does_not_take_the_file_from_a_run(
     folder = copied(finished, tmp_path / "run")
     running = Ledger(folder / "results.jsonl", {})
     assert main(["--out", str(folder), "--regrade"]) == 1
-    assert "another process is writing here" in capsys.readouterr().err
+    assert "another process is writing to it" in capsys.readouterr().err
     running.close()
     assert main(["--out", str(folder), "--regrade"]) == 0
 
@@ -1141,7 +1143,7 @@ def test_a_lens_adds_thoughts_and_who_was_read_and_changes_nothing_else(
     command = ["--data", str(data), "--out", str(tmp_path), *FIXED, "--lens", "2"]
     assert main(command) == 0
     said = capsys.readouterr().err.splitlines()
-    blind = [f"evaluate: --lens records nothing of {arm}: no thoughts" for arm in SINGLES]
+    blind = [f"evaluate: --lens records nothing for {arm}: no thoughts" for arm in SINGLES]
     assert sorted(said) == sorted(blind)
     found, layers = lines(tmp_path), 3
     for record in found:

@@ -157,7 +157,7 @@ def test_a_forest_is_of_an_audit() -> None:
 
 
 def test_a_loss_without_prompts_only_has_nothing_to_stand_beside() -> None:
-    with pytest.raises(ValueError, match="a loss needs 0 among them"):
+    with pytest.raises(ValueError, match="for --metric nll one of them must be 0"):
         figures.steps([record("q", nll=1.0)])
 
 
@@ -345,7 +345,7 @@ def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:
         (["steps", "nowhere"], "nowhere: found no results*.jsonl"),
         (
             ["again", str(TINY / "config.json")],
-            "what: found no picture's name, expected one of steps",
+            "what: found no name of a picture, expected one of steps",
         ),
         (["again", "nowhere.json"], "nowhere.json"),
         (["thoughts", "--data", "nowhere.jsonl"], "nowhere.jsonl: found no such file"),

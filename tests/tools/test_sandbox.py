@@ -246,7 +246,7 @@ def test_what_the_kernel_refuses_is_said_once(
     assert run("x = 1").passed and run("x = 1").passed
     assert (
         capsys.readouterr().err
-        == "sandbox: this kernel refuses Landlock; programs run without it\n"
+        == "sandbox: this kernel does not allow Landlock; programs run without it\n"
     )
 
 

@@ -66,7 +66,7 @@ BAD = {  # rows, what is said
     "no question": ([row(0, question=None)], "line 1: question: found nothing"),
     "an id twice": (
         [row(0), row(1), row(0)],
-        r"line 3: id: found 'q0' again, expected it once \(first in line 1\)",
+        r"line 3: id: found 'q0' again, expected it only once \(it is also in line 1\)",
     ),
     "an id twice, as a number": ([row(0, id=1), row(0, id="1")], "line 2: id: found '1' again"),
     "a question of the wrong type": (
@@ -468,7 +468,7 @@ def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -
         "aime2025-1",
     ]
     second.write_text('{"problem": "b", "answer": 2}\n')
-    with pytest.raises(ValueError, match=r"2\.jsonl: row 1: question: found problem, answer"):
+    with pytest.raises(ValueError, match=r"2\.jsonl: row 1: question: found only problem, answer"):
         download.convert(download.SOURCES["aime2025"], [first, second])
     second.write_text("{\n")
     with pytest.raises(ValueError, match=r"2\.jsonl: line 1: found bad JSON"):
