@@ -60,6 +60,7 @@ VOTE = f"accuracy: {SAME_SECONDS}"
 UNIT = "a unit is one batch of questions with one arm and seed, and is written as a whole"
 DESCRIPTION = (
     "Evaluate methods and their control arms on a task, and report the results. "
+    "Lists of values are separated by commas. "
     f"Progress is shown in units: {UNIT}. The same command continues a stopped run."
 )
 
@@ -73,14 +74,15 @@ def parser() -> Parser:
     add("--data", type=Path, metavar="FILE.jsonl", help="your own questions instead of --task")
     add("--data-dir", type=Path, default=Path("data"), help="folder of tools/download.py's files")
     add_settings(top)
-    add("--metric", type=list_of(one_of(METRICS)), help="list: accuracy, nll (audit: both)")
+    add("--metric", type=list_of(one_of(METRICS)), help="list of accuracy, nll (--audit: both)")
     add("--seeds", type=list_of(whole(0)), default=[0], help="list (default: 0)")
     add("--samples", type=whole(1), help="number of single-agent answers to vote on (default: 1)")
     add("--limit", type=whole(1), help="number of questions (default: all)")
-    add("--batch-size", type=whole(1), default=8, help="(default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="(default: greedy)")
+    add("--batch-size", type=whole(1), default=8, help="questions per batch (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--top-p", type=float, default=1.0)
-    add("--max-new-tokens", type=whole(1), default=256, help="(default: %(default)s)")
+    limit = "maximum number of generated tokens per agent (default: %(default)s)"
+    add("--max-new-tokens", type=whole(1), default=256, help=limit)
     add("--fit-text", type=Path, metavar="FILE", help="plain text for the maps mean and fitted")
     add("--dtype", default="auto")
     add("--device", default="auto")
@@ -88,9 +90,9 @@ def parser() -> Parser:
     add("--run-untrusted-code", action="store_true", help="grade code by running it in a sandbox")
     lens = "record K tokens per thought and the last agent's attention, for tools/report.py"
     add("--lens", type=whole(1), metavar="K", help=lens)
-    add("--audit", action="store_true", help="all control arms, diagnostics and a verdict")
-    add("--arms", type=list_of(str), metavar="NAMES", help="list: an audit's arms (default: all)")
-    add("--out", type=Path, required=True, metavar="DIR")
+    add("--audit", action="store_true", help="run all control arms, diagnostics and a verdict")
+    add("--arms", type=list_of(str), metavar="NAMES", help="list of an audit's arms (default: all)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--replay", metavar="ID", help="compute one question of a run again and compare")
     add("--regrade", action="store_true", help="grade the texts of a finished run again")
     add("--debug", action="store_true", help="show a traceback with an error")
@@ -101,15 +103,33 @@ def parser() -> Parser:
 def add_settings(top: Parser) -> None:
     """Add the flags for the settings of arms, which take lists."""
     add, team = top.add_argument, one_of(tuple(TEAMS), ".json")
-    add("--method", type=list_of(one_of(METHODS)), default=["latent_mas"], help="list")
-    add("--team", type=list_of(team), default=["sequential"], help="list")
+    add(
+        "--method",
+        type=list_of(one_of(METHODS)),
+        default=["latent_mas"],
+        help=f"list of {', '.join(METHODS)}",
+    )
+    about = f"list of {', '.join(TEAMS)}, FILE.json"
+    add("--team", type=list_of(team), default=["sequential"], help=about)
     steps = "list (default: the model's)"
     add("--latent-steps", type=list_of(whole(0)), default=[None], help=steps)
-    add("--align", type=list_of(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
-    add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
-    add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
+    add(
+        "--align",
+        type=list_of(kind_of_map),
+        default=["ridge"],
+        help="list of maps (see feeders.py)",
+    )
+    add(
+        "--transfer",
+        type=list_of(one_of(TRANSFERS)),
+        default=["full"],
+        help=f"list of {', '.join(TRANSFERS)}",
+    )
+    add(
+        "--close", type=list_of(yes_no), default=[True], help="list of yes, no: close agents' turns"
+    )
     layout = one_of((*LAYOUTS, *VARIANTS))
-    about = "list: turn, chat, or a variant of tools/evaluation/layouts.py"
+    about = "list of turn, chat, or variants of tools/evaluation/layouts.py"
     add("--layout", type=list_of(layout), default=[None], help=about)
     prefix = "text before the thoughts, may contain commas; repeat the flag for a list"
     add("--prefix", action="append", metavar="TEXT", help=prefix)
@@ -155,7 +175,7 @@ def take_arguments_of_head(args: argparse.Namespace) -> None:
     Raises FileNotFoundError if there is no result file, and ValueError if it has no head.
     """
     if not (paths := files(args.out)):
-        problem = f"found no results*.jsonl in {args.out}, expected a run's folder"
+        problem = f"found no results*.jsonl in {args.out}, expected the folder of a run"
         raise FileNotFoundError(f"out (--out): {problem}")
     head = read_head(paths[0])
     if head is None:
