@@ -344,9 +344,7 @@ def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         book = Ledger(tmp_path / name, {"settings": {}})
         book.append(unit)
         book.close()
-    with pytest.raises(
-        ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which is in another file"
-    ):
+    with pytest.raises(ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which another file"):
         take_up(tmp_path, {}, units)
     book = Ledger(tmp_path / "results-rank0.jsonl", {"settings": {}})
     book.append(unit)
@@ -501,7 +499,7 @@ def test_running_programs_is_refused_where_there_is_no_sandbox(
             "argument --latent-steps: found '-1', expected a whole number, 0 or more",
         ),
         (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
-        (["--task", "gsm8k"], 1, "found neither, expected a task or --data"),
+        (["--task", "gsm8k"], 1, "found both of them, expected --task or --data"),
         (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
     ],
 )

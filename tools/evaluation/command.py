@@ -361,8 +361,8 @@ class Evaluation:
 def load_rows(args: argparse.Namespace) -> list[Row]:
     """Return the questions of --task or --data. Raises ValueError unless exactly one is given."""
     if (args.task is None) == (args.data is None):
-        found = "neither" if args.task is None else "both"
-        raise ValueError(f"task (--task): found {found}, expected a task or --data FILE.jsonl")
+        found = "neither of them" if args.task is None else "both of them"
+        raise ValueError(f"task (--task): found {found}, expected --task or --data FILE.jsonl")
     if args.task:
         return load_task(args.task, args.data_dir, args.limit, 0)
     return read_rows(args.data)[: args.limit]
