@@ -5,7 +5,8 @@
 The raw files are downloaded with huggingface_hub. The command prints the revision and SHA-256 of
 each file, and writes DIR/TASK.jsonl in the format that tools/evaluation/tasks.py reads. Parquet
 files need pyarrow (pip install pyarrow). GPQA is gated, and its authors ask that its questions are
-not published: accept the terms on its page, log in, and do not publish the file.
+not published: accept the terms on its page, log in, and do not publish the file. This module does
+not depend on how rows are used.
 """
 
 import argparse

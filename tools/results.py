@@ -8,7 +8,7 @@ A table is written between two comments, `<!-- records: NAME; base: ARM -->` and
 NAME is the name of a file in docs/results/, or several names joined with +. The last column
 compares each arm with ARM, question by question. If ARM is "*, REST", the star stands for the name
 of the compared arm up to its first comma. A record is a line of `results.jsonl`, as
-tools/evaluate.py writes it.
+tools/evaluate.py writes it. This module only reads records; it does not make them.
 """
 
 import argparse

@@ -292,7 +292,7 @@ def test_defaults_are_filled_in() -> None:
 def test_what_a_kind_needs_is_said(lm: LM) -> None:
     """Without a tokenizer there is no text to fit a map on, and no token for pause."""
     for kind in ("mean", "fitted", "pause"):
-        with pytest.raises(ValueError, match=r"align: found .* without tokenizer.json"):
+        with pytest.raises(ValueError, match=r"align: found .* needs a model with tokenizer.json"):
             feeder(lm.model, kind)
     with pytest.raises(ValueError, match=r"--fit-text\): found 2 tokens"):
         feeder(lm.model, "mean", tiny_tokenizer(), "Tom has")

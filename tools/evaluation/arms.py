@@ -13,6 +13,8 @@ Each arm of an audit differs from the full arm in one setting, so that a differe
     a kind of map    another feeder, see feeders.py
     single           one agent instead of a team
     same seconds     a vote over as many answers of one agent as fit in the team's time
+
+This module does not use models, and does not run the arms.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """Compute the attention weights of a prompt on every slot, layer by layer.
 
-Forward hooks on the attention modules compute them from the queries and the cached keys.
+Forward hooks on the attention modules compute them from the queries and the cached keys. This
+module does not use agents or arms.
 
     T new positions   S slots   H query heads   K key-value heads   d head size
 """

@@ -1,4 +1,7 @@
-"""Report an audit: comparisons, diagnostics and the verdict, as numbers and as Markdown."""
+"""Report an audit: comparisons, diagnostics and the verdict, as numbers and as Markdown.
+
+This module uses only records and the diagnostics of probe.py.
+"""
 
 import math
 from collections.abc import Sequence

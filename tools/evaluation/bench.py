@@ -3,7 +3,7 @@
 A unit is one batch with one arm and one seed. Batches are made once, in the order of the data, and
 `shuffled` pairs question i with question i + 1 of the whole data. So a record depends neither on
 the batch size nor on the process that computes it (in float32 and float64; in 16 bits, results of
-kernels change with the batch).
+kernels change with the batch). This module does not use result files, ranks or statistics.
 
     B rows   K key-value heads   d head size
 """
@@ -275,9 +275,9 @@ def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
 class Marks:
     """Collects a mark of the KV cache of each agent, to compare caches of two runs.
 
-    A mark is the mean absolute value of the keys and of the values in the last slot, per layer.
-    The last slot depends on all slots before it, so a cache that differs anywhere has another mark.
-    Events are passed on to a `lens`; `seconds` is the time that it needed.
+    A mark is the mean absolute value of the keys, and that of the values, in the last slot of all
+    layers. The last slot depends on all slots before it, so a cache that differs anywhere has
+    another mark. Events are passed on to a `lens`; `seconds` is the time that it needed.
     """
 
     def __init__(self, lens: Lens | None = None) -> None:

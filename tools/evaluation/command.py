@@ -359,7 +359,7 @@ class Evaluation:
 
 
 def load_rows(args: argparse.Namespace) -> list[Row]:
-    """Return the questions of --task or --data. Raises ValueError unless exactly one is given."""
+    """Return the questions of --task or --data. Raises ValueError for wrong input."""
     if (args.task is None) == (args.data is None):
         found = "neither of them" if args.task is None else "both of them"
         raise ValueError(f"task (--task): found {found}, expected --task or --data FILE.jsonl")

@@ -1,4 +1,7 @@
-"""Draw the pictures of tools/plot.py with matplotlib, from the numbers of figures.py."""
+"""Draw the pictures of tools/plot.py with matplotlib, from the numbers of figures.py.
+
+This module does not compute the numbers.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -5,10 +5,10 @@ to `think`. Feeders show whether an effect comes from the latent state or only f
 may be better maps. The library has the five kinds of `minimas.Aligner` and files of saved ones.
 This module adds:
 
-    gain:P       rescale((h ÷ gᴾ) W_a), g the gain of the final norm; 0 is the paper's map, 1
-    prenorm mean         (h − μ_h) s + μ_e, which gives hidden states the mean and spread of
-    embeddings fitted       rescale(h W), W the ridge regression from the state at a token to the
-    embedding of
+    gain:P       rescale((h ÷ gᴾ) W_a), g the gain of the final norm; P = 0 is the paper's map, and
+                 P = 1 is prenorm
+    mean         (h − μ_h) s + μ_e, which gives hidden states the mean and spread of embeddings
+    fitted       rescale(h W), W the ridge regression from the state at a token to the embedding of
                  the next token
     soft:T:K     Σ p_v e_v, p = softmax(logits(h) / T) over the K likeliest tokens
                  (default: T = 1, K = 0 for all tokens)
@@ -19,6 +19,7 @@ This module adds:
 `mean` and `fitted` are fitted on `plain_text.txt` or on another text. That file is the beginning of
 `pydoc_data.topics` of Python 3.11.7, as `help()` shows it. It is under the licence in
 `plain_text.LICENSE.txt`: Copyright © 2001-2023 Python Software Foundation; All Rights Reserved.
+This module does not use agents or prompts, and does not run the latent loop.
 
     B rows   D hidden   V vocabulary   N tokens of text
 """

@@ -1,6 +1,7 @@
 """Compute the numbers of the pictures of tools/plot.py, from runs or from a model's thoughts.
 
-The numbers are stored as JSON next to each picture, so that it can be drawn again from them.
+The numbers are stored as JSON next to each picture, so that it can be drawn again from them. This
+module does not use matplotlib.
 
     N questions   n thoughts   D hidden   V vocabulary
 """

@@ -1,4 +1,7 @@
-"""Grade texts: find the answer, check whether it is right, and return the right text."""
+"""Grade texts: find the answer, check whether it is right, and return the right text.
+
+This module does not use models.
+"""
 
 import ast
 import re

@@ -1,7 +1,7 @@
 """The state of a call before the last agent's turn, when all other agents have finished.
 
 This is the only file of tools/evaluation that depends on how `minimas.agents` splits a call into
-the turns of the other agents and the last agent's turn.
+the turns of the other agents and the last agent's turn. It does not use arms, rows or files.
 """
 
 from collections.abc import Sequence

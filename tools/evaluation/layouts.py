@@ -13,7 +13,8 @@ only. U is the user's text, A the assistant header, ⟨t⟩ stands for thoughts,
     turn:lead         as turn; the last agent's answer begins with a fixed sentence
     assistant         system U E A "Plan:" ⟨t⟩ "Check of the plan:" ⟨t⟩ … "Solution:"
 
-For turns that are not closed, use `chat` with `--close no`.
+For turns that are not closed, use `chat` with `--close no`. This module does not use models, arms
+or files.
 """
 
 from dataclasses import dataclass, replace

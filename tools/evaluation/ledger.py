@@ -4,7 +4,8 @@
 without `id` that has all settings. One line follows for each question of each unit. A unit is one
 batch of questions with one arm and one seed. It is written and synced as a whole. A killed process
 leaves at most one incomplete unit, at the end of the file. That unit is removed and computed again.
-Any other unexpected content raises an error that names the file and the line.
+Any other unexpected content raises an error that names the file and the line. This module does not
+depend on what a unit computes.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ Each agent of a record gets two more fields:
 The attention is a mean over the tokens of the last agent's prompt and of the text after it, which
 is the generated text or, for the metric nll, the gold solution. The remaining attention, up to 1,
 goes to the last agent's own turn. Numbers have four significant digits. If no agent has latent
-steps, nothing is added.
+steps, nothing is added. This module does not use arms or result files.
 
     S slots   K key-value heads
 """

@@ -1,10 +1,14 @@
 """Diagnose an audit: attention, transplants and geometry.
 
-attention      attention of the last agent on each part of its KV cache
-transplant     the loss after the thoughts of one KV cache were copied into another
-geometry       norms and cosines of the thoughts
+Three diagnostics show what is in the KV cache of the last agent, and what has an effect:
 
-B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
+    attention      attention of the last agent on each part of its KV cache
+    transplant     the loss after the thoughts of one KV cache were copied into another
+    geometry       norms and cosines of the thoughts
+
+This module does not use records, statistics or files.
+
+    B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""Check a finished run: compute one question again and compare it, or grade all texts again."""
+"""Check a finished run: compute one question again and compare it, or grade all texts again.
+
+This module does not depend on the command line.
+"""
 
 import json
 from collections.abc import Sequence

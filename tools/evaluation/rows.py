@@ -5,7 +5,7 @@ worked answer, for the loss), "choices" (letter -> text), "tests" (a program), "
 "kind", "chance" (the probability that a guess is right), and "team" (agents for this row only). The
 formats of MBPP+, HumanEval+ and GSM8K are accepted too: tests in "answer" or "test_list",
 "canonical_solution", and an answer that is a solution with "#### 9" at its end. Errors name the
-line and the field.
+line and the field. This module does not use tasks, models or grading.
 """
 
 import json

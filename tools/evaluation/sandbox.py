@@ -22,7 +22,8 @@ programs that models write, and does not protect against malicious people. The m
 to each process, and there are at most PROCESSES of them. Files in memory (memfd, System V) are not
 counted. The sandbox needs Linux.
 
-This file is also the program of the guard, so it imports only the standard library.
+This file is also the program of the guard, so it imports only the standard library. This module
+does not depend on tasks, tests or answers.
 """
 
 import contextlib
@@ -313,9 +314,8 @@ def _landlock(folder: str) -> None:
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     network, signals = 3 if version >= 4 else 0, 3 if version >= 6 else 0
     attributes = (ctypes.c_uint64 * 3)(everything, network, signals)
-    size = (
-        8 if version < 4 else 16 if version < 6 else 24
-    )  # of the attributes that this version has
+    # The size of the attributes depends on the version.
+    size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _call(_C.syscall(SYS_LANDLOCK, attributes, size, 0))
     execute_and_read, read_file, read_write_file = 1 | 4 | 8, 4, 2 | 4
     libraries = {sys.prefix, sys.base_prefix, *sys.path}

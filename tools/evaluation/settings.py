@@ -1,4 +1,7 @@
-"""Collect the settings of a run and the head of its files. Equal settings give equal results."""
+"""Collect the settings of a run and the head of its files. Equal settings give equal results.
+
+This module does not depend on what the settings do.
+"""
 
 import argparse
 import dataclasses

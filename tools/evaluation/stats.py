@@ -1,6 +1,7 @@
 """Statistics of paired comparisons.
 
-They are exact where that is fast, and otherwise use random draws from a fixed seed.
+They are exact where that is fast, and otherwise use random draws from a fixed seed. This module
+does not depend on what is compared.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Summarize a run: the numbers of each arm, and a Markdown table."""
+"""Summarize a run: the numbers of each arm, and a Markdown table.
+
+This module uses only records and rows.
+"""
 
 from collections.abc import Sequence
 from statistics import median

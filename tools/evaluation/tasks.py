@@ -9,7 +9,7 @@ readers. Values are drawn for each row, all with the same probability, so a gues
     level 2    one note names the box, and another says what is in it
     level 3    two values from different notes are added
 
-The data files come from tools/download.py.
+The data files come from tools/download.py. This module does not use models or methods.
 """
 
 import random

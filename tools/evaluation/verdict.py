@@ -4,7 +4,7 @@ The effect of the thoughts is the difference of full and prompts only. The effec
 the difference of prompts only and none. The gold NLL (the loss of the right answer) finds small
 effects, but rewards whatever makes the words of the solution likelier. Accuracy shows how much an
 effect matters, but needs many questions. Neither can show that thoughts are useless for other
-questions or models.
+questions or models. This module uses only records.
 """
 
 from collections.abc import Sequence

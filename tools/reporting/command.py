@@ -1,4 +1,7 @@
-"""The command line of tools/report.py."""
+"""The command line of tools/report.py.
+
+This module does not depend on the format of records and pages.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Render records as one HTML file: a table of records, and their compressed details.
 
 The details are JSON, compressed in groups of records. The page decompresses a group when one of its
-records is opened, so a page with a thousand records and their thoughts loads quickly.
+records is opened, so a page with a thousand records and their thoughts loads quickly. This module
+does not read records from files.
 """
 
 import base64

@@ -2,7 +2,7 @@
 
 Both are returned as records in the format of tools/evaluate.py. An incomplete last line is left
 out, and the report says so. Any other unexpected content raises an error that names the file, the
-line and the field.
+line and the field. This module does not make HTML.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Write files completely or not at all."""
+"""Write files completely or not at all.
+
+This module does not depend on what a file holds.
+"""
 
 import contextlib
 import os

@@ -1,6 +1,7 @@
 """Keep a command running if stdout or stderr is closed, full, not UTF-8, or no longer read.
 
-A command writes its results to files, so an error of a stream must not stop it.
+A command writes its results to files, so an error of a stream must not stop it. This module does
+not depend on what is printed.
 """
 
 import io

@@ -4,7 +4,8 @@
 
 The reasoning of every agent is the list of running totals, ` 2 9 6`. Each total is one token, so
 that one latent step can do one step of the reasoning. A transcript is the text that a team would
-have generated. Neither this file nor the training computes latent steps.
+have generated. Neither this file nor the training computes latent steps. This module does not use
+models.
 """
 
 import json
