@@ -1,6 +1,6 @@
-"""One hypothesis profile for all property tests, one thread, and two processes for all tests.
+"""Settings for all tests: one hypothesis profile, one thread, and two processes.
 
-A tiny model spends more time on starting threads than on computing.
+Tiny models spend more time on starting threads than on computing.
 """
 
 import os
@@ -30,8 +30,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run all tests in two processes if pytest-xdist is installed.
 
-    Chosen files run in one process, which starts sooner, and `-n` has its own meaning. Each process
-    gets neighbouring tests ("worksteal"), so that a module's fixtures are rarely made twice.
+    If files are given, one process is used, because it starts sooner. A given `-n` is not changed.
+    Each process gets neighbouring tests ("worksteal"), so that fixtures of a module are rarely made
+    twice.
     """
     option, everything = config.option, config.ArgsSource.TESTPATHS
     if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):
@@ -43,7 +44,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def model() -> Iterator[Qwen3]:
-    """Return the untied Qwen3 in float64 that most tests use. No test may change it."""
+    """Return the untied Qwen3 in float64 that most tests use. Tests must not change it."""
     shared = tiny_model()
     before = shared.fingerprint()
     yield shared

@@ -1,7 +1,7 @@
-"""Tiny random models of the three families, and model folders made of them, for all tests.
+"""Tiny random models of the three families, and model folders made from them, for all tests.
 
-Weights are about 1/sqrt(fan_in), norm gains and biases are random. Smaller weights and gains of 1
-hide bugs below any tolerance.
+Weights are about 1/sqrt(fan_in); norm gains and biases are random. Smaller weights and gains of 1
+would hide bugs below any tolerance.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> Config:
 def tiny_model(
     family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> Qwen3:
-    """Return a random model of `tiny_config`, the same for the same seed in every dtype."""
+    """Return a random model of `tiny_config`. The same seed gives the same model in every dtype."""
     return random_model(tiny_config(family, **overrides), seed, dtype)
 
 
@@ -81,7 +81,7 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 
 def write_folder(path: Path, model: Qwen3, shards: int = 1, tokenizer: Path | None = None) -> Path:
-    """Write a model folder in the layout of Hugging Face.
+    """Write a model folder in the format of Hugging Face.
 
     `tokenizer` is a folder whose tokenizer files are copied.
     """
@@ -118,7 +118,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], shards: int = 1) -> No
 
 
 def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
-    """Return token ids (rows, length), the same for the same seed."""
+    """Return token ids (rows, length). The same seed gives the same ids."""
     return torch.randint(
         model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
     )
@@ -127,9 +127,9 @@ def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
 def remember(
     model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Return hidden states and cache of ids (B, T) after an empty cache.
+    """Return hidden states and KV cache of ids (B, T), starting from an empty cache.
 
-    `lengths` counts the valid ids of right-padded rows.
+    `lengths` has the numbers of valid ids of right-padded rows.
     """
     cache = model.new_cache(len(ids))
     counts = None if lengths is None else torch.tensor(lengths)
@@ -165,9 +165,9 @@ def distance(a: KVCache, b: KVCache) -> float:
 
 @st.composite
 def models(draw: st.DrawFn, layers: int | None = None) -> Qwen3:
-    """Draw a float64 model: any family, tied or not, any head layout, one to three layers.
+    """Draw a float64 model: any family, tied or not, any number of heads, one to three layers.
 
-    `layers` sets their number.
+    `layers` sets the number of layers.
     """
     heads, kv_heads, head_dim = draw(st.sampled_from(LAYOUTS))
     config = tiny_config(
@@ -187,10 +187,10 @@ def models(draw: st.DrawFn, layers: int | None = None) -> Qwen3:
 def reference(
     model: Qwen3, x: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
 ) -> Tensor:
-    """Return the hidden states of one row x (T, D).
+    """Return the hidden states of one row x (T, D), from an independent implementation.
 
-    Written from the papers with complex rotations and a dense softmax. `positions` (T,) and
-    `visible` (T, T) may be given, for block masks and shifted positions.
+    It is written from the papers with complex rotations and a dense softmax. `positions` (T,) and
+    `visible` (T, T) can be given, for block masks and shifted positions.
     """
     c, weights, length = model.config, model.state_dict(), len(x)
     positions = torch.arange(length) if positions is None else positions

@@ -1,4 +1,4 @@
-"""Child processes and computations that a test ends, whatever they do."""
+"""Child processes and blocks of code that a test always ends."""
 
 import contextlib
 import signal
@@ -11,10 +11,10 @@ LIMIT = 120.0  # seconds; nothing that a test waits for takes a tenth of it on a
 
 
 class Process(subprocess.Popen[str]):
-    """A child process that is killed when its `with` block fails, or after `limit` seconds.
+    """A child process that is killed if its `with` block fails, or after `limit` seconds.
 
-    `Popen` alone waits at the end of the block, and a process that ignores Ctrl-C never ends. The
-    limit also ends a `read` in the block: it finds the end of the stream.
+    `Popen` alone waits at the end of the block, so a process that ignores Ctrl-C would never end.
+    After the limit, a `read` in the block finds the end of the stream.
     """
 
     def __init__(self, *args: Any, limit: float = LIMIT, **options: Any) -> None:
@@ -31,9 +31,9 @@ class Process(subprocess.Popen[str]):
 
 @contextlib.contextmanager
 def within(seconds: float = LIMIT) -> Iterator[None]:
-    """Fail if a block takes longer: it hangs, or needs far more work than it should.
+    """Fail if a block takes longer, because it hangs or needs far more work than it should.
 
-    The limit is far above the time of an idle machine. An assertion on a tight time fails on a busy
+    The limit is far above the time on an idle machine, because a tight limit would fail on a busy
     one.
     """
 

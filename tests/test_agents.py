@@ -1,7 +1,7 @@
-"""What agents hand over, compared with the same built by hand from the model, `think` and caches.
+"""What agents hand over equals the same built by hand from the model, `think` and caches.
 
-The bugs are those of the authors' repository, by issue number: no memory at zero steps (#13),
-thoughts that start from padding (#25, #26), experts that see each other (#32), open turns.
+The bugs are those of the authors' repository, by issue number: no KV cache at zero steps (#13),
+thoughts that start from padding (#25, #26), experts that see each other (#32), and open turns.
 """
 
 import dataclasses
@@ -77,13 +77,13 @@ METHODS: dict[str, Callable[..., list[Result]]] = {
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model with weights/tiny's tokenizer and no teams of its own."""
+    """A random model with the tokenizer of weights/tiny and without its own teams."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
 @contextmanager
 def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tensor]]]:
-    """Record what a model is given: token ids, caches, and hidden states before the LM head."""
+    """Record the inputs of a model: token ids, caches, and hidden states before the LM head."""
     ids: list[Any] = []
     caches: list[KVCache] = []
     states: list[Tensor] = []
@@ -116,7 +116,7 @@ def encoded(text: str) -> Tensor:
 
 
 def greedy(lm: LM, hidden: Tensor, memory: KVCache, limit: int) -> list[int]:
-    """Return the ids generated from hidden (1, 1, D); all of them are then in the cache."""
+    """Return the ids generated from hidden (1, 1, D). Afterwards all of them are in the cache."""
     ids: list[int] = []
     while len(ids) < limit and (token := int(lm.model.logits(hidden).argmax())) not in lm.end_ids:
         ids.append(token)
@@ -135,10 +135,10 @@ def by_hand(
     limit: int,
     start: Sequence[int] = (),
 ) -> tuple[KVCache, str]:
-    """Return the memory that the last agent gets and its greedy text, for one question.
+    """Return the KV cache that the last agent gets and its greedy text, for one question.
 
-    `remembered` is the question that the agents before it were asked; `start` are the token ids
-    that every agent starts after.
+    `remembered` is the question of the agents before it. `start` has the token ids after which
+    every agent starts.
     """
     base = lm.model.new_cache(1)
     if start:
@@ -204,9 +204,10 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
     limit: int,
     start: tuple[int, ...],
 ) -> None:
-    """Any number of agents, unequal steps, parallel or not, writing or not: slots, counts, text.
+    """Slots, counts and text are right for any team.
 
-    With a memory at the start of all of them, or without.
+    It may have any number of agents, unequal steps, parallel agents or agents that generate text,
+    with or without a KV cache at the start.
     """
     team, memory = Team(agents, parallel), None
     if start:
@@ -249,7 +250,7 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
 def test_six_ragged_questions_answer_as_they_do_alone(
     lm: LM, method: str, team: str, transfer: str, temperature: float
 ) -> None:
-    """Accuracy fell from 0.621 to 0.219 with the batch size (#25): rows must be independent."""
+    """Rows must be independent: accuracy fell from 0.621 to 0.219 with the batch size (#25)."""
     options: dict[str, Any] = {"sampling": Sampling(temperature, max_new_tokens=5)}
     options |= {} if method == "single" else {"team": team}
     # With all agents in one turn, a random model forgets a question that is so far back
@@ -275,7 +276,7 @@ def test_six_ragged_questions_answer_as_they_do_alone(
 
 
 def test_only_the_last_agent_decodes(lm: LM) -> None:
-    """The claim of the method: three of four agents never use the LM head."""
+    """This is the claim of the method: three of four agents never use the LM head."""
     with watched(lm.model) as (_, _, states):
         [result] = latent_mas(lm, QUESTIONS[:1], latent_steps=3, sampling=SHORT)
     assert len(states) == result.usage.output_tokens + (result.finish_reason == "stop")
@@ -284,14 +285,14 @@ def test_only_the_last_agent_decodes(lm: LM) -> None:
 
 
 def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
-    """Return the state from which the last agent starts to generate."""
+    """Return the hidden state from which the last agent starts to generate."""
     with watched(lm.model) as (_, _, states):
         latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT, **options)
     return states[0]
 
 
 def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
-    """With the authors' default of 0 steps the memory is lost: nothing is handed over (#13)."""
+    """With the authors' default of 0 steps the KV cache is lost: nothing is handed over (#13)."""
     full, none = (
         first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none")
     )
@@ -302,7 +303,7 @@ def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last"])
 def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
-    """Another map gives other thoughts, and the last agent must have another state."""
+    """Another map gives other thoughts, so the last agent must have another state."""
     states = [
         first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align)
         for align in ("ridge", "random")
@@ -327,7 +328,7 @@ def second_agents_memory(lm: LM, team: Team) -> KVCache:
 
 
 def test_experts_do_not_see_each_other(lm: LM) -> None:
-    """The authors' "hierarchical" only changes prompts: its experts share one cache (#32)."""
+    """The authors' "hierarchical" changes only prompts, and its experts share one cache (#32)."""
     other = (dataclasses.replace(CHAIN.agents[0], prompt="Sing."), *CHAIN.agents[1:])
     parallel = [
         second_agents_memory(lm, Team(agents, parallel=True)) for agents in (CHAIN.agents, other)
@@ -354,7 +355,7 @@ def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -> None:
-    """In a parallel team only the last agent has the text of the others, whatever flags say."""
+    """In a parallel team only the last agent gets texts of the others, whatever the flags are."""
     agents = (
         Agent("one", "{question}{context}", writes=True),
         Agent("two", "{question}{context}"),
@@ -385,7 +386,7 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
 def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
     tmp_path: Path, argument: int | None, own: int | None, folder: int | None, form: str
 ) -> None:
-    """The argument comes before the agent's own number, and that before the folder's default."""
+    """The argument comes first, then the agent's own number, then the folder's default."""
     agents = [
         {"name": "a", "prompt": "{question}", "latent_steps": own},
         {"name": "b", "prompt": "{question}"},
@@ -402,7 +403,7 @@ def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
 
 
 def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
-    """Otherwise an answer would start from a thought in place of the assistant header."""
+    """Otherwise an answer would start from a thought instead of the assistant header."""
     thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
     for team, asked, thought in (
         (CHAIN, 1, [1, 1, 0]),
@@ -414,7 +415,7 @@ def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
 
 
 def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
-    """Some templates end in `<think>`: text cut off inside it was graded as the answer."""
+    """Some templates end with `<think>`. Text that was cut off inside it was graded."""
     thinking = Team((Agent("solo", "{question}", prefix="<think>\n"),))
     [result] = latent_mas(lm, QUESTIONS[:1], thinking, sampling=SHORT)
     assert "</think>" not in result.text
@@ -422,14 +423,14 @@ def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
 
 
 def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
-    """`align=None` computed no thoughts and counted them."""
+    """With `align=None`, thoughts were counted but not computed."""
     expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
     with pytest.raises(ValueError, match=rf"^align: found None, {expected}$"):
         latent_mas(lm, QUESTIONS[:1], CHAIN, align=None, sampling=SHORT)  # type: ignore[arg-type]
 
 
 def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
-    """The authors' code never closes a turn; the difference is two slots."""
+    """The authors' code never closes a turn. The difference is two slots."""
     closed, left = (
         latent_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT, close=close)[0]
         for close in (True, False)
@@ -442,7 +443,7 @@ def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
 
 
 def test_a_folders_own_teams_come_first(tmp_path: Path) -> None:
-    """A name is the folder's team first, `single` too; `sequential()` is always the generic one."""
+    """A name means the folder's team first, also for `single`. `sequential()` is always generic."""
     own = {"agents": [{"name": "mine", "prompt": "Mine: {question}"}]}
     lm = load_text_lm(text_folder(tmp_path, {"single": own, "sequential": own, "trio": own}))
     named = [
@@ -514,7 +515,7 @@ def test_a_team_is_read_from_json(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_wrong_team_is_refused_by_file_and_field(tmp_path: Path, raw: Any, field: str) -> None:
-    """With found and expected: a typo in an optional field would otherwise have no effect."""
+    """The error says what was found and expected. A typo in an optional field had no effect."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=rf"^{path}: .*{field}") as caught:
@@ -542,7 +543,7 @@ def test_a_missing_team_file_is_named(tmp_path: Path) -> None:
 def test_a_team_in_which_nobody_sees_the_question_is_refused(
     lm: LM, method: Callable[..., list[Result]], prompt: str
 ) -> None:
-    """A typo in the placeholder would give an answer to nothing."""
+    """With a typo in the placeholder the agents would answer without the question."""
     team = Team((Agent("first", "Plan."), Agent("last", prompt)))
     with pytest.raises(ValueError, match="team: found no agent who sees the question"):
         method(lm, QUESTIONS[:1], team)
@@ -569,7 +570,7 @@ def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None
 
 
 def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
-    """Once, after its author's name, and in no earlier prompt."""
+    """It appears once, after its author's name, and in no earlier prompt."""
     team = Team(
         (
             Agent("one", "A {context} {question}"),
@@ -588,7 +589,7 @@ def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
 
 
 def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
-    """A prompt without `{context}` follows the earlier turns, each of them closed."""
+    """A prompt without `{context}` follows the earlier turns, which are all closed."""
     [result] = text_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT)
     talk = ""
     for agent, trace in zip(CHAIN.agents, result.agents, strict=True):
@@ -601,7 +602,7 @@ def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
     "word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL]
 )
 def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
-    """If placeholders are filled one by one, `{context}` in a question is filled too."""
+    """If placeholders were filled one by one, `{context}` in a question would be filled too."""
     question = f"What is {word} in {word}?"
     for method in METHODS.values():
         [result] = method(lm, [question], sampling=SHORT)
@@ -615,7 +616,7 @@ def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
     [("single", ""), ("text_mas", ""), ("latent_mas", "chat"), ("latent_mas", "turn")],
 )
 def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> None:
-    """A plain Hugging Face tokenizer makes the ids that were prefilled from the trace's prompt."""
+    """A plain Hugging Face tokenizer gives the prefilled ids from the prompt in the trace."""
     options: dict[str, Any] = {"layout": layout} if layout else {}
     for question in QUESTIONS:
         with watched(lm.model) as (ids, _, _):
@@ -668,7 +669,7 @@ def test_one_dict_of_choices_serves_all_questions(lm: LM) -> None:
 
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
 def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -> None:
-    """The authors count generated tokens only, as if prompts and thoughts cost nothing."""
+    """The authors count only generated tokens, as if prompts and thoughts cost nothing."""
     results = latent_mas(lm, QUESTIONS, team, latent_steps=3, sampling=SHORT)
     slot = lm.model.new_cache(1).slot_nbytes
     for result, question in zip(results, QUESTIONS, strict=True):
@@ -694,7 +695,7 @@ def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -
 
 @pytest.mark.parametrize("method", METHODS)
 def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
-    """Only the last agent's text is the answer; the text of others must not be shown as such."""
+    """Only the last agent's text is the answer. Other texts must not be shown as answers."""
     extra = {"latent_steps": 2} if method == "latent_mas" else {}
     *events, first, second = stream(lm, QUESTIONS[:2], method, sampling=SHORT, **extra)
     results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, **extra)
@@ -716,7 +717,7 @@ def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_calls_on_event_with_what_stream_yields(lm: LM, method: str) -> None:
-    """The command line listens and must see each event once, in order."""
+    """The command line uses these events, and must get each one once and in order."""
     heard: list[Any] = []
     METHODS[method](lm, QUESTIONS[:1], sampling=SHORT, on_event=heard.append)
     streamed = list(stream(lm, QUESTIONS[:1], method, sampling=SHORT))
@@ -727,7 +728,7 @@ def test_a_method_calls_on_event_with_what_stream_yields(lm: LM, method: str) ->
 
 
 def test_a_stream_that_is_left_early_stops_the_work(lm: LM) -> None:
-    """A reader who has seen enough must not pay for the rest."""
+    """A caller that stops reading must not wait for the rest."""
     with watched(lm.model) as (ids, _, _):
         for event in stream(lm, QUESTIONS[:1], latent_steps=2, sampling=SHORT):
             if isinstance(event, AgentEnd):
@@ -764,7 +765,7 @@ def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: 
     "where", ["generation_config.json", "config.json", "tokenizer_config.json"]
 )
 def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
-    """Some checkpoints name two end tokens in two files; with one, answers run to the limit."""
+    """Some checkpoints have two end tokens in two files. With one, answers run to the limit."""
     one = Sampling(max_new_tokens=1)
     with watched(lm.model) as (_, _, states):
         single(lm, QUESTIONS[:1], sampling=one)
@@ -819,7 +820,7 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
 def test_a_wrong_argument_is_refused_before_any_work(
     lm: LM, options: dict[str, Any], message: str
 ) -> None:
-    """With flag, found and expected, before the first forward pass, which may take minutes."""
+    """The error has the flag, found and expected, and comes before the first forward pass."""
     with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=message):
         latent_mas(lm, **({"questions": ["a", "b", "c"]} | options))
     assert caches == []
@@ -830,7 +831,7 @@ def test_a_wrong_argument_is_refused_before_any_work(
 
 
 def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
-    """Found at its turn, the error would waste the work of all agents before it."""
+    """If the error came at the agent's turn, the work of all earlier agents would be lost."""
     with pytest.raises(
         ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"
     ):
@@ -838,7 +839,7 @@ def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
 
 
 def test_a_list_of_agents_or_the_name_of_a_model_gets_a_message(lm: LM) -> None:
-    """Both ended in an error of Python's about something else."""
+    """Both ended in a Python error that did not name the problem."""
     agents: Any = list(CHAIN.agents)
     with pytest.raises(ValueError, match=r"^team: found \[Agent.*expected a Team or one of"):
         latent_mas(lm, QUESTIONS[:1], agents)
@@ -862,7 +863,7 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) -> None:
-    """An id after the last row would crash a GPU, or read other memory."""
+    """An id after the last row would crash a GPU or read other memory."""
     lm = LM(tiny_model(vocab_size=tiny_tokenizer().size - 1), text_folder(tmp_path))
     with pytest.raises(ValueError, match=r"tokenizer\.json: found .*expected .*vocab_size"):
         single(lm, ["a"])
@@ -871,7 +872,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
 def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, transfer: str) -> None:
-    """The exact size fits; one slot less is refused at the start, with the flags that help."""
+    """The exact size is accepted. One slot less is refused at the start, with flags that help."""
     sampling, closing, steps = Sampling(max_new_tokens=5), encoded("<|im_end|>\n").shape[1], 3
     reads = [encoded(chatml(agent, QUESTIONS[0])).shape[1] for agent in team.agents]
     turns = [read + steps + closing for read in reads[:-1]]
@@ -902,7 +903,7 @@ def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, tran
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, method: str) -> None:
-    """One long question in a batch too: the answers of the short ones would be lost half-way."""
+    """Otherwise one long question in a batch would lose the answers of the short ones."""
     with (
         watched(lm.model) as (_, caches, _),
         pytest.raises(ValueError, match=r"--max-new-tokens.*expected .*4096"),
@@ -935,7 +936,7 @@ def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
 
 
 class Theirs:
-    """A cache of transformers, and a greedy loop that uses it."""
+    """A KV cache of transformers, and a greedy loop that uses it."""
 
     def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
@@ -972,7 +973,7 @@ def test_single_writes_what_transformers_writes(pair: tuple[LM, Any]) -> None:
 def test_latent_mas_writes_what_a_loop_over_transformers_writes(
     pair: tuple[LM, Any], layout: str
 ) -> None:
-    """Eight prenorm thoughts per agent: W_a by least squares, the cache of transformers."""
+    """The loop has eight prenorm thoughts per agent, W_a by least squares, and their cache."""
     lm, model = pair
     w_in, w_out = model.get_input_embeddings().weight.data, model.lm_head.weight.data
     padded = torch.cat(
@@ -1003,7 +1004,7 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
 def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfer: str) -> None:
-    """Each time as the method answers, whatever was done with the other copy."""
+    """Each copy gives the answer of the method, whatever happened to the other copies."""
     how: dict[str, Any] = {"latent_steps": 2, "transfer": transfer, "sampling": SHORT}
     turn = last_turn(lm, QUESTIONS[:2], CHAIN, **how)
     expected = latent_mas(lm, QUESTIONS[:2], CHAIN, **how)
@@ -1017,7 +1018,7 @@ def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfe
 
 
 def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
-    """What "shuffled" does within a call, over calls: the traces are those of who thought."""
+    """This is like "shuffled" over two calls. The traces are from the run that did the work."""
     how: dict[str, Any] = {"team": CHAIN, "latent_steps": 2, "sampling": SHORT}
     own, other = (LatentRun(lm, [question], **how) for question in QUESTIONS[:2])
     [found] = finish(own.last_turn(finish(hand_over(other))).answer())
@@ -1027,7 +1028,7 @@ def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
 
 
 def test_events_show_each_agents_memory(lm: LM) -> None:
-    """One row per agent and question, after its turn, to be measured or saved."""
+    """After a turn there is one row per agent and question, which can be measured or saved."""
     seen: list[list[int]] = []
 
     def look(event: Event) -> None:

@@ -1,7 +1,7 @@
-r"""Right answers fail nowhere, wrong ones pass nowhere. Each test names the bug it prevents.
+r"""Right answers pass and wrong answers fail. Each test names the bug it prevents.
 
-"The authors" are those of LatentMAS, whose scoring was executed for this list: `\boxed{1,234}`
-became 1 and so matched the gold "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a
+"The authors" are those of LatentMAS, whose scoring was run for this list: `\boxed{1,234}` became 1
+and so matched the gold answer "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a
 usage example replaced the program.
 """
 
@@ -38,8 +38,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def cases() -> list[dict[str, Any]]:
-    """Each line of answers.jsonl: `text`, `kind`, maybe `choices` and `verify`; `answer` or
-    `gold` and `correct`.
+    """Return the lines of answers.jsonl.
+
+    Each has `text` and `kind`, and may have `choices` and `verify`. It has `answer`, or `gold` and
+    `correct`.
     """
     lines = Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -55,10 +57,10 @@ def text_of(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", EXTRACTED, ids=text_of)
 def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
-    r"""Each line is a way in which models write an answer and graders have misread it.
+    r"""Each line has a form of answer that models generate and graders have misread.
 
-    The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b" as strings, and take the last
-    ```python block, as a rule a usage example, and no block without a language.
+    The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b" as strings. They take the
+    last ```python block, which is often a usage example, and no block without a language.
     """
     text, answer, choices = case["text"], case["answer"], case.get("choices")
     assert extract(case["kind"], text, choices) == answer
@@ -71,7 +73,7 @@ def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", GRADED, ids=text_of)
 def test_a_right_answer_passes_and_a_wrong_one_does_not(case: dict[str, Any]) -> None:
-    """The wrong ones passed in some grader, mostly because a part of the number was read."""
+    """The wrong ones passed in some grader, mostly because it read only a part of the number."""
     if case.get("verify"):
         pytest.importorskip("math_verify")
     found = grade(
@@ -93,7 +95,7 @@ def test_a_number_longer_than_the_limit_is_compared_as_text() -> None:
     "call", [lambda kind: extract(kind, "1"), lambda kind: grade(kind, "1", "1")]
 )
 def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
-    """A typo such as "maths" would otherwise score a whole run as wrong."""
+    """With a typo such as "maths" a whole run would be graded as wrong."""
     with pytest.raises(
         ValueError, match="--kind: found 'maths', expected math, choice, code or free"
     ):
@@ -101,7 +103,7 @@ def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
 
 
 def test_code_is_not_graded_by_its_text() -> None:
-    """Two programs that differ in a space are the same program: only tests can tell."""
+    """Programs that differ in a space are the same program. Only tests can decide."""
     with pytest.raises(ValueError, match="running its tests"):
         grade("code", "x = 1", "x = 1")
 
@@ -118,7 +120,7 @@ def test_code_is_not_graded_by_its_text() -> None:
 @example("code", "-" * 50_000 + "1")
 @settings(max_examples=200, deadline=None)
 def test_no_text_makes_it_raise(kind: str, text: str) -> None:
-    """One odd output in the middle of the night must not end a run."""
+    """One unusual output must not end a long run."""
     extract(kind, text)
     extract(kind, text, OPTIONS)
     if kind != "code":
@@ -137,8 +139,9 @@ REPEATED = (
 @pytest.mark.parametrize("letters", [8_000, pytest.param(80_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["", "1 ", "The answer is ", "\\boxed{"])
 def test_a_text_that_repeats_itself_takes_a_moment(start: str, letters: int) -> None:
-    """A pattern that backtracks hangs the run on the one model that says the same for 8,000
-    letters. At ten times as many, work that grows with the square takes a hundred times as long.
+    """A pattern that backtracks would hang on a model that repeats itself for 8,000 letters.
+
+    With ten times the length, quadratic work takes a hundred times as long.
     """
     for part in REPEATED:
         text = start + part * (letters // len(part)) + "`"
@@ -149,7 +152,7 @@ def test_a_text_that_repeats_itself_takes_a_moment(start: str, letters: int) -> 
 
 @pytest.mark.parametrize("part", ["1, 2 = 3. The answer is (B).\n"])
 def test_a_megabyte_takes_seconds(part: str) -> None:
-    """The same at the size where even a small square is an hour."""
+    """At this size even a small quadratic part would take an hour."""
     text = part * (10**6 // len(part))
     with within():
         extract("math", text)
@@ -161,7 +164,7 @@ def test_a_megabyte_takes_seconds(part: str) -> None:
 
 
 def test_free_text_is_what_follows_the_thoughts() -> None:
-    """Otherwise an exact match compares the gold with the reasoning."""
+    """Otherwise an exact match would compare the gold answer with the reasoning."""
     assert extract("free", "<think>hm</think>\n The Eiffel  Tower \n") == "The Eiffel  Tower"
     assert extract("free", "<think>hm</think>\n") is None
     assert extract("free", " \n") is None
@@ -177,7 +180,7 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
 
 
 def test_free_text_keeps_the_signs_inside_it() -> None:
-    """Only markup around all of the text may be ignored: ".5" passed for "5"."""
+    """Only markup around the whole text may be ignored: ".5" passed for "5"."""
     pairs = ".5 5,2*3 23,a_b ab,x_1 x1,!x x,~x x,x<y>z xz,x* x,_x x,#5 5,<a> a,a*b* ab".split(",")
     for text, gold in map(str.split, pairs):
         assert not grade("free", text, gold), text
@@ -214,8 +217,9 @@ DRESSES = [
     st.sampled_from(["-", "\u2212"]),
 )
 def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
-    """Commas, decimals and words around a number do not change it; the number beside it is
-    another number.
+    """Commas, decimals and words around a number do not change it.
+
+    A neighbouring number is another number.
     """
     written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
     text = dress.format(written)
@@ -233,7 +237,7 @@ def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, 
     st.sampled_from(["{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}"]),
 )
 def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> None:
-    """Floats make 0.1 + 0.2 wrong and 0.333 right."""
+    """With floats, 0.1 + 0.2 is wrong and 0.333 is right."""
     text = rf"\boxed{{{form.format(top, bottom)}}}"
     value = Fraction(top, bottom)
     assert extract("math", text) == str(value)
@@ -243,7 +247,7 @@ def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> Non
 
 @given(st.decimals(-(10**9), 10**9, allow_nan=False, places=4))
 def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
-    """A bill that says 5/2 where the model wrote 2.50 is hard to follow."""
+    """A record that has 5/2 for a generated 2.50 is hard to read."""
     answer = extract("math", f"{number:,f}")
     assert answer is not None and "/" not in answer and "," not in answer
     assert Fraction(answer) == Fraction(number)
@@ -259,7 +263,7 @@ def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
     )
 )
 def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
-    """A regrade reads the stored answer and must find the same one, in whatever dress."""
+    """Grading again reads the stored answer, and must find the same one in any form."""
     for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
         assert extract("math", dress.format(answer)) == answer
 
@@ -289,13 +293,13 @@ OPENINGS = ("The answer is ", "Answer: ", "So it is ")
 
 
 def passing(texts: str, openings: tuple[str, ...] = ("",)) -> list[str]:
-    """The texts, one a line after each opening, that pass for 42."""
+    """Return the texts that pass for 42, one line after each opening."""
     lines = (opening + text for text in texts.strip().split("\n") for opening in openings)
     return [line for line in lines if grade("math", line.replace("⏎", "\n"), "42")]
 
 
 def test_a_second_number_makes_the_first_one_no_answer() -> None:
-    """A model that offers two numbers would be right with either of them."""
+    """A model that gives two numbers would be right with either of them."""
     texts = """
 42, or 43 if the dog counts
 42 (or 43)
@@ -333,7 +337,7 @@ def test_a_number_that_is_taken_back_is_no_answer() -> None:
 
 
 def test_an_operand_is_no_answer() -> None:
-    """ "A third of 42" passed as 42: the words of an operation were taken for a sentence."""
+    """ "A third of 42" passed as 42: the words of an operation were ignored."""
     texts = """
 a third of 42
 two thirds of 42
@@ -367,7 +371,7 @@ One third is 42."""
 
 
 def test_a_factor_is_no_unit() -> None:
-    """ "12 dozens" passed as 12: every word after a number was a unit."""
+    """ "12 dozens" passed as 12: every word after a number was taken for a unit."""
     texts = """
 42 dozens
 42 tens
@@ -444,7 +448,7 @@ The answer is not equal to 42."""
 
 
 def test_an_exclamation_mark_and_an_arrow_are_no_operators() -> None:
-    """ "So the answer is 42!" was a factorial, and "=> 42" an inequality."""
+    """ "So the answer is 42!" was read as a factorial, and "=> 42" as an inequality."""
     said = "So the answer is 42!\n=> 42\n\\boxed{m\\angle A = 42^\\circ}"
     assert len(passing(said)) == 3
     assert passing("\\boxed{42!}") == []
@@ -454,7 +458,7 @@ def test_an_exclamation_mark_and_an_arrow_are_no_operators() -> None:
 
 
 def test_a_letter_needs_no_options_to_be_read() -> None:
-    """GPQA's files keep the options inside the question."""
+    """In the files of GPQA the options are inside the question."""
     for text in (
         "C",
         r"\boxed{\text{C}}",
@@ -469,7 +473,7 @@ def test_a_letter_needs_no_options_to_be_read() -> None:
 
 
 def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
-    """MedQA gives the gold as text, ARC as a letter, in upper case."""
+    """The gold answer of MedQA is a text, that of ARC an upper-case letter."""
     for gold in ("b", "B", "(B)", "Oral ulcers", "oral ulcers", "B. Oral ulcers"):
         assert grade("choice", "(B)", gold, OPTIONS)
         assert not grade("choice", "(A)", gold, OPTIONS)
@@ -477,8 +481,9 @@ def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
 
 
 def test_options_may_be_numbered() -> None:
-    """Some ARC rows are labelled 1 to 4; a number that is an option's text names that option,
-    unless it is a label.
+    """Some rows of ARC have the labels 1 to 4.
+
+    A number that is the text of an option names that option, unless it is also a label.
     """
     numbered = {"1": "gas", "2": "solid", "3": "liquid", "4": "plasma"}
     for text in ("2", "(2)", r"\boxed{2}", "The answer is 2.", "Answer: 2) solid", "solid"):
@@ -489,7 +494,7 @@ def test_options_may_be_numbered() -> None:
 
 
 def test_a_part_of_an_option_is_not_that_option() -> None:
-    """By substring, "discontinue" holds "continue": the wrong option would match the right text."""
+    """ "discontinue" contains "continue", so substrings would match the wrong option."""
     assert extract("choice", r"\boxed{Discontinue methimazole}", OPTIONS) is None
     assert extract("choice", "The answer is kilometer.", {"a": "meter", "b": "kilometer"}) == "b"
     assert extract("choice", "The answer is 10 meters.", {"a": "10", "b": "20"}) is None
@@ -531,12 +536,12 @@ CITIES = {"A": "Paris", "B": "London", "C": "Berlin", "D": "12"}
     ],
 )
 def test_an_option_is_read_in_ordinary_sentences(text: str) -> None:
-    """Right answers counted as none."""
+    """Right answers in sentences counted as no answer."""
     assert extract("choice", text, CITIES) == "b"
 
 
 def test_an_option_and_its_letter_may_follow_each_other() -> None:
-    """ "12, option D" was no answer."""
+    """ "12, option D" was read as no answer."""
     assert extract("choice", "So the answer is 12, option D.", CITIES) == "d"
     assert extract("choice", "- A\n- B", CITIES) is None
     for text in ("B is incorrect.", "The answer is not B, and C is wrong.", "- 5"):
@@ -547,7 +552,7 @@ def test_an_option_and_its_letter_may_follow_each_other() -> None:
 
 
 def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
-    """A grader that fails gold solutions cannot tell two methods apart."""
+    """A grader that fails gold solutions cannot compare methods."""
     data = rows("gsm8k_test")
     for row, other in zip(data, data[1:] + data[:1], strict=True):
         gold, wrong = row["answer"], other["answer"]
@@ -562,7 +567,7 @@ def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
 
 
 def test_the_last_line_of_a_solution_has_an_answer() -> None:
-    """Units, multiplication signs and names on the left side hid the result of one in twenty."""
+    """Units, multiplication signs and names on the left hid one result in twenty."""
     data = rows("gsm8k_test")[:200]
     right = 0
     for row in data:
@@ -572,7 +577,7 @@ def test_the_last_line_of_a_solution_has_an_answer() -> None:
 
 
 def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
-    """AIME writes 073; the authors call int() on what may be no integer."""
+    """AIME writes 073. The authors call int() on a text that may not be an integer."""
     data = rows("aime2024")
     for row, other in zip(data, data[1:] + data[:1], strict=True):
         for text in (rf"$\boxed{{{int(row['answer']):03d}}}$", f"The answer is {row['answer']}."):
@@ -584,9 +589,7 @@ def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
-    """Options that hold one another, that are numbers, or that end in a full stop are where
-    matching breaks.
-    """
+    """Options can contain other options, be numbers, or end with a full stop."""
     for row in rows(name):
         choices = row["choices"]
         for letter, words in choices.items():
@@ -611,9 +614,7 @@ def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
 
 
 def test_a_question_read_back_is_seldom_an_answer() -> None:
-    """Chance must stay chance: a model that only repeats its question and options has answered
-    nothing.
-    """
+    """A model that only repeats the question and its options must not be right often."""
     data = rows("arc_easy_test") + rows("medqa")
     found = 0
     for row in data:
@@ -642,7 +643,7 @@ def fenced(*programs: str) -> str:
     ],
 )
 def test_a_helper_block_may_be_an_assignment(helper: str) -> None:
-    """A right solution ended in a NameError because the block before it was left out."""
+    """A right solution ended in a NameError, because the block before it was left out."""
     used = helper.split(" = ")[0] if "=" in helper else "add"
     program = f"def inc(a):\n    return [a, {used}]"
     assert extract("code", fenced(helper, program)) == f"{helper}\n\n{program}"
@@ -652,7 +653,7 @@ def test_a_helper_block_may_be_an_assignment(helper: str) -> None:
     "example", ["result = inc(1)", "x = 5\nprint(inc(x))", "import math\ninc(2)"]
 )
 def test_an_example_before_the_solution_is_left_out(example: str) -> None:
-    """It runs before what it calls is defined."""
+    """It would run before the function that it calls is defined."""
     program = "import math\ndef inc(x):\n    result = x + 1\n    return result"
     assert extract("code", fenced(example, program)) == program
 
@@ -668,14 +669,14 @@ def test_an_example_before_the_solution_is_left_out(example: str) -> None:
     ],
 )
 def test_a_stub_does_not_replace_the_solution(stub: str) -> None:
-    """The interface repeated at the end won over the function with a body."""
+    """An interface that is repeated at the end replaced the function with a body."""
     assert extract("code", fenced(INC, stub)) == INC
     assert extract("code", fenced(stub, INC)) == INC
     assert extract("code", fenced(stub)) == stub
 
 
 def test_fences_are_read_as_in_commonmark() -> None:
-    """Fences in a sentence, a list and a quote, and a docstring with many examples, broke off."""
+    """Code was cut off at fences in sentences, lists, quotes and docstrings with examples."""
     assert extract("code", f"Use ``` for code.\n{fenced(INC)}") == INC
     tabs = "\n\t".join(fenced(INC).split("\n"))
     assert extract("code", f"- Solution:\n\n\t{tabs}\n") == INC
@@ -710,8 +711,9 @@ def dresses(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
 def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name: str) -> None:
-    """What one model writes as \\boxed{1,234} another writes as **1234.00**; neither may decide
-    who is better.
+    r"""One model writes \boxed{1,234}, another **1234.00**.
+
+    The form must not decide which model is better.
     """
     for row in rows(name):
         gold, value = row["answer"], int(row["answer"])
@@ -730,7 +732,7 @@ def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: str) -> None:
-    """ "(A mouse runs)" is no letter, and an option's text in brackets is that option."""
+    """ "(A mouse runs)" is not a letter. The text of an option in brackets is that option."""
     for row in rows(name):
         choices, gold = row["choices"], row["answer"]
         for letter, words in choices.items():
@@ -755,7 +757,7 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
 
 
 def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> None:
-    """It takes 0.333333 for 1/3, and a run must be able to say whether it was used."""
+    """It accepts 0.333333 for 1/3, so a run must record if it was used."""
     pytest.importorskip("math_verify")
     assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     assert grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
@@ -773,7 +775,7 @@ def test_math_verify_gets_nothing_that_hangs_it(answer: str) -> None:
 
 
 def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And whoever does not ask for it needs none."""
+    """Grading without math-verify does not need it."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     assert grade("math", "18", "18", verify=True)
@@ -782,9 +784,7 @@ def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_shuffled_letters_score_at_chance() -> None:
-    """The control of the grader itself: random letters in random dress are right as often as
-    chance says.
-    """
+    """Control of the grader: random letters in random form are right as often as chance says."""
     draw = random.Random(0)
     data = rows("arc_challenge_test")
     right = sum(
@@ -800,7 +800,7 @@ def test_shuffled_letters_score_at_chance() -> None:
 
 
 def test_options_may_be_numbers() -> None:
-    """A row with `"choices": {"A": 6, "B": 7}` was answered, and then ended in a traceback."""
+    """With `"choices": {"A": 6, "B": 7}` the row was answered, and then a traceback followed."""
     choices = {"A": 6, "B": 7}
     assert extract("choice", "The answer is (B).", choices) == "b"  # type: ignore[arg-type]
     assert grade("choice", "\\boxed{7}", "B", choices)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""`chat`: later turns of one conversation, slash commands, and what must not change it.
+"""`chat`: later turns of a conversation, slash commands, and what must not change it.
 
-A conversation is compared with the template's own text of it, fed as tokens to an empty KV cache.
+A conversation equals the text that the template renders, fed as tokens to an empty KV cache.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ Chat = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
-    """`main` with these lines on standard input and these flags: (status, stdout, stderr)."""
+    """Run `main` with these input lines and flags. Returns (status, stdout, stderr)."""
 
     def call(lines: str | list[str], *flags: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -54,7 +54,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a short context, and with a template that has a default message."""
+    """A random model with a short context, whose template has a default system message."""
     model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=150)
     path = write_folder(tmp_path_factory.mktemp("chat") / "model", model, tokenizer=TINY)
     (path / "chat_template.jinja").write_text(DEFAULTS)
@@ -66,7 +66,7 @@ def records(out: str) -> list[dict[str, Any]]:
 
 
 def errors(err: str) -> list[str]:
-    """Return the lines of errors; no line is a traceback."""
+    """Return the error lines, none of which is a traceback."""
     assert "Traceback" not in err
     return [line for line in err.splitlines() if "error" in line]
 
@@ -75,7 +75,7 @@ def errors(err: str) -> list[str]:
 
 
 def talked(lm: LM, messages: list[str], team: Team = ALONE, **how: Any) -> tuple[KVCache, str]:
-    """Return the KV cache of a conversation with a team, and the template's text of it."""
+    """Return the KV cache of a conversation with a team, and its text from the template."""
     assert lm.tokenizer is not None
     memory, said = None, []
     for message in messages:
@@ -97,7 +97,7 @@ def fed(lm: LM, text: str) -> KVCache:
 
 @pytest.mark.parametrize("template", [None, DEFAULTS])
 def test_a_later_message_began_a_new_conversation(tmp_path: Path, template: str | None) -> None:
-    """The template put its system message and its begin of text before every message."""
+    """The template's system message and begin of text were put before every message."""
     settings = {} if template is None else {"chat_template": template}
     lm = load_text_lm(text_folder(tmp_path, **settings))
     how = {"sampling": Sampling(max_new_tokens=1)}  # more may have other tokens than their text
@@ -112,7 +112,7 @@ def test_a_later_message_began_a_new_conversation(tmp_path: Path, template: str 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="no tokenizer of Qwen3 here")
 def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
-    """It renders an answer without thoughts as it was, and puts no empty thoughts before it."""
+    """An answer without thoughts is rendered unchanged, without empty thoughts before it."""
     tokenizer = Tokenizer(QWEN)
     model = tiny_model(vocab_size=tokenizer.size)
     lm = LM(model, QWEN)
@@ -133,7 +133,7 @@ def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
 def test_a_later_turn_of_a_team_follows_the_earlier_ones(
     tmp_path: Path, team: str, layout: str
 ) -> None:
-    """Every agent, side by side or not, began with the template's system message again."""
+    """Every agent, parallel or not, began with the template's system message again."""
     lm = load_text_lm(text_folder(tmp_path, chat_template=DEFAULTS))
     how: dict[str, Any] = {"team": team, "layout": layout, "latent_steps": 2, "keep_memory": True}
     how["sampling"] = Sampling(max_new_tokens=3)
@@ -164,7 +164,7 @@ def test_text_agents_go_on_with_a_conversation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
 def test_a_turn_prefills_its_own_message_only(chat: Chat, method: str) -> None:
-    """The bill of the fifth message is that of the first; the KV cache grows with each."""
+    """The fifth message prefills as many tokens as the first. The KV cache grows with each."""
     status, out, _ = chat([EVA] * 5, "--json", "--method", method, "-n", 8)
     found = records(out)
     assert status == 0 and [one["question"] for one in found] == [EVA] * 5
@@ -209,7 +209,7 @@ def test_a_team_is_chosen_by_its_flags(chat: Chat) -> None:
 
 
 def test_a_single_agent_gets_the_message_as_it_is(chat: Chat, folder: Path) -> None:
-    """The form of an answer, "End with the final answer", is for questions of a benchmark."""
+    """The instruction "End with the final answer" is only for benchmark questions."""
     found = records(chat(["Hello, you!", "Why?"], "-m", folder, "-n", 2, "--json")[1])
     prompts = [one["agents"][0]["prompt"] for one in found]
     assert prompts[0].endswith("<|im_start|>user\nHello, you!<|im_end|>\n<|im_start|>assistant\n")
@@ -224,7 +224,7 @@ def test_the_embedded_model_says_what_it_knows_in_a_chat(chat: Chat) -> None:
 
 
 def test_a_conversation_is_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
-    """What follows /load is what would have followed in the chat that was saved."""
+    """After /load the chat continues as the saved one would have."""
     file = tmp_path / "my talk.safetensors"
     found = records(chat([EVA, f"/save {file}", TOM], "--json")[1])
     status, out, _ = chat([TOM, f"/load {file}", TOM], "--json")
@@ -237,7 +237,7 @@ def test_a_conversation_is_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
 
 
 def test_clear_goes_back_to_the_memory_that_was_given(chat: Chat, tmp_path: Path) -> None:
-    """The first turn after --memory, and after /clear, has it before the message."""
+    """The first turn after --memory, and after /clear, starts after the given memory."""
     note = tmp_path / "note.txt"
     note.write_text("Ben has 4 coins.")
     file = tmp_path / "note.safetensors"
@@ -298,7 +298,7 @@ def test_a_fault_is_one_line_and_leaves_the_conversation(
 
 
 def test_an_empty_conversation_is_not_saved(chat: Chat, tmp_path: Path) -> None:
-    """Also after a message that failed."""
+    """This is also true after a message that failed."""
     for lines in ([], ["a " * 20_000], [EVA, "/clear"]):
         status, _, err = chat([*lines, f"/save {tmp_path / 'talk'}"])
         assert status == 0 and "/save FILE (after a message)" in errors(err)[-1]
@@ -306,7 +306,7 @@ def test_an_empty_conversation_is_not_saved(chat: Chat, tmp_path: Path) -> None:
 
 
 def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> None:
-    """Before anything is prefilled; after /clear there is room again."""
+    """The error comes before prefill. After /clear there is room again."""
     lines = ["one two three"] * 9
     status, out, err = chat([*lines, "/clear", lines[0]], "-m", folder, "-n", 12, "--json")
     assert status == 0
@@ -327,7 +327,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def terminal() -> Any:
-    """Yield the two ends of a terminal."""
+    """Yield the two ends of a pseudo-terminal."""
     ends = pty.openpty()
     try:
         yield ends
@@ -337,7 +337,7 @@ def terminal() -> Any:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
-    """The conversation is what it was before the message; at the prompt Ctrl-C ends the chat."""
+    """The conversation is the one before the message. At the prompt, Ctrl-C ends the chat."""
     with terminal() as (master, slave):
         flags = ["chat", "-m", endless, "-n", 90_000]
         with start(*flags, stdin=slave) as process:
@@ -360,7 +360,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
 
 
 def test_a_sign_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
-    """On stderr, so that the answers can be redirected."""
+    """The prompt sign is on stderr, so that answers can be redirected."""
     with terminal() as (master, slave), start("chat", "--quiet", stdin=slave) as process:
         os.write(master, EVA.encode() + b"\n\x04")
         out, err = process.communicate(timeout=60)
@@ -382,7 +382,7 @@ def test_a_reader_that_leaves_ends_the_chat_quietly(endless: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_ends_the_chat() -> None:
-    """It went on, and threw every later answer away."""
+    """The chat continued, and all later answers were lost."""
     how: dict[str, Any] = {"stdin": subprocess.PIPE}
     with Path("/dev/full").open("w") as full, start("chat", "--quiet", stdout=full, **how) as chat:
         _, err = chat.communicate(f"{EVA}\n{EVA}\n", timeout=60)

@@ -1,4 +1,4 @@
-"""`minimas check`: what it measures, and what it concludes from constructed measurements."""
+"""`minimas check`: what it measures, and what it concludes from given measurements."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def report(lm: LM) -> Report:
 
 
 def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
-    """The loss of each arm and the length of its answers are those of `latent_mas` itself."""
+    """The loss of each arm and the length of its answers equal those of `latent_mas`."""
     greedy = Sampling(temperature=0.0, max_new_tokens=24)
     texts = [solution for _, solution in QUESTIONS]
     how = {"no cache": {"transfer": "none"}, "prompts only": {"latent_steps": 0}}
@@ -101,7 +101,7 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
 def test_the_recommendation_follows_from_the_measurement(
     given: tuple[str, list[ArmReport]], flags: str, said: str
 ) -> None:
-    """A bare number as answer, or a loss that certainly rises, is harm; a wide interval is not."""
+    """Short answers, or a loss that rises for certain, are harm. A wide interval is not."""
     sentence, recommended = judge(*given)
     assert recommended == flags and said in sentence
     assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
@@ -151,7 +151,7 @@ def test_a_model_that_cannot_be_checked_is_refused_in_one_line(
 
 
 def test_a_folders_own_team_is_what_is_checked(tmp_path: Path) -> None:
-    """Its prompts and its layout, as `ask` would take them."""
+    """Its prompts and its layout are used, as `ask` uses them."""
     team = {
         "layout": "chat",
         "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],

@@ -1,7 +1,7 @@
 """The command line: only the answer on stdout, one line for an error, and the exit status.
 
-Most tests call `main` in this process, with a random model in a folder. Only tests of signals,
-pipes and devices start a process.
+Most tests call `main` in this process with a random model in a folder. Only tests of signals, pipes
+and devices start a process.
 """
 
 import io
@@ -45,7 +45,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`main` with these arguments: (exit status, stdout, stderr)."""
+    """Run `main` with these arguments. Returns (exit status, stdout, stderr)."""
 
     def call(*argv: Any) -> Outcome:
         capsys.readouterr()
@@ -60,7 +60,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that reads a hundred thousand tokens and never ends its turn."""
+    """A random model with a context of a hundred thousand tokens that never ends its turn."""
     return endless_folder(tmp_path_factory.mktemp("cli") / "model", 100_000)
 
 
@@ -81,7 +81,7 @@ def assert_one_line(outcome: Outcome, status: int | tuple[int, ...], pattern: st
 
 
 def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> None:
-    """`minimas ask … > answer.txt` holds only the answer: bars, bills and warnings go to stderr."""
+    """`minimas ask … > answer.txt` has only the answer. Everything else goes to stderr."""
     status, out, err = run("ask", "-m", folder, "How many?", "-n", 9, "--latent-steps", 2)
     [result] = latent_mas(
         load(folder),
@@ -109,7 +109,7 @@ def test_quiet_means_quiet(run: Run, folder: Path, method: str) -> None:
 
 
 def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: Path) -> None:
-    """And enough in it to replay the result: settings, prompts, the bill."""
+    """It has all that is needed to replay the result: settings, prompts and token counts."""
     rows = jsonl(
         tmp_path / "q.jsonl",
         {"id": 7, "question": "one?"},
@@ -157,7 +157,7 @@ def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: 
 
 
 def test_a_question_may_hold_its_own_options(run: Run, folder: Path) -> None:
-    """`--kind choice` was refused without `choices`, though a question's text often holds them."""
+    """`--kind choice` was refused without `choices`, but the question often has the options."""
     outcome = run(
         "ask", "Which is even? (A) 3 (B) 4", "--kind", "choice", "--json", "-m", folder, "-n", 4
     )
@@ -268,7 +268,7 @@ def test_a_question_of_ten_thousand_words_is_answered(run: Run, folder: Path) ->
 def test_a_question_longer_than_the_context_is_refused_within_seconds(
     run: Run, folder: Path, words: int
 ) -> None:
-    """Naming what is too long, the limit, and the flags that count towards it."""
+    """The error names what is too long, the limit, and the flags that count towards it."""
     start = time.monotonic()
     outcome = run("ask", "-m", folder, "word " * words + "?", "--latent-steps", 90_000)
     assert_one_line(outcome, 1, r"planner: .*--latent-steps.*--max-new-tokens.*expected .*100000")
@@ -276,7 +276,7 @@ def test_a_question_longer_than_the_context_is_refused_within_seconds(
 
 
 def test_the_embedded_model_says_what_it_knows(run: Run) -> None:
-    """Outside its grammar it answers with garbage, which a newcomer would blame on the method."""
+    """It answers other questions with garbage, which a new user might blame on the method."""
     known, unknown = run("ask", TINY_EXAMPLE, "-n", 8), run("ask", "Why is the sky blue?", "-n", 8)
     assert known.status == unknown.status == 0
     assert "Qwen/Qwen3-0.6B" not in known.err
@@ -302,7 +302,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(
 def test_the_layout_is_chosen_and_reported(
     run: Run, folder: Path, tmp_path: Path, layout: str
 ) -> None:
-    """`--layout` is stronger than the team's own, and `--json` says which one it was."""
+    """`--layout` replaces the team's own layout, and `--json` reports the one that was used."""
     team = {
         "layout": "turn",
         "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],
@@ -342,7 +342,7 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
 def test_an_answer_is_printed_whatever_the_encoding_of_stdout(
     folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """A generated "é" ended in a UnicodeEncodeError where stdout is ASCII: the text was lost."""
+    """With an ASCII stdout, a generated "é" gave a UnicodeEncodeError, and the text was lost."""
     argv = ["ask", "-m", str(folder), "naïve 🙂?", "-n", "40", "--quiet", "--latent-steps", "1"]
     text = {}
     for encoding in ("utf-8", "ascii"):
@@ -362,7 +362,7 @@ def test_the_version_is_printed(run: Run) -> None:
 
 
 def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command explains itself; a stray "%" in a help text is an error of argparse."""
+    """Every command has a help text. A "%" that is not escaped would be an error of argparse."""
     monkeypatch.setenv("COLUMNS", "100")
     for command in ([], ["ask"], ["check"], ["info"]):
         status, out, err = run(*command, "--help")
@@ -413,7 +413,7 @@ def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(run: Run, argv: list[str], pattern: str) -> None:
-    """It names the flag, what was found and what was expected; usage and traceback stay away."""
+    """It names the flag, found and expected, without the usage text and without a traceback."""
     assert_one_line(run(*argv), 2, f"({pattern})")
 
 
@@ -432,14 +432,14 @@ def test_a_wrong_flag_is_one_line_and_status_2(run: Run, argv: list[str], patter
     ids=lambda text: text[:20],
 )
 def test_a_wrong_value_of_a_flag_says_what_was_expected(run: Run, flag: str, value: str) -> None:
-    """'invalid number value: 1.5' leaves a reader to guess what is wrong with 1.5."""
+    """'invalid number value: 1.5' does not say what is wrong with 1.5."""
     argparse_text = r"invalid (int|float) value: '|invalid choice: 'x' \(choose from"
     expected = rf"{flag}.*(found .*expected|{argparse_text})"
     assert_one_line(run("ask", "q", flag, value), (1, 2), expected)
 
 
 def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
-    """What is wrong -> (arguments of `ask`, made in a folder with a model; what the error says)."""
+    """Return name -> (arguments of `ask`, text of the error), with files in a folder."""
 
     def rows(content: bytes) -> Callable[[Path], list[Any]]:
         def make(tmp: Path) -> list[Any]:
@@ -573,7 +573,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
 
 @pytest.mark.parametrize("case", bad_inputs())
 def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
-    """It names the file, line or flag, found and expected; no earlier question is answered."""
+    """It names the file, line or flag, found and expected. No earlier question is answered."""
     write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
     make, pattern = bad_inputs()[case]
     argv = make(tmp_path)
@@ -585,7 +585,7 @@ def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str
 
 
 def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
-    """The answer is that of the kind that was saved, and another one for another kind."""
+    """The answer equals that of the saved kind. Another kind gives another answer."""
     lm, path = load(TINY), tmp_path / "map.safetensors"
     asked = "ask", TINY_EXAMPLE, "--quiet", "--json", "--device", "cpu"
     texts = {}
@@ -603,7 +603,7 @@ def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
 def test_a_map_of_another_model_is_refused_with_status_1(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    """In one line on stderr, before a question is looked at; an unknown kind is status 2."""
+    """The error is one line before any question is read. An unknown kind gives status 2."""
     load(TINY).aligner("identity").save(tmp_path / "m.safetensors")
     outcome = run("ask", "-m", folder, "q", "--align", tmp_path / "m.safetensors")
     assert_one_line(outcome, 1, r"m\.safetensors: model: found .*expected")
@@ -631,7 +631,7 @@ def test_greedy_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
 
 
 def test_info_says_what_a_model_needs_without_its_weights(run: Run, tmp_path: Path) -> None:
-    """What fits into a GPU is asked before a download, not after it."""
+    """People ask if a model fits into a GPU before they download it."""
     folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
     (folder / "model.safetensors").unlink()
     status, out, err = run("info", folder)
@@ -659,7 +659,7 @@ def test_info_of_the_embedded_model(run: Run) -> None:
 def test_a_parameter_is_named_by_its_flag_and_its_error_is_a_value_error(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 2 is for a flag of this command; a parameter without a flag ends with status 1."""
+    """Status 2 is for a flag of the command. A parameter without a flag ends with status 1."""
     assert str(ParameterError("top_p", "found 5, expected 1")) == "top_p: found 5, expected 1"
     assert pickle.loads(pickle.dumps(ParameterError("a", "b"))).parameter == "a"
     for parameter, status, shown in (("top_p", 2, "--top-p"), ("close", 1, "close")):
@@ -687,7 +687,7 @@ def start(*argv: Any, **options: Any) -> Process:
 
 
 def test_the_first_command_works_from_anywhere(tmp_path: Path) -> None:
-    """An answer on stdout, agents, bill and wall time on stderr, no warning, status 0."""
+    """The answer is on stdout, everything else on stderr, with no warning and status 0."""
     with start("ask", TINY_EXAMPLE, cwd=tmp_path) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.strip() and "\n" not in out.strip(), err
@@ -704,7 +704,7 @@ def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
-    """Status 130, one line, and the text so far is kept: as text, or as an object that says so."""
+    """Status 130, one line, and the text so far: as text, or as an object that says so."""
     argv = [
         "ask",
         "-m",
@@ -739,7 +739,7 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_starts_ends_quietly() -> None:
-    """A traceback from the import of torch, before `main` runs."""
+    """Before `main` ran, Ctrl-C gave a traceback from the import of torch."""
     with start("ask", "q") as process:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
@@ -748,9 +748,10 @@ def test_ctrl_c_while_it_starts_ends_quietly() -> None:
 
 
 def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
-    """`minimas ask … | head -1` ended in two tracebacks, the second from the flush at exit.
+    """`minimas ask …
 
-    Whoever closes a pipe has read enough: this is no error.
+    head -1` gave two tracebacks, the second from the flush at exit. | A reader that closes the pipe
+    has read enough, so this is not an error.
     """
     with start("ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 0, "--quiet") as process:
         assert process.stdout is not None and process.stderr is not None

@@ -1,4 +1,4 @@
-"""What `ask` says besides the answer: which question a line is about, the bill, JSON, thinking."""
+"""The output of `ask` besides the answer: question numbers, token counts, JSON, thinking."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def thinker(folder: Path, tmp_path: Path) -> Path:
-    """The same model with a template that opens <think>, and can be told not to."""
+    """The same model with a template that opens <think> unless it is told not to."""
     copied = tmp_path / "thinker"
     write_folder(copied, load(folder).model, tokenizer=TINY)
     (copied / "chat_template.jinja").write_text(THINKING)
@@ -50,7 +50,7 @@ def ask(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[str, str]:
 def test_a_file_may_come_from_standard_input(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a byte order mark, Windows' ends of lines, and no end after the last line."""
+    """It may have a byte order mark, Windows line endings, and no newline at its end."""
     rows = '\ufeff{"question": "Müller?"}\r\n\r\n{"question": "two?"}'
     for stdin in (io.StringIO(rows[1:]), io.TextIOWrapper(io.BytesIO(rows.encode()), "ascii")):
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -66,7 +66,7 @@ def test_a_file_may_come_from_standard_input(
 def test_a_line_of_an_agent_says_which_question_it_is_about(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of forty questions, nobody could tell whose answer had been cut off."""
+    """With forty questions it was not clear whose answer had been cut off."""
     (tmp_path / "q.jsonl").write_text('{"question": "q?"}\n' * 5)
     argv = ["-m", folder, "-n", 2, "--latent-steps", 1, "--method", "latent_mas"]
     _, err = ask(capsys, *argv, "--file", tmp_path / "q.jsonl")
@@ -83,7 +83,7 @@ def test_a_line_of_an_agent_says_which_question_it_is_about(
 def test_an_empty_answer_has_its_place_among_the_others(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """Answer 3 was taken for the second one, because the second one was empty."""
+    """The third answer looked like the second one, because the second one was empty."""
     ends: list[bool] = []
 
     def pieces(*args: Any, **options: Any) -> Any:
@@ -100,7 +100,7 @@ def test_an_empty_answer_has_its_place_among_the_others(
 
 
 def test_the_bill_ends_with_the_wall_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The seconds of the agents left out loading, which is most of a short run."""
+    """The agents' seconds did not include loading, which is most of a short run."""
     bill = "\n".join(ask(capsys, "-m", folder, "q?", "-n", 2)[1].splitlines()[-2:])
     found = re.fullmatch(r" +total: .*, (\S+) s, KV cache .* MB\n +wall time: (\S+) s", bill)
     assert found and 0 < float(found[1]) < float(found[2])
@@ -109,7 +109,7 @@ def test_the_bill_ends_with_the_wall_time(folder: Path, capsys: pytest.CaptureFi
 def test_a_record_says_what_its_result_depends_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A default that was used is as good as a value that was given."""
+    """Defaults are recorded like values that were given."""
     (tmp_path / "q.jsonl").write_text('{"question": "q?", "answer": 7, "id": 1.5}\n')
     flags = ["--json", "-n", 3, "--temp", 0.5, "--dtype", "float32", "--device", "cpu"]
     out, _ = ask(capsys, "-m", folder, *flags, "--file", tmp_path / "q.jsonl")
@@ -134,7 +134,7 @@ def test_a_record_says_what_its_result_depends_on(
 def test_a_record_of_a_gguf_file_said_that_nothing_was_quantized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its layers keep the file's blocks of 4 bits, and "quantization" was null."""
+    """Its layers keep the 4-bit blocks of the file, but "quantization" was null."""
     pytest.importorskip("gguf")
     from .formats.test_gguf import trained, words_of, write
 
@@ -155,7 +155,7 @@ class Terminal(io.StringIO):
 def test_agents_who_pass_text_show_their_speed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A team that generates four texts was silent until the last one."""
+    """A team that generates four texts showed no progress until the last one."""
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert main(["ask", "-m", str(folder), "q?", "-n", "40", "--method", "text_mas"]) == 0
     said = sys.stderr.getvalue()  # type: ignore[attr-defined]
@@ -163,7 +163,7 @@ def test_agents_who_pass_text_show_their_speed(
 
 
 def test_there_is_an_event_for_every_token(folder: Path) -> None:
-    """Tokens per second are counted by them, those of agents who hand text over too."""
+    """The speed is counted from them, also for agents that hand over text."""
     heard: list[Event] = []
     how = Sampling(max_new_tokens=5)
     results = text_mas(load(folder), ["one?", "two?"], sampling=how, on_event=heard.append)
@@ -174,7 +174,7 @@ def test_there_is_an_event_for_every_token(folder: Path) -> None:
 def test_compiling_is_announced_and_billed_apart(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first agent was billed for half a minute in which it did nothing."""
+    """Half a minute of compiling was counted as time of the first agent."""
 
     def loaded(
         name: str, device: str, dtype: str, quantize: None, compile: bool, quiet: bool
@@ -194,7 +194,7 @@ def test_compiling_is_announced_and_billed_apart(
 def test_a_thinking_model_may_be_told_not_to_think(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its template has a switch, which no flag reached."""
+    """Its template has a switch that no flag could set."""
     argv = ["-m", thinker, "q?", "-n", 2, "--json", "--quiet", "--method", "single"]
     prompts = [
         json.loads(ask(capsys, *argv, *flag)[0])["agents"][-1]["prompt"]
@@ -210,7 +210,7 @@ def test_a_thinking_model_may_be_told_not_to_think(
 def test_a_thought_that_was_cut_off_is_called_one(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An answer of 256 tokens without an answer: the default limit ends thinking models early."""
+    """The default limit of 256 tokens can end a thinking model before its answer."""
     for flags, thinks in (
         (["-m", thinker], True),
         (["-m", thinker, "--no-think"], False),
@@ -225,7 +225,7 @@ def test_a_thought_that_was_cut_off_is_called_one(
 def test_a_think_of_the_question_was_taken_for_a_thought_of_the_model(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str], question: str
 ) -> None:
-    """Only the template and the model open a thought; a user may write about the tag."""
+    """Only the template and the model open a thought. A user may write about the tag."""
     for flags, thinks in (([folder], False), ([thinker, "--no-think"], False), ([thinker], True)):
         for method in (["single"], ["latent_mas", "--latent-steps", 0]):
             _, err = ask(capsys, question, "-n", 1, "-m", *flags, "--method", *method)

@@ -1,6 +1,6 @@
 """`remember`, `ask --memory`, `--save-memory`, `info` of a memory, and `ask --show-thoughts`.
 
-weights/tiny answers questions about notes that were remembered, as it would in a team of experts.
+weights/tiny answers questions about remembered notes, as in a team of experts.
 """
 
 import io
@@ -27,7 +27,7 @@ READER = {"agents": [{"name": "reader", "prompt": "Summarizer: give the answer. 
 
 
 class Files:
-    """A folder with notes, their memories and a team of one reader; `main` run in this process."""
+    """A folder with notes, their memories and a team of one reader. `main` runs in this process."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.capsys = folder, capsys
@@ -62,7 +62,7 @@ class Files:
         return record
 
     def refused(self, *argv: Any) -> str:
-        """Return the one line with which a command fails before it prints anything."""
+        """Return the one-line error of a command that prints nothing else."""
         status, out, err = self.run(*argv)
         assert status in (1, 2) and out == ""
         assert re.fullmatch(r"minimas: error: .*\n", err), err
@@ -85,7 +85,7 @@ def stranger(tmp_path: Path) -> Path:
 
 
 def test_a_remembered_note_is_used_and_not_prefilled_again(files: Files) -> None:
-    """The answer is the one of `memory=`, with fewer prefilled tokens than a question with text."""
+    """The answer equals that of `memory=`, with fewer prompt tokens than with the text."""
     question = "How many coins does Eva have?"
     found = files.read(question, "--memory", files.remember("eva"))
     lm = load()
@@ -109,7 +109,7 @@ def test_every_method_starts_after_the_memory(files: Files, method: str) -> None
 
 
 def test_two_memories_are_joined_in_order(files: Files) -> None:
-    """Each note answers its own question; the second one was rotated to its new place."""
+    """Each note answers its own question. The second one was rotated to its new position."""
     both = ["--memory", files.remember("eva"), "--memory", files.remember("tom")]
     assert files.read("How many coins does Eva have?", *both)["answer"] == "Eva 12"
     found = files.read("How many coins does Tom have?", *both)
@@ -123,7 +123,7 @@ def test_two_memories_are_joined_in_order(files: Files) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_the_cache_after_an_answer_is_saved_and_used(files: Files, as_json: bool) -> None:
-    """It is no field of the JSON: it was copied, with its model, to print its address."""
+    """The cache is not a field of the JSON, where it was copied only to print its address."""
     saved = files["after.safetensors"]
     flags = ["--json"] if as_json else []
     status, out, err = files.run("ask", ASKED, "--save-memory", saved, *flags)
@@ -191,7 +191,7 @@ def test_a_file_that_is_no_memory_is_refused_by_name(files: Files) -> None:
 
 
 def test_one_answer_is_saved_not_many(files: Files) -> None:
-    """Two answers have two caches, and one file would hold the last one only."""
+    """Two answers have two caches, and one file would have only the last one."""
     files["q.jsonl"].write_text('{"question": "one?"}\n{"question": "two?"}\n')
     argv = ["ask", "--file", files["q.jsonl"], "--save-memory", files["m.safetensors"]]
     assert "--save-memory: found 2 questions, expected one" in files.refused(*argv)
@@ -246,7 +246,7 @@ def thoughts(err: str) -> list[str]:
 def test_each_thought_is_a_line_after_its_agent(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """weights/tiny thinks the results of the calculation, and the end of the turn."""
+    """The thoughts of weights/tiny are the results of the calculation and the end of the turn."""
     monkeypatch.setenv("COLUMNS", "100")
     status, out, err = files.run("ask", ASKED, "--show-thoughts")
     assert (status, out) == (0, " 6\n")
@@ -264,7 +264,7 @@ def test_each_thought_is_a_line_after_its_agent(
 
 
 def test_a_thought_of_a_batch_says_whose_it_is(files: Files) -> None:
-    """Experts share a batch too, and may have one name."""
+    """Experts share a batch too, and may have the same name."""
     agents = [{"name": name, "prompt": "{question}"} for name in ("expert", "expert", "last")]
     files["t.json"].write_text(json.dumps({"parallel": True, "agents": agents}))
     files["q.jsonl"].write_text('{"question": "one?"}\n' * 10)
@@ -306,7 +306,7 @@ def test_a_thought_fits_into_a_narrow_terminal(
 def test_a_wide_or_unencodable_token_neither_fails_nor_overflows(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Chinese character takes two columns, and an ASCII terminal has none."""
+    """A Chinese character has two columns, and an ASCII terminal cannot print it."""
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("minimas.lens.Lens._text", lambda *_: "思考思考\x1b[1m")
     lines = thoughts(files.run("ask", ASKED, "--show-thoughts")[2])
@@ -333,7 +333,7 @@ def test_without_the_flag_no_thought_is_looked_at(
 def test_a_question_after_show_thoughts_was_taken_for_its_number(
     files: Files, before: list[int]
 ) -> None:
-    """`--show-thoughts "QUESTION"` is how most people write it, and K is for the flag."""
+    """Most people write `--show-thoughts "QUESTION"`, where the flag's K is left out."""
     status, out, err = files.run("ask", "--show-thoughts", *before, ASKED)
     assert (status, out) == (0, " 6\n")
     assert {line.count("%") for line in thoughts(err)} == {2 if before else 3}

@@ -1,4 +1,4 @@
-"""How the command line starts and where it prints: quick help, lazy names, streams that fail."""
+"""The start of the command line and its streams: quick help, lazy names, streams that fail."""
 
 import inspect
 import os
@@ -45,7 +45,7 @@ def shell(redirect: str, *argv: Any, **env: str) -> "subprocess.CompletedProcess
 
 
 def test_help_and_version_do_not_wait_for_torch() -> None:
-    """Importing torch takes seconds, and --help needs nothing of it."""
+    """Importing torch takes seconds, and --help does not need it."""
     said = python("""
 import sys
 from minimas.__main__ import main
@@ -67,7 +67,7 @@ def choices(command: str, flag: str) -> Any:
 
 
 def test_the_flags_know_the_names_of_the_library() -> None:
-    """They are written down once more, because the library's own need torch."""
+    """The parser has its own copy of the names, because the library's module needs torch."""
     methods = (minimas.latent_mas, minimas.text_mas, minimas.single)
     assert choices("ask", "--method") == [method.__name__ for method in methods]
     assert choices("ask", "--kind") == list(KINDS)
@@ -82,7 +82,7 @@ def test_the_flags_know_the_names_of_the_library() -> None:
 
 
 def test_every_public_name_is_there_on_first_use() -> None:
-    """And `load` is the function, also after something has imported the module of that name."""
+    """`load` is the function, even after the module of that name was imported."""
     stub: dict[str, Any] = {}
     source = Path(minimas.__file__).with_name("__init__.pyi").read_text(encoding="utf-8")
     exec(source.replace("from .", "from minimas."), stub)
@@ -107,7 +107,7 @@ print(load.__name__, minimas.load is load, same is LM, minimas.__version__, sort
 
 
 def test_a_closed_stream_is_no_traceback() -> None:
-    """Cron and daemons close streams, and Python has None in their place."""
+    """Cron and daemons close streams, which are None in Python."""
     for redirect, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)):
         done = shell(redirect, "ask", ASKED)
         assert (done.returncode, b"Traceback" in done.stderr) == (status, False), redirect
@@ -119,13 +119,13 @@ def test_a_closed_stream_is_no_traceback() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_progress_that_cannot_be_printed_does_not_cost_the_answer() -> None:
-    """The disk that takes the log is full; the answer goes elsewhere, and it is the answer."""
+    """The disk of the log is full, but the answer is written elsewhere."""
     done = shell("2>/dev/full", "ask", ASKED)
     assert (done.returncode, done.stdout.strip()) == (0, b"6")
 
 
 def test_a_reader_of_progress_that_leaves_does_not_cost_the_answer(tmp_path: Path) -> None:
-    """`2> >(head -1)`."""
+    """An example of such a reader is `2> >(head -1)`."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "minimas", "ask", ASKED]
@@ -137,7 +137,10 @@ def test_a_reader_of_progress_that_leaves_does_not_cost_the_answer(tmp_path: Pat
 
 
 def test_a_reader_that_has_enough_of_a_file_is_no_error(tmp_path: Path) -> None:
-    """`minimas ask --file … | head -1` ends with the first answers, and with status 0."""
+    """`minimas ask --file …
+
+    head -1` ends after the first answers with status 0.
+    """
     (tmp_path / "q.jsonl").write_text(f'{{"question": "{ASKED}"}}\n' * 40)
     command = [sys.executable, "-m", "minimas", "ask", "--file", str(tmp_path / "q.jsonl")]
     pipe = subprocess.PIPE
@@ -151,7 +154,7 @@ def test_a_reader_that_has_enough_of_a_file_is_no_error(tmp_path: Path) -> None:
 
 
 def test_utf8_in_a_c_locale_is_read_and_nothing_is_lost() -> None:
-    """The question's bytes came as halves of characters, and the error said that it was empty."""
+    """The question's bytes became surrogates, and the error said that the question was empty."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shell("", "ask", "Müller 🙂?", "--json", "-n", 1, "--quiet", **plain)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""The examples run as a reader runs them, and their answers are those of the library."""
+"""The examples run as a user runs them, and their answers equal those of the library."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ OTHER = "Tom has 5 pens. He buys 4 more. He gives away 2. How many pens does Tom
 
 @pytest.mark.parametrize("arguments", [[], [OTHER]], ids=["default", "argument"])
 def test_the_latentmas_example_gives_the_librarys_answer(arguments: list[str]) -> None:
-    """An example that lays out prompts otherwise, or drops a hand-over, gives another answer."""
+    """Prompts in another layout, or a missing hand-over, would change the answer."""
     command = [sys.executable, "-W", "error", "examples/latentmas.py", *arguments]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -54,7 +54,7 @@ def test_the_latentmas_example_fits_on_a_page() -> None:
     ],
 )
 def test_an_example_runs_and_prints_what_it_promises(name: str, shown: list[str]) -> None:
-    """Offline, without arguments, without warnings, and on less than a page."""
+    """It runs offline, without arguments and warnings, and prints less than a page."""
     path = ROOT / "examples" / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -1,5 +1,6 @@
-"""The hub's cache is used if it is whole, a download that was interrupted is taken up again, and an
-error says how to go on.
+"""A complete cache of the hub is used, and an interrupted download is continued.
+
+An error says how to proceed.
 """
 
 import sys
@@ -20,7 +21,7 @@ OPTIONAL = "tokenizer_config.json"
 
 
 class Hub:
-    """A hub's repository `remote` and its cache `local`; offline if `remote` is None."""
+    """A repository `remote` on the hub and its cache `local`. It is offline if `remote` is None."""
 
     def __init__(self, local: Path, remote: Path | None, listed: bool = False) -> None:
         self.local, self.remote, self.listed, self.online = local, remote, listed, 0
@@ -73,7 +74,7 @@ def repository(path: Path, shards: int) -> Path:
 def test_a_download_that_was_interrupted_is_taken_up_again(
     there: list[str], hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """The index, or the index and some shards, was taken for a whole model, now and for ever."""
+    """A partial download was taken for a whole model, in every later call."""
     made = hub(repository(tmp_path / "remote", 3))
     (tmp_path / "cache").mkdir()
     for pattern in there:
@@ -88,7 +89,7 @@ def test_a_download_that_was_interrupted_is_taken_up_again(
 def test_offline_an_incomplete_copy_says_how_to_go_on(
     hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """The error named a shard that is missing, and not what brings it."""
+    """The error named the missing shard, but not how to get it."""
     hub(None)
     repository(tmp_path / "cache", 3)
     (tmp_path / "cache" / "model-00002-of-00003.safetensors").unlink()
@@ -101,7 +102,7 @@ def test_offline_an_incomplete_copy_says_how_to_go_on(
 def test_offline_a_whole_copy_may_lack_an_optional_file(
     listed: bool, shards: int, hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """Newer versions of huggingface_hub compare the cache with all patterns, and it was missing."""
+    """Newer versions of huggingface_hub expect a file for every pattern, and one had none."""
     made = hub(None, listed=listed)
     repository(tmp_path / "cache", shards)
     assert resolve("org/m") == tmp_path / "cache"
@@ -109,7 +110,7 @@ def test_offline_a_whole_copy_may_lack_an_optional_file(
 
 
 def test_info_needs_no_weights(hub: Callable[..., Hub], tmp_path: Path) -> None:
-    """What 16 GB will need is asked before they are downloaded."""
+    """People ask what 16 GB need before they download them."""
     hub(repository(tmp_path / "remote", 2))
     assert resolve("org/m", only_config=True) == tmp_path / "cache"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["config.json"]
@@ -142,7 +143,7 @@ def test_a_gguf_file_is_found_by_its_path_and_by_its_type(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file in a folder was no hub id, and `repo:Q8_0`, as llama.cpp writes it, neither."""
+    """A file in a folder was not a hub id, and neither was `repo:Q8_0`, as in llama.cpp."""
     monkeypatch.setattr(sys.modules["minimas.load"], "read_header", lambda path: None)
     for file in GGUF_FILES:
         path = tmp_path / "remote" / file
@@ -171,7 +172,7 @@ def test_a_gguf_file_that_is_nowhere_names_the_accepted_forms(
 def test_a_gguf_file_without_one_of_its_shards_is_taken_up_again(
     hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """The first shard alone was taken for the file."""
+    """The first shard alone was taken for the whole file."""
     pytest.importorskip("gguf")
     from .formats.test_gguf import sharded
 

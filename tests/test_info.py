@@ -1,4 +1,4 @@
-"""`info` tells from a header or a config.json what a model will need, in figures that are not 0."""
+"""`info` reads from a header or a config.json how much memory a model needs. No figure is 0."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from .models import random_model, tiny_config, tiny_model, write_folder
 
 
 def number(text: str) -> float:
-    """The bytes that a line begins with, such as 12.3KB."""
+    """Return the number of bytes at the start of a line, such as 12.3KB."""
     figure = text.split()[0].rstrip(":;,")
     units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
     unit = next(unit for unit in ("kB", "MB", "GB", "B") if figure.endswith(unit))
@@ -24,7 +24,7 @@ def number(text: str) -> float:
 
 
 def held(model: Any) -> int:
-    """The bytes that the weights of a loaded model really take."""
+    """Return the bytes that the weights of a loaded model occupy."""
     tensors = list(model.parameters())
     for layer in model.modules():
         if isinstance(layer, Q4Linear):
@@ -34,7 +34,7 @@ def held(model: Any) -> int:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "F32"])
 def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tmp_path: Path) -> None:
-    """It listed formats only, none of which is what `load` makes of the file."""
+    """Only other formats were listed, and not the one that `load` makes of the file."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # whole tiles
     config = tiny_config(**sizes, head_dim=16, vocab_size=99)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
@@ -47,7 +47,7 @@ def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tmp_path: Path) ->
 def test_info_of_a_gguf_file_needs_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It asked for `pip install gguf` to say how large a file will be."""
+    """It asked for `pip install gguf` only to print a size."""
     config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=96)
     model = random_model(config, dtype=torch.float32)
     path = write(tmp_path / "a.gguf", model, kinds="Q5_0")
@@ -60,7 +60,7 @@ def test_info_of_a_gguf_file_needs_no_package(
 
 
 def test_batch_context_and_new_tokens_count(tmp_path: Path) -> None:
-    """A figure for one row says nothing about a batch of eight with long texts."""
+    """The figure of one row does not apply to a batch of eight long texts."""
     folder = write_folder(tmp_path, tiny_model(dtype=torch.float32))
     slot = tiny_model(dtype=torch.float32).new_cache(1).slot_nbytes
     for rows, context, new in ((1, 960, 256), (8, 1000, 0), (3, 10, 2000)):
@@ -73,7 +73,7 @@ def test_batch_context_and_new_tokens_count(tmp_path: Path) -> None:
 def test_this_machines_memory_is_one_of_the_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only GPUs of usual sizes were named, and the machine that asks was not."""
+    """Only common GPU sizes were listed, and not the memory of the machine itself."""
     folder = write_folder(tmp_path, tiny_model(dtype=torch.float32))
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 5000}.get)
     assert "this machine's 5.00GB: bfloat16, " in describe(folder)["fits"]
@@ -82,7 +82,7 @@ def test_this_machines_memory_is_one_of_the_places(
 
 
 def test_no_figure_is_zero(tmp_path: Path) -> None:
-    """A tiny model's W_a took "0 MB"."""
+    """The W_a of a tiny model had "0 MB"."""
     for text in describe(write_folder(tmp_path, tiny_model(dtype=torch.float32))).values():
         assert not any(word in text for word in (" 0 MB", " 0.0 MB", " 0MB", " 0.00"))
     assert "1.02kB in float32" in describe(tmp_path)["alignment"]

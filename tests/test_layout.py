@@ -1,6 +1,6 @@
-"""Layout "turn": all agents' prompts in one user turn, compared with the same built by hand.
+"""Layout "turn": the prompts of all agents in one user turn equal the same built by hand.
 
-Three earlier assistant turns that are empty made the last agent answer with a bare number
+Three empty assistant turns before it made the last agent answer with only a number
 (docs/results.md).
 """
 
@@ -69,7 +69,7 @@ def head_of(team: Team, question: str) -> str:
 
 
 def prompt_of(team: Team, i: int, question: str, first: bool) -> str:
-    """Agent i's share of the turn, built from the contract's words."""
+    """Return the part of agent i in the shared turn, built as the documentation says."""
     paragraph = team.agents[i].prompt.replace("{question}", question)
     opening = team.opening.replace("{question}", question) + ("\n\n" if team.opening else "")
     last = i == len(team.agents) - 1
@@ -92,7 +92,7 @@ def by_hand(
     transfer: str,
     limit: int,
 ) -> tuple[KVCache, str, list[str]]:
-    """The KV cache that the last agent gets, its greedy text, and every agent's prompt."""
+    """Return the KV cache that the last agent gets, its greedy text, and all agents' prompts."""
     align, last = lm.aligner("ridge"), len(team.agents) - 1
     head, parts, prompts = lm.model.new_cache(1), [lm.model.new_cache(1)], []
     for i in range(last):
@@ -137,7 +137,7 @@ AGENTS = st.builds(
 
 @st.composite
 def teams(draw: st.DrawFn) -> Team:
-    """A team of one to four agents in layout "turn"."""
+    """Draw a team of one to four agents in layout "turn"."""
     system = draw(st.sampled_from([None, "", "Be brief."]))
     *earlier, last = [
         replace(agent, system=system) for agent in draw(st.lists(AGENTS, min_size=1, max_size=4))
@@ -160,7 +160,7 @@ def sees_question(team: Team) -> bool:
 def test_any_team_in_one_turn_equals_the_same_by_hand(
     lm: LM, transfer: str, team: Team, questions: list[str], limit: int
 ) -> None:
-    """Ragged rows, side by side or in a row, any transfer: slots, prompts, counts and text."""
+    """Slots, prompts, counts and text are right for ragged rows, any team and any transfer."""
     questions = [*questions, "one more"] if transfer == "shuffled" else questions
     with watched(lm.model) as (_, caches, _):
         results = latent_mas(
@@ -181,8 +181,9 @@ def test_any_team_in_one_turn_equals_the_same_by_hand(
 @pytest.mark.parametrize("layout", ["turn", "chat"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout: str) -> None:
-    """The theorem for both layouts: prompts and thoughts as one input, without a cache, give the
-    last agent's state.
+    """The paper's theorem holds for both layouts.
+
+    Prompts and thoughts as one input, without a cache, give the last agent's state.
     """
     lm = load_text_lm(text_folder(tmp_path), family)
     team, model = replace(sequential(), layout=layout), lm.model
@@ -209,8 +210,9 @@ def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout
 
 
 def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
-    """What the fault was: an earlier assistant turn. All prompts in a row are one conversation of
-    the template.
+    """Earlier assistant turns were the fault.
+
+    All prompts are in one conversation of the template.
     """
     for team in (sequential(), hierarchical(chained=True), TURN):
         [result] = latent_mas(
@@ -229,7 +231,7 @@ def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
 
 @pytest.mark.parametrize("transfer", TRANSFERS)
 def test_every_transfer_leaves_the_last_agent_a_whole_user_turn(lm: LM, transfer: str) -> None:
-    """Thoughts without the user header before them would stand in no turn at all."""
+    """Thoughts without a user header before them would not be in a turn."""
     with watched(lm.model) as (_, caches, _):
         results = latent_mas(
             lm, QUESTIONS[:2], TURN, latent_steps=2, transfer=transfer, sampling=SHORT
@@ -243,7 +245,7 @@ def test_every_transfer_leaves_the_last_agent_a_whole_user_turn(lm: LM, transfer
 @given(st.lists(hostile_texts(), min_size=3, max_size=3))
 @settings(max_examples=40)
 def test_a_question_cannot_leave_the_shared_turn(lm: LM, questions: list[str]) -> None:
-    """User text that held `<|im_end|>` would close the turn of all agents."""
+    """A question that contains `<|im_end|>` would close the turn of all agents."""
     questions = [question if question.strip() else "x" for question in questions]
     team = replace(TURN, opening="{question}")
     with watched(lm.model) as (ids, _, _):
@@ -266,7 +268,7 @@ TEMPLATES = {
 def test_the_pieces_of_a_turn_add_up_to_what_the_template_renders(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], name: str
 ) -> None:
-    """Even if a template strips the message, no character is lost, doubled or in another part."""
+    """No character is lost, doubled or moved, even if a template strips the message."""
     tokenizer = tokenizer_with(tmp_path_factory, TEMPLATES[name])
     pieces = tokenizer.user_turn(parts, prefix="So")
     whole = tokenizer.turn("".join(parts), prefix="So")
@@ -315,7 +317,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
 def test_what_cannot_be_in_one_turn_is_refused_by_name(
     lm: LM, tmp_path: Path, change: dict[str, Any], field: str
 ) -> None:
-    """An agent that writes needs an assistant turn; before the last one there is none."""
+    """An agent that generates text needs an assistant turn, and only the last agent has one."""
     agents = (replace(TURN.agents[0], **change), *TURN.agents[1:])
     with pytest.raises(
         ValueError,
@@ -367,7 +369,7 @@ def test_a_team_keeps_its_layout_in_json(tmp_path: Path) -> None:
 
 
 def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -> None:
-    """The question asked once: the last agent has it in its KV cache, whatever is handed over."""
+    """The question is asked once, and is in the last agent's KV cache for every transfer."""
     agents = (Agent("a", "Plan.{context}"), Agent("b", "Answer.{context}"))
     team = Team(agents, opening="Question: {question}")
     for method in (latent_mas, text_mas):

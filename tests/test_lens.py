@@ -1,4 +1,4 @@
-"""What a thought says, against plain formulas."""
+"""The tokens of a thought equal plain formulas."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ ASKED = ["How many cards does Eva have?", "Why?"]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model in float64 with weights/tiny's tokenizer."""
+    """A random model in float64 with the tokenizer of weights/tiny."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
 def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> None:
-    """Experts share a batch: their rows must not be mixed up with the questions'."""
+    """Experts share a batch, and their rows must not be confused with those of questions."""
     heard: list[Event] = []
     lens = Lens(lm, top=2)
 
@@ -82,7 +82,7 @@ def test_a_lens_changes_nothing_and_shows_nothing_of_a_single_agent(lm: LM) -> N
 
 
 def test_the_embedded_model_thinks_in_numbers() -> None:
-    """What `--show-thoughts` is for: the plan of weights/tiny is the list of its results."""
+    """The plan of weights/tiny is its list of results, which `--show-thoughts` shows."""
     lm = load("weights/tiny")
     lens = Lens(lm)
     question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"

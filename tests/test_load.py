@@ -1,5 +1,6 @@
-"""`load` ends with a whole model, or with one line that names file, field, what was found and what
-was expected.
+"""`load` returns a complete model, or fails with one line.
+
+The line names the file, the field, what was found and what was expected.
 """
 
 import io
@@ -37,7 +38,7 @@ from .models import (
 
 
 def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variables: str) -> str:
-    """The output of a program in a process of its own, warnings being errors."""
+    """Return the output of a program in its own process, where warnings are errors."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
     root = Path(__file__).resolve().parents[1]
     environment = {
@@ -62,7 +63,7 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
 def test_a_folder_becomes_the_model_it_was_made_of(
     family: str, tied: bool, shards: int, tmp_path: Path
 ) -> None:
-    """One file or shards, tied or not: every tensor, bit for bit, and the hidden states."""
+    """Tensors are equal bit for bit, from one file or shards, tied or not."""
     model = tiny_model(family, tie_word_embeddings=tied)
     lm = load(write_folder(tmp_path, model, shards))
     assert lm.tokenizer is None
@@ -78,7 +79,7 @@ def test_a_folder_becomes_the_model_it_was_made_of(
 
 
 def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
-    """In a notebook the address of an object says nothing."""
+    """In a notebook, the address of an object is not useful."""
     model = tiny_model()
     lm = load(write_folder(tmp_path, model), device="cpu", dtype="float32")
     count = sum(weight.numel() for weight in model.parameters())
@@ -93,7 +94,7 @@ def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
 def test_tensors_come_in_the_dtype_asked_for(
     stored: torch.dtype, asked: str | torch.dtype, tmp_path: Path
 ) -> None:
-    """ "auto" is the checkpoint's own: a bf16 model opened in float32 takes twice its memory."""
+    """ "auto" is the dtype of the checkpoint: a bf16 model in float32 needs twice the memory."""
     named = {
         "auto": stored,
         "float32": torch.float32,
@@ -110,8 +111,9 @@ def test_tensors_come_in_the_dtype_asked_for(
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: Path) -> None:
-    """Qwen3-0.6B carries a second copy of its tied embedding, old Llama checkpoints their rotary
-    frequencies.
+    """Some checkpoints have tensors that are not needed.
+
+    Qwen3-0.6B has a copy of its tied embedding, and old Llama checkpoints have rotary frequencies.
     """
     model = tiny_model("llama", tie_word_embeddings=True)
     spare = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
@@ -124,7 +126,7 @@ def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: 
 
 
 def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
-    """A mapped file that is overwritten by the next download changes, or kills, a running model."""
+    """If a mapped file is overwritten by a download, a running model changes or crashes."""
     model = tiny_model()
     folder = write_folder(tmp_path / "model", model)
     loaded, ids = load(folder).model, random_ids(model, 1, 4)
@@ -143,7 +145,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Damage: model.safetensors with its tensors changed."""
+    """Return a change of the tensors in model.safetensors."""
 
     def damage(folder: Path) -> None:
         with safe_open(folder / FILE, framework="pt") as file:
@@ -155,12 +157,12 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 def content(change: Callable[[bytes], bytes], name: str = FILE) -> Callable[[Path], Any]:
-    """Damage: one file with its bytes changed."""
+    """Return a change of the bytes of one file."""
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def config(**fields: Any) -> Callable[[Path], Any]:
-    """Damage: config.json with fields changed."""
+    """Return a change of fields of config.json."""
 
     def damage(folder: Path) -> None:
         raw = json.loads((folder / "config.json").read_text())
@@ -170,7 +172,7 @@ def config(**fields: Any) -> Callable[[Path], Any]:
 
 
 def sharded(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    """Damage: two shards whose index is changed."""
+    """Return a change of the index of two shards."""
 
     def damage(folder: Path) -> None:
         (folder / FILE).unlink()
@@ -183,7 +185,7 @@ def sharded(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
 
 
 def index(text: str) -> Callable[[Path], None]:
-    """Damage: an index of these words in the weights' place."""
+    """Return a change that replaces the weights with an index of this text."""
 
     def damage(folder: Path) -> None:
         (folder / FILE).unlink()
@@ -343,8 +345,9 @@ BAD |= {
 def test_a_folder_that_is_not_whole_is_refused(
     damage: Callable[[Path], Any], said: str, tmp_path: Path
 ) -> None:
-    """Within seconds, in one line, before anything large is built: half a download is a common
-    model.
+    """Incomplete downloads are common.
+
+    The error is one line within seconds, before anything large is built.
     """
     folder = write_folder(tmp_path / "model", tiny_model())
     shutil.copy(folder / FILE, tmp_path / FILE)  # what a path out of the folder would reach
@@ -379,7 +382,7 @@ def test_a_folder_that_is_not_whole_is_refused(
 def test_a_wrong_argument_is_refused_by_its_flag(
     arguments: Any, kind: type[Exception], said: str
 ) -> None:
-    """A typo is neither a download nor a traceback."""
+    """A typo must not start a download or give a traceback."""
     with pytest.raises(kind, match=said):
         load(**({"name": TINY} | arguments))
 
@@ -387,7 +390,7 @@ def test_a_wrong_argument_is_refused_by_its_flag(
 def test_a_model_that_is_nowhere_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline: which file is missing, where it was looked for, and the command that gets it."""
+    """Offline, the error has the missing file, its place, and the command that gets it."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -412,7 +415,7 @@ def test_a_model_that_is_nowhere_says_how_to_get_it(
 def test_the_default_is_found_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's first line of Python is typed anywhere."""
+    """The first Python line of the README works in any folder."""
     monkeypatch.chdir(tmp_path)
     assert resolve("weights/tiny").samefile(TINY)
     assert load().model.name == "weights/tiny"
@@ -420,8 +423,9 @@ def test_the_default_is_found_from_any_folder(
 
 @pytest.mark.parametrize("name", ["up_proj.weight", "model.norm.weight", "embed_tokens.weight"])
 def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Path) -> None:
-    """They load, as a scan of 16 GB would take as long as loading; the first state not finite
-    names the model.
+    """They can be loaded, because checking 16 GB would take as long as loading.
+
+    The first state that is not finite raises an error that names the model.
     """
     model = tiny_model()
     folder = write_folder(tmp_path, model)
@@ -437,9 +441,7 @@ def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
-    """A state dict beside the model is twice the weights: an 8B model then needs 32 GB to become
-    16.
-    """
+    """A state dict in addition to the model would need twice the memory, 32 GB for an 8B model."""
     shape = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -473,7 +475,7 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
 
 
 def test_the_core_loads_a_model_under_another_name(tmp_path: Path) -> None:
-    """Copied into another project without tokenizers, jinja2 or transformers: none is imported."""
+    """A copied core imports none of tokenizers, jinja2 and transformers."""
     core = Path(__file__).resolve().parents[1] / "minimas" / "core"
     shutil.copytree(core, tmp_path / "theirs")
     model = tiny_model()
@@ -497,8 +499,9 @@ def test_the_core_loads_a_model_under_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["", "import transformers.utils"])
 def test_importing_needs_only_the_core(first: str) -> None:
-    """The authors' method cannot be imported without vllm. The second case proves that this check
-    can fail.
+    """The authors' method cannot be imported without vllm.
+
+    The second case proves that this check can fail.
     """
     if first:
         pytest.importorskip("transformers")
@@ -522,7 +525,7 @@ def test_importing_needs_only_the_core(first: str) -> None:
 def test_info_counts_what_is_there_and_reads_no_weight(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
-    """What a model will need is asked before its 16 GB are downloaded."""
+    """People ask what a model needs before they download 16 GB."""
     model = tiny_model(family, tie_word_embeddings=tied, dtype=torch.float32)
     folder = write_folder(tmp_path, model)
     (folder / FILE).unlink()
@@ -544,7 +547,7 @@ def test_info_counts_what_is_there_and_reads_no_weight(
 def test_info_refuses_as_load_does(
     damage: Callable[[Path], Any], said: str, tmp_path: Path
 ) -> None:
-    """With the same line."""
+    """The error is the same line."""
     folder = write_folder(tmp_path, tiny_model())
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
@@ -553,7 +556,7 @@ def test_info_refuses_as_load_does(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
 def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> None:
-    """Not simulated: the process may write no more than 4 KiB to any file."""
+    """The error is real: the process may write at most 4 KiB to any file."""
     folder = write_folder(tmp_path / "model", tiny_model())
     code = """
         import resource, sys, torch
@@ -577,12 +580,12 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
 
 
 def test_apart_can_tell() -> None:
-    """The measure that all parity tests use: relative, and far from zero for other tensors."""
+    """The measure of all parity tests is relative, and far from 0 for different tensors."""
     assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
 
 
 def test_the_methods_count_the_tokenizers_rows() -> None:
-    """`lm.aligner` asks the tokenizer: padded rows of the embedding matrix are not in W_a."""
+    """`lm.aligner` asks the tokenizer, so padding rows of the embeddings are not in W_a."""
     lm = load(TINY)
     assert lm.tokenizer is not None
     h = torch.ones(1, lm.model.config.hidden_size)
@@ -599,7 +602,7 @@ def test_a_kind_of_map_that_is_no_string_is_named(kind: Any) -> None:
 
 
 def test_a_map_is_made_anew_when_its_file_or_the_tokenizer_has_changed(tmp_path: Path) -> None:
-    """The map of the first call was returned for ever."""
+    """The map of the first call was returned in all later calls."""
     lm, path = load(TINY), tmp_path / "map.safetensors"
     h = torch.randn(3, lm.model.config.hidden_size)
     for kind in ("identity", "random"):
@@ -613,7 +616,7 @@ def test_a_map_is_made_anew_when_its_file_or_the_tokenizer_has_changed(tmp_path:
 
 
 class Terminal(io.StringIO):
-    """Standard error, on a terminal or not."""
+    """A standard error stream that is a terminal or not."""
 
     def __init__(self, on_terminal: bool) -> None:
         super().__init__()
@@ -627,7 +630,7 @@ class Terminal(io.StringIO):
 def test_loading_shows_a_bar_on_a_terminal_only(
     on_terminal: bool, quiet: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten seconds of loading went by without a word."""
+    """Ten seconds of loading showed no progress."""
     screen = Terminal(on_terminal)
     monkeypatch.setattr("sys.stderr", screen)
     load(TINY, device="cpu", quiet=quiet)
@@ -635,6 +638,6 @@ def test_loading_shows_a_bar_on_a_terminal_only(
 
 
 def test_loading_needs_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program without a console has none."""
+    """A program without a console has no standard error."""
     monkeypatch.setattr("sys.stderr", None)
     assert load(TINY, device="cpu").model.name == str(TINY)

@@ -1,4 +1,4 @@
-"""A working memory that is made once: every method starts after it, and nothing is computed twice.
+"""A memory that is made once: every method starts after it, and nothing is computed twice.
 
 The reference is always the same text fed as tokens. Each equality has a negative control.
 """
@@ -38,12 +38,12 @@ METHODS = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model in float64 with weights/tiny's tokenizer."""
+    """A random model in float64 with the tokenizer of weights/tiny."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
 def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
-    """Let runs feed `ids` before every prompt that starts from nothing."""
+    """Let runs feed `ids` before every prompt that starts from an empty KV cache."""
     plain = Run.prefill
 
     def fed(run: Run, rows: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
@@ -55,7 +55,7 @@ def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
 
 
 def tokens(lm: LM, text: str) -> list[int]:
-    """Return the ids of a user message in ChatML, whose text stays text."""
+    """Return the ids of a user message in ChatML. Control tokens in the text stay text."""
     assert lm.tokenizer is not None
     opened, end = lm.tokenizer.message(text, "user")
     return lm.tokenizer.encode_turn(opened) + lm.tokenizer.encode_turn(end)
@@ -84,7 +84,7 @@ def test_a_memory_equals_its_text_fed_before_the_first_prompt(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_memory_is_neither_changed_nor_prefilled_again(lm: LM, method: str) -> None:
-    """The bill counts what is prefilled, and a second call must not see the first one's slots."""
+    """Token counts are those of this call, and a second call must not see slots of the first."""
     memory, how = remember(lm, NOTE), {"sampling": SHORT}
     before = memory.fork()
     first = METHODS[method](lm, ASKED, memory=memory, **how)
@@ -99,7 +99,7 @@ def test_a_memory_is_neither_changed_nor_prefilled_again(lm: LM, method: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_question_gets_its_own_row(lm: LM, method: str) -> None:
-    """One memory per question equals one call per question; with the rows swapped it does not."""
+    """One memory per question equals one call per question. With swapped rows it does not."""
     notes = [remember(lm, note) for note in (NOTE, "Short.", "Tom has 3 apples. He eats 1.")]
     joined = stacked(notes)
     texts = [r.text for r in METHODS[method](lm, ASKED, memory=joined, sampling=SHORT)]
@@ -113,7 +113,7 @@ def test_every_question_gets_its_own_row(lm: LM, method: str) -> None:
 
 
 def stacked(caches: Sequence[KVCache]) -> KVCache:
-    """Return caches of one row as one cache, ragged."""
+    """Return caches of one row as one ragged cache."""
     rows = len(caches)
     wide = [cache.select([0] * rows) for cache in caches]
     masked = [
@@ -127,7 +127,7 @@ def stacked(caches: Sequence[KVCache]) -> KVCache:
 def test_a_kept_memory_equals_the_conversation_fed_as_tokens(
     lm: LM, method: str, limit: int
 ) -> None:
-    """The last generated token and the end of the turn are in it, at the limit too."""
+    """It has the last generated token and the end of the turn, also at the token limit."""
     how: dict[str, Any] = {"sampling": Sampling(max_new_tokens=limit), "keep_memory": True}
     if method == "latent_mas":
         how |= {"latent_steps": 0, "layout": "turn"}
@@ -161,7 +161,7 @@ def test_thoughts_of_a_memory_follow_its_text_and_come_before_the_end_of_its_tur
 
 
 def test_remembered_experts_answer_like_the_team_of_experts() -> None:
-    """weights/tiny: three notes that are joined are what a parallel team hands over."""
+    """Three joined notes equal what a parallel team hands over, with weights/tiny."""
     lm = load("weights/tiny")
     team = Team.from_json("weights/tiny/split.json")
     *experts, last = team.agents
@@ -238,7 +238,7 @@ def test_a_memory_that_leaves_no_room_in_the_context_is_refused_before_any_work(
 
 
 def test_the_embedded_model_answers_from_a_kept_memory() -> None:
-    """The whole way on weights/tiny: remember a text, save nothing, ask twice."""
+    """On weights/tiny, a text is remembered once and asked about twice."""
     lm = load("weights/tiny")
     question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
     [result] = latent_mas(lm, [question], keep_memory=True)

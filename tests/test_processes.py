@@ -1,4 +1,4 @@
-"""No test leaves a process behind, or waits for ever."""
+"""No test leaves a process behind or waits for ever."""
 
 import re
 import signal
@@ -18,7 +18,7 @@ FOREVER = [sys.executable, "-c", f"{IGNORES}; time.sleep(600)"]
 
 
 def test_a_process_that_ignores_ctrl_c_is_killed_when_its_test_fails() -> None:
-    """`with subprocess.Popen(...)` waited for it for ever, after the test had failed."""
+    """`with subprocess.Popen(...)` waited for it for ever after the test had failed."""
     with (
         within(60),
         pytest.raises(subprocess.TimeoutExpired),
@@ -46,7 +46,10 @@ def test_a_process_that_ends_keeps_its_status() -> None:
 
 @pytest.mark.parametrize("is_worker", [False, True])
 def test_a_worker_of_pytest_xdist_starts_no_workers(is_worker: bool) -> None:
-    """It did, and these did: a fork bomb. A worker gets the arguments of the whole run."""
+    """A worker gets the arguments of the whole run.
+
+    It started workers, which started more of them.
+    """
     source = pytest.Config.ArgsSource
     config: Any = SimpleNamespace(ArgsSource=source, args_source=source.TESTPATHS)
     config.option = SimpleNamespace(numprocesses=None, usepdb=False, collectonly=False)

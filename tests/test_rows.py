@@ -1,4 +1,4 @@
-"""Rows of a file: what `ask --file` and `evaluate --data` both read, in the same way."""
+"""Rows of a file, which `ask --file` and `evaluate --data` read in the same way."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def row(**fields: Any) -> str:
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path) -> None:
-    """Windows editors write one, and the first line was refused as no JSON."""
+    """Windows editors write one, and the first line was refused as invalid JSON."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "One?"}\n{"question": "Two?"}\n', encoding="utf-8-sig")
     assert [row["question"] for row in rows.read_rows(path)] == ["One?", "Two?"]
@@ -35,7 +35,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path) -> None:
 
 @both
 def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
-    """As the hub has them, and with a null where a question has fewer options than others."""
+    """Data sets on the hub use them, with null where a question has fewer options than others."""
     plain = {"A": "red", "B": "blue"}
     path = written(
         tmp_path,
@@ -68,7 +68,7 @@ def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
     ],
 )
 def test_other_options_are_refused_by_line(read: Read, choices: Any, tmp_path: Path) -> None:
-    """A question whose options were lost would be answered, and its answer would be wrong."""
+    """A question that lost its options would be answered, but wrongly."""
     path = written(tmp_path, row(), row(choices=choices))
     with pytest.raises(
         ValueError, match=r"rows\.jsonl: line 2: choices: found .*, expected an obj"
@@ -78,7 +78,7 @@ def test_other_options_are_refused_by_line(read: Read, choices: Any, tmp_path: P
 
 @both
 def test_a_row_says_its_own_kind(read: Read, tmp_path: Path) -> None:
-    """`ask --file` did not read "kind", so it asked for the letter of an option not shown."""
+    """`ask --file` ignored "kind", so it asked for the letter of an option that is not shown."""
     [first, second] = read(
         written(tmp_path, row(kind="math", choices={"A": "2"}), row(kind="free", answer=7))
     )
@@ -89,7 +89,7 @@ def test_a_row_says_its_own_kind(read: Read, tmp_path: Path) -> None:
 
 @both
 def test_a_row_needs_no_id(read: Read, tmp_path: Path) -> None:
-    """Its line is one, so that a result is found again, and blank lines are lines."""
+    """Its line number is its id, so that a result can be found again. Blank lines count."""
     found = read(written(tmp_path, row(), "", row(id="x"), row(id=None)))
     assert [each["id"] for each in found] == ["line-1", "x", "line-4"]
 
@@ -99,13 +99,13 @@ def test_a_row_needs_no_id(read: Read, tmp_path: Path) -> None:
 def test_a_number_is_a_number_however_it_is_written(
     read: Read, answer: str, tmp_path: Path
 ) -> None:
-    """`str` makes 1e-07 of 0.0000001, which was no number, and rounds long ones."""
+    """`str` makes 1e-07 of 0.0000001, which was not read as a number, and rounds long ones."""
     [found] = read(written(tmp_path, f'{{"question": "How many?", "answer": {answer}}}'))
     assert kind_of(found) == "math"
 
 
 def test_a_gold_answer_keeps_its_digits(tmp_path: Path) -> None:
-    """A right answer of twenty digits was compared with one that had been rounded to sixteen."""
+    """A right answer of twenty digits was compared with one rounded to sixteen."""
     for written_as, text in (
         ("12345678901234567891.0", "12345678901234567891.0"),
         ("1e22", "1" + 22 * "0"),
@@ -117,7 +117,7 @@ def test_a_gold_answer_keeps_its_digits(tmp_path: Path) -> None:
 
 
 def test_other_numbers_of_a_row_stay_numbers(tmp_path: Path) -> None:
-    """A run's settings hold a digest of its rows as JSON."""
+    """The settings of a run have a digest of its rows as JSON."""
     [found] = tools_rows.read_rows(written(tmp_path, row(chance=0.25, extra=[{"score": 1.5}])))
     assert found["chance"] == 0.25 and json.dumps(found["extra"]) == '[{"score": 1.5}]'
 
@@ -125,14 +125,14 @@ def test_other_numbers_of_a_row_stay_numbers(tmp_path: Path) -> None:
 @both
 @pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_what_is_no_number_is_refused_by_line(read: Read, answer: str, tmp_path: Path) -> None:
-    """Python reads NaN, which is no JSON, and no answer is equal to it."""
+    """Python reads NaN, which is not JSON and equals no answer."""
     path = written(tmp_path, row(), f'{{"question": "How many?", "answer": {answer}}}')
     with pytest.raises(ValueError, match=rf"line 2: found {answer}, expected a finite number"):
         read(path)
 
 
 def test_the_answer_of_gsm8k_is_the_number_at_its_end(tmp_path: Path) -> None:
-    """The raw rows hold a solution as "answer": no short answer was ever right."""
+    """The raw rows have a solution as "answer", so no short answer was right."""
     solution = "She has 2 + 7 = 9.\n#### 1,009"
     [raw] = rows.read_rows(written(tmp_path, row(answer=solution)))
     [found] = tools_rows.read_rows(written(tmp_path, row(answer=solution)))

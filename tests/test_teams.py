@@ -1,4 +1,4 @@
-"""Teams as values: what cannot work is refused before a model is asked."""
+"""Teams as values: a team that cannot work is refused before the model runs."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def agent(prompt: str) -> dict[str, Any]:
     ],
 )
 def test_a_team_in_which_nobody_sees_the_question_is_refused(tmp_path: Path, raw: Any) -> None:
-    """With a typo in `{question}` all agents worked on a text without the question."""
+    """With a typo in `{question}` all agents worked without the question."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The tour (docs/tour.ipynb) is complete, and prints today what is committed."""
+"""The tour (docs/tour.ipynb) is complete, and its committed outputs are up to date."""
 
 import base64
 import importlib.util
@@ -27,7 +27,7 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 def outputs(path: Path) -> list[tuple[str, str, str, list[str]]]:
-    """Return each output in order: its cell, its kind, its text, and the formats of its data."""
+    """Return each output in order: its cell, its type, its text, and the formats of its data."""
     found = []
     for cell in cells(path):
         for output in cell.get("outputs", ()):
@@ -39,9 +39,9 @@ def outputs(path: Path) -> list[tuple[str, str, str, list[str]]]:
 
 
 def same(found: str, expected: str) -> bool:
-    """Return whether two texts are equal, except for their floats.
+    """Return True if two texts are equal, except for their floats.
 
-    A float may differ by one unit in its last printed place, or both are below 1e-9.
+    Floats may differ by one unit in the last printed place, or both be below 1e-9.
     """
     if FLOAT.sub("#", found) != FLOAT.sub("#", expected):
         return False
@@ -68,12 +68,12 @@ def same(found: str, expected: str) -> bool:
     ],
 )
 def test_another_number_or_word_is_noticed(found: str, expected: str, equal: bool) -> None:
-    """The comparison of the next tests would otherwise pass with anything."""
+    """Without this control, the comparison of the next tests could accept anything."""
     assert same(found, expected) == equal
 
 
 def test_the_tour_is_complete() -> None:
-    """A cell that was not run, a warning in an output, or a step without a result."""
+    """There must be no cell that was not run, no warning, and no step without a result."""
     assert TOUR.stat().st_size <= 300_000
     code = [cell for cell in cells(TOUR) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -94,9 +94,10 @@ def test_the_tour_is_complete() -> None:
     reason=f"needs {', '.join(PACKAGES)}",
 )
 def test_the_tour_prints_what_is_committed(tmp_path: Path) -> None:
-    """A tour that is out of date teaches what is not so. It runs as a reader's does: without a
-    PYTHONPATH, in the notebook's folder, and in a process of its own, so that warnings of the
-    notebook packages are not those of minimas.
+    """An outdated tour would be wrong.
+
+    It runs as a user's does: without PYTHONPATH, in the notebook's folder. It has its own process,
+    so that warnings of the notebook packages are not those of minimas.
     """
     out = tmp_path / "tour.ipynb"
     dropped = ("PYTHONPATH", "MPLBACKEND")

@@ -39,7 +39,7 @@ BELOW = {
 
 
 def imports(path: Path, source: str) -> set[str]:
-    """The library's modules that a file imports, as dotted names; inside functions too."""
+    """Return the library's modules that a file imports, as dotted names, also in functions."""
     found: set[str] = set()
     package = ("minimas", *path.parent.parts)
     for node in ast.walk(ast.parse(source)):
@@ -64,7 +64,7 @@ def folder_of(module: str) -> str:
 
 
 def modules_imported(source: str, path: Path) -> set[str]:
-    """Names of the imported files, `core.cache` for `from .cache import KVCache`."""
+    """Return the names of the imported files: `core.cache` for `from .cache import KVCache`."""
     known = {".".join(("minimas", *file.with_suffix("").parts)) for file in FILES}
     found = set()
     for name in imports(path, source):
@@ -75,7 +75,7 @@ def modules_imported(source: str, path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_imports_go_down_only(name: str) -> None:
-    """Not for types, and not inside a function either."""
+    """This includes imports for types and imports inside functions."""
     path = Path(name)
     own = str(path.parent) if path.parent.parts else ""
     for module in imports(path, (LIBRARY / path).read_text(encoding="utf-8")):
@@ -83,7 +83,7 @@ def test_imports_go_down_only(name: str) -> None:
 
 
 def test_an_upward_import_would_be_seen() -> None:
-    """The negative control: inside a function, for types, and by the library's own name."""
+    """Negative control: inside a function, for types, and by the library's own name."""
     path = Path("core/cache.py")
     for source in ("def f():\n    from ..agents import Team\n", "if X:\n    from .. import load\n"):
         assert {folder_of(module) for module in imports(path, source)} == {""}
@@ -106,9 +106,7 @@ def test_no_file_is_part_of_an_import_cycle() -> None:
 
 
 def test_a_copy_under_another_name_works(tmp_path: Path) -> None:
-    """Without weights/tiny beside it the default says what to pass; with a folder everything
-    works.
-    """
+    """Without weights/tiny the default model's error says what to pass. With a folder all works."""
     shutil.copytree(
         LIBRARY,
         tmp_path / "project" / "latent",
@@ -179,7 +177,7 @@ def run_python(folder: Path, script: str) -> "subprocess.CompletedProcess[str]":
 
 
 def tokens(path: Path) -> int:
-    """The Python tokens of a file without comments, docstrings and layout."""
+    """Return the number of Python tokens of a file without comments, docstrings and layout."""
     with path.open("rb") as file:
         found = [
             token for token in tokenize.tokenize(file.readline) if token.type not in NOT_COUNTED

@@ -1,4 +1,4 @@
-"""The last agent's turn after all others have worked, for tests that look at what it gets."""
+"""The last agent's turn after all others have finished, for tests of what it gets."""
 
 from collections.abc import Sequence
 from typing import Any

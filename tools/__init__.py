@@ -1,1 +1,1 @@
-"""What experimenters and maintainers run: short commands, and the packages that they call."""
+"""Commands for experimenters and maintainers, and the packages with their code."""

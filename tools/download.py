@@ -2,11 +2,11 @@
 
     python tools/download.py TASK… [--out DIR]
 
-huggingface_hub downloads the raw files. The command prints the revision and SHA-256 of each, and
-writes DIR/TASK.jsonl in the form that tasks.py reads. If a repository has only parquet files,
-pyarrow reads them (pip install pyarrow). GPQA is gated, and its authors ask that its questions
-are not published: accept the terms on its page, log in, and do not publish the file. This file
-does not know how rows are used.
+The raw files are downloaded with huggingface_hub. The command prints the revision and SHA-256 of
+each file, and writes DIR/TASK.jsonl in the format that tools/evaluation/tasks.py reads. Parquet
+files need pyarrow (pip install pyarrow). GPQA is gated, and its authors ask that its questions are
+not published: accept the terms on its page, log in, and do not publish the file. This module does
+not depend on how rows are used.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Raw = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """The repository of a task, its raw files, the conversion of one raw row, and the revision."""
+    """A task's repository, raw files, conversion of one raw row, and revision."""
 
     repository: str
     files: tuple[str, ...]
@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
 
 def gsm8k(raw: Raw, i: int) -> Raw:
-    """{"question", "answer": "…\\n#### 1,234"}: the number after the marks is the answer."""
+    """Convert {"question", "answer": "…\\n#### 1,234"}; the answer is the number after ####."""
     answer = raw["answer"].rpartition("####")[2].strip().replace(",", "")
     return {
         "id": f"gsm8k-test-{i}",
@@ -47,7 +47,7 @@ def gsm8k(raw: Raw, i: int) -> Raw:
 
 
 def aime2024(raw: Raw, i: int) -> Raw:
-    """{"id", "problem", "solution", "answer", "url", "year"}."""
+    """Convert {"id", "problem", "solution", "answer", "url", "year"}."""
     row = {
         "id": f"aime2024-{raw['id']}",
         "question": raw["problem"],
@@ -57,19 +57,19 @@ def aime2024(raw: Raw, i: int) -> Raw:
 
 
 def aime2025(raw: Raw, i: int) -> Raw:
-    """{"question", "answer"}, one file for each of the two papers."""
+    """Convert {"question", "answer"}. Each of the two exams has its own file."""
     return {"id": f"aime2025-{i}", "question": raw["question"], "answer": _whole(raw["answer"])}
 
 
 def _whole(answer: Any) -> str:
-    """Return the number without leading zeros and without a degree sign (one answer of 2025)."""
+    """Return a number without leading zeros and degree sign (one answer of 2025 has one)."""
     return str(int(re.sub(r"\^\{?\\circ\}?|°|\$", "", str(answer))))
 
 
 def arc(name: str) -> Callable[[Raw, int], Raw]:
-    """Return the conversion of {"question", "choices": {"label", "text"}, "answerKey"}.
+    """Return a function that converts {"question", "choices": {"label", "text"}, "answerKey"}.
 
-    Labels are ["A", …] or ["1", …]; ours are letters from a.
+    The labels are ["A", …] or ["1", …]. They are replaced by the letters a, b, ….
     """
 
     def convert(raw: Raw, i: int) -> Raw:
@@ -86,7 +86,7 @@ def arc(name: str) -> Callable[[Raw, int], Raw]:
 
 
 def medqa(raw: Raw, i: int) -> Raw:
-    """{"question", "options": {"A": …}, "answer": text, "answer_idx": "A", …}."""
+    """Convert {"question", "options": {"A": …}, "answer": text, "answer_idx": "A", …}."""
     choices = {letter.lower(): text for letter, text in sorted(raw["options"].items())}
     return {
         "id": f"medqa-{i}",
@@ -97,9 +97,9 @@ def medqa(raw: Raw, i: int) -> Raw:
 
 
 def gpqa(raw: Raw, i: int) -> Raw:
-    """{"Question", "Correct Answer", "Incorrect Answer 1" … 3, "Explanation", "Record ID"}.
+    """Convert {"Question", "Correct Answer", "Incorrect Answer 1" … 3, "Explanation", "Record ID"}.
 
-    The id is the seed of the order of the choices.
+    The choices are shuffled with the record id as the seed.
     """
     texts = [raw["Correct Answer"], *(raw[f"Incorrect Answer {n}"] for n in (1, 2, 3))]
     texts = [text.strip() for text in texts]
@@ -117,9 +117,9 @@ def gpqa(raw: Raw, i: int) -> Raw:
 
 
 def humanevalplus(raw: Raw, i: int) -> Raw:
-    """{"task_id", "prompt", "canonical_solution", "entry_point", "test"}.
+    """Convert {"task_id", "prompt", "canonical_solution", "entry_point", "test"}.
 
-    The test defines check(candidate).
+    The test defines check(candidate). The call is added if it is missing.
     """
     call = f"check({raw['entry_point']})"
     test = (
@@ -137,7 +137,7 @@ def humanevalplus(raw: Raw, i: int) -> Raw:
 
 
 def mbppplus(raw: Raw, i: int) -> Raw:
-    """{"task_id", "code", "prompt", "test_imports", "test_list", "test"}."""
+    """Convert {"task_id", "code", "prompt", "test_imports", "test_list", "test"}."""
     row = {
         "id": f"Mbpp/{str(raw['task_id']).removeprefix('Mbpp/')}",
         "question": raw["prompt"],
@@ -163,7 +163,7 @@ SOURCES = {
     "arc_challenge": Source(
         "allenai/ai2_arc", ("ARC-Challenge/test-00000-of-00001.parquet",), arc("arc-challenge")
     ),
-    # Later revisions hold parquet alone.
+    # Later revisions have only parquet files.
     "mbppplus": Source(
         "evalplus/mbppplus", ("test.jsonl",), mbppplus, "8a14ef6256e2d9ba80a03e9ce57ee349a69e6399"
     ),
@@ -177,7 +177,7 @@ SOURCES = {
 def raw_rows(path: Path) -> Iterator[Raw]:
     """Yield the rows of a .jsonl, .csv or .parquet file.
 
-    Raises ValueError with the number of a bad line, ImportError if pyarrow is missing.
+    Raises ValueError naming the line that is not valid JSON, ImportError if pyarrow is missing.
     """
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -203,7 +203,7 @@ def raw_rows(path: Path) -> Iterator[Raw]:
 def convert(source: Source, paths: list[Path]) -> list[Raw]:
     """Convert all raw rows of some files.
 
-    Raises ValueError with file, row and field if a raw row lacks a field.
+    Raises ValueError naming the file, the row and the field if a raw row lacks a field.
     """
     rows: list[Raw] = []
     for path in paths:
@@ -213,7 +213,7 @@ def convert(source: Source, paths: list[Path]) -> list[Raw]:
             except KeyError as error:
                 fields = ", ".join(map(str, raw))
                 raise ValueError(
-                    f"{path.name}: row {number}: {error.args[0]}: found {fields:.200}"
+                    f"{path.name}: row {number}: {error.args[0]}: found only {fields:.200}"
                 ) from error
     return rows
 
@@ -221,7 +221,7 @@ def convert(source: Source, paths: list[Path]) -> list[Raw]:
 def download(task: str, out: Path) -> Path:
     """Download the files of a task, print their source, and write `out`/TASK.jsonl.
 
-    Raises OSError with a text of one line.
+    Raises OSError with a one-line message if a file cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -249,7 +249,7 @@ def download(task: str, out: Path) -> Path:
     rows = convert(source, paths)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{task}.jsonl"
-    partial = path.with_suffix(".partial")  # an interrupted write leaves no TASK.jsonl
+    partial = path.with_suffix(".partial")  # an interrupted write leaves no TASK.jsonl behind
     partial.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
@@ -259,19 +259,19 @@ def download(task: str, out: Path) -> Path:
 
 
 def _revision(path: Path) -> str:
-    """Return the commit of a file in the hub's cache: …/snapshots/COMMIT/folder/file."""
+    """Return the commit of a file in the hub's cache (…/snapshots/COMMIT/folder/file)."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Download all tasks, also after one has failed; return 1 if one has failed, otherwise 0."""
+    """Download all tasks. Returns 0, or 1 if a task failed; the others are downloaded anyway."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "tasks", nargs="+", metavar="TASK", help=f"all, or of: {', '.join(SOURCES)}"
+        "tasks", nargs="+", metavar="TASK", help=f"all, or one or more of: {', '.join(SOURCES)}"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("data"), metavar="DIR", help="(default: data)"
+        "--out", type=Path, default=Path("data"), metavar="DIR", help="folder (default: data)"
     )
     options = parser.parse_args(arguments)
     tasks = list(SOURCES) if options.tasks == ["all"] else options.tasks

@@ -1,15 +1,17 @@
-"""Run methods and their control arms over a task, lose nothing, and report the results.
+"""Evaluate methods and their control arms on a task, and report the results.
 
     python tools/evaluate.py --data questions.jsonl --latent-steps 0,6 --out runs/tiny
     python tools/evaluate.py --task gsm8k --limit 40 --metric nll --audit --out runs/audit
-    torchrun --nproc-per-node 2 tools/evaluate.py … --out runs/tiny    # ranks take whole batches
-    python tools/evaluate.py --out runs/tiny --replay q-17             # the same answer again?
-    python tools/evaluate.py --out runs/tiny --regrade                 # grade all texts anew
+    torchrun --nproc-per-node 2 tools/evaluate.py … --out runs/tiny    # each rank: whole batches
+    python tools/evaluate.py --out runs/tiny --replay q-17             # is the answer the same?
+    python tools/evaluate.py --out runs/tiny --regrade                 # grade all texts again
 
-A list, with commas, makes a grid (of --prefix: the flag several times). `DIR/results*.jsonl` has a
-head with every setting and one line for each question, arm and seed; the same command continues
-where it stopped. `DIR/summary.json` and `.md` are made from it at the end. Status: 0 done, 1 failed
-(or a replay that differs), 2 usage, 130 stopped by Ctrl-C; what is done is kept.
+An arm is one setting of a method. A comma-separated list of values makes a grid of arms (for
+--prefix, repeat the flag). The file `DIR/results.jsonl` begins with a head that holds all settings.
+One line follows for each question, arm and seed. The same command continues a run where it stopped.
+At the end the results are summarized in `DIR/summary.json` and `DIR/summary.md`. Exit status: 0
+done, 1 failed or a replay that differs, 2 wrong usage, 130 stopped by Ctrl-C; finished results are
+kept.
 """
 
 import sys

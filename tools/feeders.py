@@ -1,8 +1,9 @@
-"""Write a map that is measured on plain text as a file for --align.
+"""Fit a map from hidden states to embeddings on plain text, and write it as a file for --align.
 
     python tools/feeders.py --model FOLDER --kind fitted --out fitted.safetensors
 
-The kinds are in tools/evaluation/feeders.py. Status: 0 done, 1 failed, 2 usage.
+The kinds are described in tools/evaluation/feeders.py. Exit status: 0 done, 1 failed, 2 wrong
+usage.
 """
 
 import sys

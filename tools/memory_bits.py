@@ -1,12 +1,13 @@
-"""Measure what keys and values in 8 bits would cost: the loss of the right solution after them.
+"""Measure how keys and values in 8 bits change the loss of the right solution.
 
     python tools/memory_bits.py FOLDER --data gsm8k_test.jsonl --limit 16
 
-Each question is remembered. Its KV cache is rounded to integers of 8 bits with a scale for each
-vector of d numbers, the largest of them divided by 127, or for each channel of a head over all
-slots. After it the agent of `single` is asked for the solution. The loss of the right one is
-compared with that after the KV cache as it is, question by question, by a paired bootstrap. A
-question's result is printed on stderr. Status: 0 done, 1 failed, 2 usage.
+Each question is prefilled, and its KV cache is rounded to 8-bit integers. There is one scale per
+vector of d numbers (the largest absolute value divided by 127), or one per channel of a head over
+all slots. Then the agent of `single` is asked for the solution, and the loss of the right solution
+is measured after the rounded and after the unchanged cache. The two are compared question by
+question with a paired bootstrap. The result of each question is printed on stderr. Exit status: 0
+done, 1 failed, 2 wrong usage.
 
     K key-value heads   S slots   d head size
 """
@@ -28,8 +29,8 @@ from tools.shared.arguments import FAILURES, Parser, print_error, whole
 from tools.shared.streams import run_command
 
 ASKED = "Solve the problem that you were given."
-VECTOR, CHANNEL = -1, -2  # the dimension of (K, S, d) that shares a scale
-# The dimension for keys and for values; None leaves them as they are.
+VECTOR, CHANNEL = -1, -2  # the dimension of (K, S, d) along which a scale is shared
+# The dimension for keys and the one for values. None leaves them unchanged.
 ROUNDINGS: dict[str, tuple[int | None, int | None]] = {
     "as computed": (None, None),
     "8 bits": (VECTOR, VECTOR),
@@ -40,7 +41,7 @@ ROUNDINGS: dict[str, tuple[int | None, int | None]] = {
 
 
 def rounded(x: Tensor, dim: int | None) -> Tensor:
-    """Return `x` (K, S, d) rounded to 8 bits with a scale for all along `dim`; None: as it is."""
+    """Return `x` (K, S, d) rounded to 8 bits, with a scale shared along `dim` (None: unchanged)."""
     if dim is None:
         return x
     scale = x.float().abs().amax(dim, keepdim=True).clamp(min=1e-30) / 127
@@ -48,7 +49,7 @@ def rounded(x: Tensor, dim: int | None) -> Tensor:
 
 
 def losses(lm: LM, row: Row) -> list[float]:
-    """Return the loss per token of a row's solution after its question in each of `ROUNDINGS`."""
+    """Return the loss per token of a row's solution for each of `ROUNDINGS`."""
     memory = remember(lm, row["question"]).select([0] * len(ROUNDINGS))
     for b, dims in enumerate(ROUNDINGS.values()):
         for stores, dim in zip((memory.keys, memory.values), dims, strict=True):
@@ -60,7 +61,7 @@ def losses(lm: LM, row: Row) -> list[float]:
 
 
 def report(found: list[list[float]]) -> list[str]:
-    """Return a table of what `losses` has returned for some questions."""
+    """Return the lines of a Markdown table. `found` has the results of `losses` per question."""
     lines = [
         f"| {len(found)} questions | loss per token | difference, 95 % | largest |",
         "|---|--:|--:|--:|",
@@ -76,10 +77,10 @@ def report(found: list[list[float]]) -> list[str]:
 
 
 def main() -> int:
-    """Run the command line; returns the status."""
+    """Run the command line. Returns the exit status, 0 done or 1 failed."""
     top = Parser("memory_bits", description=(__doc__ or "").partition("\n")[0])
     top.add_argument("model", metavar="FOLDER")
-    about = "questions with solutions"
+    about = "questions with answers, and solutions if known"
     top.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl", help=about)
     top.add_argument("--limit", type=whole(1), help="number of questions (default: all)")
     args = top.parse_args()

@@ -1,13 +1,13 @@
-"""Pictures of what tools/evaluate.py has found, as SVG and PNG, with the numbers beside as JSON.
+"""Draw the results of tools/evaluate.py as SVG and PNG, and write the numbers as JSON.
 
-    python tools/plot.py steps RUN [RUN …] --out steps          # by number of thoughts
+    python tools/plot.py steps RUN [RUN …] --out steps          # by number of latent steps
     python tools/plot.py costs RUN [RUN …] --paper paper_tables.json --task GSM8K --out costs
-    python tools/plot.py audit RUN --out audit                  # every arm's difference
-    python tools/plot.py drift RUN --out drift                  # of a run with --lens
+    python tools/plot.py audit RUN --out audit                  # the difference of each arm
+    python tools/plot.py drift RUN --out drift                  # for a run with --lens
     python tools/plot.py thoughts --model DIR --data FILE.jsonl --align ridge,prenorm --out thoughts
     python tools/plot.py again steps.json --out elsewhere       # from the numbers, without the run
 
-Writes OUT.json, OUT.svg and OUT.png. Needs matplotlib: pip install matplotlib.
+The command writes OUT.json, OUT.svg and OUT.png. It needs matplotlib (pip install matplotlib).
 """
 
 import argparse
@@ -31,7 +31,7 @@ MAPS = "ridge,prenorm,identity,fitted,token,pause,random"  # the default of `tho
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
+    """Run the command line. Returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         figure = collect(args)
@@ -53,26 +53,28 @@ def parser() -> Parser:
     what = top.add_subparsers(dest="what", required=True, parser_class=Parser)
     for name, count in (("steps", "+"), ("costs", "+"), ("audit", 1), ("drift", 1)):
         command = what.add_parser(name)
-        command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="run's folder")
+        command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="folder of a run")
     add = what.choices["costs"].add_argument
-    add("--paper", type=Path, metavar="FILE", help="the paper's tables, beside ours")
-    add("--task", default="GSM8K", help="(default: %(default)s)")
+    add("--paper", type=Path, metavar="FILE", help="tables of the paper, to draw below")
+    add("--task", default="GSM8K", help="task in the tables of the paper (default: %(default)s)")
     add = what.add_parser("thoughts").add_argument
     add("--model", "-m", default="weights/tiny")
     add("--data", type=Path, required=True, metavar="FILE.jsonl", help="questions")
     add("--limit", type=whole(1), default=8, help="number of questions (default: %(default)s)")
-    add("--align", type=list_of(kind_of_map), default=MAPS, help="list of maps")
-    add("--steps", type=whole(2), default=80, help="(default: %(default)s)")
+    add("--align", type=list_of(kind_of_map), default=MAPS, help="comma-separated list of maps")
+    add("--steps", type=whole(2), default=80, help="latent steps (default: %(default)s)")
     add("--dtype", default="auto")
     add("--device", default="auto")
     what.add_parser("again").add_argument("numbers", type=Path, metavar="FILE.json")
     for command in what.choices.values():
-        command.add_argument("--out", type=Path, required=True, metavar="OUT", help="no ending")
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="OUT", help="path without extension"
+        )
     return top
 
 
 def collect(args: argparse.Namespace) -> Figure:
-    """Return the numbers of the picture that is asked for. Raises ValueError, OSError."""
+    """Return the numbers of the chosen picture. Raises ValueError, or OSError for a file."""
     if args.what == "steps":
         return figures.steps(figures.runs(args.runs))
     if args.what == "costs":
@@ -91,7 +93,7 @@ def collect(args: argparse.Namespace) -> Figure:
     figure = json.loads(args.numbers.read_text(encoding="utf-8"))
     if not isinstance(figure, dict) or figure.get("what") not in DRAWN:
         expected = f"expected one of {', '.join(DRAWN)}"
-        raise ValueError(f"{args.numbers}: what: found no picture's name, {expected}")
+        raise ValueError(f"{args.numbers}: what: found no name of a picture, {expected}")
     return figure
 
 

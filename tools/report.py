@@ -1,13 +1,14 @@
-"""One HTML file for a run of tools/evaluate.py, or for answers of `minimas ask --json`.
+"""Make one HTML file of a run of tools/evaluate.py, or of the output of `minimas ask --json`.
 
     python tools/report.py runs/tiny --out report.html
     python -m minimas ask --file FILE.jsonl --json --show-thoughts > ask.json
     python tools/report.py ask.json --out report.html
 
-The file needs no other file and no network: open it in a browser. It shows the settings, each arm's
-numbers, an audit's verdict, and for each question the agents with their prompts, thoughts and bill.
-Thoughts and attention are there if the run was made with --lens, the answers with --show-thoughts.
-A run that is not finished is shown as far as it is. Status: 0 done, 1 failed, 2 usage.
+Open the file in a browser; it needs no other file and no network. It shows the settings, the
+numbers of each arm, the verdict of an audit, and for each question the agents with their prompts,
+thoughts and token counts. Thoughts and attention are shown if the run was made with --lens
+(thoughts also if the answers were made with --show-thoughts). An unfinished run is shown up to its
+last record. Exit status: 0 done, 1 failed, 2 wrong usage.
 """
 
 import sys

@@ -1,15 +1,14 @@
-"""The tables of docs/results.md, computed from the raw records in docs/results/.
+"""Compute the tables of docs/results.md from the raw records in docs/results/.
 
     python tools/results.py                          # rewrite every table in place
     python tools/results.py --check                  # status 1 if a table differs from its records
     python tools/results.py --add NAME RUN_DIR …     # store runs as docs/results/NAME.jsonl.gz
 
-A table stands between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`. NAME is
-one or more files of docs/results/, joined with +; ARM is the one that the last column compares
-with, question by question. In "*, REST" the star stands for the start of each line's own arm, up to
-its first comma. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
-
-Does not know: how records come about.
+A table is written between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`.
+NAME is the name of a file in docs/results/, or several names joined with +. The last column
+compares each arm with ARM, question by question. If ARM is "*, REST", the star stands for the name
+of the compared arm up to its first comma. A record is a line of `results.jsonl`, as
+tools/evaluate.py writes it. This module only reads records; it does not make them.
 """
 
 import argparse
@@ -42,7 +41,7 @@ LOSS_HEAD = ["arm", "n", "gold NLL, 95 %"]
 
 
 def read_records(names: str) -> list[Record]:
-    """Return the records of stored files, without their heads. `names` are joined with +."""
+    """Return the records of stored files, without the heads. `names` are joined with +."""
     found = []
     for name in names.split("+"):
         with gzip.open(RECORDS / f"{name.strip()}.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -51,7 +50,10 @@ def read_records(names: str) -> list[Record]:
 
 
 def store(name: str, folders: Sequence[Path]) -> None:
-    """Write the result files of runs as one compressed file, always with the same bytes."""
+    """Write the result files of runs as one compressed file.
+
+    The same results always give the same bytes.
+    """
     paths = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -59,14 +61,14 @@ def store(name: str, folders: Sequence[Path]) -> None:
 
 
 def values(records: Sequence[Record], field: str) -> dict[tuple[str, int], float]:
-    """Return (question, seed) -> value, for the records that have one."""
+    """Return (question, seed) -> value of a field, for the records that have it."""
     return {(r["id"], r["seed"]): float(r[field]) for r in records if r.get(field) is not None}
 
 
 def table(records: Sequence[Record], base: str) -> str:
     """Return a Markdown table with a line for each arm.
 
-    Raises ValueError if no record is of arm `base`.
+    Raises ValueError if no record belongs to the arm `base`.
     """
     arms: dict[str, list[Record]] = {}
     for record in records:
@@ -86,7 +88,7 @@ def table(records: Sequence[Record], base: str) -> str:
 
 
 def answer_line(records: Sequence[Record]) -> list[str]:
-    """Return the cells of an arm that was graded, after its name."""
+    """Return the cells after the name of an arm whose answers were graded."""
     right, low, high = share(list(values(records, "correct").values()))
     cut = mean(record["finish_reason"] == "length" for record in records)
     counts = [f"{mean(r[name] for r in records):,.0f}" for name in ("read", "thought", "written")]
@@ -96,13 +98,13 @@ def answer_line(records: Sequence[Record]) -> list[str]:
 
 
 def loss_line(records: Sequence[Record]) -> list[str]:
-    """Return the cells of an arm whose loss was measured, after its name."""
+    """Return the cells after the name of an arm whose loss was measured."""
     middle, low, high = bootstrap(list(values(records, "nll").values()))
     return [str(len(records)), f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
 
 
 def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) -> str:
-    """Return the paired difference to the base arm in words, "" without a common question."""
+    """Return the paired difference to the base arm as text; "" without a common question."""
     field = "nll" if losses else "correct"
     line = paired(values(records, field), values(base, field), exact=not losses)
     if line is None:
@@ -113,17 +115,17 @@ def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) 
 
 
 def rewritten(page: str) -> str:
-    """Return a page with every table computed anew."""
+    """Return a page in which every table is computed from its records."""
     return BLOCK.sub(
         lambda found: found[1] + table(read_records(found["names"]), found["base"]) + found[5], page
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed or a table that differs (--check)."""
+    """Run the command line. Returns 0 done, 1 failed or, with --check, a table that differs."""
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument("--check", action="store_true", help="only compare, write nothing")
     names = ("NAME", "RUN_DIR")
     parser.add_argument("--add", nargs="+", metavar=names, help="store runs as NAME.jsonl.gz")
     args = parser.parse_args(argv)
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rewrite(only_check: bool) -> int:
-    """Write the page with its tables computed anew; return 1 if it differs and is only checked."""
+    """Write the page with new tables; with `only_check` write nothing, return 1 if it differs."""
     old = PAGE.read_text(encoding="utf-8")
     new = rewritten(old)
     if not only_check:

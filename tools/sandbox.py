@@ -1,8 +1,9 @@
-"""Run a program that nobody has read, confined: see tools/evaluation/sandbox.py.
+"""Run an untrusted Python program in a sandbox (see tools/evaluation/sandbox.py).
 
     python tools/sandbox.py FILE [--timeout SECONDS] [--memory MB]
 
-Status: 0 the program reached its last statement, 1 it did not, 2 usage, or it cannot be read.
+Exit status: 0 the program reached its last statement, 1 it did not, 2 wrong usage or a file that
+cannot be read.
 """
 
 import math
@@ -16,12 +17,18 @@ from tools.shared.arguments import Parser, print_error
 
 
 def main() -> int:
-    """Run the command line; returns the status."""
+    """Run the command line. Returns the exit status."""
     top = Parser("sandbox", description=(__doc__ or "").partition("\n")[0])
     add = top.add_argument
     add("file", metavar="FILE")
     add("--timeout", type=float, default=20.0, metavar="S", help="seconds (default: 20)")
-    add("--memory", type=int, default=1024, metavar="MB", help="for each process (default: 1024)")
+    add(
+        "--memory",
+        type=int,
+        default=1024,
+        metavar="MB",
+        help="megabytes per process (default: 1024)",
+    )
     args = top.parse_args()
     if not 0 < args.timeout < math.inf or args.memory < 1:
         found = f"found --timeout {args.timeout} --memory {args.memory}"

@@ -1,4 +1,4 @@
-"""Who is attended to, against the weights that transformers returns."""
+"""Attention weights agree with those that transformers returns."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ..models import config_dict, tiny_model
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_agrees_with_transformers(family: str) -> None:
-    """The weights of the prompt's tokens on a cache of thoughts' size, layer by layer."""
+    """The weights of prompt tokens on a filled cache must be right in every layer."""
     transformers = pytest.importorskip("transformers")
     model = tiny_model(family, dtype=torch.float32)
     raw = config_dict(model.config)

@@ -1,5 +1,6 @@
-"""The audit finds a planted effect, does not find a planted null, and its statistics and
-diagnostics are exact.
+"""The audit finds a planted effect and no effect where there is none.
+
+Its statistics and diagnostics are exact.
 """
 
 import json
@@ -49,7 +50,7 @@ QUESTION = ["Eva has 2 cards. How many?"]
     ],
 )
 def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: float) -> None:
-    """The plain ± interval has no width at 0 of n, and reaches below 0 before."""
+    """The simple ± interval has width 0 at 0 of n, and can reach below 0."""
     found = wilson(right, n)
     assert found == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     mirrored = wilson(n - right, n)
@@ -58,8 +59,9 @@ def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: 
 
 
 def test_an_interval_holds_its_share() -> None:
-    """At 0 of 24 and at 10 of 10 it was rounded past it, and a picture of that has an error bar
-    below nothing.
+    """Rounding once excluded the share from its interval, at 0 of 24 and at 10 of 10.
+
+    A picture then had an error bar of negative length.
     """
     for n in range(1, 200):
         for right in range(n + 1):
@@ -79,13 +81,15 @@ def test_an_interval_holds_its_share() -> None:
     ],
 )
 def test_mcnemar_is_exact(first: int, second: int, p: float) -> None:
-    """χ² with 5 discordant pairs is no test."""
+    """The χ² approximation is not valid for 5 discordant pairs."""
     assert mcnemar(first, second) == pytest.approx(p, abs=1e-15)
 
 
 def test_sign_flips_count_every_sign_of_few_pairs_and_draw_of_many() -> None:
-    """Of three positive differences, 2 of 8 signings are as far from 0; equal ones have p = 1, none
-    is ever p = 0.
+    """Few pairs are tested exactly, and p is never 0.
+
+    For three positive differences, 2 of the 8 sign assignments are as far from 0. Equal values have
+    p = 1.
     """
     assert sign_flips([1.0, 2.0, 3.0]) == 2 / 8
     assert sign_flips([1.0, -2.0, 3.0]) == 6 / 8  # |sum| ≥ 2: all but ±(1, −2, … ) that make 0
@@ -119,7 +123,10 @@ def test_the_standard_error_divides_by_n_minus_one() -> None:
 
 
 def test_chance_is_found_about_as_often_as_it_should_be() -> None:
-    """Of 300 comparisons of nothing, 1 % at p < 0.01: a test that finds more makes effects."""
+    """Of 300 comparisons without an effect, about 1 % may have p < 0.01.
+
+    A test that finds more would report effects that do not exist.
+    """
     rng = random.Random(0)
     found = sum(sign_flips([rng.gauss(0, 1) for _ in range(12)]) < ALPHA for _ in range(300))
     assert found <= 9
@@ -138,8 +145,10 @@ def records(metric: str, **arms: list[float]) -> list[Record]:
 
 
 def test_the_verdict_says_harm_help_and_nothing() -> None:
-    """One sentence; help that another question's thoughts give as well is said to be in the
-    slots.
+    """The verdict is one sentence.
+
+    If another question's thoughts help as much, the verdict must say so: then the effect comes from
+    the slots.
     """
     rng = random.Random(0)
     none = [rng.gauss(1.3, 0.3) for _ in range(40)]
@@ -157,7 +166,7 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
             "full": moved(-0.2),
             "shuffled": none,
         },
-        "they help, and another question's memory does not so well": {
+        "they help, and with another question's memory the loss is higher": {
             "full": moved(-0.5),
             "shuffled": moved(-0.2),
         },
@@ -197,8 +206,10 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
 
 
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
-    """weights/tiny, asked for a box that it never writes: more loss by thoughts, and two thirds
-    more right answers.
+    r"""Thoughts can raise the loss and still give more right answers.
+
+    This happened with weights/tiny, asked for a \boxed{} answer that it never generates: the loss
+    was higher, and two thirds more answers were right.
     """
     rng = random.Random(0)
     losses = records(
@@ -226,8 +237,9 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
 def test_an_audit_refuses_what_it_would_not_read(
     flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a list it took the first value without a word: --latent-steps 0,6 compared nothing with
-    nothing.
+    """An audit used only the first value of a list, without a warning.
+
+    `--latent-steps 0,6` compared an arm without thoughts with itself.
     """
     data = write_data(tmp_path / "rows.jsonl", 2)
     assert (
@@ -240,10 +252,10 @@ def test_an_audit_refuses_what_it_would_not_read(
 @pytest.mark.parametrize(
     ("questions", "said"),
     [
-        (1, "On 1 question no p below 1 is possible (on 5, none below 0.0625)"),
-        (3, "On 3 questions no p below 0.25 is possible (on 5, none below 0.0625)"),
-        (5, "On 5 questions no p below 0.0625 is possible, so nothing can be found with fewer"),
-        (7, "On 7 questions no p below 0.015625 is possible"),
+        (1, "With 1 question the smallest possible p is 1 (with 5 questions, 0.0625). At least 8"),
+        (3, "With 3 questions the smallest possible p is 0.25 (with 5 questions, 0.0625)."),
+        (5, "With 5 questions the smallest possible p is 0.0625. At least 8 questions are needed"),
+        (7, "With 7 questions the smallest possible p is 0.015625."),
         (8, None),
     ],
 )
@@ -251,20 +263,23 @@ def test_an_audit_refuses_what_it_would_not_read(
 def test_an_audit_of_few_questions_says_that_it_can_find_nothing(
     metric: str, questions: int, said: str | None
 ) -> None:
-    """ "No effect is found" was the verdict on five questions, whatever the arms did."""
+    """With five questions the verdict was always "no effect is found", whatever the arms did."""
     some = records(metric, full=[1.0] * questions, prompts_only=[0.0] * questions)
     numbers, text = report(some, {})
     smallest = numbers["comparisons"][f"{metric}: full − prompts only"]["p"]
     assert (smallest < ALPHA) == (said is None)
     assert f"{smallest:g}" == f"{2 / 2**questions:g}"
     if said is None:
-        assert "is possible" not in text
+        assert "smallest possible" not in text
     else:
         assert said in text.splitlines()[-3]
 
 
 def test_differences_are_paired_by_question_and_seed() -> None:
-    """Seeds of one question are one pair; a question that one arm lacks is no pair."""
+    """All seeds of a question are one pair.
+
+    A question that one arm lacks gives no pair.
+    """
     some = records("nll", full=[1.0, 2.0, 9.0], none=[2.0, 2.5])
     some += [
         record | {"seed": 1, "nll": record["nll"] + 1.0}
@@ -286,7 +301,7 @@ def test_differences_are_paired_by_question_and_seed() -> None:
 
 
 def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
-    """A small audit of weights/tiny: full under the first kind of map, and one other."""
+    """Run a small audit of weights/tiny with two maps, the first of them in the full arm."""
     data, out = write_data(tmp_path / "rows.jsonl", count), tmp_path / "run"
     command = [
         "--data",
@@ -317,12 +332,13 @@ def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
 
 
 def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """weights/tiny answers by its thoughts: without them it is right in a third, with another's in
-    7 %.
+    """weights/tiny needs its thoughts.
+
+    Without them a third of the answers are right, and 7 % with those of another question.
     """
     found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
     assert (
-        "with this model they help, and another question's memory does not so well"
+        "with this model they help, and with another question's memory the loss is higher"
         in found["verdict"]
     )
     assert "it helps (p < 0.001)" in found["verdict"]
@@ -340,15 +356,14 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_thoughts_that_harm_are_said_to_harm(tmp_path: Path) -> None:
-    """A random map in the place of the paper's: as many slots, and a loss above that of none at
-    all.
-    """
+    """A random map gives the same number of slots, but a higher loss than no thoughts."""
     assert "they harm" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
 
 
 def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
-    """Two seeds of one noisy map, called two arms: large differences, question by question, that
-    mean nothing.
+    """Two seeds of one noisy map, named as two arms, must not differ.
+
+    Their differences per question are large, but they are noise.
     """
     some = read_rows(write_data(tmp_path / "rows.jsonl", 48))
     bench = Bench(load(TINY, device="cpu"), some, 48, Sampling(), plain_grader)
@@ -358,12 +373,13 @@ def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
     found = [*full, *(record | {"arm": "nll: prompts only", "seed": 0} for record in other)]
     found += [record | {"arm": "nll: none", "seed": 0} for record in other]
     assert "no effect of the thoughts on the loss of the right answer is found" in verdict(found)
-    assert "of the prompts' memory no effect is found" in verdict(found)
+    assert "no effect of the prompts' memory is found" in verdict(found)
 
 
 def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
-    """The gain is frozen at 1 in weights/tiny, so prenorm is the paper's map: the harness itself
-    adds nothing.
+    """In weights/tiny the gain is 1, so prenorm is the paper's map.
+
+    The harness must not add a difference.
     """
     found = audited(tmp_path, "ridge,prenorm", 4, "nll")["comparisons"]["nll: prenorm − full"]
     assert (found["mean"], found["p"]) == (0, 1)
@@ -372,7 +388,10 @@ def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
 def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are timed once: a resumed run on a busier machine would be another run."""
+    """The number of samples is measured only once.
+
+    Measured again on a busier machine, it would change the run.
+    """
     command = [
         "--data",
         str(write_data(tmp_path / "rows.jsonl", 2)),
@@ -420,8 +439,9 @@ def briefing(
 def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
     lm: LM, team: str, close: bool
 ) -> None:
-    """In order, without overlap, thoughts right behind their prompt, and the closing of a turn in
-    nobody's part.
+    """Parts of the KV cache are in order and do not overlap.
+
+    Thoughts directly follow their prompt, and the tokens that close a turn belong to no part.
     """
     given = briefing(lm, team, close=close)
     parts, end = segments(given), 2 if close else 0
@@ -442,8 +462,9 @@ def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
 def test_the_parts_of_what_is_handed_over_fit_every_transfer(
     lm: LM, transfer: str, team: str, layout: str
 ) -> None:
-    """What all agents have in common is there once, in the prompt of the first one that is there.
-    The parts are counted from the end, so that its size shows whether they are right.
+    """The beginning that all agents share is stored once, in the prompt of the first agent.
+
+    Parts are counted from the end of the cache, so its size shows if they are right.
     """
     questions = [*QUESTION, "Tom has 3 red and 14 blue balls. He loses 2. How many are left?"]
     settings: dict[str, Any] = {"latent_steps": 2, "sampling": Sampling(), "layout": layout}
@@ -471,12 +492,15 @@ def test_the_parts_of_what_is_handed_over_fit_every_transfer(
 
 
 def test_only_a_full_memory_has_parts(lm: LM) -> None:
-    with pytest.raises(ValueError, match="only a full memory has parts"):
+    with pytest.raises(ValueError, match="expected full or shuffled"):
         segments(latent_turn(lm, QUESTION, latent_steps=2, transfer="latents"))
 
 
 def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
-    """Queries of zero see everything alike: a position p gives a part of n slots n / (p + 1)."""
+    """Queries of zero attend equally to all slots.
+
+    Then position p gives n slots the share n / (p + 1).
+    """
     lm = LM(load(TINY, device="cpu", dtype="float64").model, TINY)
     for block in lm.model.model.layers:
         block.self_attn.q_proj.weight.data.zero_()
@@ -493,7 +517,7 @@ def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
 
 
 def test_watching_attention_does_not_change_it(lm: LM) -> None:
-    """And no hook is left on the model, even when a forward pass fails."""
+    """The hooks do not change the result, and are removed even if a forward pass fails."""
     given = briefing(lm)
     before = given.losses([[" 7"]], given.memory.fork())
     attention(given, " 7")
@@ -521,8 +545,10 @@ def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) ->
 
 
 def test_geometry_is_what_it_says() -> None:
-    """By hand in two dimensions: two agents' two thoughts each; the step from one agent to the
-    other does not count.
+    """The measures equal values computed by hand.
+
+    There are two agents with two thoughts each in two dimensions. The step between agents does not
+    count.
     """
     tap = Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
     for state in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (3.0, 3.0)):
@@ -537,7 +563,7 @@ def test_geometry_is_what_it_says() -> None:
 
 
 def test_a_map_that_does_not_rescale_has_one_norm() -> None:
-    """`mean` ends with a shift: the norm without it is that of another vector."""
+    """`mean` ends with a shift, so a norm without the shift would be that of another vector."""
     tap = Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
     tap(torch.tensor([[[0.0, 4.0]]], dtype=torch.float64))
     found = geometry(tap, 1, torch.eye(2))
@@ -545,7 +571,7 @@ def test_a_map_that_does_not_rescale_has_one_norm() -> None:
 
 
 def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
-    """`--latent-steps 0`: nothing to look at, and no division by it."""
+    """`--latent-steps 0` leaves nothing to diagnose, and must not divide by 0."""
     data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
     command = [
         "--data",
@@ -565,8 +591,9 @@ def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
 def test_an_audit_of_chosen_arms_has_these_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its report, written again, does not compute its diagnostics again, which take minutes on
-    a real model.
+    """A repeated report does not compute the diagnostics again.
+
+    They take minutes on a real model.
     """
     data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
     command = ["--data", str(data), "--out", str(out), "--audit", "--metric", "nll", "--quiet"]
@@ -586,7 +613,7 @@ def test_an_audit_of_chosen_arms_has_these_and_no_others(
 
 
 def test_arms_differ_from_full_in_one_setting() -> None:
-    """Else a difference has two causes."""
+    """Otherwise a difference would have two causes."""
     asked = parser().parse_args("--data x --out y --latent-steps 5 --prefix So".split())
     lists = {name: getattr(asked, name) for name in ("method", *LATENT_SETTINGS)}
     full, *others = audit_arms(full_arm(lists), ["prenorm", "pause"], ["nll"])

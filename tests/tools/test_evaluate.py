@@ -1,5 +1,6 @@
-"""The harness loses nothing, guesses nothing, and measures what it says; on weights/tiny, in
-float32 or float64.
+"""An evaluation loses no results and measures what it says.
+
+The tests use weights/tiny in float32 or float64.
 """
 
 import errno
@@ -48,7 +49,7 @@ FIXED = f"{GRID} --dtype float32 --batch-size 3 --quiet".split()
 
 
 def write_data(path: Path, count: int) -> Path:
-    """Questions that weights/tiny was not trained on."""
+    """Write questions that weights/tiny was not trained on."""
     rng, rows = random.Random("evaluate"), []
     for i in range(count):
         told = story(rng, rng.choice((3, 4, 5)), fresh=True)
@@ -67,14 +68,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run; nobody may change it."""
+    """The folder of a finished run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
     return folder
 
 
 def lines(folder: Path, name: str = "results.jsonl") -> list[Record]:
-    """All records but the head, without what a clock said."""
+    """Return all records without the head and without measured times."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -85,7 +86,7 @@ def lines(folder: Path, name: str = "results.jsonl") -> list[Record]:
 
 
 def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Path:
-    """A run's folder with its results edited."""
+    """Return a copy of a run's folder with edited results."""
     to.mkdir()
     (to / "results.jsonl").write_bytes(edit((folder / "results.jsonl").read_bytes()))
     return to
@@ -95,9 +96,7 @@ def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Pa
 
 
 def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: Path) -> None:
-    """With the exact prompts, the bill and the settings, so that a stranger can read the file
-    alone.
-    """
+    """The file has exact prompts, token counts and settings, so that it can be read on its own."""
     found = lines(finished)
     assert len(found) == 8 * (2 + 4)
     assert len({(r["id"], r["arm"], r["seed"]) for r in found}) == len(found)
@@ -128,7 +127,10 @@ def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: P
 def test_ten_kills_and_a_resume_make_the_same_file(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """kill −9 at any moment; what the head of a run said stays, and no line is there twice."""
+    """A run that is killed at any moment continues.
+
+    The head does not change, and no line is written twice.
+    """
     command, rng, unfinished = (
         ["--data", str(data), "--out", str(tmp_path), *FIXED],
         random.Random(0),
@@ -154,8 +156,9 @@ def test_ten_kills_and_a_resume_make_the_same_file(
 def test_a_file_cut_off_anywhere_is_finished(
     cut: int, finished: Path, data: Path, tmp_path: Path
 ) -> None:
-    """In the head, in a line, between two lines of a batch, behind a batch: half a batch is
-    computed again.
+    """The cut may be in the head, in a line, between two lines of a batch, or after a batch.
+
+    Half a batch is computed again.
     """
 
     def cut_off(found: bytes) -> bytes:
@@ -199,7 +202,7 @@ def test_ctrl_c_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "compute", interrupted)
         assert main(command) == 130
-    assert "keeps what is done" in capsys.readouterr().err
+    assert "keeps finished results" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 9
     assert main(command) == 0
     assert lines(tmp_path) == lines(finished)
@@ -212,7 +215,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The half of a unit that still went to the disk is taken back."""
+    """The part of a unit that was written before the error is removed."""
     command, sync, count = ["--data", str(data), "--out", str(tmp_path), *FIXED], os.fsync, 0
 
     def full(descriptor: int) -> None:
@@ -226,7 +229,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
         patch.setattr(ledger.os, "fsync", full)
         assert main(command) == 1
     said = capsys.readouterr().err
-    assert "the disk is full; what was done before is kept" in said
+    assert "the disk is full; earlier results are kept" in said
     assert said.count("\n") == 1
     assert len(lines(tmp_path)) == 6
     assert main(command) == 0
@@ -235,7 +238,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 
 @pytest.mark.slow
 def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path: Path) -> None:
-    """Whole batches in turn, a file each, one table; shuffled pairs reach across ranks."""
+    """Ranks take whole batches in turn, and write one file each and one table.
+
+    Shuffled pairs may belong to different ranks.
+    """
     command = [
         sys.executable,
         "-m",
@@ -277,7 +283,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
 def test_other_settings_are_refused_by_name(
     flags: list[str], named: str, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two runs in one file are no run."""
+    """A file must not mix results of two runs."""
     before = (finished / "results.jsonl").read_bytes()
     assert main(["--data", str(data), "--out", str(finished), *FIXED, *flags]) == 1
     said = capsys.readouterr().err
@@ -311,8 +317,9 @@ def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
     finished: Path, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Cutting it off would throw good results away without a word; and nothing is cut before all is
-    read.
+    """Cutting the file at the bad line would silently lose good results.
+
+    Nothing is cut before everything is read.
     """
 
     def corrupt(found: bytes) -> bytes:
@@ -330,16 +337,14 @@ def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
 
 
 def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    """In one file, or in two of them: the table would count it twice."""
+    """The table would count it twice, in one file or in two."""
     units = {Key(0, "a", 0): ["x"], Key(1, "a", 0): ["y"]}
     unit = [{"id": "x", "batch": 0, "arm": "a", "seed": 0}]
     for name in ("results-rank0.jsonl", "results-rank1.jsonl"):
         book = Ledger(tmp_path / name, {"settings": {}})
         book.append(unit)
         book.close()
-    with pytest.raises(
-        ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which is in another file"
-    ):
+    with pytest.raises(ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which another file"):
         take_up(tmp_path, {}, units)
     book = Ledger(tmp_path / "results-rank0.jsonl", {"settings": {}})
     book.append(unit)
@@ -349,9 +354,9 @@ def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
-    """A second start of the same command, in another window."""
+    """The same command may be started a second time in another window."""
     book = Ledger(tmp_path / "results.jsonl", {"settings": {}})
-    with pytest.raises(ValueError, match="another process is writing here"):
+    with pytest.raises(ValueError, match="another process is writing to it"):
         take_up(tmp_path, {}, {})
     book.close()
 
@@ -370,15 +375,16 @@ def write_unit(path: Path, unit: list[Record]) -> None:
 def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The length was read, another process wrote a unit and ended, and the file was cut to the
-    length. Now the other one is refused.
+    """The length of the file was read before another process appended a unit.
+
+    Then the file was cut to the old length. Now the other process cannot write at that time.
     """
     path = tmp_path / "results.jsonl"
     write_unit(path, ONE)
 
     def read_and_interrupted(path: Path, units: Any) -> Any:
         found = whole_units(path, units)
-        with pytest.raises(ValueError, match="another process is writing here"):
+        with pytest.raises(ValueError, match="another process is writing to it"):
             write_unit(path, ANOTHER)
         return found
 
@@ -392,7 +398,7 @@ def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
 def test_a_unit_that_is_written_after_a_run_was_taken_up_is_not_computed_again(
     tmp_path: Path,
 ) -> None:
-    """It would be in the file twice, and the file would be refused from then on."""
+    """The unit would be in the file twice, and the file would be refused from then on."""
     path = tmp_path / "results.jsonl"
     write_unit(path, ONE)
     _, sizes = take_up(tmp_path, {}, TWO_UNITS)
@@ -405,8 +411,9 @@ def test_a_unit_that_is_written_after_a_run_was_taken_up_is_not_computed_again(
 
 
 def test_two_first_starts_write_one_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second one opened the new file while it was empty, and locked it after the first had
-    ended.
+    """The second process opened the new file while it was empty.
+
+    It locked it only after the first process had ended.
     """
     path, lock = tmp_path / "results.jsonl", ledger.lock
 
@@ -424,7 +431,10 @@ def test_two_first_starts_write_one_head(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_that_was_replaced_before_its_lock_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--regrade` puts a new file in its place: what is appended to the old one is in no folder."""
+    """`--regrade` replaces the file.
+
+    Records that are appended to the old file would be lost.
+    """
     path, lock = tmp_path / "results.jsonl", ledger.lock
     write_unit(path, ONE)
 
@@ -440,7 +450,10 @@ def test_a_file_that_was_replaced_before_its_lock_is_refused(
 
 @pytest.mark.slow
 def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
-    """On Windows even `--help` was a traceback. A run is refused before a model is loaded."""
+    """On Windows even `--help` gave a traceback.
+
+    A run is refused before a model is loaded.
+    """
     code = (
         "import runpy, sys; sys.modules['fcntl'] = sys.modules['resource'] = None; "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -453,7 +466,9 @@ def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
         assert done.returncode == status, done.stderr
         assert done.stdout.startswith(stdout)
-    expected = "found no module fcntl, which locks the files of results, expected Linux, macOS"
+    expected = (
+        "found no module fcntl, which is needed to lock the result files, expected Linux, macOS"
+    )
     assert done.stderr.startswith(f"evaluate: error: {expected}")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
@@ -461,7 +476,7 @@ def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
 def test_running_programs_is_refused_where_there_is_no_sandbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before a model is loaded, and not at the first question of that kind."""
+    """It is refused before a model is loaded, not at the first question with a program."""
     monkeypatch.setattr(sys, "platform", "win32")
     command = ["--model", "nowhere", "--task", "mbppplus", "--out", str(tmp_path / "run")]
     assert main([*command, "--run-untrusted-code"]) == 1
@@ -484,7 +499,7 @@ def test_running_programs_is_refused_where_there_is_no_sandbox(
             "argument --latent-steps: found '-1', expected a whole number, 0 or more",
         ),
         (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
-        (["--task", "gsm8k"], 1, "expected a task's name, or --data"),
+        (["--task", "gsm8k"], 1, "found both of them, expected --task or --data"),
         (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
     ],
 )
@@ -511,7 +526,7 @@ def test_a_wrong_flag_is_one_line(
 def test_replay_finds_the_same_answer_or_the_agent_that_differs(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No flag but the folder and the question: all else is in the head."""
+    """`--replay` needs only the folder and the question. Everything else is in the head."""
     assert main(["--out", str(finished), "--replay", "q-4"]) == 0
     assert capsys.readouterr().out.count(": the same\n") == 6
 
@@ -541,7 +556,7 @@ def test_replay_finds_the_same_answer_or_the_agent_that_differs(
 def test_regrade_judges_the_texts_again(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A better rule of grading needs no new run; and one without change changes nothing."""
+    """A better grading rule needs no new run, and grading again without a change has no effect."""
     wrong = copied(
         finished,
         tmp_path / "run",
@@ -556,7 +571,7 @@ def test_regrade_judges_the_texts_again(
 
 
 def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path) -> None:
-    """U+2028 in a text is no end of a line, and neither is half a line a record."""
+    """U+2028 in a text does not end a line, and an incomplete line is not a record."""
     odd = "one\u2028two\x85three\ud800"
 
     def altered(found: bytes) -> bytes:
@@ -582,13 +597,14 @@ def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path
 def test_regrade_does_not_take_the_file_from_a_run(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run appends to the file that it has opened; another one in its place would lose all that
-    follows.
+    """A run appends to the file that it has opened.
+
+    If the file were replaced, all later results would be lost.
     """
     folder = copied(finished, tmp_path / "run")
     running = Ledger(folder / "results.jsonl", {})
     assert main(["--out", str(folder), "--regrade"]) == 1
-    assert "another process is writing here" in capsys.readouterr().err
+    assert "another process is writing to it" in capsys.readouterr().err
     running.close()
     assert main(["--out", str(folder), "--regrade"]) == 0
 
@@ -596,8 +612,9 @@ def test_regrade_does_not_take_the_file_from_a_run(
 def test_code_may_be_run_when_it_is_graded_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Leave to run programs is a setting of the grading, not of the texts; the head says how it was
-    graded.
+    """Running programs is a setting of the grading, not of the texts.
+
+    The head says how the texts were graded.
     """
     data, out = tmp_path / "code.jsonl", tmp_path / "run"
     data.write_text(
@@ -621,7 +638,7 @@ def test_code_may_be_run_when_it_is_graded_again(
 def test_what_a_file_says_is_a_setting_too(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A team's file edited between two batches gave one file of results by two teams."""
+    """A team's file that was edited between two batches gave one result file of two teams."""
     team, out = tmp_path / "team.json", tmp_path / "run"
     agents = [{"name": "a", "prompt": "Plan: {question}"}, {"name": "b", "prompt": "{question}"}]
     team.write_text(json.dumps({"agents": agents}))
@@ -667,7 +684,7 @@ def test_a_table_of_a_part_is_not_a_success(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ranks that do not see one folder each printed half of the questions, with status 0."""
+    """Two ranks without a common folder each printed half of the questions, with status 0."""
     folder = copied(
         finished, tmp_path / "run", lambda found: b"\n".join(found.split(b"\n")[:4]) + b"\n"
     )
@@ -704,7 +721,7 @@ def test_a_record_of_the_wrong_type_is_refused_by_its_line(
 def test_an_error_names_the_questions_of_its_batch(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its place in a batch alone, "question 2", is another question in the file."""
+    """ "Question 2" of a batch is another question in the file."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[4]["question"] = "Eva has 2 cards. " * 5000
     long = tmp_path / "long.jsonl"
@@ -726,8 +743,9 @@ QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
-    """Against one dense forward of everything that was fed, by another implementation; ragged rows
-    and texts.
+    """The loss equals that of one dense forward of all inputs by another implementation.
+
+    Rows and texts have different lengths.
     """
     texts = [[" 4 5", "9"], [" 7"], ["no <|im_end|> at all"]]
     found = latent_turn(lm, QUESTIONS, latent_steps=steps, sampling=Sampling()).losses(texts)
@@ -755,7 +773,7 @@ def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
 
 
 def test_the_methods_that_pass_text_have_a_gold_nll_too(lm: LM) -> None:
-    """Of the same text behind a turn that holds the others' words, or nobody's."""
+    """The gold NLL works after a turn with the texts of other agents, and after a single prompt."""
     alone = text_turn(lm, QUESTIONS, None).losses([[" 4"]] * 3)
     team = text_turn(lm, QUESTIONS, "sequential", sampling=Sampling(max_new_tokens=3)).losses(
         [[" 4"]] * 3
@@ -770,7 +788,7 @@ def test_a_solution_that_cannot_be_read_is_refused_by_its_question(lm: LM, text:
 
 
 def test_what_arms_share_is_prefilled_once_and_changes_nothing(lm: LM) -> None:
-    """The first agent's prompt is the same under every map and number of steps."""
+    """The first agent's prompt is the same for every map and number of steps."""
     once = PrefillOnce()
     for steps, align in ((0, "ridge"), (3, "ridge"), (3, "random"), (3, "ridge")):
         how: dict[str, Any] = {"latent_steps": steps, "align": align}
@@ -785,8 +803,9 @@ def rows(count: int, tmp_path: Path) -> list[Record]:
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
 def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_path: Path) -> None:
-    """Question i gets the memory of i + 1, across batches; within one batch of all it is what the
-    library does.
+    """Question i gets the KV cache of question i + 1, even from another batch.
+
+    If all questions are in one batch, the result equals that of the library.
     """
     lm, some = load(TINY, device="cpu", dtype="float64"), rows(5, tmp_path)
     arm = Arm("shuffled", metric=metric, latent_steps=3, align="ridge", transfer="shuffled")
@@ -819,8 +838,9 @@ def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_p
 
 
 def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
-    """Split facts, and shuffled ones: the memory is that of the next row's team, the question this
-    row's.
+    """With split facts and shuffled, the KV cache is from the next row's team.
+
+    The question is that of the row itself.
     """
     rng, some = random.Random(0), []
     for i in range(3):
@@ -852,8 +872,9 @@ def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gold", ["b", "B", "(b)", "two"])
 @pytest.mark.parametrize("keys", ["ab", "AB"])
 def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
-    """The loss was of another text than the options', and the lowest option "wrong", where a letter
-    was a capital.
+    """A gold answer with a capital letter was not matched to its option.
+
+    Its loss was that of another text, and the option with the lowest loss counted as wrong.
     """
     row = {
         "id": "a",
@@ -866,7 +887,7 @@ def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
 
 
 def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: LM) -> None:
-    """By letter where the options are shown, by text where they are not."""
+    """Options are boxed letters if they are shown, and boxed texts if they are not."""
     shown = {
         "id": "a",
         "question": "Which?",
@@ -892,8 +913,9 @@ def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: 
 
 
 def test_a_grid_has_no_arm_twice() -> None:
-    """`single` reads no steps, so six settings of the others are one arm of it; 0 steps ask
-    no map.
+    """Settings without an effect must not multiply arms.
+
+    `single` has no latent steps, and with 0 steps no map is used.
     """
     lists = {"team": ["sequential"], "latent_steps": [0, 5], "align": ["ridge", "pause"]}
     found = grid(method=["single", "text_mas", "latent_mas"], **lists)
@@ -905,8 +927,9 @@ def test_a_grid_has_no_arm_twice() -> None:
 
 
 def test_a_grid_of_layouts_has_an_arm_for_each_and_closes_no_turn_that_is_not_there() -> None:
-    """`--layout turn,chat --close yes,no`: three arms, and a last agent without memory is the same
-    in both layouts.
+    """`--layout turn,chat --close yes,no` gives three arms.
+
+    Without a KV cache the last agent is the same in both layouts.
     """
     lists = {"transfer": ["full", "none"], "close": [True, False], "layout": ["turn", "chat"]}
     found = grid(method=["latent_mas"], **lists)
@@ -925,9 +948,7 @@ def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
 
 
 def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
-    """`--transfer full,none` with four settings of thinking: four arms, and one control of them
-    all.
-    """
+    """`--transfer full,none` with four settings of latent steps gives four arms and one control."""
     lists = {
         "latent_steps": [0, 5],
         "align": ["ridge", "pause"],
@@ -946,8 +967,9 @@ def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
 
 
 def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
-    """The first among equals; an unreadable text does not vote, and three of them win against
-    nobody.
+    """Of equally frequent answers the first wins.
+
+    A text without an answer does not vote, even if there are three of them.
     """
     bill = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
 
@@ -961,7 +983,7 @@ def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
 
 
 def test_samples_of_one_question_differ_and_repeat(tmp_path: Path) -> None:
-    """A vote over copies of one greedy answer is no vote; and a resumed one must be the same."""
+    """A vote over copies of one greedy answer has no meaning. A resumed vote must be the same."""
     sampling = Sampling(max_new_tokens=6, temperature=3.0)
     bench = Bench(load(TINY, device="cpu"), rows(2, tmp_path), 2, sampling, plain_grader)
     arm = Arm("single", "single", samples=6)
@@ -971,7 +993,7 @@ def test_samples_of_one_question_differ_and_repeat(tmp_path: Path) -> None:
 
 
 def test_a_seeds_repeats_are_no_further_questions() -> None:
-    """Ten seeds of one greedy run would make any interval three times too small."""
+    """Ten seeds of one greedy run would make intervals three times too small."""
     some: Sequence[Record] = [
         {
             "id": str(i),
@@ -991,7 +1013,7 @@ def test_a_seeds_repeats_are_no_further_questions() -> None:
 
 
 def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> None:
-    """`--replay` says by them at which agent a run differs."""
+    """`--replay` uses the marks to find the agent at which a run differs."""
     some = read_rows(data)[:2]
     bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=2), plain_grader)
     first, again, other = (
@@ -1008,7 +1030,7 @@ def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> 
 
 
 def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
-    """Arms of these settings that are run alike would be found not to differ."""
+    """If these settings had no effect, their arms would be found not to differ."""
     some = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
     bench = Bench(lm, some, 1, Sampling(), plain_grader)
     plain = Arm("x", latent_steps=2, align="ridge")
@@ -1026,8 +1048,9 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
 
 
 def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
-    """A prefix with a comma is one prefix. All are settings of a run: with another text, `fitted`
-    is another map, and the run another run.
+    """A prefix may contain a comma, and all three flags are settings of a run.
+
+    With another plain text, `fitted` is another map, so the run is another run.
     """
     text = tmp_path / "plain.txt"
     text.write_text("Eva has 2 cards and Tom finds 3 coins in his box. " * 40)
@@ -1072,7 +1095,7 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
 def test_a_saved_map_is_an_arm(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a list, as any kind. What is in the file is a setting of the run."""
+    """A file can be in the list of maps. Its contents are a setting of the run."""
     path, lm = tmp_path / "map.safetensors", load(TINY)
     lm.aligner("random").save(path)
     command = ["--data", str(data), "--limit", "2", "--metric", "nll", "--latent-steps", "2"]
@@ -1096,7 +1119,7 @@ def test_a_saved_map_is_an_arm(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
 def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
-    """Without the flag it is neither right nor wrong, and no accuracy is made of it."""
+    """Without the flag, code is neither right nor wrong, and does not count in the accuracy."""
     row = {
         "id": "c",
         "question": "Double it.",
@@ -1120,7 +1143,7 @@ def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
 
 
 def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
-    """The head of a run names its version; that is a lie unless grades come from it."""
+    """The head of a run has the version of math-verify, so grades must come from it."""
     row = {"id": "a", "question": "q", "answer": r"\frac{1}{\sqrt{2}}", "kind": "math"}
     said = r"\boxed{\frac{\sqrt{2}}{2}}"
     assert grader(False)(row, said) is False
@@ -1135,13 +1158,15 @@ def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
 def test_a_lens_adds_thoughts_and_who_was_read_and_changes_nothing_else(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of every agent that thinks, on answers and losses; of the shuffled arm, those of the memory
-    that it gets. Of an arm without thoughts nothing, which is said.
+    """Records have thoughts and attention of all agents with latent steps, for answers and losses.
+
+    In the shuffled arm they belong to the KV cache that was handed over. For an arm without
+    thoughts the command says that there are none.
     """
     command = ["--data", str(data), "--out", str(tmp_path), *FIXED, "--lens", "2"]
     assert main(command) == 0
     said = capsys.readouterr().err.splitlines()
-    blind = [f"evaluate: --lens records nothing of {arm}: no thoughts" for arm in SINGLES]
+    blind = [f"evaluate: --lens records nothing for {arm}: no thoughts" for arm in SINGLES]
     assert sorted(said) == sorted(blind)
     found, layers = lines(tmp_path), 3
     for record in found:

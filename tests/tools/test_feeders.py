@@ -1,6 +1,4 @@
-"""Each feeder is its equation, in float64, and no thought depends on the batch it was
-thought in.
-"""
+"""Each feeder equals its equation in float64, and thoughts do not depend on the batch."""
 
 import math
 import re
@@ -74,8 +72,9 @@ def table(model: Qwen3) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
 def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> None:
-    """A negative gain to the power ½ is no number; with the plain absolute value, power 1 would not
-    be prenorm.
+    """A negative gain has no power of ½.
+
+    With the absolute value alone, power 1 would not be prenorm.
     """
     model = tiny_model()
     gain = model.model.norm.weight
@@ -92,9 +91,7 @@ def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> Non
 
 
 def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> None:
-    """Fed back through the map, the text's own states have the embeddings' mean and mean square
-    distance from it.
-    """
+    """Mapped states of the text have the mean and the mean square distance of embeddings."""
     ids = random_ids(model, 1, 400)[0].tolist()
     h, _ = observe(model, ids)
     mapped, w_in = match_means(model, ids)(h), table(model)[0]
@@ -106,8 +103,9 @@ def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> No
 
 
 def test_fitted_is_the_ridge_from_each_state_to_the_next_token(model: Qwen3) -> None:
-    """Off by one, a state would be mapped to the token it has just read; least squares on stacked
-    rows says so.
+    """An offset of one would map a state to the token that was just fed.
+
+    The result equals least squares on stacked rows.
     """
     ids = random_ids(model, 1, 100)[0].tolist()
     width = 99  # one window
@@ -127,7 +125,7 @@ def test_fitted_is_the_ridge_from_each_state_to_the_next_token(model: Qwen3) -> 
 
 
 def test_fitted_predicts_better_than_the_papers_map_where_there_is_something_to_predict() -> None:
-    """Negative control: on a text whose tokens follow each other by chance it must not."""
+    """Negative control: on a text of random tokens it must not predict better."""
     lm = load_text_lm(TINY)
     said = tiny_tokenizer().encode(TEXT)
     drawn = random_ids(lm.model, 1, len(said))[0].tolist()
@@ -146,7 +144,7 @@ def test_fitted_predicts_better_than_the_papers_map_where_there_is_something_to_
     ("temperature", "most"), [(1.0, 0), (0.3, 0), (1.0, 3), (2.0, 1), (1.0, 99)]
 )
 def test_soft_is_the_expected_embedding(model: Qwen3, temperature: float, most: int) -> None:
-    """Over the K likeliest tokens, renormalised: a sum over the rest would leave thoughts short."""
+    """Probabilities of the K likeliest tokens are normalized, or thoughts would be too short."""
     h, (w_in, w_out) = states(model), table(model)
     found = Mixture(model, temperature, most, rows=None, noisy=False)(h)
     for row in range(3):
@@ -158,8 +156,9 @@ def test_soft_is_the_expected_embedding(model: Qwen3, temperature: float, most: 
 
 
 def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
-    """At a temperature near 0 the mixture is one token, drawn from the softmax; a noise of another
-    shape is biased.
+    """At a temperature near 0 the mixture is one token drawn from the softmax.
+
+    Noise with another distribution would be biased.
     """
     model = tiny_model()
     h = states(model, 1)
@@ -174,7 +173,7 @@ def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
 
 
 def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
-    """Thinking in words, and slots without a thought: the same slots, no state in them."""
+    """Both give the embedding of a token. The one of pause does not depend on the state."""
     h = states(model)
     chosen = (h @ table(model)[1].T).argmax(-1)
     assert torch.equal(feeder(model, "token")(h), table(model)[0][chosen])
@@ -186,8 +185,9 @@ def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
 
 
 def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) -> None:
-    """Qwen3's table has 267 rows of padding behind the last token; a mixture with them is a mixture
-    with noise.
+    """Qwen3's table has 267 rows of padding after the last token.
+
+    A mixture with these rows would contain noise.
     """
     padded = tiny_model(vocab_size=tiny_tokenizer().size + 9)
     before = {
@@ -207,9 +207,7 @@ def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str) -> None:
-    """Gumbel noise drawn for the whole batch would give question 2 another thought beside other
-    questions.
-    """
+    """Gumbel noise drawn for a whole batch would make thoughts depend on other questions."""
     heard: list[list[list[float]]] = []
     inner = made(kind)
 
@@ -243,7 +241,7 @@ def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thought_comes_back_in_the_models_dtype(kind: str, dtype: torch.dtype) -> None:
-    """A float32 thought promotes every layer of a bf16 model."""
+    """A float32 thought would promote every layer of a bf16 model."""
     model = text_model(dtype=dtype)
     hidden, cache = remember(model, random_ids(model, 2, 3))
     thoughts, last = think(
@@ -254,7 +252,7 @@ def test_a_thought_comes_back_in_the_models_dtype(kind: str, dtype: torch.dtype)
 
 
 def test_gumbel_draws_come_from_the_questions_generator() -> None:
-    """Seeded by (seed, question), as everything that is drawn here."""
+    """The noise is seeded by (seed, question), like all random numbers here."""
     model = tiny_model()
     gumbel = Mixture(model, 1.0, 0, rows=None, noisy=True)
     h = states(model, 1)
@@ -274,8 +272,9 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     "gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
 )
 def test_an_unknown_kind_is_refused_with_the_list(kind: str, made: Feeders) -> None:
-    """By the flag's name; a value that is not used would be an arm that is not what its name
-    says.
+    """The error names the flag.
+
+    If an unused value were accepted, an arm would not be what its name says.
     """
     with pytest.raises(
         ValueError,
@@ -291,23 +290,23 @@ def test_defaults_are_filled_in() -> None:
 
 
 def test_what_a_kind_needs_is_said(lm: LM) -> None:
-    """A model without a tokenizer has no text to be measured on, and no token to pause with."""
+    """Without a tokenizer there is no text to fit a map on, and no token for pause."""
     for kind in ("mean", "fitted", "pause"):
-        with pytest.raises(ValueError, match=r"align: found .* without tokenizer.json"):
+        with pytest.raises(ValueError, match=r"align: found .* needs a model with tokenizer.json"):
             feeder(lm.model, kind)
     with pytest.raises(ValueError, match=r"--fit-text\): found 2 tokens"):
         feeder(lm.model, "mean", tiny_tokenizer(), "Tom has")
 
 
 def test_the_built_in_text_is_long_enough() -> None:
-    """A token of Qwen3 is 4.5 characters of it."""
+    """A token of Qwen3 has 4.5 characters of the text on average."""
     assert len(plain_text()) > 6 * TOKENS
 
 
 def test_a_changed_text_is_refused_by_name(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With another text `fitted` is another map. With other line ends, as of Git, it is not."""
+    """With another text, `fitted` is another map. Other line endings, as from Git, are accepted."""
     text, other = plain_text(), tmp_path / "plain_text.txt"
     monkeypatch.setattr(feeders, "PLAIN_TEXT", other)
     other.write_text(text, encoding="utf-8", newline="\r\n")
@@ -318,19 +317,19 @@ def test_a_changed_text_is_refused_by_name(
 
 
 def test_a_map_is_measured_once(made: Feeders) -> None:
-    """Ten thousand tokens are half a minute on a CPU."""
+    """Ten thousand tokens take half a minute on a CPU."""
     assert made("fitted") is made("fitted")
 
 
 def test_the_librarys_own_kinds_are_the_librarys(lm: LM, made: Feeders, tmp_path: Path) -> None:
-    """The five kinds of Aligner, and files."""
+    """The five kinds of Aligner and saved files are those of the library."""
     lm.aligner("random").save(tmp_path / "a.safetensors")
     for kind in ("ridge", "none", str(tmp_path / "a.safetensors")):
         assert made(kind) is lm.aligner(kind)
 
 
 def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
-    """Arms that the harness runs alike would be found not to differ."""
+    """If all arms used the same map, they would be found not to differ."""
     rows = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
     bench = Bench(lm, rows, 1, Sampling(), plain_grader, made)
     memories = []
@@ -348,7 +347,7 @@ def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
 
 @pytest.mark.parametrize("kind", ["fitted", "mean"])
 def test_a_measured_map_is_a_file_that_the_library_reads(kind: str, tmp_path: Path) -> None:
-    """Written by the tool, read by `align`: the same map as in the harness, to the last bit."""
+    """The map that `align` reads from the file equals that of the harness exactly."""
     text, out = tmp_path / "text.txt", tmp_path / "map.safetensors"
     text.write_text(TEXT)
     assert feeders.main(["--kind", kind, "--text", str(text), "--out", str(out)]) == 0
@@ -378,7 +377,7 @@ def test_a_wrong_command_says_what_is_wrong(
     argv: list[str], status: int, said: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """With a model and text that are there, so that nothing else is wrong."""
+    """Model and text exist, so that nothing else is wrong."""
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     try:

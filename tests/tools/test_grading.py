@@ -1,4 +1,4 @@
-"""Programs that models wrote are graded as they were meant. Each test names the bug it prevents."""
+"""Programs that models generate are graded as intended. Each test names the bug it prevents."""
 
 import pytest
 
@@ -17,7 +17,7 @@ MBPP: Row = {"id": "2", "question": "Add.", "tests": "assert total(1, 2) == 3", 
 
 
 def passes(row: Row, text: str) -> bool:
-    """Whether the row's tests pass. The texts here are harmless."""
+    """Return True if the tests of the row pass. The texts here are harmless."""
     program = compile(code_program(row, text), "program", "exec", dont_inherit=True)
     try:
         exec(program, {"__name__": "program"})
@@ -45,7 +45,7 @@ def test_the_block_that_the_tests_name_wins(row: Row, block: str) -> None:
 
 
 def test_the_last_of_two_solutions_counts() -> None:
-    """Otherwise a corrected mistake stays one, and a spoilt solution passes."""
+    """Otherwise a corrected mistake would count as wrong, and a spoiled solution as right."""
     wrong = SOLUTION.replace("+", "-")
     assert passes(MBPP, f"{wrong}\nNo:\n{SOLUTION}")
     assert not passes(MBPP, f"{SOLUTION}\nNo:\n{wrong}")
@@ -65,7 +65,10 @@ def test_the_last_of_two_solutions_counts() -> None:
 )
 @pytest.mark.parametrize("row", [HUMANEVAL, MBPP], ids=["humaneval", "mbpp"])
 def test_imports_from_the_future_come_first_in_every_form(row: Row, statement: str) -> None:
-    """They must precede the question, and were found only on one line or without a comment."""
+    """They must come before the question.
+
+    They were found only in one line and without a comment.
+    """
     assert passes(row, f"```python\n{statement}\ndef total(a, b):\n    return a + b\n```")
 
 

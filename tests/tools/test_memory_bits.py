@@ -1,4 +1,4 @@
-"""tools/memory_bits.py: what is rounded, and that the loss is paired question by question."""
+"""tools/memory_bits.py rounds the right numbers, and pairs losses by question."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_rounding_moves_a_number_by_half_a_step_at_most(dim: int) -> None:
 
 
 def test_a_large_channel_costs_the_others_only_with_a_scale_for_each_vector() -> None:
-    """A channel of 300 leaves steps of 2.4 for numbers near 1: they all become 0."""
+    """A channel with a value of 300 has steps of 2.4, so numbers near 1 become 0."""
     x = torch.full((1, 4, 8), 0.9)
     x[..., 0] = 300.0
     assert (memory_bits.rounded(x, memory_bits.VECTOR)[..., 1:] == 0).all()

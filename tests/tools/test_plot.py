@@ -1,6 +1,4 @@
-"""Pictures show the runs' numbers: the right arms at the right places, nothing of other models or
-other questions.
-"""
+"""Pictures show the numbers of the runs, and runs of other models or questions are refused."""
 
 import json
 import os
@@ -62,7 +60,7 @@ def record(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An audit of weights/tiny; nobody may change it."""
+    """The folder of an audit of weights/tiny. Tests must not change it."""
     folder = tmp_path_factory.mktemp("plot")
     command = [
         "--data",
@@ -81,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_losses_are_paired_with_prompts_only() -> None:
-    """Unpaired, the questions' own differences of 10 would hide the arms' of 0.1."""
+    """Unpaired, differences of 10 between questions would hide those of 0.1 between arms."""
     some = [record(f"q{i}", nll=10.0 * i + 0.1 * (i + 1), latent_steps=4) for i in range(3)]
     some += [record(f"q{i}", nll=10.0 * i, latent_steps=0, align=None) for i in (2, 0, 1)]
     lines = figures.steps(some)["panels"]["nll"]
@@ -93,7 +91,7 @@ def test_losses_are_paired_with_prompts_only() -> None:
 
 
 def test_a_control_arm_is_no_map() -> None:
-    """The memory of another question is thought with ridge, and no point of ridge's line."""
+    """The shuffled arm uses the map ridge, but is not a point on the line of ridge."""
     some = [
         record("q", nll=1.0, latent_steps=0),
         record("q", nll=2.0),
@@ -105,7 +103,10 @@ def test_a_control_arm_is_no_map() -> None:
 
 
 def test_a_control_arm_without_thoughts_is_not_what_all_is_compared_with() -> None:
-    """`--transfer none,full --latent-steps 0,2`: "no memory" has 0 steps too, and came first."""
+    """The arm "no memory" has 0 steps too, and was used as prompts only if it came first.
+
+    The flags were `--transfer none,full --latent-steps 0,2`.
+    """
     some = [
         record("q", nll=7.0, latent_steps=0, transfer="none"),
         record("q", nll=1.0, latent_steps=0),
@@ -157,7 +158,7 @@ def test_a_forest_is_of_an_audit() -> None:
 
 
 def test_a_loss_without_prompts_only_has_nothing_to_stand_beside() -> None:
-    with pytest.raises(ValueError, match="a loss needs 0 among them"):
+    with pytest.raises(ValueError, match="for --metric nll one of them must be 0"):
         figures.steps([record("q", nll=1.0)])
 
 
@@ -168,8 +169,9 @@ def test_accuracy_has_the_interval_of_wilson() -> None:
 
 
 def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
-    """Two runs call different arms "latent_mas": one point of both would be a picture of
-    neither.
+    """Two runs can name different arms "latent_mas".
+
+    One point for both would show neither of them.
     """
     some = [
         record("a", right=True),
@@ -202,7 +204,7 @@ def test_the_papers_table_stands_beside_ours() -> None:
 
 
 def test_runs_of_other_questions_are_refused(finished: Path, tmp_path: Path) -> None:
-    """Paired by ids alone, q-1 of two data sets would be one question."""
+    """If runs were paired by ids alone, q-1 of two data sets would be one question."""
     other = tmp_path / "other"
     other.mkdir()
     text = (finished / "results.jsonl").read_text(encoding="utf-8")
@@ -216,14 +218,16 @@ def test_runs_of_other_questions_are_refused(finished: Path, tmp_path: Path) -> 
 
 
 def test_a_line_that_is_being_written_is_left_out(finished: Path, tmp_path: Path) -> None:
-    """A picture of a run that goes on."""
+    """A run that has not finished can be drawn."""
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes()[:-20])
     assert len(runs([tmp_path])) == len(runs([finished])) - 1
 
 
 def test_thoughts_are_those_of_the_map_step_by_step() -> None:
-    """Pause thinks one token's embedding: all in one place, of its norm, each cosine 1; token's are
-    tokens too.
+    """With pause, all thoughts are the embedding of one token.
+
+    They are all at one place with one norm, and each cosine is 1. The thoughts of token are
+    embeddings too.
     """
     lm = load_text_lm(TINY)
     found = figures.thoughts(lm, ["Eva has 2 cards.", "Tom has 3."], ["ridge", "pause", "token"], 5)
@@ -243,7 +247,7 @@ def test_thoughts_are_those_of_the_map_step_by_step() -> None:
 
 
 def test_arms_of_two_layouts_are_told_apart() -> None:
-    """Both were one line, or one of them was called "turns open"."""
+    """Both layouts were one line, or one of them was named "turns open"."""
     layouts = [record("a", nll=1.0, layout=layout, close=None) for layout in ("turn", "chat")]
     varied = figures.varied_settings(layouts)
     assert [figures.label(one, varied) for one in layouts] == [
@@ -253,7 +257,7 @@ def test_arms_of_two_layouts_are_told_apart() -> None:
 
 
 def test_drift_is_a_mean_over_agents_and_questions() -> None:
-    """Attention is added up over the agents whose thoughts get it, and averaged over heads."""
+    """Attention is summed over the agents whose thoughts get it, and averaged over heads."""
 
     def agent(cosine: float, shares: list[float]) -> Record:
         thoughts = [{"cosine_before": None}, {"cosine_before": cosine}]
@@ -345,7 +349,7 @@ def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:
         (["steps", "nowhere"], "nowhere: found no results*.jsonl"),
         (
             ["again", str(TINY / "config.json")],
-            "what: found no picture's name, expected one of steps",
+            "what: found no name of a picture, expected one of steps",
         ),
         (["again", "nowhere.json"], "nowhere.json"),
         (["thoughts", "--data", "nowhere.jsonl"], "nowhere.jsonl: found no such file"),

@@ -1,6 +1,6 @@
-"""A report shows what a run's records hold, in one file, and no text of them becomes markup.
+"""A report shows all records of a run in one file, and their texts never become markup.
 
-The page itself is opened in a headless Chromium where there is one.
+The page itself is opened in a headless Chromium if there is one.
 """
 
 import base64
@@ -41,7 +41,7 @@ def text_of(rng: random.Random, words: int) -> str:
 
 
 def agent_of(rng: random.Random, name: str, question: str, steps: int, layers: int) -> Record:
-    """An agent of a record as tools/evaluate.py writes it, with --lens if it has thoughts."""
+    """Return an agent of a record in the format of tools/evaluate.py."""
     made: Record = {
         "name": name, "prompt": f"<|im_start|>user\nYou are the {name}.\n{question}<|im_end|>\n",
         "text": "", "read": 120, "thought": steps, "written": 0, "seconds": rng.random(),
@@ -65,7 +65,7 @@ def agent_of(rng: random.Random, name: str, question: str, steps: int, layers: i
 
 
 def record_of(number: int, arm: str = "latent_mas", steps: int = 4, layers: int = 3) -> Record:
-    """A record of an evaluation of generated numbers and words."""
+    """Return a record with generated numbers and words."""
     rng = random.Random(number)
     question = f"{text_of(rng, 30)}?"
     names = ("planner", "critic", "refiner", "judger")
@@ -82,7 +82,7 @@ def record_of(number: int, arm: str = "latent_mas", steps: int = 4, layers: int 
 
 
 def write_run(folder: Path, records: Sequence[Record], **head: Any) -> Path:
-    """Write a run's folder, as tools/evaluate.py leaves it before its summary."""
+    """Write a run's folder as tools/evaluate.py leaves it before the summary."""
     arms = [{"name": name} for name in dict.fromkeys(record["arm"] for record in records)]
     questions = len({record["id"] for record in records})
     first = {
@@ -98,20 +98,20 @@ def write_run(folder: Path, records: Sequence[Record], **head: Any) -> Path:
 
 
 def report(source: Path, out: Path) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     assert main([str(source), "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
 def details_of(page: str) -> list[Record]:
-    """What the page unpacks when its rows are unfolded."""
+    """Return the details that the page decompresses when its rows are opened."""
     [stored] = re.findall(r'<script type="application/json" id="details">(.*?)</script>', page)
     groups = json.loads(stored)["packed"]
     return [one for group in groups for one in json.loads(gzip.decompress(base64.b64decode(group)))]
 
 
 class Seen(HTMLParser):
-    """All tags and texts of a page."""
+    """Collects all tags and texts of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Seen(HTMLParser):
 
 
 def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
-    """Of a question, an answer, an arm, a prompt, a token or a setting that holds tags."""
+    """Questions, answers, arms, prompts, tokens and settings may contain tags."""
     records = [record_of(i, arm=HOSTILE) for i in range(3)]
     for record in records:
         record |= {
@@ -157,14 +157,14 @@ def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_half_a_character_does_not_end_a_report(tmp_path: Path) -> None:
-    """A model may generate one; it cannot be written as UTF-8."""
+    """A model may generate a lone surrogate, which cannot be written as UTF-8."""
     record = record_of(0) | {"answer": "a\ud83d", "text": "\ud83d"}
     page = report(write_run(tmp_path / "run", [record]), tmp_path / "report.html")
     assert "a?" in page
 
 
 def test_a_page_shows_settings_arms_and_questions(tmp_path: Path) -> None:
-    """In words, without the settings that a run does not have."""
+    """Settings are shown as text, without those that the run does not have."""
     records = [record_of(i, arm) for i in range(6) for arm in ("one", "two")]
     page = report(write_run(tmp_path / "my run", records), tmp_path / "report.html")
     seen = Seen(page)
@@ -182,7 +182,7 @@ def test_a_page_shows_settings_arms_and_questions(tmp_path: Path) -> None:
 
 
 def test_the_details_of_a_record_are_those_of_its_line(tmp_path: Path) -> None:
-    """The last of several groups of records, too."""
+    """The details match, also for the last record of several groups."""
     records = [record_of(i) for i in range(45)]
     page = report(write_run(tmp_path / "run", records), tmp_path / "report.html")
     found = details_of(page)
@@ -215,7 +215,7 @@ def test_an_audits_sentence_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_run_without_thoughts_has_a_report(tmp_path: Path) -> None:
-    """As of `single`, and of runs before there was --lens."""
+    """`single` has no thoughts, and neither have runs that were made before --lens existed."""
     records = [record_of(i, "single", steps=0) for i in range(3)]
     for record in records:
         record["agents"] = record["agents"][-1:]
@@ -227,7 +227,7 @@ def test_a_run_without_thoughts_has_a_report(tmp_path: Path) -> None:
 
 
 def test_a_thousand_records_with_thoughts_are_at_most_5_mb(tmp_path: Path) -> None:
-    """With 20 thoughts of three agents, three tokens each, and a heat map of 24 layers."""
+    """Three agents have 20 thoughts each, with three tokens and a heat map of 24 layers."""
     records = [record_of(i, steps=20, layers=24) for i in range(1000)]
     page = report(write_run(tmp_path / "run", records), tmp_path / "report.html")
     assert len(page.encode()) <= 5e6
@@ -235,7 +235,7 @@ def test_a_thousand_records_with_thoughts_are_at_most_5_mb(tmp_path: Path) -> No
 
 
 def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -> None:
-    """JavaScript reads no NaN, and a loss may be one."""
+    """JavaScript cannot read NaN from JSON, and a loss may be NaN."""
     records = [record_of(i) | {"metric": "nll", "nll": float("nan")} for i in range(2)]
     run = write_run(tmp_path / "run", records)
     text = (
@@ -250,7 +250,7 @@ def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -
 
 
 def test_a_question_is_what_prompts_do_not_have_in_common() -> None:
-    """Neither a word that all questions begin with nor one that they end with is lost."""
+    """A word at the start or the end of all questions is kept."""
     texts = [
         f"<|im_start|>user\nHelp: {q}?\n\nThink.<|im_end|>" for q in ("Is it 1 or 2", "Is it 2")
     ]
@@ -259,7 +259,7 @@ def test_a_question_is_what_prompts_do_not_have_in_common() -> None:
 
 
 def test_questions_come_from_the_data_while_it_is_the_same(tmp_path: Path) -> None:
-    """A file that was changed after the run does not say what was asked."""
+    """A file that was changed after the run does not have its questions."""
     data, run = write_data(tmp_path / "data.jsonl", 3), tmp_path / "run"
     command = ["--data", str(data), "--method", "single", "--out", str(run), "--quiet"]
     assert evaluate([*command, "--max-new-tokens", "2"]) == 0
@@ -276,7 +276,7 @@ def test_questions_come_from_the_data_while_it_is_the_same(tmp_path: Path) -> No
 def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Within a line, within a character, and at a line's end."""
+    """The cut may be within a line, within a character, or at the end of a line."""
     records = [record_of(i) | {"answer": "ж"} for i in range(3)]
     run = write_run(tmp_path / "run", records)
     path = run / "results.jsonl"
@@ -295,21 +295,21 @@ def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
         path.write_bytes(whole[:cut])
         page = report(run, tmp_path / "report.html")
         said = capsys.readouterr().err
-        note = f"{there} of 3 records are there: the run is not finished"
+        note = f"{there} of 3 records: the run is not finished"
         assert note in said
         assert note in page
-        assert ("is cut off and left out" in said) == left_out
+        assert ("is incomplete and left out" in said) == left_out
         assert len(details_of(page)) == there
     path.write_bytes(whole)
     assert 'class="note" role' not in report(run, tmp_path / "report.html")
 
 
 def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> None:
-    """Its head does not say how many questions there are."""
+    """Its head does not have the number of questions."""
     run = write_run(
         tmp_path / "run", [record_of(0), record_of(0, "b"), record_of(1)], questions=None
     )
-    assert "may not be finished" in read_report(run).notes[0]
+    assert "may be unfinished" in read_report(run).notes[0]
     (run / "summary.json").write_text("{}")
     assert "from 1 to 2 records" in read_report(run).notes[0]
 
@@ -385,14 +385,14 @@ def test_a_thought_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_a_page_never_replaces_what_it_is_made_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor a folder; and a file that cannot be written is named."""
+    """It does not replace a folder either. A file that cannot be written is named."""
     run = write_run(tmp_path / "run", [record_of(0)])
     results = run / "results.jsonl"
     before = results.read_bytes()
     for out, expected in (
-        (results, "which is read, expected another file"),
+        (results, "which is an input file, expected another file"),
         (run, "out (--out): found the folder"),
-        (tmp_path / "no" / "where.html", "where.html: not written, and as it was before"),
+        (tmp_path / "no" / "where.html", "where.html: cannot be written and is unchanged"),
     ):
         assert main([str(run), "--out", str(out)]) == 1
         assert expected in capsys.readouterr().err
@@ -406,7 +406,7 @@ def test_a_page_never_replaces_what_it_is_made_from(
 def test_answers_with_thoughts_have_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The output of `minimas ask --json --show-thoughts`, also of two calls in one file."""
+    """The output of `minimas ask --json --show-thoughts` may come from two calls in one file."""
     data = write_data(tmp_path / "data.jsonl", 2)
     command = ["ask", "--file", str(data), "--json", "--quiet", "-n", "4"]
     assert minimas_main([*command, "--show-thoughts", "--latent-steps", "3"]) == 0
@@ -422,7 +422,7 @@ def test_answers_with_thoughts_have_a_report(
     assert found.settings["model"] == "weights/tiny"
     assert [arm.split()[0] for arm in found.arms] == ["latent_mas", "single"]
     source.write_text(source.read_text()[:-9])
-    assert "line 4 is cut off and left out" in read_report(source).notes[0]
+    assert "line 4 is incomplete and left out" in read_report(source).notes[0]
 
 
 # -- in a browser ----------------------------------------------------------------------------------
@@ -478,10 +478,10 @@ const set = (id, value) => {
 
 
 def browse(page: Path, script: str) -> tuple[str, str]:
-    """Open a copy of a page with a script at its end; returns its DOM and what the console said.
+    """Open a copy of a page with a script at its end. Returns its DOM and the console output.
 
-    The browser's clock runs ahead while nothing is to do, and the DOM is that of its end. So a
-    script may wait for what takes time, however busy the machine is.
+    The browser's clock skips idle time, and the DOM is the final one. So a script may wait, however
+    busy the machine is.
     """
     assert BROWSER is not None
     copy = page.with_name(f"copy of {page.name}")
@@ -496,7 +496,7 @@ def browse(page: Path, script: str) -> tuple[str, str]:
 
 
 def seconds_of_children() -> float:
-    """The processor's seconds of all child processes that have ended."""
+    """Return the CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -504,9 +504,9 @@ def seconds_of_children() -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: Path) -> None:
-    """From disk, without a word on the console, with two seconds of the processor at most.
+    """The page opens from disk without console messages, in at most two CPU seconds.
 
-    They are those beyond an empty page: a clock would tell how busy the machine is.
+    They are counted beyond an empty page. A clock would measure how busy the machine is.
     """
     records = [record_of(i) for i in range(1000)]
     records[0]["agents"][0]["prompt"] = HOSTILE
@@ -545,7 +545,7 @@ def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_script_in_a_question_does_not_run_in_a_browser(tmp_path: Path) -> None:
-    """In no place of the page, folded or unfolded; a run that would is seen by its mark."""
+    """No script runs, whether rows are open or not. A script that ran would leave a mark."""
     runs = "document.body.dataset.ran=1"
     mark = f"<img src=x onerror={runs}></script><script>{runs}</script>"
     records = [record_of(i, arm=mark) for i in range(2)]

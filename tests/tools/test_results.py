@@ -1,4 +1,4 @@
-"""Every figure in the tables of docs/results.md comes from the raw records beside it."""
+"""Every figure in the tables of docs/results.md comes from the stored raw records."""
 
 import re
 from pathlib import Path
@@ -11,20 +11,20 @@ PAGE = results.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_tables_say_what_the_records_say() -> None:
-    """A table that is typed by hand drifts from its run."""
+    """A table that is typed by hand soon differs from its run."""
     assert results.BLOCK.search(PAGE), "there must be a table to compare"
     assert results.rewritten(PAGE) == PAGE
 
 
 def test_a_changed_figure_is_noticed() -> None:
-    """The negative control of the comparison above."""
+    """Negative control of the comparison above."""
     wrong = re.sub(r"\d+\.\d+%", "99.9%", PAGE, count=1)
     assert wrong != PAGE
     assert results.rewritten(wrong) != wrong
 
 
 def test_every_stored_run_is_in_a_table_and_all_of_them_are_small() -> None:
-    """Raw records are read by people who clone the repository: at most 4 MB together."""
+    """Everybody who clones the repository gets the records, so they are at most 4 MB together."""
     named = {
         name.strip() for block in results.BLOCK.finditer(PAGE) for name in block["names"].split("+")
     }
@@ -42,7 +42,7 @@ def test_a_base_that_no_record_has_is_refused() -> None:
 
 
 def test_each_arm_may_be_compared_with_its_own_base() -> None:
-    """With one base for all, a layout's own loss would count as harm of its thoughts."""
+    """With one base for all arms, the loss of a layout would count as harm of its thoughts."""
     rows = {"a, none": 1.0, "a, 20": 1.5, "b, none": 3.0, "b, 20": 3.25}
     records = [{"id": "q", "seed": 0, "arm": arm, "nll": nll} for arm, nll in rows.items()]
     lines = results.table(records, "*, none").splitlines()

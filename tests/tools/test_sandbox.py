@@ -1,6 +1,4 @@
-"""The hostile programs: each must be judged wrong within a moment, and leave no process and no file
-behind.
-"""
+"""Hostile programs are judged wrong quickly, and leave no process and no file."""
 
 import ast
 import os
@@ -28,8 +26,9 @@ pytestmark = [
 
 
 def guards(folder: Path) -> set[str]:
-    """Process numbers of the sandboxes whose file is in this folder, and of whatever runs in them:
-    they share a command line.
+    """Return the process ids of the sandboxes in `folder` and of the programs in them.
+
+    They have the same command line.
     """
     found = set()
     for line in Path("/proc").glob("[0-9]*/cmdline"):
@@ -44,8 +43,10 @@ def guards(folder: Path) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file of this test's sandboxes: a link, which tells their processes from those of other
-    tests. A run that leaves a process a program slows the machine until somebody looks.
+    """Yield the sandbox's file for this test.
+
+    It is a link, so that the command line distinguishes its processes from those of other tests. A
+    program that is left running would slow the machine down unnoticed.
     """
     link = tmp_path / "guard" / "sandbox.py"
     link.parent.mkdir()
@@ -82,7 +83,7 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_program_passes(name: str) -> None:
-    """A wall that stops right answers is worse than none."""
+    """A sandbox that fails right answers would be worse than none."""
     assert run(GOOD[name]) == Outcome(True, "passed", pytest.approx(0, abs=20))
 
 
@@ -200,8 +201,9 @@ HOSTILE = {  # program, what the reason must hold
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
-    """The authors exec() these in a fork of the evaluation with the user's rights, and SystemExit
-    ends the run.
+    """The authors run these with exec() in a fork of the evaluation, with the user's rights.
+
+    There SystemExit ends the run.
     """
     program, reason = HOSTILE[name]
     with within():
@@ -214,7 +216,7 @@ def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
 
 @pytest.fixture
 def without_landlock(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sandbox that calls a function which the kernel does not have in the place of Landlock's."""
+    """In the sandbox, replace Landlock with a system call that no kernel has."""
     source = guard.read_text(encoding="utf-8")
     assert "SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444" in source
     weaker = guard.with_name("weaker.py")
@@ -226,8 +228,9 @@ def without_landlock(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_landlock")
 def test_the_namespaces_alone_hold_files_and_network() -> None:
-    """With Landlock refused the second wall stands; a wall that was never needed may not be
-    there.
+    """Without Landlock the namespaces still confine a program.
+
+    A layer that is never needed may not work.
     """
     assert run("import os\nassert os.listdir() == []\nopen('x', 'w')").passed
     assert "Read-only" in run(f"open({ESCAPE!r}, 'w')").reason
@@ -241,17 +244,17 @@ def test_the_namespaces_alone_hold_files_and_network() -> None:
 def test_what_the_kernel_refuses_is_said_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sandbox that silently is none."""
+    """Otherwise a sandbox could have no effect without a message."""
     monkeypatch.setattr(sandbox, "_told", set())
     assert run("x = 1").passed and run("x = 1").passed
     assert (
         capsys.readouterr().err
-        == "sandbox: this kernel refuses Landlock; programs run without it\n"
+        == "sandbox: this kernel does not allow Landlock; programs run without it\n"
     )
 
 
 def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tests would pass with half of the walls."""
+    """The other tests would pass even if half of the layers were missing."""
     told: set[str] = set()
     monkeypatch.setattr(sandbox, "_told", told)
     assert run("x = 1").passed
@@ -260,8 +263,9 @@ def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path, guard: Path) -> None:
-    """A run that was stopped would leave its program to the machine; all that stays is an empty
-    folder.
+    """The program of a stopped run must not continue.
+
+    Only an empty folder stays.
     """
     (tmp_path / "left").mkdir()
     code = (
@@ -283,7 +287,7 @@ def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path, guard
 def test_the_command_line_ends_with_the_verdict(
     program: str | None, status: int, tmp_path: Path
 ) -> None:
-    """A script that looks at the status must not read the words."""
+    """A script must be able to use the exit status alone."""
     file = tmp_path / "program.py"
     if program is not None:
         file.write_text(program)

@@ -1,6 +1,4 @@
-"""The tools' commands end without a traceback, and lose nothing, whatever their standard streams
-are.
-"""
+"""The tools' commands lose no results if stdout or stderr fails, and print no traceback."""
 
 import json
 import os
@@ -21,7 +19,7 @@ NOBODY = "import sys; sys.stdin.close()"  # a reader that leaves at once
 
 
 def shell(command: str, *values: Any, **variables: str) -> tuple[int, str, str]:
-    """Run a command of bash, with `values` as "$@"; return its status, stdout and stderr."""
+    """Run a bash command with `values` as "$@". Returns its status, stdout and stderr."""
     argv = ["bash", "-o", "pipefail", "-c", command, sys.executable, *map(str, values)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     env = os.environ | {"NOBODY": NOBODY} | variables
@@ -32,7 +30,7 @@ def shell(command: str, *values: Any, **variables: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The flags of a run that is finished, so that a command only prints."""
+    """Return the flags of a finished run, so that a command only prints."""
     folder = tmp_path_factory.mktemp("streams")
     data = write_data(folder / "rows.jsonl", 3)
     flags = ["--data", data, "--latent-steps", 1, "--max-new-tokens", 2, "--out", folder / "run"]
@@ -59,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_evaluate_writes_its_files_whatever_its_streams_are(
     redirection: str, status: int, run: list[Any]
 ) -> None:
-    """A run that a lost pipe ends at its last line has no summary."""
+    """A run that fails at its last line because of a lost pipe has no summary."""
     folder = run[-1]
     before = (folder / "results.jsonl").read_bytes()
     (folder / "summary.json").unlink()
@@ -71,7 +69,10 @@ def test_evaluate_writes_its_files_whatever_its_streams_are(
 
 
 def test_progress_that_nobody_reads_does_not_stop_a_run(run: list[Any], tmp_path: Path) -> None:
-    """`evaluate … 2>&1 | head` is computed to its end."""
+    """`evaluate … 2>&1
+
+    head` computes all results.
+    """
     flags = [*run[:-1], tmp_path / "run", "--batch-size", 1]
     status, _, _ = shell('"$0" tools/evaluate.py "$@" 2>&1 | "$0" -c "$NOBODY"', *flags)
     assert status == 0
@@ -81,7 +82,7 @@ def test_progress_that_nobody_reads_does_not_stop_a_run(run: list[Any], tmp_path
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_table_is_printed_in_any_encoding(encoding: str, run: list[Any]) -> None:
-    """The name of an arm may be in any language: here it has a prefix."""
+    """The name of an arm may have text in any language, here from a prefix."""
     folder = run[-1].parent / f"prefixed-{encoding}"
     flags = [*run[:-1], folder, "--prefix", "Zuerst → 计划", "--prefix", "b"]
     command = '"$0" tools/evaluate.py "$@"'

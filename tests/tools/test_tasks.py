@@ -41,7 +41,7 @@ def row(number: int = 0, **fields: Any) -> dict[str, Any]:
 
 
 def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
-    """A gold that is the number 2 would make grading fail on its type in the middle of a run."""
+    """A gold answer that is the number 2 would make grading fail in the middle of a run."""
     [first, second] = read_rows(
         written(tmp_path, row(0, solution="s", extra=[1]), "", row(1, id=7, answer=2))
     )
@@ -66,7 +66,7 @@ BAD = {  # rows, what is said
     "no question": ([row(0, question=None)], "line 1: question: found nothing"),
     "an id twice": (
         [row(0), row(1), row(0)],
-        r"line 3: id: found 'q0' again, expected it once \(first in line 1\)",
+        r"line 3: id: found 'q0' again, expected it only once \(it is also in line 1\)",
     ),
     "an id twice, as a number": ([row(0, id=1), row(0, id="1")], "line 2: id: found '1' again"),
     "a question of the wrong type": (
@@ -101,7 +101,7 @@ BAD = {  # rows, what is said
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) -> None:
-    """ "KeyError: 'answer'" after an hour says nothing about which of 1,319 lines to mend."""
+    """ "KeyError: 'answer'" after an hour does not say which of 1,319 lines is wrong."""
     rows, said = BAD[name]
     path = written(tmp_path, *rows)
     with pytest.raises(ValueError, match=said) as error:
@@ -110,7 +110,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) ->
 
 
 def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
-    """The same for the file itself."""
+    """The error names a file that is missing or not UTF-8."""
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: found no such file"):
         read_rows(tmp_path / "none.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
@@ -136,20 +136,20 @@ def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_the_fields_of_a_row_say_its_kind(fields: dict[str, Any], kind: str) -> None:
-    """A kind of its own wins: options that are there for the loss are not shown."""
+    """A kind in the row comes first: options that are there for the loss are not shown."""
     assert kind_of(row(0, **fields)) == kind
 
 
 @pytest.mark.parametrize("answer", ["So\n#### $5", "So #### 5", "#### 5", "#### 5 eggs", "#### 5."])
 def test_a_gold_after_hashes_can_be_right(answer: str, tmp_path: Path) -> None:
-    """A sign of a currency or a solution on one line made the whole solution the gold text."""
+    """With a currency sign, or a solution in one line, the whole solution was the gold answer."""
     [made] = read_rows(written(tmp_path, row(0, answer=answer)))
     assert grade(kind_of(made), "\\boxed{5}", made["answer"])
     assert not grade(kind_of(made), "\\boxed{6}", made["answer"])
 
 
 def test_an_unknown_task_lists_the_names() -> None:
-    """One line, before a model is loaded."""
+    """The error is one line, before a model is loaded."""
     with pytest.raises(
         ValueError, match=r"^--task: found 'gsm', expected one of gsm8k, .*split_evidence"
     ):
@@ -157,7 +157,7 @@ def test_an_unknown_task_lists_the_names() -> None:
 
 
 def test_a_task_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
-    """And every benchmark of the paper has a name, a file and a source."""
+    """Every benchmark of the paper has a name, a file and a source."""
     with pytest.raises(FileNotFoundError, match=r"aime2025\.jsonl, .*tools/download\.py aime2025"):
         load_task("aime2025", tmp_path)
     assert {name for name, task in TASKS.items() if task.files} == set(download.SOURCES)
@@ -167,7 +167,7 @@ def test_a_task_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.files])
 def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
-    """A check that is too strict refuses the benchmark itself."""
+    """A check that is too strict would refuse the benchmark itself."""
     if not any((DATA / file).exists() for file in TASKS[name].files):
         pytest.skip(f"{name} is not here")
     rows = load_task(name, DATA, limit=50)
@@ -184,7 +184,7 @@ def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) -> None:
-    """A limit that changes the questions makes two runs incomparable."""
+    """Runs could not be compared if a limit changed the questions."""
     assert split_evidence(20, 3, level)[:5] == split_evidence(5, 3, level)
     assert split_evidence(5, 3, level) != split_evidence(5, 4, level)
     assert len({row["id"] for seed in (0, 1) for row in split_evidence(50, seed, level)}) == 100
@@ -196,8 +196,9 @@ def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) ->
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(level: int) -> None:
-    """An answer that the last agent can see, or that nobody can, proves nothing about the
-    memory.
+    """The last agent must not see the answer, and the notes must have it.
+
+    Otherwise a right or wrong answer would say nothing about the KV cache.
     """
     for made in split_evidence(200, 1, level):
         team = Team.from_dict(made["team"], "row")
@@ -228,8 +229,9 @@ def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_options_alone_say_nothing(level: int) -> None:
-    """A fixed place, the largest or the smallest option: whatever is right more often than chance
-    is a leak.
+    """A rule that uses only the options must not be right more often than chance.
+
+    Examples are a fixed place, and the largest or the smallest option.
     """
     rows = split_evidence(OPTIONS * 200, 2, level)
     ranks, letters = collections.Counter[int](), collections.Counter[str]()
@@ -244,8 +246,9 @@ def test_the_options_alone_say_nothing(level: int) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_best_guess_is_right_as_often_as_the_row_says(level: int) -> None:
-    """Of sums of two numbers drawn alike 109 comes most often, and a guesser beats the chance that
-    is written down.
+    """The sum of two uniform numbers is most often 109.
+
+    A guesser would then be better than the chance in the row.
     """
     rows = split_evidence(9000, 5, level)
     expected = len(rows) * rows[0]["chance"]
@@ -310,13 +313,13 @@ MBPP = {
 def test_a_program_is_the_answer_and_the_tests(
     raw: dict[str, Any], text: str, passes: bool, tmp_path: Path
 ) -> None:
-    """An example that replaces the solution, or an import that was in the question."""
+    """An example must not replace the solution, and imports of the question must be kept."""
     [made] = read_rows(written(tmp_path, raw))
     assert sandbox.run(code_program(made, text)).passed == passes
 
 
 def test_the_question_of_mbpp_says_what_the_function_is_called(tmp_path: Path) -> None:
-    """Without it a right program fails for its name."""
+    """Without the name of the function a right program would fail."""
     [made] = read_rows(written(tmp_path, MBPP))
     assert made["question"].endswith(
         "It must pass these tests:\nassert g(1) == 2\nassert g(2) == 3"
@@ -415,8 +418,9 @@ RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, 
 
 @pytest.mark.parametrize("name", RAW)
 def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
-    """A comma in the gold, labels from 1 on, options out of order, a call of the test that is
-    missing.
+    """Raw rows have commas in numbers, labels from 1, and unsorted options.
+
+    A call of the test may be missing.
     """
     raw, ours = RAW[name]
     converted = download.SOURCES[name].convert(raw, 0)
@@ -428,7 +432,7 @@ def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
 def test_the_options_of_gpqa_are_mixed_by_the_record_and_the_answer_moves_along(
     tmp_path: Path,
 ) -> None:
-    """In the raw file the right answer comes first, always."""
+    """In the raw file the right answer always comes first."""
     path, letters = tmp_path / "gpqa_diamond.csv", collections.Counter[str]()
     wrong = ",".join(f'"Incorrect Answer {n}"' for n in (1, 2, 3))
     head = f'"Record ID",Question,"Correct Answer",{wrong},Explanation'
@@ -451,13 +455,13 @@ def test_the_options_of_gpqa_are_mixed_by_the_record_and_the_answer_moves_along(
 
 
 def test_a_call_that_the_test_has_already_is_not_made_twice() -> None:
-    """It costs the time of the tests again, and more than a limit on time allows."""
+    """A second call doubles the time of the tests, which can exceed the time limit."""
     raw = RAW["humanevalplus"][0] | {"test": "T\n\ncheck(f)\n"}
     assert download.humanevalplus(raw, 0)["answer"] == "T\n\ncheck(f)\n"
 
 
 def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -> None:
-    """AIME 2025 comes as two papers; a format that changed must not become a KeyError."""
+    """AIME 2025 has two files. A format that has changed must not give a KeyError."""
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     first.write_text('{"question": "a", "answer": "1"}\n')
     second.write_text('{"question": "b", "answer": 2}\n\n')
@@ -468,7 +472,7 @@ def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -
         "aime2025-1",
     ]
     second.write_text('{"problem": "b", "answer": 2}\n')
-    with pytest.raises(ValueError, match=r"2\.jsonl: row 1: question: found problem, answer"):
+    with pytest.raises(ValueError, match=r"2\.jsonl: row 1: question: found only problem, answer"):
         download.convert(download.SOURCES["aime2025"], [first, second])
     second.write_text("{\n")
     with pytest.raises(ValueError, match=r"2\.jsonl: line 1: found bad JSON"):
@@ -492,7 +496,7 @@ def test_parquet_is_read_and_without_pyarrow_the_command_is_named(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub that answers from a folder, or with an error."""
+    """Replace the Hugging Face hub with a folder or an error. Returns its state."""
     import huggingface_hub
 
     state: dict[str, Any] = {"error": None, "folder": tmp_path / "hub" / "snapshots" / "abc123"}
@@ -511,7 +515,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_download_prints_revision_and_hash_and_is_read_back(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nobody can say on which version of a benchmark a number was measured."""
+    """Otherwise nobody knows on which version of a benchmark a number was measured."""
     for file in download.SOURCES["aime2025"].files:
         (hub["folder"] / file).write_text('{"question": "a", "answer": "1"}\n')
     assert download.main(["aime2025", "--out", str(tmp_path / "data")]) == 0
@@ -527,8 +531,9 @@ def test_a_download_prints_revision_and_hash_and_is_read_back(
 def test_gated_missing_and_offline_are_one_line_each(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A benchmark that needs a login ends in forty lines of traceback; the tasks after it are
-    fetched all the same.
+    """A benchmark that needs a login gave forty lines of traceback.
+
+    The tasks after it are downloaded anyway.
     """
     from huggingface_hub import errors
 
@@ -557,7 +562,7 @@ def test_gated_missing_and_offline_are_one_line_each(
 
 
 def test_an_unknown_name_to_download_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything is fetched."""
+    """It ends before anything is downloaded."""
     with pytest.raises(SystemExit) as stopped:
         download.main(["gsm8k", "gsm"])
     assert stopped.value.code == 2
@@ -565,7 +570,7 @@ def test_an_unknown_name_to_download_ends_with_status_2(capsys: pytest.CaptureFi
 
 
 def test_the_scripts_run_as_files() -> None:
-    """`python tools/download.py` has tools/ on its path, and not the repository."""
+    """With `python tools/download.py`, sys.path has tools/ but not the repository."""
     command = [sys.executable, str(ROOT / "tools" / "download.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=LIMIT)
     assert done.returncode == 0 and "gpqa_diamond" in done.stdout

@@ -1,4 +1,4 @@
-"""weights/tiny end to end: the answer comes from the working memory.
+"""On weights/tiny the answer comes from the KV cache of the other agents.
 
 The control arms have the accuracy that they must have.
 """
@@ -39,7 +39,7 @@ def right(results: list[Result], told: list[Any]) -> int:
 def test_agents_that_write_solve_the_task(
     lm: LM, told: list[Any], method: Any, team: str | None
 ) -> None:
-    """A comparison of a latent team with a broken text team means nothing."""
+    """A comparison of a latent team with a broken text team would mean nothing."""
     options = {"team": team} if team else {}
     assert right(method(lm, [one.question for one in told], sampling=GREEDY, **options), told) >= 90
 
@@ -62,9 +62,9 @@ def test_agents_that_write_solve_the_task(
 def test_latent_thoughts_carry_the_answer(
     lm: LM, told: list[Any], options: dict[str, Any], low: int, high: int
 ) -> None:
-    """With working memory and W_a the judger is right, without either it guesses.
+    """With the KV cache and W_a the judger is right, and without either it guesses.
 
-    This test has 100 new questions, the model card has 1,000.
+    This test uses 100 new questions, the model card 1,000.
     """
     questions = [one.question for one in told]
     results = latent_mas(lm, questions, sampling=GREEDY, **options)
@@ -72,13 +72,13 @@ def test_latent_thoughts_carry_the_answer(
 
 
 def test_a_judger_with_another_memory_answers_the_other_question(lm: LM, told: list[Any]) -> None:
-    """The judger answers the question in the memory, not the one in its prompt."""
+    """The judger answers the question in the KV cache, not the one in its prompt."""
     results = latent_mas(lm, [one.question for one in told], sampling=GREEDY, transfer="shuffled")
     assert right(results, told[1:] + told[:1]) >= 85
 
 
 def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
-    """The summarizer's question is about facts that only the experts have in their prompts."""
+    """The question is about facts that are only in the prompts of the experts."""
     rng, found = random.Random("split"), {"full": 0, "none": 0}
     for _ in range(40):
         stories, asked = split_stories(rng, fresh=True)
@@ -93,9 +93,9 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
 
 @pytest.mark.slow
 def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
-    """One round, a second call that finds it finished, and a folder that can be loaded.
+    """One round is trained, and a second call finds it finished. The folder can be loaded.
 
-    A training script that no test runs stops working unnoticed.
+    A training script that no test runs can break unnoticed.
     """
     command = [sys.executable, "tools/train_tiny.py"]
     command += "--seed 0 --rounds 1 --questions 2".split()

@@ -1,11 +1,12 @@
-"""Runs methods and control arms on questions, measures them, and compares the results.
+"""Run methods and control arms on questions, measure them, and compare the results.
 
-arms, bench, last_turn     which settings are run, and the records that one batch gives
-rows, tasks, grading       questions, and how answers to them are graded (code: sandbox)
-feeders                    what is fed in place of the paper's aligned state
-ledger, settings, replay   a run's folder: results, what they depend on, a repeated run
-stats, summary, verdict    from records to numbers, tables and one sentence
+arms, bench, last_turn     the settings of a run, and the records of one batch
+layouts                    layouts of the conversation that only measurements use
+rows, tasks, grading       questions, and how their answers are graded (programs: sandbox)
+feeders                    maps that replace the paper's alignment W_a
+ledger, settings, replay   the folder of a run: results, settings, and a repeated run
+stats, summary, verdict    statistics, tables, and the verdict of an audit
 probe, audit               attention, transplants and geometry; the report of --audit
-looking                    thoughts as tokens, and who is attended to, of --lens
+looking, attention         thoughts as tokens, and the attention on them, for --lens
 figures, drawing           the pictures of tools/plot.py
 """

@@ -1,18 +1,20 @@
-"""Arms: the settings under which questions are answered. A control arm differs from the full one in
-a single setting. Every arm of an audit does so, so that a difference has one cause:
+"""Define arms: settings with which questions are answered.
 
-    full             the team as it is
-    prompts only     no thoughts (0 latent steps)
+Each arm of an audit differs from the full arm in one setting, so that a difference has one cause.
+"Memory" is the KV cache that the last agent gets.
+
+    full             the team with all its settings
+    prompts only     0 latent steps, so the memory holds only the prompts
     none             the memory is dropped
     shuffled         the memory of another question
-    thoughts only    the next agent does not see the prompts
-    one step         one thought of each agent
-    random map       as many slots, thoughts without a direction
+    thoughts only    prompts are removed from the memory before the next agent
+    one step         one latent step per agent
+    random map       the same number of slots, with thoughts from a random map
     a kind of map    another feeder, see feeders.py
-    single           one agent, no team
-    same seconds     that agent's vote over as many samples as the team's time allows
+    single           one agent instead of a team
+    same seconds     a vote over as many answers of one agent as fit in the team's time
 
-Does not know: models, how an arm is run.
+This module does not use models, and does not run the arms.
 """
 
 import itertools
@@ -23,9 +25,9 @@ from typing import Any
 METHODS = ("single", "text_mas", "latent_mas")
 METRICS = ("accuracy", "nll")
 LATENT_SETTINGS = ("team", "latent_steps", "align", "transfer", "close", "prefix", "layout")
-# Which settings a method uses. The others stay None, so that a grid has no arm twice.
+# The settings that each method uses. Other settings stay None, so that a grid has no arm twice.
 SETTINGS = {"single": (), "text_mas": ("team",), "latent_mas": LATENT_SETTINGS}
-# Settings without an effect on the last agent if no memory is handed over.
+# Settings that have no effect on the last agent if no KV cache is handed over.
 WITHOUT_EFFECT = ("latent_steps", "align", "close", "prefix", "layout")
 AUDIT_MAPS = ("prenorm", "mean", "fitted", "soft", "gumbel", "token", "pause")
 SAME_SECONDS = "same seconds"
@@ -33,11 +35,11 @@ SAME_SECONDS = "same seconds"
 
 @dataclass(frozen=True)
 class Arm:
-    """A method and its settings, None where the method does not use one. `name` is unique in a run.
+    """A method and its settings. A setting that the method does not use is None.
 
-    `latent_steps` None is the agents' or the model's own number, `layout` None the team's own.
-    `prefix` is that of every agent but the last; None: the agents' own. `samples` are answers to
-    vote on.
+    `name` is unique in a run. If `latent_steps` is None, the agents' or the model's default is
+    used; if `layout` is None, the team's layout. `prefix` replaces the prefix of every agent except
+    the last one (None: the agents' own prefixes). `samples` is the number of answers to vote on.
     """
 
     name: str
@@ -54,9 +56,10 @@ class Arm:
 
 
 def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
-    """Return an arm for each combination of settings, by the names of `Arm`'s fields; none twice.
+    """Return one arm for each combination of values. `lists` has the values of fields of `Arm`.
 
-    `thinks_last`: the last agent thinks too, so that its settings distinguish arms without memory.
+    Combinations with the same effect give one arm. `thinks_last` means that the last agent has
+    latent steps too, so that settings have an effect even if no KV cache is handed over.
     """
     arms: dict[tuple[Any, ...], Arm] = {}
     for values in itertools.product(*lists.values()):
@@ -66,10 +69,10 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
         dropped = WITHOUT_EFFECT if kept.get("transfer") == "none" and not thinks_last else ()
         kept |= {name: lists[name][0] for name in dropped if name in lists}
         if kept.get("latent_steps") == 0:
-            kept.pop("align", None)  # without thoughts no map is used
+            kept.pop("align", None)  # without latent steps no map is used
         if kept.get("layout") == "turn":
-            kept.pop("close", None)  # there is no turn to close
-        # A name lists what distinguishes arms: not lists of one value, not settings of no effect.
+            kept.pop("close", None)  # there is only one turn
+        # The name has only settings that distinguish arms: those with several values and an effect.
         told = [given["method"]]
         for name, value in kept.items():
             if len(lists[name]) > 1 and name not in ("method", *dropped):
@@ -79,9 +82,9 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
 
 
 def full_arm(lists: Mapping[str, Sequence[Any]]) -> Arm:
-    """Return the full arm of an audit, from one value of each setting and the first of the maps.
+    """Return the full arm of an audit from one value per setting and the first of the maps.
 
-    Raises ValueError naming the flag of a setting that has other values than an audit's.
+    Raises ValueError naming the flag of a setting whose values an audit cannot use.
     """
     fixed = {"transfer": ["full"], "method": ["latent_mas"]}
     for name, values in lists.items():
@@ -96,9 +99,9 @@ def full_arm(lists: Mapping[str, Sequence[Any]]) -> Arm:
 def audit_arms(
     full: Arm, maps: Sequence[str], metrics: Sequence[str], chosen: Sequence[str] | None = None
 ) -> list[Arm]:
-    """Return an audit's arms, named "METRIC: NAME", the main ones first.
+    """Return the arms of an audit, named "METRIC: NAME", the most important ones first.
 
-    `maps` are further kinds of map, `chosen` the names of the arms that are wanted (None: all).
+    `maps` are additional kinds of map. `chosen` has the names of the arms to return (None: all).
     Raises ValueError for an unknown name.
     """
     arms = [

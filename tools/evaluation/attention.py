@@ -1,7 +1,7 @@
-"""Who is attended to: the weights of a prompt on every slot, layer by layer.
+"""Compute the attention weights of a prompt on every slot, layer by layer.
 
-They are computed beside the forward pass from the cached keys, by a hook on the attention modules.
-Does not know: agents, arms, which slot is whose.
+Forward hooks on the attention modules compute them from the queries and the cached keys. This
+module does not use agents or arms.
 
     T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -17,10 +17,10 @@ from minimas.core.rotary import rotate
 
 
 def attention_weights(model: Qwen3, ids: list[int], cache: KVCache) -> Tensor:
-    """Return how much a prompt attends to every slot: (layers, K, S), S slots of cache and prompt.
+    """Return the attention of a prompt on every slot of the cache and the prompt, (layers, K, S).
 
     `ids` is prefilled into a copy of `cache`, which has one row. The weights are means over the
-    prompt's tokens and over the query heads that share a key-value head; they sum to 1 over S.
+    tokens of the prompt and over the query heads that share a key-value head. They sum to 1 over S.
     """
     weights: list[Tensor] = []
 

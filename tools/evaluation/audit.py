@@ -1,6 +1,6 @@
-"""The report of an audit: comparisons, diagnostics and the verdict as numbers and as Markdown.
+"""Report an audit: comparisons, diagnostics and the verdict, as numbers and as Markdown.
 
-Does not know: how records and diagnostics come about.
+This module uses only records and the diagnostics of probe.py.
 """
 
 import math
@@ -13,19 +13,19 @@ from .verdict import AGAINST, ALPHA, comparisons, verdict
 
 Record = dict[str, Any]
 CAPTION = (
-    "Paired differences of each arm to three others, with a bootstrap interval "
+    "Paired differences of each arm to three other arms, with bootstrap intervals "
     "(a lower loss is better):"
 )
 LIMITS = (
-    f"p below {ALPHA:g} counts as found; with many arms, read single ones with care. "
-    "The loss finds small effects but rewards whatever brings the solution's words near, as a copy "
-    "in memory does; accuracy says what an effect is worth, and needs many questions. Neither "
-    "speaks of other questions or models."
+    f"An effect with p below {ALPHA:g} counts as found; with many arms, a few may be found by "
+    "chance. The loss finds small effects, but it rewards whatever makes the words of the "
+    "solution likelier, such as a copy of them in the KV cache. Accuracy shows how much an effect "
+    "matters, but needs many questions. Neither applies to other questions or models."
 )
 
 
 def report(found: Sequence[Record], diagnostics: Record) -> tuple[Record, str]:
-    """Return an audit's numbers, and its Markdown, which ends with the verdict."""
+    """Return the numbers of an audit, and its Markdown, which ends with the verdict."""
     compared, sentence = comparisons(found), verdict(found)
     lines = [CAPTION, "", *comparison_table(compared)]
     if diagnostics:
@@ -36,21 +36,23 @@ def report(found: Sequence[Record], diagnostics: Record) -> tuple[Record, str]:
 
 
 def few_questions(compared: Record) -> list[str]:
-    """Return the sentence that an audit of few questions needs: nothing can be found in them.
+    """Return a sentence if an audit has too few questions to find anything, else an empty list.
 
-    Both tests are exact there, and the smallest p of n pairs is that all go one way, 2 / 2ⁿ.
+    With few pairs both tests are exact. The smallest possible p of n pairs is 2 / 2ⁿ, if all
+    differences have the same sign.
     """
     pairs = max((line["n"] for line in compared.values()), default=0)
     enough = 1 + math.floor(math.log2(2 / ALPHA))
     if not 0 < pairs < enough:
         return []
-    smallest = f"On {pairs} {'question' if pairs == 1 else 'questions'} no p below {2 / 2**pairs:g}"
-    known = " (on 5, none below 0.0625)" if pairs < 5 else ""
-    return [f"{smallest} is possible{known}, so nothing can be found with fewer than {enough}."]
+    questions = f"{pairs} question{'' if pairs == 1 else 's'}"
+    smallest = f"With {questions} the smallest possible p is {2 / 2**pairs:g}"
+    known = " (with 5 questions, 0.0625)" if pairs < 5 else ""
+    return [f"{smallest}{known}. At least {enough} questions are needed to find anything."]
 
 
 def comparison_table(compared: Record) -> list[str]:
-    """Return a Markdown table with a line for each arm."""
+    """Return the lines of a Markdown table with one line per arm."""
     names = dict.fromkeys(name.split(" − ")[0] for name in compared)
     lines = markdown_head(["", *(f"− {other}" for other in AGAINST)])
     for name in names:
@@ -60,7 +62,7 @@ def comparison_table(compared: Record) -> list[str]:
 
 
 def cell(name: str, line: Record | None) -> str:
-    """Return a paired difference as text; accuracy in points."""
+    """Return a paired difference as text. Accuracy is in percentage points."""
     if line is None:
         return ""
     scale, unit = (1, "") if name.startswith("nll") else (100, " points")
@@ -69,12 +71,12 @@ def cell(name: str, line: Record | None) -> str:
 
 
 def diagnostic_tables(seen: Record) -> list[str]:
-    """Return the Markdown tables of attention, transplant and geometry."""
+    """Return the lines of the Markdown tables of attention, transplants and geometry."""
     lines = ["", f"On the first {seen['questions']} questions:", ""]
-    lines += markdown_head(["the last agent attends to", "layer 0", "mean of all"])
+    lines += markdown_head(["attention of the last agent on", "layer 0", "mean of all"])
     for name, shares in seen["attention"].items():
         lines.append(f"| {name} | {shares[0]:.3f} | {sum(shares) / len(shares):.3f} |")
-    lines += ["", *markdown_head([f"full's thoughts in the memory of {HOST}", "gold NLL"])]
+    lines += ["", *markdown_head([f"thoughts of full in the KV cache of {HOST}", "gold NLL"])]
     lines += [f"| {name} | {value:.3f} |" for name, value in seen["transplant"].items()]
     heads = list(next(iter(seen["geometry"].values()), {}))
     lines += ["", *markdown_head(["thoughts of", *heads])]

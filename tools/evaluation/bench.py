@@ -1,10 +1,9 @@
-"""Runs arms on batches of rows: the records of one unit, which is one batch under one arm and seed.
+"""Run arms on batches of rows, and return the records.
 
-Batches are cut once, in the data's order, and `shuffled` pairs question i with question i + 1 of
-all the data. So a record depends neither on the batch size nor on the process that computed it (in
-float32 and float64; 16-bit kernels change with the batch).
-
-Does not know: files of results, continuing a run, ranks, statistics.
+A unit is one batch with one arm and one seed. Batches are made once, in the order of the data, and
+`shuffled` pairs question i with question i + 1 of the whole data. So a record depends neither on
+the batch size nor on the process that computes it (in float32 and float64; in 16 bits, results of
+kernels change with the batch). This module does not use result files, ranks or statistics.
 
     B rows   K key-value heads   d head size
 """
@@ -32,16 +31,16 @@ from .layouts import VARIANTS
 from .looking import Look
 from .rows import Row, kind_of
 
-VOTE_TEMPERATURE = 0.7  # of samples to vote on, if the run itself is greedy
+VOTE_TEMPERATURE = 0.7  # for samples to vote on, if the run is greedy
 BILL = ("read", "thought", "written", "seconds")
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class How:
-    """How agents work apart from an arm's settings.
+    """Settings of a call that are not part of the arm.
 
-    `align` replaces the arm's map; `once` keeps first prompts for other arms.
+    `align` replaces the map of the arm. `once` shares prefilled first prompts between arms.
     """
 
     seed: int = 0
@@ -63,18 +62,19 @@ class Bench:
         grader: Grader,
         feeders: Feeders | None = None,
     ) -> None:
-        """`feeders` makes the arms' maps (None: the model's, measured on the text in tools/)."""
+        """Divide `rows` into batches. `feeders` makes the maps of arms (None: `Feeders(lm)`)."""
         self.lm, self.rows, self.sampling, self.grader = lm, rows, sampling, grader
         self.feeders = feeders or Feeders(lm)
         starts = range(0, len(rows), batch_size)
         self.batches = [range(start, min(start + batch_size, len(rows))) for start in starts]
-        self._prefill = (-1, PrefillOnce())  # a batch, and the first prompts of its arms
+        self._prefill = (-1, PrefillOnce())  # number of a batch, its first prompts
 
     def compute(self, batch: int, arm: Arm, seed: int, lens: Lens | None = None) -> list[Record]:
-        """Return the records of one unit, in the data's order.
+        """Return the records of one unit, in the order of the data.
 
-        With a `lens`, thoughts and attention are in them, see `looking`; seconds do not count what
-        it computes. Raises ValueError naming the arm and the ids of the questions that cannot run.
+        With a `lens` they have thoughts and attention (see `looking`), whose computation is not
+        counted in their seconds. Raises ValueError naming the arm and the ids of the questions if
+        they cannot be run.
         """
         settings = asdict(arm)
         head = {"batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
@@ -93,11 +93,11 @@ class Bench:
         return [records[i] for i in self.batches[batch]]
 
     def partner(self, i: int) -> int:
-        """Return the question whose memory question i gets in the shuffled arm."""
+        """Return the index of the question whose KV cache question i gets in the shuffled arm."""
         return (i + 1) % len(self.rows)
 
     def groups(self, batch: range, arm: Arm) -> Iterator[list[int]]:
-        """Yield the rows that one call can take: of one kind; a row with its own team alone."""
+        """Yield groups of rows for one call: rows of one kind, or one row with its own team."""
 
         def group(i: int) -> tuple[Any, ...]:
             involved = [i, self.partner(i)] if arm.transfer == "shuffled" else [i]
@@ -108,7 +108,7 @@ class Bench:
             yield list(rows)
 
     def last_turn(self, rows: Sequence[int], arm: Arm, how: How | None = None) -> LastTurn:
-        """Let every agent but the last work on rows that one call can take."""
+        """Run every agent except the last one on rows for one call (see `groups`)."""
         how = how or How()
 
         def asked(chosen: Sequence[int]) -> dict[str, Any]:
@@ -138,11 +138,11 @@ class Bench:
             return latent_turn(self.lm, team=team, handed=handed, **thinking, **asked(rows))
         last = team.agents[-1]
         if transfer == "none" and "{question}" in team.opening + last.prompt:
-            team = replace(team, agents=(last,))  # nobody sees the others' work
+            team = replace(team, agents=(last,))  # the others would have no effect
         return latent_turn(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 
     def team(self, i: int, arm: Arm) -> Team:
-        """Return the team that answers row i: the row's own, else the arm's."""
+        """Return the team that answers row i: the row's own team, otherwise the arm's."""
         row, name = self.rows[i], arm.team or "sequential"
         if "team" in row:
             team = Team.from_dict(row["team"], f"{row['id']}: team")
@@ -223,7 +223,7 @@ class Bench:
 
 
 def samples_in_same_time(bench: Bench, full: Arm) -> int:
-    """Return how many answers a single agent gives in a team's time, at least 2.
+    """Return how many answers a single agent generates in the time of a team, at least 2.
 
     Both are timed on the first batch, after a warm-up.
     """
@@ -237,11 +237,11 @@ def samples_in_same_time(bench: Bench, full: Arm) -> int:
 
 
 def vote(samples: Sequence[Record]) -> Record:
-    """Return the record of the first sample with the most frequent answer, with the bill of all."""
+    """Return the record of the first sample with the most frequent answer, with summed usage."""
     if len(samples) == 1:
         return samples[0]
     counts = Counter(sample["answer"] for sample in samples if sample["answer"] is not None)
-    # Of equally frequent answers the first: Counter keeps the order of first appearance.
+    # Counter keeps the order of first appearance, so of equally frequent answers the first wins.
     chosen = counts.most_common(1)[0][0] if counts else None
     winner = next(sample for sample in samples if sample["answer"] == chosen)
     totals = {name: sum(sample[name] for sample in samples) for name in BILL}
@@ -249,9 +249,9 @@ def vote(samples: Sequence[Record]) -> Record:
 
 
 def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
-    """Return what was read, thought and written, in total and by each agent.
+    """Return prompt tokens, latent steps, generated tokens and seconds, in total and per agent.
 
-    Each agent has its exact prompt and the mark of its memory (None: not known).
+    Each agent also has its exact prompt and the mark of its KV cache (None: not known).
     """
     agents = [
         {
@@ -273,11 +273,11 @@ def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
 
 
 class Marks:
-    """Keeps a mark of each agent's memory: the mean size of the last slot's keys and values.
+    """Collects a mark of the KV cache of each agent, to compare caches of two runs.
 
-    The mean is over all layers. The last slot depends on all before it, so that a memory that
-    differs anywhere has another mark, at the cost of one slot. A `lens` gets the events too;
-    `seconds` is how long it took.
+    A mark is the mean absolute value of the keys, and that of the values, in the last slot of all
+    layers. The last slot depends on all slots before it, so a cache that differs anywhere has
+    another mark. Events are passed on to a `lens`; `seconds` is the time that it needed.
     """
 
     def __init__(self, lens: Lens | None = None) -> None:
@@ -285,7 +285,7 @@ class Marks:
         self.lens, self.seconds = lens, 0.0
 
     def __call__(self, event: Event) -> None:
-        """Keep the marks of one turn's memory, a row per trace."""
+        """Add the marks of the KV cache of one turn, one per trace."""
         if self.lens:
             start = time.perf_counter()
             self.lens(event)
@@ -302,7 +302,7 @@ class Marks:
         self.turns.append([[float(f"{x:.6g}") for x in pair] for pair in zip(*pairs, strict=True)])
 
     def of(self, question: int, agents: int) -> list[list[float]]:
-        """Return the marks of one question, agent by agent.
+        """Return the marks of one question, one per agent.
 
         A turn has a row for each question of each of its agents.
         """
@@ -315,7 +315,7 @@ class Marks:
 def same_mark(
     a: Sequence[float] | None, b: Sequence[float] | None, tolerance: float = 1e-4
 ) -> bool:
-    """Return whether two marks are of one memory, up to rounding."""
+    """Return True if two marks are of equal KV caches, up to rounding."""
     if a is None or b is None:
         return a == b
     pairs = zip(a, b, strict=True)

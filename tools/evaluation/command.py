@@ -1,7 +1,4 @@
-"""The command of tools/evaluate.py: its flags, and one run of them.
-
-Does not know: how a method works or a loss is computed, what a file holds.
-"""
+"""The command line of tools/evaluate.py: its flags, and a run with them."""
 
 import argparse
 import json
@@ -60,10 +57,11 @@ from .summary import summarize, table
 from .tasks import load_task
 
 VOTE = f"accuracy: {SAME_SECONDS}"
-UNIT = "a unit is one batch of questions under one arm and seed, and is written as a whole"
+UNIT = "a unit is one batch of questions with one arm and seed, and is written as a whole"
 DESCRIPTION = (
-    "Run methods and control arms over a task, lose nothing, and report the results. "
-    f"Progress counts units: {UNIT}. A stopped run goes on with the first unit that is missing."
+    "Evaluate methods and their control arms on a task, and report the results. "
+    "Lists of values are separated by commas. "
+    f"Progress is shown in units: {UNIT}. The same command continues a stopped run."
 )
 
 
@@ -72,54 +70,73 @@ def parser() -> Parser:
     top = Parser("evaluate", description=DESCRIPTION, allow_abbrev=False)
     add = top.add_argument
     add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
-    add("--task", help="a benchmark by name, see tools/evaluation/tasks.py")
-    add("--data", type=Path, metavar="FILE.jsonl", help="or questions of one's own")
-    add("--data-dir", type=Path, default=Path("data"), help="the folder of tools/download.py")
+    add("--task", help="name of a benchmark, see tools/evaluation/tasks.py")
+    add("--data", type=Path, metavar="FILE.jsonl", help="your own questions instead of --task")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of tools/download.py's files")
     add_settings(top)
-    add("--metric", type=list_of(one_of(METRICS)), help="list: accuracy, nll (audit: both)")
-    add("--seeds", type=list_of(whole(0)), default=[0], help="list")
-    add("--samples", type=whole(1), help="answers of a single agent to vote on (default: 1)")
+    add("--metric", type=list_of(one_of(METRICS)), help="list of accuracy, nll (--audit: both)")
+    add("--seeds", type=list_of(whole(0)), default=[0], help="list (default: 0)")
+    add("--samples", type=whole(1), help="number of single-agent answers to vote on (default: 1)")
     add("--limit", type=whole(1), help="number of questions (default: all)")
-    add("--batch-size", type=whole(1), default=8, help="(default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="(default: greedy)")
+    add("--batch-size", type=whole(1), default=8, help="questions per batch (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--top-p", type=float, default=1.0)
-    add("--max-new-tokens", type=whole(1), default=256, help="(default: %(default)s)")
+    limit = "maximum number of generated tokens per agent (default: %(default)s)"
+    add("--max-new-tokens", type=whole(1), default=256, help=limit)
     add("--fit-text", type=Path, metavar="FILE", help="plain text for the maps mean and fitted")
     add("--dtype", default="auto")
     add("--device", default="auto")
     add("--quantize", choices=FORMATS, help="weights in 4 or 8 bits (default: as in the file)")
     add("--run-untrusted-code", action="store_true", help="grade code by running it in a sandbox")
-    lens = "record K tokens per thought, and whom the last agent reads (tools/report.py shows it)"
+    lens = "record K tokens per thought and the last agent's attention, for tools/report.py"
     add("--lens", type=whole(1), metavar="K", help=lens)
-    add("--audit", action="store_true", help="all control arms, diagnostics and a verdict")
-    add("--arms", type=list_of(str), metavar="NAMES", help="list: an audit's arms (default: all)")
-    add("--out", type=Path, required=True, metavar="DIR")
-    add("--replay", metavar="ID", help="repeat one question of a run")
-    add("--regrade", action="store_true", help="grade a finished run again")
+    add("--audit", action="store_true", help="run all control arms, diagnostics and a verdict")
+    add("--arms", type=list_of(str), metavar="NAMES", help="list of an audit's arms (default: all)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--replay", metavar="ID", help="compute one question of a run again and compare")
+    add("--regrade", action="store_true", help="grade the texts of a finished run again")
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--quiet", action="store_true", help="no progress on stderr")
     return top
 
 
 def add_settings(top: Parser) -> None:
-    """Add the lists of an arm's settings."""
+    """Add the flags for the settings of arms, which take lists."""
     add, team = top.add_argument, one_of(tuple(TEAMS), ".json")
-    add("--method", type=list_of(one_of(METHODS)), default=["latent_mas"], help="list")
-    add("--team", type=list_of(team), default=["sequential"], help="list")
+    add(
+        "--method",
+        type=list_of(one_of(METHODS)),
+        default=["latent_mas"],
+        help=f"list of {', '.join(METHODS)}",
+    )
+    about = f"list of {', '.join(TEAMS)}, FILE.json"
+    add("--team", type=list_of(team), default=["sequential"], help=about)
     steps = "list (default: the model's)"
     add("--latent-steps", type=list_of(whole(0)), default=[None], help=steps)
-    add("--align", type=list_of(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
-    add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
-    add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
+    add(
+        "--align",
+        type=list_of(kind_of_map),
+        default=["ridge"],
+        help="list of maps (see feeders.py)",
+    )
+    add(
+        "--transfer",
+        type=list_of(one_of(TRANSFERS)),
+        default=["full"],
+        help=f"list of {', '.join(TRANSFERS)}",
+    )
+    add(
+        "--close", type=list_of(yes_no), default=[True], help="list of yes, no: close agents' turns"
+    )
     layout = one_of((*LAYOUTS, *VARIANTS))
-    about = "list: turn, chat, or a variant of tools/evaluation/layouts.py"
+    about = "list of turn, chat, or variants of tools/evaluation/layouts.py"
     add("--layout", type=list_of(layout), default=[None], help=about)
-    prefix = "text before the thoughts, commas included; a list: give the flag several times"
+    prefix = "text before the thoughts, may contain commas; repeat the flag for a list"
     add("--prefix", action="append", metavar="TEXT", help=prefix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
+    """Run the command line. Returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
     args.prefix = args.prefix or [None]
@@ -139,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.run()
         return 0 if run.rank or run.report() or args.regrade else 1
     except KeyboardInterrupt:
-        kept = f"{args.out} keeps what is done, and the same command goes on"
+        kept = f"{args.out} keeps finished results, and the same command continues"
         print(f"\nevaluate: stopped; {kept}", file=sys.stderr)
         return 130
     except FAILURES as error:
@@ -153,17 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_arguments_of_head(args: argparse.Namespace) -> None:
-    """Take every argument from a run's head, so that --replay and --regrade need no other flag.
+    """Read all arguments from the head of a run, so that --replay and --regrade need no other flag.
 
-    Raises FileNotFoundError, ValueError if there is no head.
+    Raises FileNotFoundError if there is no result file, and ValueError if it has no head.
     """
     if not (paths := files(args.out)):
-        problem = f"found no results*.jsonl in {args.out}, expected a run's folder"
+        problem = f"found no results*.jsonl in {args.out}, expected the folder of a run"
         raise FileNotFoundError(f"out (--out): {problem}")
     head = read_head(paths[0])
     if head is None:
         raise ValueError(f"{paths[0]}: line 1: found no head, expected a run that has begun")
-    may_run = args.run_untrusted_code  # may be given when grading again
+    may_run = args.run_untrusted_code  # may be added with --regrade
     for name, value in head["arguments"].items():
         is_path = name in ("data", "fit_text", "data_dir") and value
         setattr(args, name, Path(value) if is_path else value)
@@ -174,7 +191,7 @@ class Evaluation:
     """One run: the model and the rows, the arms, their units, and the folder of results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Load what `args` name. Raises ValueError, OSError or ImportError before any work."""
+        """Load the model and the data. Raises ValueError, OSError, ImportError for wrong input."""
         self.args, self.folder = args, Path(args.out)
         self.rank = int(os.environ.get("RANK", 0))
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -195,14 +212,14 @@ class Evaluation:
         self.bench = Bench(lm, rows, args.batch_size, sampling, graded, Feeders(lm, text))
         self.lens = Lens(lm, args.lens) if args.lens else None
         self.arms = self.choose_arms()
-        # A batch under all arms, then the next: a run that is cut short has compared them on the
-        # same questions.
+        # All arms run on a batch before the next batch, so that an unfinished run has compared them
+        # on the same questions.
         self.units: dict[Key, list[str]] = {}
         for number, batch in enumerate(self.bench.batches):
             ids = [rows[i]["id"] for i in batch]
             for arm in self.arms:
                 self.units |= {Key(number, arm.name, seed): ids for seed in args.seeds}
-        self.blind: set[str] = set()  # arms of which --lens records nothing
+        self.blind: set[str] = set()  # arms for which --lens records nothing
         self.settings = run_settings(args, self.bench, self.arms)
 
     def choose_arms(self) -> list[Arm]:
@@ -228,26 +245,26 @@ class Evaluation:
         return arms
 
     def samples_to_vote_on(self, full: Arm) -> int:
-        """Return the number in the head of this run, else time it: a resumed run keeps its number.
+        """Return the number of samples from the head of the run if there is one, else measure it.
 
-        Raises ValueError if several ranks would time it.
+        Raises ValueError if several ranks would have to measure it.
         """
         for path in files(self.folder):
             for arm in (read_head(path) or {}).get("arms", []):
                 if arm["name"] == VOTE:
                     return int(arm["samples"])
         if self.ranks > 1:
-            expected = "expected one where several ranks share an audit"
+            expected = "expected a number, because several ranks share the audit"
             raise ValueError(f"samples (--samples): found no number, {expected}")
         return samples_in_same_time(self.bench, full)
 
     def head(self) -> Record:
-        """Return the record that begins this rank's file."""
+        """Return the head of this rank's file."""
         head = run_head(self.args, self.settings, self.bench, self.arms)
         return head | {"rank": self.rank, "ranks": self.ranks}
 
     def run(self) -> None:
-        """Compute every unit that is not done; of several ranks, those of this rank's batches."""
+        """Compute all missing units. With several ranks, each computes those of its own batches."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.ranks == 1:
             done, sizes = take_up(self.folder, self.settings, self.units)
@@ -274,11 +291,11 @@ class Evaluation:
             distributed.barrier()
 
     def take_up_on_rank_0(self) -> tuple[set[Key], dict[str, int]]:
-        """Let rank 0 repair all files before any rank opens its own; its error ends all ranks."""
+        """Take up all files on rank 0 before any rank opens its own. An error ends all ranks."""
         on_gpu = self.bench.lm.model.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.bench.lm.model.device)
-        # Ranks wait for each other only at the end, and the slowest may take long.
+        # Ranks wait for each other only at the end, and the slowest one may take long.
         distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
         found: list[Any] = [None]
         if self.rank == 0:
@@ -293,26 +310,26 @@ class Evaluation:
         return taken
 
     def say_if_blind(self, arm: str, records: Sequence[Record]) -> None:
-        """Print, once for each arm, that --lens records nothing where no agent thinks."""
+        """Print once per arm that --lens records nothing if no agent has latent steps."""
         agents = [agent for record in records for agent in record["agents"]]
         if self.lens and arm not in self.blind and not any("thoughts" in a for a in agents):
             self.blind.add(arm)
-            print(f"evaluate: --lens records nothing of {arm}: no thoughts", file=sys.stderr)
+            print(f"evaluate: --lens records nothing for {arm}: no thoughts", file=sys.stderr)
 
     def show(self, text: str, ends: bool = True) -> None:
-        """Print progress on stderr; on a terminal the next text replaces one that does not end."""
+        """Print progress on stderr. On a terminal the next text replaces it unless `ends`."""
         if not self.args.quiet:
             end = "\n" if ends or not sys.stderr.isatty() else "\r"
             print(text, end=end, file=sys.stderr, flush=True)
 
     def records(self) -> list[Record]:
-        """Return all records of the run. Raises ValueError for files of other settings."""
+        """Return all records of the run. Raises ValueError for files with other settings."""
         for path in files(self.folder):
             check_settings(path, self.settings)
         return all_records(self.folder, self.units)
 
     def report(self) -> bool:
-        """Write the summaries and print the table; return whether every unit is in them."""
+        """Write the summaries and print the table. Returns True if no unit is missing."""
         found = self.records()
         summary = {"settings": self.settings, "arms": summarize(found)}
         text = table(summary["arms"], self.bench.rows)
@@ -327,12 +344,12 @@ class Evaluation:
         missing = len(self.units) - len(there)
         if missing:
             units = f"found {len(there)} of {len(self.units)} units, {missing} are missing"
-            advice = "ranks need a folder that all of them see"
+            advice = "all ranks need access to the same folder"
             print(f"evaluate: {self.folder}: {units}; {advice}", file=sys.stderr)
         return missing == 0
 
     def diagnostics(self) -> Record:
-        """Return the audit's diagnostics, which are kept: they take minutes on a real model."""
+        """Return the diagnostics of an audit. They are stored, because they take minutes."""
         path = self.folder / "diagnostics.json"
         if not path.exists():
             found = probe.diagnose(self.bench, self.arms)
@@ -342,9 +359,10 @@ class Evaluation:
 
 
 def load_rows(args: argparse.Namespace) -> list[Row]:
-    """Return the questions of --task or --data. Raises ValueError naming what is wrong."""
+    """Return the questions of --task or --data. Raises ValueError for wrong input."""
     if (args.task is None) == (args.data is None):
-        raise ValueError("task (--task): expected a task's name, or --data FILE.jsonl")
+        found = "neither of them" if args.task is None else "both of them"
+        raise ValueError(f"task (--task): found {found}, expected --task or --data FILE.jsonl")
     if args.task:
         return load_task(args.task, args.data_dir, args.limit, 0)
     return read_rows(args.data)[: args.limit]

@@ -1,6 +1,6 @@
-"""Draws the pictures of tools/plot.py with matplotlib, from the numbers of figures.py.
+"""Draw the pictures of tools/plot.py with matplotlib, from the numbers of figures.py.
 
-Does not know: how the numbers come about.
+This module does not compute the numbers.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 
 from .figures import CONTROLS, Figure
 
-# Okabe and Ito's colours, which colour-blind people can distinguish, and a few more.
+# The colours of Okabe and Ito, which colour-blind people can distinguish, and a few more.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800",
     "#8C564B", "#332288",
@@ -26,13 +26,13 @@ SETTINGS: Any = {
     "figure.facecolor": "white",
 }  # fmt: skip
 ORDER = "ridge prenorm fitted token pause random mean soft gumbel identity".split()  # of colours
-LINEAR_BELOW = 0.1  # a smaller loss is drawn on a linear scale, a larger one on a logarithmic one
+LINEAR_BELOW = 0.1  # differences of losses: linear scale below, logarithmic scale above
 
 
 def draw(figure: Figure, out: Path) -> None:
-    """Write OUT.svg and OUT.png; the same figure gives the same bytes.
+    """Write OUT.svg and OUT.png. The same figure always gives the same bytes.
 
-    Raises ImportError naming the command that installs matplotlib.
+    Raises ImportError with the command that installs matplotlib if it is missing.
     """
     try:
         from matplotlib import rc_context
@@ -47,7 +47,7 @@ def draw(figure: Figure, out: Path) -> None:
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each name; a map has the same one in all pictures."""
+    """Return a colour for each name. A map has the same colour in all pictures."""
     others = [name for name in names if name not in CONTROL_MARKS]
     order = dict.fromkeys([*ORDER, *others])
     colour_of = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(order)}
@@ -63,7 +63,7 @@ def error_of(line: Any, value: str) -> list[list[float]]:
 
 
 def draw_steps(figure: Figure, canvas: Any) -> None:
-    """Draw loss and accuracy by the number of thoughts, a line for each map."""
+    """Draw loss and accuracy by the number of latent steps, with one line per map."""
     panels = {metric: lines for metric, lines in figure["panels"].items() if lines}
     canvas.set_size_inches(1.6 + 4.4 * len(panels), 3.6)
     colour_of = colours(dict.fromkeys(name for lines in panels.values() for name in lines))
@@ -80,7 +80,7 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
         n = max(point["n"] for point in every_point)
         if metric == "nll":
             scale_of_losses(axes, "y")
-            axes.set_ylabel("gold NLL − prompts only, nats a token")
+            axes.set_ylabel("gold NLL − prompts only, nats per token")
             axes.set_title(f"Loss of the gold solution, n = {n}: lower is better")
         else:
             axes.set_ylim(-0.03, 1.03)
@@ -90,7 +90,7 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
 
 
 def draw_lines(axes: Any, lines: Figure, colour_of: dict[str, str]) -> dict[str, Any]:
-    """Draw one panel's lines, and a single point for an arm that ran with one number of thoughts.
+    """Draw the lines of one panel. An arm with only one number of latent steps is a point.
 
     Returns name -> artist for the legend.
     """
@@ -104,7 +104,7 @@ def draw_lines(axes: Any, lines: Figure, colour_of: dict[str, str]) -> dict[str,
             shown[name] = axes.plot(x, y, f"{mark}-", color=colour, markersize=3.5)[0]
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             continue
-        # Several single points stand beside each other, around their common place.
+        # Several points with the same number of steps are drawn side by side.
         place = single.index(name) if name in single else 0
         apart = 0.85 * 1.35 ** (place / max(1, len(single) - 1))
         last = points[-1]
@@ -115,9 +115,9 @@ def draw_lines(axes: Any, lines: Figure, colour_of: dict[str, str]) -> dict[str,
 
 
 def scale_of_losses(axes: Any, which: str) -> None:
-    """Make an axis linear near 0 and logarithmic beyond, with a line where nothing differs.
+    """Make an axis linear near 0 and logarithmic elsewhere, with a line at 0.
 
-    One picture shows harms of 2 and gains of 0.02.
+    So one picture can show both a harm of 2 and a gain of 0.02.
     """
     getattr(axes, f"set_{which}scale")("symlog", linthresh=LINEAR_BELOW, linscale=1.5)
     low, high = getattr(axes, f"get_{which}lim")()
@@ -135,7 +135,7 @@ def scale_of_losses(axes: Any, which: str) -> None:
 
 
 def draw_costs(figure: Figure, canvas: Any) -> None:
-    """Draw accuracy beside tokens and seconds; below it the paper's table, if it is there."""
+    """Draw accuracy by generated tokens and by seconds, and below it the paper's table if given."""
     rows = 2 if figure["paper"] else 1
     canvas.set_size_inches(10, 3.2 * rows)
     grid = canvas.subplots(rows, 2, squeeze=False)
@@ -146,13 +146,13 @@ def draw_costs(figure: Figure, canvas: Any) -> None:
 
 
 def draw_our_costs(figure: Figure, panels: Any) -> dict[str, Any]:
-    """Draw a point for each arm in two panels. Returns name -> artist for the legend."""
+    """Draw one point per arm in two panels. Returns name -> artist for the legend."""
     shown: dict[str, Any] = {}
     arms = figure["arms"]
-    labels = {"written": "tokens written a question", "seconds": "seconds a question"}
+    labels = {"written": "generated tokens per question", "seconds": "seconds per question"}
     for axes, (what, label) in zip(panels, labels.items(), strict=True):
         for place, arm in enumerate(arms):
-            many = len(arms) > len(COLOURS)  # colours repeat, so that marks must not
+            many = len(arms) > len(COLOURS)  # colours repeat, so marks must differ
             mark = MANY_MARKS[place % len(MANY_MARKS)] if many else MARKS[arm["method"]]
             colour = COLOURS[place % len(COLOURS)]
             style = {"fmt": mark, "color": colour, "markersize": 5, "capsize": 2}
@@ -167,9 +167,9 @@ def draw_our_costs(figure: Figure, panels: Any) -> dict[str, Any]:
 
 
 def draw_the_papers_costs(figure: Figure, panels: Any) -> None:
-    """Draw the paper's table in two panels, a mark for each method."""
+    """Draw the paper's table in two panels, with one mark per method."""
     names = dict.fromkeys(point["name"] for point in figure["paper"])
-    labels = {"written": "tokens a question", "seconds": "seconds a run"}
+    labels = {"written": "tokens per question", "seconds": "seconds per run"}
     for axes, (what, label) in zip(panels, labels.items(), strict=True):
         for name in names:
             points = [point for point in figure["paper"] if point["name"] == name]
@@ -190,7 +190,7 @@ def draw_the_papers_costs(figure: Figure, panels: Any) -> None:
 
 
 def draw_forest(figure: Figure, canvas: Any) -> None:
-    """Draw every arm's paired difference with its interval, a panel for each metric."""
+    """Draw the paired difference of each arm with its interval, one panel per metric."""
     panels = {metric: panel for metric, panel in figure["panels"].items() if panel["arms"]}
     rows = max(len(panel["arms"]) for panel in panels.values())
     canvas.set_size_inches(5.4 * len(panels), 1.1 + 0.27 * rows)
@@ -209,7 +209,7 @@ def draw_forest(figure: Figure, canvas: Any) -> None:
         n = max(line["n"] for line in panel["arms"].values())
         if metric == "nll":
             scale_of_losses(axes, "x")
-            axes.set_xlabel(f"gold NLL − {panel['against']}, nats a token: lower is better")
+            axes.set_xlabel(f"gold NLL − {panel['against']}, nats per token: lower is better")
         else:
             axes.grid(axis="x", **GRID)
             axes.axvline(0, **ZERO)
@@ -217,17 +217,17 @@ def draw_forest(figure: Figure, canvas: Any) -> None:
         axes.set_title(f"n = {n}; blue: better, orange: worse (p < {alpha:g})")
 
 
-# -- how thoughts drift, and who reads them -----------------------------------------------------
+# -- how thoughts drift, and the attention on them ----------------------------------------------
 
 
 def draw_drift(figure: Figure, canvas: Any) -> None:
-    """Draw the cosine of successive thoughts by step, and the attention on thoughts by layer."""
+    """Draw the cosine of successive thoughts by step, and the attention on them by layer."""
     canvas.set_size_inches(9, 3.6)
     cosines, attention = canvas.subplots(1, 2)
     shown: dict[str, Any] = {}
     for place, (name, arm) in enumerate(figure["arms"].items()):
         style = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.6}
-        # The first thought has none before it.
+        # The first thought has no thought before it.
         steps = range(2, len(arm["cosines"]) + 2)
         [shown[name]] = cosines.plot(steps, arm["cosines"], **style)
         attention.plot(range(len(arm["attention"])), arm["attention"], **style)
@@ -245,20 +245,20 @@ def draw_drift(figure: Figure, canvas: Any) -> None:
 
 
 def draw_thoughts(figure: Figure, canvas: Any) -> None:
-    """Draw the places of thoughts among token embeddings, and their norms and cosines by step."""
+    """Draw thoughts among token embeddings, and their norms and cosines by step."""
     canvas.set_size_inches(10.5, 7)
     (places, norms), (following, nearest) = canvas.subplots(2, 2)
     tokens, maps = figure["tokens"], figure["maps"]
     colour_of, numbers = colours(maps), range(1, figure["steps"] + 1)
     shown: dict[str, Any] = {}
-    # Rasterized: thousands of dots as paths would make a large file.
+    # The dots are rasterized, because thousands of paths would make the file large.
     dots = {"linewidths": 0, "rasterized": True}
     places.scatter(*zip(*tokens["places"], strict=True), s=2, color="#BBBBBB", **dots)
     for number, (name, one) in enumerate(maps.items()):
         colour = colour_of[name]
         points = [place for question in one["places"] for place in question]
         places.scatter(*zip(*points, strict=True), s=5, color=colour, alpha=0.6, **dots)
-        # Thinner and thinner, so that of two equal lines both are seen.
+        # Later lines are thinner, so that two equal lines are both visible.
         style = {"color": colour, "linewidth": max(0.8, 4 - 1.2 * number)}
         [shown[name]] = norms.plot(numbers, one["norm before rescaling"], **style)
         following.plot(numbers[1:], one["successive cosine"], **style)

@@ -1,24 +1,25 @@
-"""What can be fed in place of the paper's thought: relatives of the alignment W_a.
+"""Feeders: maps that replace the paper's alignment W_a in a latent step.
 
-They answer "is it the latent state, or only more slots?", and are candidates for a better map. All
-are callables (B, 1, D) -> (B, 1, D), as `think` takes them. The library has the five kinds of
-`minimas.Aligner`, and files of one. Here are more:
+A feeder maps a hidden state h to the next input embedding, (B, 1, D) -> (B, 1, D), and can be given
+to `think`. Feeders show whether an effect comes from the latent state or only from more slots, and
+may be better maps. The library has the five kinds of `minimas.Aligner` and files of saved ones.
+This module adds:
 
-    gain:P       rescale((h ÷ gᴾ) W_a), g the final norm's gain: 0 is the paper's map, 1 is prenorm
-    mean         (h − μ_h) s + μ_e: mean and spread of hidden states moved to those of embeddings
-    fitted       rescale(h W): the ridge map from the state at a token to the next one's embedding
+    gain:P       rescale((h ÷ gᴾ) W_a), g the gain of the final norm; P = 0 is the paper's map, and
+                 P = 1 is prenorm
+    mean         (h − μ_h) s + μ_e, which gives hidden states the mean and spread of embeddings
+    fitted       rescale(h W), W the ridge regression from the state at a token to the embedding of
+                 the next token
     soft:T:K     Σ p_v e_v, p = softmax(logits(h) / T) over the K likeliest tokens
-                 (default: T 1, K 0: all of them)
-    gumbel:T     the same with Gumbel noise added to the logits, from the question's own generator
-    token        the embedding of the likeliest token: thinking in words that nobody reads
-    pause:TEXT   the embedding of the first token of TEXT (default: a full stop): slots without
-                 any thought
+                 (default: T = 1, K = 0 for all tokens)
+    gumbel:T     as soft, with Gumbel noise added to the logits, from the generator of the question
+    token        the embedding of the likeliest token, as if the agent generated text
+    pause:TEXT   the embedding of the first token of TEXT (default: a full stop), independent of h
 
-`mean` and `fitted` are measured on `plain_text.txt`, or on another text. That file is the beginning
-of `pydoc_data.topics` of Python 3.11.7, as `help()` shows it. It is under the licence in
+`mean` and `fitted` are fitted on `plain_text.txt` or on another text. That file is the beginning of
+`pydoc_data.topics` of Python 3.11.7, as `help()` shows it. It is under the licence in
 `plain_text.LICENSE.txt`: Copyright © 2001-2023 Python Software Foundation; All Rights Reserved.
-
-Does not know: agents, prompts, how a rollout works.
+This module does not use agents or prompts, and does not run the latent loop.
 
     B rows   D hidden   V vocabulary   N tokens of text
 """
@@ -39,7 +40,7 @@ from minimas.core.latent import ALIGNMENTS
 from tools.shared.arguments import FAILURES, Parser, print_error
 
 Feeder = Callable[[Tensor], Tensor]
-SUFFIX = ".safetensors"  # of the file of a saved Aligner
+SUFFIX = ".safetensors"  # of a file with a saved Aligner
 FORMS = (
     *ALIGNMENTS, "gain:P", "mean", "fitted", "soft[:T[:K]]", "gumbel[:T]", "token", "pause[:TEXT]",
     f"FILE{SUFFIX}",
@@ -48,19 +49,17 @@ DEFAULTS = {
     "gain": (), "mean": (), "fitted": (), "soft": ("1", "0"), "gumbel": ("1",), "token": (),
     "pause": (".",),
 }  # fmt: skip
-TOKENS, WINDOW = 10_000, 256  # of plain text: how many, and in windows of how many
-WINDOWS = 8  # that are computed together
+TOKENS, WINDOW = 10_000, 256  # tokens of plain text that are used, and tokens per window
+WINDOWS = 8  # windows that are computed together
 PLAIN_TEXT = Path(__file__).resolve().parents[1] / "plain_text.txt"
 SHA256 = "e2dde11bd3b1edecc32ffe66c513c520efb6dd430ae927090e0309ab7f08bfd4"  # of PLAIN_TEXT
-RIDGE = (
-    1e-3  # of `fitted`: λ as a share of the mean square of a state's entry, summed over the text
-)
+RIDGE = 1e-3  # λ of `fitted` divided by the mean square of a state's entry, summed over the text
 
 
 def parse(kind: str) -> tuple[str, tuple[str, ...]]:
-    """Return a kind's name and its values, with defaults filled in.
+    """Return the name of a kind and its values, with defaults for missing values.
 
-    Raises ValueError with the list of kinds.
+    Raises ValueError with the list of kinds if `kind` is not one of them.
     """
     if kind in ALIGNMENTS or str(kind).endswith(SUFFIX):
         return kind, ()
@@ -81,12 +80,12 @@ def parse(kind: str) -> tuple[str, tuple[str, ...]]:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a number without sign and exponent."""
+    """Return True if a text is a number without a sign and an exponent."""
     return re.fullmatch(r"\d*\.?\d+", text) is not None
 
 
 def kind_of_map(text: str) -> str:
-    """Convert the value of --align."""
+    """Return a value of --align if it is valid. Raises ArgumentTypeError otherwise."""
     try:
         parse(text)
     except ParameterError as error:
@@ -95,14 +94,14 @@ def kind_of_map(text: str) -> str:
 
 
 class Feeders:
-    """A model's feeders by kind, each made once; `mean` and `fitted` are measured on `text`."""
+    """The feeders of a model, made once per kind. `mean` and `fitted` are fitted on `text`."""
 
     def __init__(self, lm: LM, text: str | None = None) -> None:
         self.lm, self.text = lm, text
         self._made: dict[Any, Feeder] = {}
 
     def __call__(self, kind: str) -> Feeder:
-        """Return the feeder of one kind. Raises as `feeder`, and for a file as `Aligner.load`."""
+        """Return the feeder of one kind. Raises the errors of `feeder` and `Aligner.load`."""
         if parse(kind)[0] not in DEFAULTS:
             return self.lm.aligner(kind)
         key = kind, self.text
@@ -114,11 +113,11 @@ class Feeders:
 def feeder(
     model: Qwen3, kind: str, tokenizer: Tokenizer | None = None, text: str | None = None
 ) -> Feeder:
-    """Return the map of one kind of `DEFAULTS`, (B, 1, D) -> (B, 1, D), in the input's dtype.
+    """Return the feeder of one kind of `DEFAULTS`, (B, 1, D) -> (B, 1, D), in the input's dtype.
 
-    Only rows of the embedding that the tokenizer can produce count. `text` is the plain text for
-    `mean` and `fitted` (None: `plain_text()`). Raises ValueError for an unknown kind, or one that
-    needs a tokenizer if there is none.
+    Only embedding rows of tokens that the tokenizer can produce are used. `mean` and `fitted` are
+    fitted on `text` (None: `plain_text()`). Raises ValueError for an unknown kind, and for a kind
+    that needs a tokenizer if there is none.
     """
     name, values = parse(kind)
     rows = tokenizer.size if tokenizer is not None else None
@@ -131,7 +130,7 @@ def feeder(
     if name == "token":
         return lambda hidden: model.embed(model.logits(hidden)[..., :rows].argmax(-1))
     if tokenizer is None:
-        problem = f"found {kind!r} with a model without tokenizer.json, which it needs"
+        problem = f"found {kind!r}, which needs a model with tokenizer.json"
         raise ParameterError("align", problem)
     if name == "pause":
         ids = torch.tensor(tokenizer.encode(values[0])[:1], device=model.device)
@@ -141,18 +140,22 @@ def feeder(
 
 
 def divide_gain(model: Qwen3, power: float, rows: int | None = None) -> Aligner:
-    """Return rescale((h ÷ gᴾ) W_a): ridge for P = 0, prenorm for P = 1.
+    """Return the map rescale((h ÷ gᴾ) W_a), which is ridge for P = 0 and prenorm for P = 1.
 
     If P is not a whole number, gᴾ is |g|ᴾ with the sign of g.
     """
     prenorm = Aligner.from_model(model, "prenorm", rows)
-    inverse: Any = prenorm.scale  # 1 ÷ g, and 0 where g is 0 and there is nothing to divide
+    inverse: Any = prenorm.scale  # 1 ÷ g, and 0 where g is 0
     scale = inverse**power if power.is_integer() else inverse.sign() * inverse.abs() ** power
     return Aligner(prenorm.matrix, prenorm.norm, scale, model=model)
 
 
 def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
-    """Return (h − μ_h) s + μ_e; s equates the mean square distances from the two means."""
+    """Return the map (h − μ_h) s + μ_e.
+
+    The scalar s makes the mean square distance of states from μ_h equal to that of embeddings from
+    μ_e.
+    """
     states, _ = observe(model, ids)
     w_in = model.model.embed_tokens.weight[:rows].to(states.dtype)
     from_mean, to_mean = states.mean(0), w_in.mean(0)  # (D,)
@@ -164,10 +167,10 @@ def match_means(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Al
 
 
 def fit(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
-    """Return argmin_W Σ_t ‖h_t W − e_(t+1)‖² + λ‖W‖² over a text, with a rescaling after it.
+    """Return the map rescale(h W) with W = argmin Σ_t ‖h_t W − e_(t+1)‖² + λ‖W‖² over a text.
 
-    Results are rescaled to the embeddings' mean norm. λ is `RIDGE` of the sum of the states'
-    squares over D: without it a text of few tokens is memorized.
+    The result is rescaled to the mean norm of the embeddings. λ is `RIDGE` times the sum of all
+    squared entries of the states, divided by D. Without it the map would memorize a short text.
     """
     states, following = observe(model, ids)
     ridge = RIDGE * states.double().square().sum().item() / states.shape[1]
@@ -177,14 +180,14 @@ def fit(model: Qwen3, ids: Sequence[int], rows: int | None = None) -> Aligner:
 
 
 def observe(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return a text's hidden states (N, D), at least float32, and the token after each (N,).
+    """Return the hidden states of a text (N, D), at least float32, and the token after each (N,).
 
-    The text is cut into windows; the first state of each, which depends on one token only, is left
-    out. Raises ValueError for too short a text.
+    The text is cut into windows. The first state of each window is left out, because it depends on
+    one token only. Raises ValueError if the text is too short.
     """
     width = min(WINDOW, len(ids) - 1, model.config.max_position_embeddings)
     if width < 2:
-        expected = "expected some hundred at least"
+        expected = "expected at least a few hundred"
         raise ValueError(f"text (--fit-text): found {len(ids)} tokens, {expected}")
     windows = [ids[start : start + width + 1] for start in range(0, len(ids) - width, width)]
     fed = torch.tensor(windows, device=model.device)  # (windows, width + 1)
@@ -195,11 +198,12 @@ def observe(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def plain_text() -> str:
-    """Return the English text of `PLAIN_TEXT`. Raises ValueError naming the file if it differs.
+    """Return the English text in `PLAIN_TEXT`. Raises ValueError if the file was changed.
 
-    Python's own copy differs from version to version, and so would `mean` and `fitted`.
+    The text is stored here because Python's own copy differs between versions, which would change
+    `mean` and `fitted`.
     """
-    # Read as text: a checkout on Windows may end lines with \r\n.
+    # The file is read as text, because lines may end with \r\n in a checkout on Windows.
     text = PLAIN_TEXT.read_text(encoding="utf-8")
     found = hashlib.sha256(text.encode()).hexdigest()
     if found != SHA256:
@@ -208,9 +212,9 @@ def plain_text() -> str:
 
 
 class Mixture:
-    """Σ p_v e_v with p = softmax(scores / T), over the `top_k` highest scores (0: all).
+    """The map Σ p_v e_v with p = softmax(scores / T) over the `top_k` highest scores (0: all).
 
-    Scores are logits, with Gumbel noise if `noisy`. Only the first `rows` tokens count.
+    The scores are logits, plus Gumbel noise if `noisy`. Only the first `rows` tokens are used.
     """
 
     def __init__(
@@ -220,7 +224,7 @@ class Mixture:
         self.rows, self.noisy = rows, noisy
 
     def with_generators(self, generators: Sequence[torch.Generator]) -> Feeder:
-        """Return the map with one source of noise per row, so independent of the batch."""
+        """Return the map with one noise generator per row, so that the batch has no effect."""
         if not self.noisy:
             return self
         return lambda hidden: self(hidden, generators)
@@ -228,7 +232,7 @@ class Mixture:
     def __call__(
         self, hidden: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        """Map (B, 1, D) to (B, 1, D). Without `generators` noise is from PyTorch's global one."""
+        """Map (B, 1, D) to (B, 1, D). Without `generators` the global generator makes the noise."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         scores = self.model.logits(hidden)[..., : self.rows].to(dtype)  # (B, 1, V)
         if self.noisy:
@@ -239,12 +243,13 @@ class Mixture:
             mixed: Tensor = (shares * self.model.embed(tokens).to(dtype)).sum(-2)
             return mixed.to(hidden.dtype)
         w_in: Tensor = self.model.model.embed_tokens.weight[: self.rows]
-        # The table keeps its dtype: a float32 copy of 151,936 rows would take longer than the step.
+        # The embeddings keep their dtype: a float32 copy of 151,936 rows would take longer than the
+        # step itself.
         return (scores / self.temperature).softmax(-1).to(w_in.dtype) @ w_in
 
 
 def gumbel_noise(scores: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Return Gumbel(0, 1) noise for scores (B, 1, V), each row's from its own generator."""
+    """Return Gumbel(0, 1) noise for scores (B, 1, V). Each row has its own generator."""
     sources = [None] * len(scores) if generators is None else generators
     shape = scores.shape[1:]
     draws = [torch.rand(shape, dtype=torch.float64, generator=source) for source in sources]
@@ -253,18 +258,19 @@ def gumbel_noise(scores: Tensor, generators: Sequence[torch.Generator] | None) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of tools/feeders.py; returns 0 done, 1 failed.
+    """Run the command line of tools/feeders.py. Returns 0 done, 1 failed.
 
     Raises SystemExit(2) for a wrong command line.
     """
-    top = Parser("feeders", description="Write a map as a file for --align.")
+    about = "Fit a map from hidden states to embeddings on plain text, as a file for --align."
+    top = Parser("feeders", description=about)
     add = top.add_argument
     add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
     add("--kind", choices=("fitted", "mean"), required=True)
     add("--text", type=Path, metavar="FILE", help=f"plain text (default: tools/{PLAIN_TEXT.name})")
     add("--out", type=Path, required=True, metavar=f"FILE{SUFFIX}")
     args = top.parse_args(argv)
-    if args.out.suffix != SUFFIX:  # --align would take its name for a kind
+    if args.out.suffix != SUFFIX:  # --align would take the name for a kind
         top.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
     try:
         text = args.text.read_text(encoding="utf-8") if args.text else plain_text()

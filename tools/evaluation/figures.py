@@ -1,7 +1,7 @@
-"""The numbers of the pictures of tools/plot.py, from runs or from a model's thoughts.
+"""Compute the numbers of the pictures of tools/plot.py, from runs or from a model's thoughts.
 
-The numbers are kept beside each picture as JSON, and a picture can be drawn again from them.
-Does not know: how runs are made, colours, axes, matplotlib.
+The numbers are stored as JSON next to each picture, so that it can be drawn again from them. This
+module does not use matplotlib.
 
     N questions   n thoughts   D hidden   V vocabulary
 """
@@ -25,10 +25,10 @@ from .stats import Values, by_question, paired, share
 from .summary import summarize
 from .verdict import ALPHA, comparisons, verdict
 
-Figure = dict[str, Any]  # what is drawn, as JSON
+Figure = dict[str, Any]  # the numbers of a picture, as JSON
 Point = dict[str, Any]
-SHOWN_TOKENS = 2_000  # embeddings in the background of thoughts
-# Settings that are the same in all runs of one picture.
+SHOWN_TOKENS = 2_000  # token embeddings that are drawn with the thoughts
+# Settings that must be the same in all runs of one picture.
 SAME = ("model", "data", "dtype", "quantize", "temperature", "top_p", "max_new_tokens")
 CONTROLS = {
     "none": "no memory",
@@ -38,10 +38,10 @@ CONTROLS = {
 
 
 def runs(folders: Sequence[Path]) -> list[Record]:
-    """Return all records of runs of one model on the same questions.
+    """Return all records of several runs of one model on the same questions.
 
-    `latent_steps` is filled in with the model's own. A last line that is still being written is
-    left out. Raises ValueError naming the file and what differs.
+    If `latent_steps` is None, it is replaced by the model's default. An incomplete last line is
+    left out. Raises ValueError naming the file and the setting that differs.
     """
     found: list[Record] = []
     heads: list[tuple[Path, Record]] = []
@@ -63,29 +63,29 @@ def runs(folders: Sequence[Path]) -> list[Record]:
             found.append(record | {"model": Path(head["model"]["name"]).name})
     if not found:
         names = ", ".join(map(str, folders))
-        raise ValueError(f"{names}: found no finished batch, expected one at least")
+        raise ValueError(f"{names}: found no finished batch, expected at least one")
     return found
 
 
-# -- loss and accuracy by the number of thoughts ----------------------------------------------
+# -- loss and accuracy by the number of latent steps ------------------------------------------
 
 
 def steps(found: Sequence[Record]) -> Figure:
-    """Return, for each metric, each map's points by number of thoughts, and the control arms'.
+    """Return the points of each map and control arm by number of latent steps, for each metric.
 
-    Of the loss a point is the paired difference to prompts only (0 steps) with its bootstrap
-    interval: questions differ from each other by far more than arms do. Of accuracy it is the share
-    with its interval. Raises ValueError if there is nothing to draw.
+    For the loss, a point is the paired difference to prompts only (0 steps) with its bootstrap
+    interval, because questions differ from each other far more than arms do. For accuracy, it is
+    the share of right answers with its interval. Raises ValueError if there is nothing to draw.
     """
     panels = {"nll": loss_lines(found), "accuracy": accuracy_lines(found)}
     if not any(panels.values()):
-        expected = "a loss needs 0 among them"
-        raise ValueError(f"found no run of latent_mas with several numbers of thoughts; {expected}")
+        expected = "for --metric nll one of them must be 0"
+        raise ValueError(f"found no run of latent_mas with several --latent-steps; {expected}")
     return {"what": "steps", "panels": panels}
 
 
 def loss_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
-    """Return name -> points of the loss; none without prompts only to compare with."""
+    """Return name -> points of the loss; {} if there is no arm with prompts only."""
     arms = values_of_arms(found, "nll", "nll")
     zero = arms.get(("", 0))
     if zero is None:
@@ -102,12 +102,12 @@ def accuracy_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
 def values_of_arms(
     found: Sequence[Record], metric: str, field: str
 ) -> dict[tuple[str, int], dict[tuple[str, int], float]]:
-    """Return (line, number of thoughts) -> the values of an arm by question and seed."""
+    """Return (name of the line, latent steps) -> the values of an arm by question and seed."""
     varied = varied_settings(found)
     arms: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
     for r in found:
         if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
-            # Prompts only belong to all maps and have no name of their own.
+            # Prompts only belongs to all maps, so it has no name of its own.
             name = CONTROLS.get(r["transfer"]) or (map_of(r) if r["latent_steps"] else "")
             name = ", ".join([name] * bool(name) + unusual(r, varied))
             arms.setdefault((name, r["latent_steps"]), {})[r["id"], r["seed"]] = float(r[field])
@@ -115,7 +115,7 @@ def values_of_arms(
 
 
 def lines_of(points: dict[tuple[str, int], Point]) -> dict[str, list[Point]]:
-    """Return name -> points in order; every map's line begins with prompts only."""
+    """Return name -> points in order. The line of each map begins with prompts only."""
     controls = tuple(CONTROLS.values())
     maps = sorted({name for name, count in points if count and not name.startswith(controls)})
     lines: dict[str, list[Point]] = {}
@@ -126,12 +126,12 @@ def lines_of(points: dict[tuple[str, int], Point]) -> dict[str, list[Point]]:
 
 
 def map_of(r: Record) -> str:
-    """Return the kind of map of a record."""
+    """Return the kind of map in a record."""
     return r["align"] or "ridge"
 
 
 def unusual(r: Record, varied: Sequence[str]) -> list[str]:
-    """Return the rarer settings that distinguish this picture's arms, in words."""
+    """Return texts of the less common settings that distinguish the arms of a picture."""
     said = {
         "team": r.get("team") or "",
         "transfer": "last memory only" if r.get("transfer") == "last" else "",
@@ -143,17 +143,17 @@ def unusual(r: Record, varied: Sequence[str]) -> list[str]:
 
 
 def varied_settings(found: Sequence[Record]) -> list[str]:
-    """Return the names of the rarer settings that have several values among the records."""
+    """Return the names of the less common settings that have several values in the records."""
     latent = [r for r in found if r["method"] == "latent_mas"]
     names = ("team", "transfer", "layout", "close", "prefix")
     return [name for name in names if len({json.dumps(r.get(name)) for r in latent}) > 1]
 
 
 def paired_point(values: Values, others: Values) -> Point:
-    """Return the paired difference of two arms. Raises ValueError if they share no question."""
+    """Return the paired difference of two arms. Raises ValueError without a common question."""
     line = paired(values, others)
     if line is None:
-        raise ValueError("found arms without a question and seed in common, expected the same ones")
+        raise ValueError("found arms without a common question and seed, expected the same ones")
     point = {name: line[name] for name in ("n", "low", "high", "p")}
     return point | {"y": line["mean"]}
 
@@ -171,7 +171,7 @@ def share_point(values: Values) -> Point:
 def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM8K") -> Figure:
     """Return accuracy, generated tokens and seconds of each arm, and the paper's table if given.
 
-    Raises ValueError if no answer is graded, or the table lacks the task.
+    Raises ValueError if no answer is graded, or if the paper's table does not have the task.
     """
     varied = varied_settings(found)
     graded = [r | {"arm": label(r, varied)} for r in found if r["metric"] == "accuracy"]
@@ -196,7 +196,7 @@ def costs(found: Sequence[Record], paper: Record | None = None, task: str = "GSM
 
 
 def paper_points(paper: Record, task: str) -> list[Point]:
-    """Return the points of the paper's table for one task. Raises ValueError if it is not there."""
+    """Return the points of the paper's table for one task. Raises ValueError if it is missing."""
     try:
         table = paper["sequential"][task]
     except KeyError as error:
@@ -213,7 +213,7 @@ def paper_points(paper: Record, task: str) -> list[Point]:
 
 
 def label(r: Record, varied: Sequence[str]) -> str:
-    """Return what an arm is, from its settings: runs may give different arms the same name."""
+    """Return a name from the settings of an arm, because runs may give different arms one name."""
     parts = [str(r["method"])]
     if r["samples"] > 1:
         parts.append(f"vote of {r['samples']}")
@@ -230,10 +230,10 @@ def label(r: Record, varied: Sequence[str]) -> str:
 
 
 def forest(found: Sequence[Record]) -> Figure:
-    """Return an audit's paired differences, and its verdict.
+    """Return the paired differences of an audit, and its verdict.
 
-    They are of the loss to prompts only, and of accuracy to no memory. Raises ValueError for
-    another run.
+    Losses are compared with prompts only, and accuracies with none. Raises ValueError if the run is
+    not an audit.
     """
     if not all(r["arm"].startswith(f"{r['metric']}: ") for r in found):
         raise ValueError(f"found the arm {found[0]['arm']!r}, expected a run with --audit")
@@ -247,19 +247,19 @@ def forest(found: Sequence[Record]) -> Figure:
         if other == panels[metric]["against"]:
             panels[metric]["arms"][arm] = line
     if not any(panel["arms"] for panel in panels.values()):
-        raise ValueError("found no arm beside prompts only or none, expected a run with --audit")
+        raise ValueError("found no arm to compare with prompts only or none, expected more --arms")
     return {"what": "forest", "panels": panels, "alpha": ALPHA, "verdict": verdict(found)}
 
 
-# -- how thoughts drift, and who reads them -----------------------------------------------------
+# -- how thoughts drift, and the attention on them ----------------------------------------------
 
 
 def drift(found: Sequence[Record]) -> Figure:
-    """Return how alike successive thoughts are, and the attention that all thoughts get.
+    """Return the cosine of successive thoughts and the attention on all thoughts, per arm.
 
-    By arm: the mean cosine of each thought to the one before it, and the share of the last agent's
-    attention on the thoughts of all agents, layer by layer. Raises ValueError for a run without
-    `--lens`.
+    The cosine is that of each thought to the one before it. The attention is the share of the last
+    agent's attention on the thoughts of all agents, per layer. Both are means over the questions.
+    Raises ValueError for a run without `--lens`.
     """
     varied = varied_settings(found)
     arms: Figure = {}
@@ -287,10 +287,10 @@ def drift(found: Sequence[Record]) -> Figure:
 def thoughts(
     lm: LM, questions: Sequence[str], kinds: Sequence[str], count: int, kind: str = "math"
 ) -> Figure:
-    """Return the first agent's `count` thoughts under each map, beside the tokens' embeddings.
+    """Return the first agent's `count` thoughts with each map, and embeddings of tokens.
 
-    All are placed in the plane of the two main directions of embeddings and thoughts together. By
-    step, means over the questions of what `walk` measures.
+    All are projected onto the first two principal directions of embeddings and thoughts together.
+    The measures of `walk` are means over the questions, per step.
     """
     planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
     pair, feeders = Team((planner, last)), Feeders(lm)
@@ -321,9 +321,9 @@ def thoughts(
 
 
 def plane(points: Tensor) -> Callable[[Tensor], list[Any]]:
-    """Return the plane of the two main directions of points (n, D).
+    """Return a function that projects points (…, D) onto a plane.
 
-    It is a function that gives the places in it of points (…, D).
+    The plane has the first two principal directions of `points` (n, D).
     """
     middle = points.mean(0)
     axes = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2].T  # (D, 2)
@@ -336,7 +336,7 @@ def plane(points: Tensor) -> Callable[[Tensor], list[Any]]:
 
 
 def rounded(values: Any) -> Any:
-    """Round every number in nested lists and dicts to five digits."""
+    """Round every number in nested lists and dicts to five significant digits."""
     if isinstance(values, dict):
         return {name: rounded(value) for name, value in values.items()}
     if isinstance(values, list):

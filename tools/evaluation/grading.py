@@ -1,6 +1,6 @@
-"""Grading: the answer in a text, whether it is right, and the text that would be right.
+"""Grade texts: find the answer, check whether it is right, and return the right text.
 
-Does not know: models, how texts come about.
+This module does not use models.
 """
 
 import ast
@@ -14,13 +14,13 @@ from minimas.turns import with_opened_think
 from . import sandbox
 from .rows import Row, kind_of, option_of
 
-Grader = Callable[[Row, str], bool | None]  # None: not graded, as code that may not be run
+Grader = Callable[[Row, str], bool | None]  # None: not graded, like code that must not be run
 
 
 def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
-    """Return whether a text's answer is right, by rules; None for code, which is not run.
+    """Return True if the answer in a text is right, by rules; None for code, which is not run.
 
-    With `verifies`, math-verify compares expressions too.
+    With `verifies`, math-verify also compares expressions.
     """
     kind = kind_of(row)
     if kind == "code":
@@ -29,7 +29,7 @@ def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
 
 
 def grader(may_run: bool, verifies: bool = False) -> Grader:
-    """Return how answers are graded: by rules and, if programs may be run, code by its tests."""
+    """Return a grader that uses rules and, if programs may be run, runs the tests of code."""
 
     def graded(row: Row, text: str) -> bool | None:
         if may_run and kind_of(row) == "code":
@@ -40,7 +40,7 @@ def grader(may_run: bool, verifies: bool = False) -> Grader:
 
 
 def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None, bool | None]:
-    """Return the answer in a text that followed `prompt`, and whether it is right."""
+    """Return the answer in a text that was generated after `prompt`, and whether it is right."""
     said = with_opened_think(prompt, text)
     return extract(kind_of(row), said, row.get("choices")), grader(row, said)
 
@@ -49,7 +49,7 @@ def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None,
 
 
 def gold_text(row: Row) -> str:
-    """Return what the last agent should generate: the solution, or the boxed letter of a choice."""
+    """Return the right text: the solution, or the boxed letter of the right option."""
     if kind_of(row) == "choice":
         return boxed(right_letter(row))
     return str(row.get("solution") or row["answer"])
@@ -61,9 +61,9 @@ def right_letter(row: Row) -> str:
 
 
 def option_texts(row: Row) -> dict[str, str]:
-    """Return each option's letter -> the text that chooses it.
+    """Return letter -> the text that chooses the option.
 
-    It is the boxed letter, or the boxed option if the options are not shown.
+    It is the boxed letter, or the boxed text of the option if the options are not shown.
     """
     shown = kind_of(row) == "choice"
     options = row.get("choices") or {}
@@ -71,7 +71,7 @@ def option_texts(row: Row) -> dict[str, str]:
 
 
 def boxed(text: str) -> str:
-    """Return a text in LaTeX's box."""
+    r"""Return a text in \boxed{…}."""
     return rf"\boxed{{{text}}}"
 
 
@@ -79,11 +79,11 @@ def boxed(text: str) -> str:
 
 
 def code_program(row: Row, text: str) -> str:
-    """Return one program: the code in the answer `text`, then the row's tests.
+    """Return one program: the code in the answer `text`, followed by the tests of the row.
 
-    The answer is right if the program runs to its end. A question of HumanEval is a program too,
-    with imports and helpers that answers leave out; it comes first. A text without a program adds
-    nothing, and the tests fail.
+    The answer is right if the program runs to its end. A question of HumanEval is placed before the
+    answer, because it has imports and helpers that answers leave out. If the text has no program,
+    the tests fail.
     """
     future_imports, code = hoisted(tested_code(row, text))
     parts = [code, "\n".join(row.get("test_imports", [])), row["tests"]]
@@ -93,15 +93,15 @@ def code_program(row: Row, text: str) -> str:
             parts[0] = textwrap.indent(code, "    ")
         parts.insert(0, row["question"])
     program = "\n\n".join([future_imports, *parts])
-    # A bug of the data set: the test of HumanEval/32 unpacks the answer, and no program passes.
+    # The data set has a bug: the test of HumanEval/32 unpacks the answer, so no program passes it.
     return program.replace("_poly(*candidate(*inp), inp)", "_poly(*inp, candidate(*inp))")
 
 
 def tested_code(row: Row, text: str) -> str:
-    """Return the program in a text, "" without one.
+    """Return the program in a text, or "" if there is none.
 
-    If it defines nothing that the tests name, as an example of another function does, a program
-    that ends before it and does define something of that kind comes first.
+    A program that defines a name from the tests is preferred, even if another program follows it in
+    the text, such as an example of another function.
     """
     wanted = re.findall(r"\w+", str(row.get("entry_point", row["tests"])))
     ends = [fence.start() for fence in re.finditer(r"(?m)^.*(?:```|~~~)", text)]
@@ -110,14 +110,14 @@ def tested_code(row: Row, text: str) -> str:
 
 
 def defines(code: str, *names: str) -> bool:
-    """Return whether a program defines one of the names as a function, a class or a variable."""
+    """Return True if a program defines one of `names` as a function, a class or a variable."""
     return not set(re.findall(r"(?m)^(?:(?:async )?def |class )?(\w+) *[(:=]", code)).isdisjoint(
         names
     )
 
 
 def hoisted(code: str) -> tuple[str, str]:
-    """Return a program's imports from __future__, which must be first, and the program without."""
+    """Return the imports from __future__, which must come first, and the program without them."""
     try:
         nodes = ast.parse(code).body
     except (SyntaxError, ValueError):
@@ -132,7 +132,7 @@ def hoisted(code: str) -> tuple[str, str]:
 
 
 def compiles(program: str) -> bool:
-    """Return whether a text is valid Python."""
+    """Return True if a text is valid Python."""
     try:
         compile(program, "question", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):

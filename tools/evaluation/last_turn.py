@@ -1,7 +1,7 @@
-"""The moment before the last agent's turn, when all the others have worked.
+"""The state of a call before the last agent's turn, when all other agents have finished.
 
-This is the only file of tools/evaluation that uses how `minimas.agents` splits a call into the
-others' work and the last agent's turn. Does not know: arms, rows, files.
+This is the only file of tools/evaluation that depends on how `minimas.agents` splits a call into
+the turns of the other agents and the last agent's turn. It does not use arms, rows or files.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from .layouts import Variant
 
 
 class PrefillOnce:
-    """What was prefilled into an empty KV cache, for several runs.
+    """Prompts that were prefilled into an empty KV cache, to be shared by several runs.
 
-    Runs with the same questions and another map or number of thoughts begin with equal prompts.
-    Only the clock can tell the difference.
+    Runs on the same questions with different maps or numbers of thoughts begin with equal prompts.
+    Sharing changes only the measured time.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class PrefillOnce:
 
 @dataclass
 class SharingRun(Run):
-    """A run that takes its first prompts from what others with the same `once` have prefilled."""
+    """A run that reuses first prompts which other runs with the same `once` have prefilled."""
 
     once: PrefillOnce | None = None
 
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
-        """Return each row's last state (R, 1, D) and the KV cache to continue from."""
+        """Return the last hidden state of each row (R, 1, D), and the KV cache to continue from."""
         if self.once is None or any(cache.lengths):
             return super().prefill(ids, cache)
         key = tuple(map(tuple, ids))
@@ -53,12 +53,12 @@ class SharingRun(Run):
 
 @dataclass
 class VariantRun(LatentRun, SharingRun):
-    """A run of `latent_mas` whose prompts may stand in a layout of measurements."""
+    """A run of `latent_mas` that can use one of the layouts for measurements."""
 
     variant: Variant | None = None
 
     def layouts(self, team: Team) -> list[ChatLayout]:
-        """Return where the team's prompts stand in the conversation, for every question."""
+        """Return the layout of the team's prompts in the conversation, one per question."""
         library = super().layouts(team)
         if self.variant is None:
             return library
@@ -73,17 +73,17 @@ def latent_turn(
     on_event: OnEvent | None = None,
     **settings: Any,
 ) -> "LastTurn":
-    """Let every agent but the last work, as in `latent_mas`, which names the settings.
+    """Run every agent except the last one, as `latent_mas` does. `settings` are its parameters.
 
-    With `handed` no agent works: the last one gets what that turn's agents handed over, one row
-    per question.
+    With `handed` no agent runs: the last agent gets the KV cache that was handed over in that turn,
+    one row per question.
     """
     run = VariantRun(lm, questions, **settings)
     if handed is None:
         working = run.rotated() if run.transfer == "shuffled" else run
         given = finish(hand_over(working), on_event)
     else:
-        assert handed.given is not None, "a text agent hands no KV cache over"
+        assert handed.given is not None, "text agents do not hand over a KV cache"
         given = handed.given
     return LastTurn(run.last_turn(given), given, on_event)
 
@@ -95,7 +95,7 @@ def text_turn(
     on_event: OnEvent | None = None,
     **settings: Any,
 ) -> "LastTurn":
-    """Let every agent but the last work, as in `text_mas`; with `team` None as in `single`."""
+    """Run every agent except the last one, as `text_mas` does, or as `single` if `team` is None."""
     run = SharingRun(lm, questions, **settings)
     chosen = choose_team(lm, team) if team else single_team(lm)
     return LastTurn(finish(hand_over_text(run, chosen), on_event), None, on_event)
@@ -104,7 +104,7 @@ def text_turn(
 class LastTurn:
     """The last agent, its prompts and the KV cache that it gets, one row per question.
 
-    Use `answer` or `losses` once; they use the cache up.
+    Call `answer` or `losses` only once, because they append to the cache.
     """
 
     def __init__(
@@ -121,21 +121,22 @@ class LastTurn:
         self.held = slots(turn.cache)  # per question, before the turn
         self.prompts: list[Turn] = turn.prompts
         self.agent: Agent = turn.agent
-        # The run whose agents have made the KV cache, which may be one on other questions.
+        # The run whose agents made the KV cache. In the shuffled arm it has other questions.
         self.handed_by = given.run if given and isinstance(given.run, LatentRun) else None
         self.latent_steps: int = turn.steps
 
     def traces(self, question: int) -> list[AgentTrace]:
-        """Return the traces of the agents that have worked on one question, in order."""
+        """Return the traces of the agents that have finished one question, in order."""
         count = len(self.prompts)
         return [trace for turn in self.turn.turns for trace in turn.traces[question::count]]
 
     def parts(self, question: int = 0) -> list[tuple[int, str, int, int]]:
-        """Return (agent's number, "prompt" | "thoughts" | "text", first slot, slot after it).
+        """Return the parts of the KV cache that the last agent gets for one question, in order.
 
-        They are the parts of the KV cache that the last agent gets for one question, in order, and
-        only those with slots. What all agents have in common belongs to the first one's prompt,
-        and the tokens that close a turn to no part. [] where no KV cache is handed over.
+        A part is (index of the agent, "prompt" | "thoughts" | "text", first slot, end slot). Parts
+        without slots are left out. The beginning that all agents share belongs to the prompt of the
+        first one. Tokens that close a turn belong to no part. Returns [] if no KV cache is handed
+        over.
         """
         held = self.held[question]
         run, traces = self.handed_by, self.traces(question)
@@ -143,7 +144,7 @@ class LastTurn:
             return []
         whole = run.transfer != "latents"
         closing = self.closing_tokens if whole and run.closes_turns else 0
-        shared = self.given.head[question] if run.resolved_team.parallel else 0  # is there once
+        shared = self.given.head[question] if run.resolved_team.parallel else 0  # is stored once
         first = len(traces) - 1 if run.transfer == "last" else 0
         parts, end = list[tuple[int, str, int, int]](), held
         for agent in reversed(range(first, len(traces))):
@@ -162,20 +163,21 @@ class LastTurn:
         return parts[::-1]
 
     def answer(self) -> list[Result]:
-        """Let the last agent answer."""
+        """Return the results after the last agent has generated its answers."""
         return finish(self.turn.answer(), self.on_event)
 
     def losses(
         self, texts: Sequence[Sequence[str]], memory: KVCache | None = None
     ) -> list[list[Loss]]:
-        """Return the loss of each question's texts, as what the last agent would generate.
+        """Return the loss of each of `texts` as the answer of the last agent, per question.
 
-        `memory` replaces the KV cache that it gets.
+        `memory` replaces the KV cache that the last agent gets.
         """
         turn = self.turn if memory is None else self.turn._replace(cache=memory)
         hidden, cache = turn.prefill()
-        # All first texts are one batch, then all second ones: short options would be padded
-        # otherwise. A question with fewer texts repeats its last one.
+        # The first texts of all questions are one batch, then the second texts, and so on. In one
+        # batch, short options would be padded to the length of the solution. A question with fewer
+        # texts repeats its last one.
         columns = []
         for i in range(max(map(len, texts))):
             column = [own[min(i, len(own) - 1)] for own in texts]
@@ -185,5 +187,5 @@ class LastTurn:
 
 
 def slots(memory: KVCache) -> list[int]:
-    """Return how many slots each row of a KV cache holds."""
+    """Return the number of slots of each row of a KV cache."""
     return list(memory.lengths)

@@ -1,19 +1,20 @@
-"""Layouts to compare with "turn" and "chat": where thoughts start, and what follows them.
+"""Layouts that differ from "turn" and "chat" in where thoughts start or in what follows them.
 
-They say why the layout matters (docs/results.md). They are for measurements only and for ChatML
-models. U is the user's text, A the assistant header, ⟨t⟩ are thoughts, and E ends a turn:
+They show why the layout matters (docs/results.md), and are for measurements with ChatML models
+only. U is the user's text, A the assistant header, ⟨t⟩ stands for thoughts, and E ends a turn:
 
     chat              system U1 E A ⟨t⟩ E  U2 E A ⟨t⟩ E  …               (the library's)
     chat:systems      system U1 E A ⟨t⟩ E  system U2 E A ⟨t⟩ E  …        (the authors')
     chat:sentence     as chat, with a fixed sentence between ⟨t⟩ and E
-    chat:user-end     as chat, with ⟨t⟩ at the end of U: the assistant turns are empty
-    chat:users        as chat:user-end, without assistant turns before the last agent's
-    chat:lead         as chat, and the last agent's answer begins with a given sentence
+    chat:user-end     as chat, with ⟨t⟩ at the end of U; the assistant turns are empty
+    chat:users        as chat:user-end, without assistant turns before the last agent's turn
+    chat:lead         as chat; the last agent's answer begins with a fixed sentence
     turn              system U: P1 ⟨t⟩ P2 ⟨t⟩ … E A                      (the library's)
-    turn:lead         as turn, and the last agent's answer begins with a given sentence
+    turn:lead         as turn; the last agent's answer begins with a fixed sentence
     assistant         system U E A "Plan:" ⟨t⟩ "Check of the plan:" ⟨t⟩ … "Solution:"
 
-Turns that stay open are `chat` with `--close no`. Does not know: models, arms, files.
+For turns that are not closed, use `chat` with `--close no`. This module does not use models, arms
+or files.
 """
 
 from dataclasses import dataclass, replace
@@ -28,14 +29,14 @@ HEADINGS = ("Plan:", "\nCheck of the plan:", "\nBetter plan:", "\nSolution, step
 
 
 class Systems(ChatLayout):
-    """Chat turns that are each rendered alone, with the template's own system message."""
+    """Chat turns that are rendered separately, each with the system message of the template."""
 
     def prompt(self, agent: int, first: bool) -> Turn:
         return super().prompt(agent, first=True)
 
 
 class Sentence(ChatLayout):
-    """Chat turns in which a fixed sentence follows the thoughts."""
+    """Chat turns with a fixed sentence after the thoughts."""
 
     closes_turns = False
 
@@ -45,7 +46,7 @@ class Sentence(ChatLayout):
 
 
 class UserEnd(ChatLayout):
-    """Chat turns whose thoughts follow the user's text; an empty assistant turn comes after."""
+    """Chat turns with the thoughts at the end of the user's text, then an empty assistant turn."""
 
     closes_turns = False
     assistant_turns = True
@@ -63,13 +64,13 @@ class UserEnd(ChatLayout):
 
 
 class Users(UserEnd):
-    """The same without the empty assistant turns."""
+    """The same as `UserEnd` without the empty assistant turns."""
 
     assistant_turns = False
 
 
 class OneAssistantTurn(ChatLayout):
-    """One assistant turn after the single agent's prompt; each agent has a heading in it."""
+    """One assistant turn after the prompt of the last agent, with a heading for each agent."""
 
     closes_turns = False
 
@@ -81,14 +82,14 @@ class OneAssistantTurn(ChatLayout):
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout of measurements: its form, the team's own layout, and how the answer begins."""
+    """A layout for measurements: its class, the library's layout, and the start of the answer."""
 
     form: type[ChatLayout]
     base: str = "chat"
     lead: str = ""
 
     def team(self, team: Team) -> Team:
-        """Return the team in the layout on which the variant builds."""
+        """Return the team in the library's layout that the variant modifies."""
         *before, last = team.agents
         agents = (*before, replace(last, prefix=self.lead)) if self.lead else team.agents
         return replace(team, layout=self.base, agents=agents)

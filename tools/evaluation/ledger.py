@@ -1,12 +1,11 @@
-"""The files of results in a run's folder: how they are written, checked, and continued.
+"""Write, check and continue the files of results in a run's folder.
 
 `results.jsonl` (`results-rankR.jsonl` for rank R of several) starts with a head, which is a record
-without `id` that holds every setting. One line follows for each question of each unit. A unit is
-one batch under one arm and seed; it is written at once, flushed and synced. A killed process leaves
-at most one incomplete unit, at the end; it is cut off and computed again. Anything else that is not
-as expected is refused, naming file and line.
-
-Does not know: what a unit computes.
+without `id` that has all settings. One line follows for each question of each unit. A unit is one
+batch of questions with one arm and one seed. It is written and synced as a whole. A killed process
+leaves at most one incomplete unit, at the end of the file. That unit is removed and computed again.
+Any other unexpected content raises an error that names the file and the line. This module does not
+depend on what a unit computes.
 """
 
 import contextlib
@@ -22,30 +21,30 @@ Record = dict[str, Any]
 
 
 class Key(NamedTuple):
-    """One unit: a batch by its number, an arm by its name, a seed."""
+    """The key of a unit: the number of the batch, the name of the arm, and the seed."""
 
     batch: int
     arm: str
     seed: int
 
 
-Units = Mapping[Key, Sequence[str]]  # the ids of each unit's questions, in the order of computation
+Units = Mapping[Key, Sequence[str]]  # the question ids of each unit, in the order of computation
 
-# Types of the fields that are counted and compared, in a record that has them.
+# Types of the fields that are added up or compared, if a record has them.
 NUMBERS = ("read", "thought", "written", "seconds", "memory_bytes", "nll")
 FIELD_TYPES: dict[str, Any] = dict.fromkeys(NUMBERS, int | float)
 FIELD_TYPES |= {"correct": bool | None, "text": str, "agents": list}
 
 
 def files(folder: Path) -> list[Path]:
-    """Return all files of results of a folder."""
+    """Return all result files of a folder."""
     return sorted(folder.glob("results*.jsonl"))
 
 
 def read_head(path: Path) -> Record | None:
     """Return the head of a file, or None if it was not written completely.
 
-    Raises ValueError for another first line.
+    Raises ValueError if the first line is not a head.
     """
     with path.open("rb") as file:
         line = file.readline()
@@ -59,7 +58,7 @@ def read_head(path: Path) -> Record | None:
 
 
 def check_settings(path: Path, settings: Record) -> None:
-    """Raise ValueError naming the first setting that differs from the one in a file's head."""
+    """Raise ValueError naming the first setting that differs from the head of a file."""
     head = read_head(path)
     if head is None:
         return
@@ -70,14 +69,14 @@ def check_settings(path: Path, settings: Record) -> None:
         is_flag = name in head.get("arguments", {})
         flag = f"{name} (--{name.replace('_', '-')})" if is_flag else name
         old, new = (json.dumps(x.get(name), ensure_ascii=False)[:80] for x in (found, settings))
-        problem = f"found {old}, expected {new}; other settings need another --out"
+        problem = f"found {old}, expected {new}; use another --out for other settings"
         raise ValueError(f"{path}: line 1: {flag}: {problem}")
 
 
 def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
-    """Return the complete units, as their records, and how many bytes end with the last one.
+    """Return the records of the complete units, and the number of bytes up to their end.
 
-    Raises ValueError naming the line of a record that is not expected there.
+    Raises ValueError naming the line of an unexpected record.
     """
     done: list[list[Record]] = []
     unit: list[Record] = []
@@ -85,7 +84,7 @@ def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
     end = 0
     for number, start, line in numbered_lines(path):
         if not line.endswith(b"\n"):
-            break  # the process was killed while it wrote this line
+            break  # the process was killed while writing this line
         record = parsed(path, number, line)
         if number == 1:
             end = start + len(line)
@@ -106,14 +105,14 @@ def whole_units(path: Path, units: Units) -> tuple[list[list[Record]], int]:
 def check_record(
     record: Record, key: Key, unit: Sequence[Record], units: Units, seen: set[Key]
 ) -> None:
-    """Raise ValueError if a record cannot follow the first records of its unit.
+    """Raise ValueError if a record cannot follow `unit`, the first records of its unit.
 
-    `key` is the record's own, `seen` are the keys of the complete units before.
+    `key` is the key in the record; `seen` has the keys of the complete units before it.
     """
     if not isinstance(key.arm, str) or type(key.batch) is not int or type(key.seed) is not int:
-        raise ValueError(f"found {tuple(key)}, expected a batch's number, an arm, a seed")
+        raise ValueError(f"found {tuple(key)}, expected the number of a batch, an arm and a seed")
     if not unit and (key not in units or key in seen):
-        why = "a second time" if key in seen else "which is no part of this run"
+        why = "a second time" if key in seen else "which is not part of this run"
         raise ValueError(f"found {tuple(key)} {why}, expected another batch, arm and seed")
     unit_key = key_of(unit[0]) if unit else key
     expected = units[unit_key][len(unit)]
@@ -125,9 +124,9 @@ def check_record(
 
 
 def whole_lines(path: Path) -> Iterator[Record]:
-    """Yield a file's records after its head, without a last line that is still being written.
+    """Yield the records of a file after its head, without an incomplete last line.
 
-    Raises ValueError naming a bad line.
+    Raises ValueError naming a line that is not a JSON object.
     """
     for number, _, line in numbered_lines(path):
         if number > 1 and line.endswith(b"\n"):
@@ -135,7 +134,7 @@ def whole_lines(path: Path) -> Iterator[Record]:
 
 
 def key_of(record: Record) -> Key:
-    """Return the key of the unit that a record says it belongs to."""
+    """Return the key of the unit to which a record belongs."""
     return Key(record.get("batch", -1), record.get("arm", ""), record.get("seed", -1))
 
 
@@ -148,23 +147,22 @@ def all_records(folder: Path, units: Units) -> list[Record]:
 
 
 def take_up(folder: Path, settings: Record, units: Units) -> tuple[set[Key], dict[str, int]]:
-    """Cut incomplete units off all files of a folder.
+    """Remove incomplete units from the ends of all files of a folder.
 
-    Returns the keys of the complete ones, and how many bytes each file has, by its name. Raises
-    ValueError for files of other settings, or with a line that is not as expected; then nothing is
-    cut.
+    Returns the keys of the complete units, and the size of each file in bytes, by file name. Raises
+    ValueError for a file with other settings or with an unexpected line; then no file is changed.
     """
     ends: dict[str, int] = {}
     done: set[Key] = set()
-    # Locked before they are read: a unit that another process appends after the reading would be
-    # cut off.
+    # The files are locked before they are read. Otherwise a unit that another process appends after
+    # the reading would be removed.
     with locked(folder) as opened:
         for path in opened:
             check_settings(path, settings)
             complete, ends[path.name] = whole_units(path, units)
             keys = {key_of(unit[0]) for unit in complete}
             if twice := keys & done:
-                problem = f"found {tuple(min(twice))}, which is in another file of the folder too"
+                problem = f"found {tuple(min(twice))}, which another file of the folder has too"
                 raise ValueError(f"{path}: {problem}")
             done |= keys
         for path, file in opened.items():
@@ -173,14 +171,14 @@ def take_up(folder: Path, settings: Record, units: Units) -> tuple[set[Key], dic
 
 
 class Ledger:
-    """A file of results that is open for appending. A second process that opens it is refused."""
+    """A result file that is open for appending by one process. For a second one, opening fails."""
 
     def __init__(self, path: Path, head: Record, size: int | None = None) -> None:
-        """Open a file, and write `head` if it is new. Raises ValueError, OSError.
+        """Open a file, and write `head` if the file is new.
 
-        `size` in bytes is that of the file when it was taken up (None: not known). If it is another
-        one now, a process has written units that the caller does not know, and ValueError is
-        raised.
+        `size` is the size in bytes that `take_up` returned for the file (None: not known). Raises
+        ValueError if the file has another size, because then another process has added units, and
+        if it is locked. Raises OSError if the file cannot be written.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,19 +188,19 @@ class Ledger:
             lock(path, self._file)
             found = self._file.seek(0, os.SEEK_END)  # others may have written before the lock
             if size is not None and found != size:
-                problem = f"found {found} bytes, expected {size}: another process has written here"
-                raise ValueError(f"{path}: {problem}; the same command goes on")
+                problem = f"found {found} bytes, expected {size}: another process has written to it"
+                raise ValueError(f"{path}: {problem}; run the same command again to continue")
             if found == 0:
                 self.append([head])
-                folder = os.open(path.parent, os.O_RDONLY)  # it holds the name of the new file
+                folder = os.open(path.parent, os.O_RDONLY)  # sync the file's name too
                 os.fsync(folder)
                 os.close(folder)
             if_it_fails.pop_all()
 
     def append(self, unit: Sequence[Record]) -> None:
-        """Write one unit's records, all or none, and return when they are on the disk.
+        """Write all records of one unit or none, and wait until they are on the disk.
 
-        Raises OSError, which says so if the disk is full.
+        Raises OSError if they cannot be written, for example because the disk is full.
         """
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in unit]
         view = memoryview("".join(lines).encode(errors="surrogatepass"))
@@ -214,7 +212,7 @@ class Ledger:
         except OSError as error:
             self._file.truncate(before)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                problem = f"{self.path}: the disk is full; what was done before is kept"
+                problem = f"{self.path}: the disk is full; earlier results are kept"
                 raise OSError(error.errno, problem) from error
             raise
 
@@ -224,17 +222,17 @@ class Ledger:
 
 
 def check_can_lock() -> None:
-    """Raise OSError where files cannot be locked, as on Windows."""
+    """Raise OSError if files cannot be locked, as on Windows."""
     if find_spec("fcntl") is None:
-        problem = "found no module fcntl, which locks the files of results"
+        problem = "found no module fcntl, which is needed to lock the result files"
         raise OSError(f"{problem}, expected Linux, macOS, or WSL on Windows")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[Mapping[Path, IO[bytes]]]:
-    """Lock all files of results of a folder within a block, and yield them open.
+    """Open and lock all result files of a folder during a `with` block.
 
-    Raises ValueError if one is locked.
+    Raises ValueError if a file is already locked.
     """
     with contextlib.ExitStack() as held:
         opened = {path: held.enter_context(path.open("r+b")) for path in files(folder)}
@@ -244,21 +242,21 @@ def locked(folder: Path) -> Iterator[Mapping[Path, IO[bytes]]]:
 
 
 def lock(path: Path, file: IO[bytes]) -> None:
-    """Lock an open file of results until it is closed. Raises ValueError if it is locked."""
-    import fcntl  # Windows has none, see `check_can_lock`
+    """Lock an open result file until it is closed. Raises ValueError if it is already locked."""
+    import fcntl  # does not exist on Windows, see `check_can_lock`
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        problem = "another process is writing here, expected one at a time"
+        problem = "another process is writing to it, expected one at a time"
         raise ValueError(f"{path}: {problem}") from error
     if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        # What is written to the replaced file would be lost.
+        # Records written to the replaced file would be lost.
         raise ValueError(f"{path}: another process has replaced it, expected one at a time")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (number from 1, first byte, bytes with the line's end) of every line."""
+    """Yield (number from 1, offset of the first byte, bytes with the newline) for every line."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -267,7 +265,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parsed(path: Path, number: int, line: bytes) -> Record:
-    """Return the object in a line. Raises ValueError naming the line."""
+    """Return the JSON object in a line. Raises ValueError naming the line if there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

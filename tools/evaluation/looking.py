@@ -1,15 +1,16 @@
-"""What --lens adds to the records of a batch. An agent of a record then has two more fields:
+"""Add thoughts and attention to the records of a batch, for --lens.
+
+Each agent of a record gets two more fields:
 
     thoughts     one object per thought: the likeliest tokens and their probabilities, entropy,
                  norm, and cosines, as in `minimas.lens.ThoughtView`
-    attention    part of its work ("prompt", "thoughts", "text") -> the share of the last agent's
-                 attention: a list of layers, each a list of key-value heads
+    attention    part of the agent's turn ("prompt", "thoughts", "text") -> the share of the last
+                 agent's attention, as a list of layers, each a list of key-value heads
 
-The attention is a mean over the tokens of the last agent's prompt and of what follows: the text
-that it has generated or, of the metric nll, the gold solution. What is missing to 1 is attention to
-the last agent's own turn. Numbers have four digits. Nothing is added where no agent thinks.
-
-Does not know: arms, files of results.
+The attention is a mean over the tokens of the last agent's prompt and of the text after it, which
+is the generated text or, for the metric nll, the gold solution. The remaining attention, up to 1,
+goes to the last agent's own turn. Numbers have four significant digits. If no agent has latent
+steps, nothing is added. This module does not use arms or result files.
 
     S slots   K key-value heads
 """
@@ -26,26 +27,27 @@ from minimas.text.tokenizer import Turn
 from .attention import attention_weights
 from .last_turn import LastTurn
 
-MAX_TOKENS = 512  # of the text after the last prompt: memory grows with tokens × slots
+MAX_TOKENS = 512  # limit of the text after the last prompt; RAM grows with tokens × slots
 Record = dict[str, Any]
 
 
 class Look:
-    """What is to be seen in one call of a method, from the moment before the last agent's turn.
+    """Collects thoughts and attention in one call of a method.
 
-    Nothing is kept and nothing is added if `lens` is None.
+    It is made before the last agent's turn. If `lens` is None, it does nothing.
     """
 
     def __init__(self, last: LastTurn, lens: Lens | None) -> None:
         self.last, self.lens = last, lens
         thought = lens is not None and any(thoughts for _, thoughts in lens.seen)
-        # The last agent's turn uses the KV cache up.
+        # The last agent's turn appends to the KV cache, so a copy is kept.
         self.memory = last.memory.fork() if thought else None
 
     def add_to(self, records: Sequence[Record], texts: Sequence[str]) -> None:
-        """Add thoughts and attention to the agents of each question's record.
+        """Add thoughts and attention to the agents in the record of each question.
 
-        `texts` are what follows the last agent's prompts. What the lens has seen is used up.
+        `texts` are the texts after the last agent's prompts. The states that the lens has kept are
+        removed from it.
         """
         if self.lens is None:
             return
@@ -70,10 +72,10 @@ class Look:
 def attention_by_head(
     last: LastTurn, memory: KVCache, text: str, question: int = 0, limit: int | None = None
 ) -> Tensor:
-    """Return how much the last agent attends to each slot of one question: (layers, K, S).
+    """Return the attention of the last agent on each slot of one question, (layers, K, S).
 
-    It prefills its prompt and, after that, the first `limit` tokens of `text` (None: all). The
-    weights are means over all these tokens and over the query heads that share a key-value head.
+    The prompt of the last agent and the first `limit` tokens of `text` (None: all) are prefilled.
+    The weights are means over these tokens and over the query heads that share a key-value head.
     """
     encode = last.tokenizer.encode_turn
     ids = encode(last.prompts[question]) + encode(Turn(text, ((0, len(text)),)))[:limit]
@@ -88,5 +90,5 @@ def plain(thought: ThoughtView) -> Record:
 
 
 def rounded(value: float) -> float:
-    """Return a number with four digits."""
+    """Return a number rounded to four significant digits."""
     return float(f"{value:.4g}")

@@ -1,10 +1,12 @@
-"""Diagnostics of an audit, which look into a memory: attention, transplants, geometry.
+"""Diagnose an audit: attention, transplants and geometry.
 
-    attention      how much the last agent attends to each part of the memory
-    transplant     the loss with the thoughts of one memory put into another
-    geometry       norms and cosines of the thoughts themselves
+Three diagnostics show what is in the KV cache of the last agent, and what has an effect:
 
-Does not know: records, statistics, files.
+    attention      attention of the last agent on each part of its KV cache
+    transplant     the loss after the thoughts of one KV cache were copied into another
+    geometry       norms and cosines of the thoughts
+
+This module does not use records, statistics or files.
 
     B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
 """
@@ -25,8 +27,8 @@ from .grading import gold_text
 from .last_turn import LastTurn, slots
 from .looking import attention_by_head
 
-HOST = "pause"  # the map of the transplant's host: as many slots, without a thought in them
-MAX_QUESTIONS = 4  # that are diagnosed
+HOST = "pause"  # the map of the host of a transplant; its slots do not depend on hidden states
+MAX_QUESTIONS = 4  # questions that are diagnosed
 Record = dict[str, Any]
 
 
@@ -34,24 +36,24 @@ Record = dict[str, Any]
 
 
 def attention(last: LastTurn, gold: str) -> dict[str, list[float]]:
-    """Return how much the last agent attends to each part of its memory, for a single question.
+    """Return the attention of the last agent on each part of its KV cache, for a single question.
 
-    Returns part -> share of each layer, means over heads, see `attention_by_head`. The rest, up to
-    1, is attention to its own turn.
+    Returns part -> share per layer, a mean over heads (see `attention_by_head`). The remaining
+    attention, up to 1, goes to the last agent's own turn.
     """
     weights = attention_by_head(last, last.memory, gold).mean(1)  # (layers, S)
     return {name: weights[:, start:end].sum(-1).tolist() for name, start, end in segments(last)}
 
 
 def segments(last: LastTurn) -> list[tuple[str, int, int]]:
-    """Return (part, first slot, slot after it) of a full memory, for a single question.
+    """Return (part, first slot, end slot) of a full KV cache, for a single question.
 
-    The parts are each agent's prompt, thoughts and generated text. Raises ValueError if the memory
-    has other slots.
+    The parts are the prompt, the thoughts and the generated text of each agent. Raises ValueError
+    if the cache is not full, that is, if slots were removed from it.
     """
     transfer = last.handed_by.transfer if last.handed_by else None
     if transfer not in ("full", "shuffled"):
-        raise ValueError(f"transfer: found {transfer!r}: only a full memory has parts")
+        raise ValueError(f"transfer: found {transfer!r}, expected full or shuffled")
     names = [trace.name for trace in last.traces(0)]
     return [(f"{names[agent]}: {what}", start, end) for agent, what, start, end in last.parts()]
 
@@ -64,11 +66,11 @@ def transplant(
 ) -> KVCache:
     """Return a copy of `host` with the `chosen` slots of `donor` in some layers.
 
-    Slots keep their places, so that no key has to move. Raises ValueError if the memories hold
-    different numbers of slots.
+    Slots keep their positions, so no key is rotated. Raises ValueError if the caches have different
+    numbers of slots.
     """
     if slots(host) != slots(donor):
-        problem = f"found {slots(host)} and {slots(donor)} slots, expected the same"
+        problem = f"found {slots(host)} and {slots(donor)} slots, expected equal numbers"
         raise ValueError(f"memories: {problem}")
     new = host.fork()
     for layer in layers:
@@ -78,9 +80,10 @@ def transplant(
 
 
 def transplants(host: LastTurn, donor: LastTurn, gold: str) -> dict[str, float]:
-    """Return the gold NLL of one question with the donor's thoughts in the host's memory.
+    """Return the gold NLL of one question with the donor's thoughts in the host's KV cache.
 
-    They are put into none, all, or some of the layers; "donor" is its own memory.
+    The thoughts are copied in none of the layers ("host"), all, or some of them. "donor" is the
+    donor's own cache.
     """
     thoughts: list[int] = []
     for name, start, end in segments(host):
@@ -105,7 +108,7 @@ def transplants(host: LastTurn, donor: LastTurn, gold: str) -> dict[str, float]:
 
 
 class Tap:
-    """A map that keeps its inputs and outputs: states and thoughts, (B, 1, D) each step."""
+    """A map that keeps its inputs and outputs, states and thoughts, (B, 1, D) per step."""
 
     def __init__(self, align: Callable[[Tensor], Tensor]) -> None:
         self.align = self.drawn = align
@@ -113,7 +116,7 @@ class Tap:
         self.thoughts: list[Tensor] = []
 
     def with_generators(self, generators: Sequence[torch.Generator]) -> "Tap":
-        """Let a map that draws noise draw from one generator per row."""
+        """Return this map after giving its noise, if any, one generator per row."""
         if hasattr(self.align, "with_generators"):
             self.drawn = self.align.with_generators(generators)
         return self
@@ -128,8 +131,8 @@ class Tap:
 def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
     """Return norms and cosines of the n thoughts of all agents, (B, n) each.
 
-    `w_in` (V, D) are the embeddings of the tokens. "successive cosine", to the thought before, is
-    (B, n − 1).
+    `w_in` (V, D) has the embeddings of the tokens. "successive cosine" is the cosine to the thought
+    before, (B, n − 1).
     """
     dtype = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
     states = torch.cat(tap.states, 1).to(dtype)  # (B, n, D)
@@ -148,7 +151,10 @@ def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
 
 
 def geometry(tap: Tap, steps: int, w_in: Tensor) -> dict[str, float | None]:
-    """Return the means of a walk over all thoughts of agents with `steps` each; None: no values."""
+    """Return the means of the measures of `walk` for agents with `steps` thoughts each.
+
+    A mean is None if there are no values.
+    """
     values = walk(tap, w_in)
     following = values["successive cosine"]
     within = [i for i in range(following.shape[1]) if (i + 1) % steps]  # not across agents
@@ -160,9 +166,9 @@ def geometry(tap: Tap, steps: int, w_in: Tensor) -> dict[str, float | None]:
 
 
 def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
-    """Return attention, transplant and geometry on the first questions; {} without thoughts.
+    """Return attention, transplants and geometry on the first questions; {} without thoughts.
 
-    `arms` are an audit's, named "METRIC: NAME". The metric has no effect here.
+    `arms` are the arms of an audit, named "METRIC: NAME". The metric has no effect here.
     """
     latent = {arm.name.split(": ", 1)[1]: arm for arm in arms if arm.method == "latent_mas"}
     full = latent.get("full")
@@ -192,7 +198,7 @@ def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
 
 
 def mean_attention(attended: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Return the means over the questions that have a part, layer by layer."""
+    """Return the mean attention on each part per layer, over the questions that have the part."""
     means = {}
     for name in dict.fromkeys(name for one in attended for name in one):
         layers = [one[name] for one in attended if name in one]
@@ -201,9 +207,10 @@ def mean_attention(attended: Sequence[dict[str, list[float]]]) -> dict[str, list
 
 
 def thoughts_geometry(bench: Bench, arm: Arm, rows: range) -> dict[str, float | None]:
-    """Return the geometry of an arm's thoughts, means over the rows that have a value.
+    """Return the geometry of an arm's thoughts, as means over the rows that have a value.
 
-    Rows whose agents think different numbers of thoughts are left out; {} if no row is left.
+    Rows whose agents have different numbers of latent steps are left out. Returns {} if no row
+    remains.
     """
     w_in = bench.lm.model.model.embed_tokens.weight
     if bench.lm.tokenizer:

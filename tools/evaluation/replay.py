@@ -1,6 +1,6 @@
-"""A finished run again: one question computed and compared, or all texts graded anew.
+"""Check a finished run: compute one question again and compare it, or grade all texts again.
 
-Does not know: the command line.
+This module does not depend on the command line.
 """
 
 import json
@@ -20,9 +20,9 @@ Record = dict[str, Any]
 
 
 def replay(bench: Bench, arms: Sequence[Arm], found: Sequence[Record], id_: str) -> bool:
-    """Compute one question's batches again and print what differs; return whether all is the same.
+    """Compute the batches of one question again, and print the differences.
 
-    Raises ValueError if no record has this id.
+    Returns True if there are none. Raises ValueError if no record has this id.
     """
     by_name = {arm.name: arm for arm in arms}
     before = [record for record in found if str(record["id"]) == id_]
@@ -39,7 +39,7 @@ def replay(bench: Bench, arms: Sequence[Arm], found: Sequence[Record], id_: str)
 
 
 def difference(old: Record, new: Record) -> str | None:
-    """Return the first difference of two records of one question in words, or None."""
+    """Return a text about the first difference of two records of one question, or None."""
 
     def said(where: str, found: Any, expected: Any) -> str:
         return f"differs {where}: found {found!r:.60}, expected {expected!r:.60}"
@@ -60,10 +60,11 @@ def difference(old: Record, new: Record) -> str | None:
 
 
 def regrade(folder: Path, bench: Bench, settings: Record, head: Record, units: Units) -> int:
-    """Grade every text of a run anew and rewrite its files; return how many grades changed.
+    """Grade every text of a run again, and rewrite its files. Returns the number of changed grades.
 
-    Each file is complete or as it was before. `settings` and `head` are those of now; of how texts
-    are graded they replace what the files say. Raises ValueError while a run writes to the folder.
+    An interrupted call leaves each file either rewritten or unchanged. `settings` and `head` are
+    the current ones; their entries on grading replace those in the files. Raises ValueError while a
+    run writes to the folder.
     """
     grading = {name: settings[name] for name in ("run_untrusted_code", "math_verify")}
     rows, changed = {row["id"]: row for row in bench.rows}, 0
@@ -71,10 +72,10 @@ def regrade(folder: Path, bench: Bench, settings: Record, head: Record, units: U
         for path in opened:
             old = (read_head(path) or {"settings": {}})["settings"]
             check_settings(path, settings | {name: old.get(name) for name in grading})
-        all_records(folder, units)  # refuses lines that are not as expected
+        all_records(folder, units)  # raises an error for an unexpected line
         for path in opened:
-            # Not splitlines(), which splits at characters that a text may contain. What follows
-            # the last newline is incomplete and is left out.
+            # splitlines() would also split at other characters that a text may contain. Bytes after
+            # the last newline are an incomplete line, which is left out.
             first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
             first |= {name: head[name] for name in ("code", "math_verify")}
             first["settings"] |= grading
@@ -86,7 +87,7 @@ def regrade(folder: Path, bench: Bench, settings: Record, head: Record, units: U
 
 
 def regraded(bench: Bench, row: Row, record: Record) -> bool:
-    """Grade the text of a row's record anew, in place; return whether the grade changed."""
+    """Grade the text of a record again, in place. Returns True if the grade changed."""
     if record["metric"] != "accuracy" or "votes" in record:
         return False
     prompt = record["agents"][-1]["prompt"]

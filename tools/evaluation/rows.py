@@ -1,12 +1,11 @@
-"""Questions from a JSONL file for an evaluation: what `minimas.rows` reads, with right answers.
+"""Read questions and their right answers from a JSONL file.
 
-A row is {"id", "question", "answer"} and, if present: "solution" (a worked answer, for the loss),
-"choices" (letter -> text), "tests" (a program), "entry_point", "kind", "chance" (the probability
-that a guess is right), "team" (agents for this row alone). The shapes of MBPP+, HumanEval+ and
-GSM8K are accepted too: tests in "answer" or "test_list", "canonical_solution", and an answer that
-is a solution with "#### 9" at its end. Every mistake is named by its line and field.
-
-Does not know: tasks, models, grading.
+A row is read by `minimas.rows` and has "id", "question" and "answer". It may have "solution" (a
+worked answer, for the loss), "choices" (letter -> text), "tests" (a program), "entry_point",
+"kind", "chance" (the probability that a guess is right), and "team" (agents for this row only). The
+formats of MBPP+, HumanEval+ and GSM8K are accepted too: tests in "answer" or "test_list",
+"canonical_solution", and an answer that is a solution with "#### 9" at its end. Errors name the
+line and the field. This module does not use tasks, models or grading.
 """
 
 import json
@@ -27,27 +26,27 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 MAY_NOT_BE_EMPTY = ("id", "answer", "tests")
 TYPE_NAMES = {str: "text", int: "a number", dict: "an object", list: "a list"}
-SHOWN_TESTS = 3  # MBPP+ questions do not name the function; their first tests do
+SHOWN_TESTS = 3  # a question of MBPP+ does not name the function, but its first tests do
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read every row of a JSONL file, checked and in one shape. Empty lines are skipped.
+    """Read and check all rows of a JSONL file, and return them in one format.
 
-    Raises ValueError "FILE: line N: FIELD: found X, expected Y", FileNotFoundError for a missing
-    file.
+    Empty lines are skipped. Raises ValueError with the text "FILE: line N: FIELD: found X, expected
+    Y", and FileNotFoundError if the file is missing.
     """
     path, lines = Path(path), dict[str, int]()
     if not path.exists():
         raise FileNotFoundError(f"{path}: found no such file, expected JSON lines")
     found = rows.read_rows(path)
     sources = enumerate(read_text(path).split("\n"), start=1)
-    numbers = [line for line, source in sources if source.strip()]  # blank lines are no rows
+    numbers = [line for line, source in sources if source.strip()]  # blank lines are not rows
     for i, line in enumerate(numbers):
         try:
             found[i] = checked_row(found[i])
             first = lines.setdefault(found[i]["id"], line)
             if first != line:
-                expected = f"expected it once (first in line {first})"
+                expected = f"expected it only once (it is also in line {first})"
                 raise ValueError(f"id: found {found[i]['id']!r} again, {expected}")
         except ValueError as error:
             raise ValueError(f"{path}: line {line}: {error}") from error
@@ -61,7 +60,7 @@ def wrong(field: str, found: Any, expected: str) -> ValueError:
 
 
 def checked_row(row: Row) -> Row:
-    """Return a row in the one shape that the tools use. Raises ValueError naming the field."""
+    """Return a row in the format of the tools. Raises ValueError naming a wrong field."""
     if "answer" not in row and "tests" not in row:
         raise wrong("answer", None, "text")
     for field, types in FIELD_TYPES.items():
@@ -71,8 +70,8 @@ def checked_row(row: Row) -> Row:
         if field in MAY_NOT_BE_EMPTY and not str(value).strip():
             raise wrong(field, value, "one that is not empty")
     if isinstance(row.get("answer"), Decimal):
-        row["answer"] = f"{row['answer']:f}"  # as it is written, but without an exponent
-    row = json.loads(json.dumps(row, default=float))  # other numbers are as in any JSON
+        row["answer"] = f"{row['answer']:f}"  # with the digits of the file, without an exponent
+    row = json.loads(json.dumps(row, default=float))  # other numbers become int and float
     row["id"] = str(row["id"])
     if kind_of(row) == "choice":
         answer = str(row.get("answer"))
@@ -83,13 +82,13 @@ def checked_row(row: Row) -> Row:
         return code_row(row)
     row["answer"] = str(row["answer"])
     number = NUMBER.fullmatch(row["answer"])
-    if kind_of(row) == "math" and number and number[1]:  # the answer of GSM8K is a solution
+    if kind_of(row) == "math" and number and number[1]:  # in GSM8K the answer is a solution
         row = {"solution": row["answer"]} | row | {"answer": number[2]}
     return row
 
 
 def code_row(row: Row) -> Row:
-    """Return a row of MBPP+ or HumanEval+ with "tests", "answer" and, if known, "solution"."""
+    """Return a row of a programming task with "tests", "answer" and, if known, "solution"."""
     row.setdefault("tests", row.get("answer"))
     row.setdefault("answer", row["tests"])
     if "test_list" in row:
@@ -103,9 +102,9 @@ def code_row(row: Row) -> Row:
 
 
 def option_of(answer: str, choices: dict[str, str]) -> str | None:
-    """Return the key of the option that a right answer names, None if it names no option.
+    """Return the key of the option that an answer names, or None if it names no option.
 
-    It may be named as "B", "(b)", or by the option's text.
+    The answer may be "B", "(b)", or the text of the option.
     """
     said = extract("choice", rf"\boxed{{{answer}}}", choices)
     return next((key for key in choices if key.strip().lower() == said), None)

@@ -1,27 +1,29 @@
-"""Runs a program that nobody has read. `run` says whether it reached its last statement.
+"""Run an untrusted Python program in a sandbox. `run` reports if it reached its last statement.
 
-The program is a module of its own, executed by a fresh interpreter without environment, input and
-network, in an empty folder that exists for it alone. What confines it, from outside in:
+The program runs as a module in a new interpreter without environment variables, input and network,
+in its own empty folder. It is confined by these layers, from the outermost to the innermost:
 
-* the caller kills the guard when the time is up, and waits until no process of it is left;
-* the guard, in a session of its own, makes user, mount, PID, network and IPC namespaces; process 1
-  in there dies with the guard, and the kernel kills all others with it, detached or not;
-* every mount is read-only, /run is empty, and the folder is a small file system in memory that
-  vanishes at the end;
-* the program has no capability and, under root, another user's number for everything but opening
-  files: root is exempt from the limit on processes, and another user could not read an interpreter
-  in /root;
-* limits on memory, processor time, processes, open files, file size and output; Landlock: what it
-  may open at all.
+* The caller kills the guard, a separate process, when the time is up, and waits until none of its
+  processes is left.
+* The guard has its own session, and creates user, mount, PID, network and IPC namespaces. Process 1
+  of the PID namespace dies with the guard, and then the kernel kills all other processes in it.
+* Every mount is read-only, /run is empty, and the folder is a small file system in RAM that is
+  removed at the end.
+* The program has no capabilities. Under root it also has the user id of nobody, except for opening
+  files: root is exempt from the limit on processes, but another user could not read an interpreter
+  in /root.
+* There are limits on memory, CPU time, processes, open files, file size and output. Landlock limits
+  the files that can be opened.
 
-What the kernel refuses is named on stderr, once. The program passes if a token comes back that the
-guard reads for it only after the last statement: os._exit(0), SystemExit and atexit do not get
-there. A program that looks for the token with intent could find it: this judges what models write,
-and is no defence against people. Each process has the memory limit to itself, there are at most
-PROCESSES, and files in memory (memfd, System V) are not counted. Linux only.
+If the kernel does not support a layer, its name is printed on stderr once. The program passes if a
+secret token is returned, which is read only after the last statement. os._exit(0), SystemExit and
+atexit do not reach that point. A program could find the token on purpose: the sandbox is meant for
+programs that models write, and does not protect against malicious people. The memory limit applies
+to each process, and there are at most PROCESSES of them. Files in memory (memfd, System V) are not
+counted. The sandbox needs Linux.
 
-This file is also the guard's program, so it imports nothing but the standard library.
-Does not know: tasks, tests, answers.
+This file is also the program of the guard, so it imports only the standard library. This module
+does not depend on tasks, tests or answers.
 """
 
 import contextlib
@@ -43,17 +45,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-PROCESSES = 8  # threads count
+PROCESSES = 8  # threads count too
 MB = 2**20
 FOLDER_MB = 64
-FILE_MB = 16  # one file, and the output
+FILE_MB = 16  # of one file, and of the output
 NOBODY = 65534
 _told: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended; `reason` is "passed", or in one line why not."""
+    """How a program ended. `reason` is "passed", or one line that says why it did not pass."""
 
     passed: bool
     reason: str
@@ -61,9 +63,10 @@ class Outcome:
 
 
 def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
-    """Execute `program`, confined as far as the kernel can; `timeout` in seconds, start included.
+    """Run `program` in all layers of the sandbox that the kernel supports.
 
-    Raises OSError on other systems than Linux. Never raises on what the program does.
+    `timeout` is in seconds and includes the start. Raises OSError on systems other than Linux. The
+    program itself cannot cause an exception here.
     """
     check_platform()
     start, token = time.monotonic(), secrets.token_hex(16)
@@ -80,7 +83,7 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
         }
         guard = subprocess.Popen(
             [sys.executable, "-s", "-P", "-B", __file__, "--guard"],
-            # The same order of sets in every run. It is removed before the program starts.
+            # Makes the order of sets the same in every run. Removed before the program starts.
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
             stdin=subprocess.PIPE,
@@ -98,24 +101,24 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(guard.pid, signal.SIGKILL)
             guard.wait()
-            _read(reading, time.monotonic() + 5)  # until no process holds the other end
+            _read(reading, time.monotonic() + 5)  # waits until no process has the other end
             os.close(reading)
     return _outcome(said, ended, token, timeout, time.monotonic() - start)
 
 
 def check_platform() -> None:
-    """Raise OSError on other systems than Linux."""
+    """Raise OSError on systems other than Linux."""
     if not sys.platform.startswith("linux"):
         raise OSError(f"sandbox: found platform {sys.platform}, expected linux")
 
 
 def _outcome(said: bytes, ended: bool, token: str, timeout: float, seconds: float) -> Outcome:
-    """Return how a program ended, from what the guard said; print what the kernel refused."""
+    """Return how a program ended, from the guard's report. Prints layers that are not supported."""
     head, _, verdict = said.partition(b"\n")
     for missing in json.loads(head) if verdict or head.endswith(b"]") else []:
         if missing not in _told:
             _told.add(missing)
-            text = f"sandbox: this kernel refuses {missing}; programs run without it"
+            text = f"sandbox: this kernel does not allow {missing}; programs run without it"
             print(text, file=sys.stderr)
     if verdict == f"passed {token}".encode():
         return Outcome(True, "passed", seconds)
@@ -130,7 +133,7 @@ def _outcome(said: bytes, ended: bool, token: str, timeout: float, seconds: floa
 
 
 def _read(descriptor: int, until: float, most: int = 4096) -> tuple[bytes, bool]:
-    """Return what is read before the time is up, and whether it ended or is too much."""
+    """Return the bytes read before the time is up, and True if they ended or are too many."""
     said = b""
     while (left := until - time.monotonic()) > 0 and select.select([descriptor], [], [], left)[0]:
         piece = os.read(descriptor, most)
@@ -140,7 +143,7 @@ def _read(descriptor: int, until: float, most: int = 4096) -> tuple[bytes, bool]
     return said, False
 
 
-# -- the guard: from here on in a process of its own ------------------------------------------
+# -- the guard, which runs in a separate process ----------------------------------------------
 
 _C: Any = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 NEW_NAMESPACES = {
@@ -165,7 +168,7 @@ def _call(result: int) -> int:
 def _guard() -> None:
     order = json.load(sys.stdin)
     _die_with_parent()
-    if os.getppid() != order["caller"]:  # it died before the line above
+    if os.getppid() != order["caller"]:  # the caller died before the line above
         return
     missing: list[str] = []
     token, secret = os.pipe()
@@ -182,10 +185,10 @@ def _guard() -> None:
         if not (child := os.fork()):
             _program(order, token, user, missing)
         os.close(token)
-        while os.wait()[0] != child:  # process 1 inherits orphans; when it ends, so do they
+        while os.wait()[0] != child:  # process 1 inherits orphans, which end when it ends
             pass
-        with contextlib.suppress(ChildProcessError):  # there is none
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):  # this one was dead
+        with contextlib.suppress(ChildProcessError):  # no process is left
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):  # this process had already ended
                 pass
             os.write(order["verdict"], b" left a process behind")
         os._exit(0)
@@ -210,10 +213,10 @@ def _attempt(name: str, missing: list[str], action: Callable[[], int | None]) ->
 
 
 def _enter_user_namespace() -> int:
-    """Return the number of the user that the program becomes: under root another, if allowed."""
+    """Return the user id that the program gets: under root another one, if the kernel allows."""
     uid, gid, guard = os.getuid(), os.getgid(), os.getpid()
     wait, go = os.pipe()
-    if not (helper := os.fork()):  # only a process outside may map a second user
+    if not (helper := os.fork()):  # only a process outside can map a second user
         os.close(go)
         entered = os.read(wait, 1)
         maps = [f"0 {uid} 1\n1 {NOBODY} 1\n"] * (uid == 0) + [f"0 {uid} 1\n"]
@@ -241,24 +244,25 @@ def _mount(folder: str) -> None:
     _call(_C.mount(b"none", b"/", None, MS_REC_PRIVATE, None))
     length = ctypes.sizeof(attributes)
     _call(_C.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, length))
-    # Services have their sockets in /run.
+    # /run has the sockets of services.
     for place, size in (("/run", "4k"), (folder, f"{FOLDER_MB}m")):
         options = f"size={size},nr_inodes=1024,mode=0700".encode()
         _call(_C.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID_NODEV, options))
 
 
 def _program(order: dict[str, Any], token: int, user: int, missing: list[str]) -> None:
-    """Become the program. Never returns; the verdict is the last thing it says."""
-    import resource  # Windows has none
+    """Run the program in this process. Never returns; it ends after writing the verdict."""
+    import resource  # does not exist on Windows
 
     verdict, read, write, leave, hear = order["verdict"], os.read, os.write, os._exit, repr
     try:
-        os.setsid()  # kill(0) reaches neither process 1 nor the guard
+        os.setsid()  # so that kill(0) reaches neither process 1 nor the guard
         os.chdir(order["folder"])
         nothing, output = os.open(os.devnull, os.O_RDWR), os.memfd_create("output")
         for descriptor, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(descriptor, target)
-        # One processor: else numpy starts a thread for each, which the limit on processes refuses.
+        # One CPU only. Otherwise numpy would start a thread per CPU and exceed the limit on
+        # processes.
         os.sched_setaffinity(0, {secrets.choice(sorted(os.sched_getaffinity(0)))})
         _attempt("Landlock", missing, lambda: _call(_C.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))
         _drop_privileges(user, missing)
@@ -276,7 +280,7 @@ def _program(order: dict[str, Any], token: int, user: int, missing: list[str]) -
             resource.setrlimit(limit, (value, value))
         os.environ.clear()
         write(verdict, json.dumps(sorted(set(missing))).encode() + b"\n")
-        # Not "__main__": a script's own demonstration is not part of the answer.
+        # The name is not "__main__": the demonstration of a script is not part of the answer.
         module = types.ModuleType("program")
         sys.modules["program"] = module
         sys.argv = ["program"]
@@ -293,8 +297,8 @@ def _program(order: dict[str, Any], token: int, user: int, missing: list[str]) -
 
 def _drop_privileges(user: int, missing: list[str]) -> None:
     if user:
-        # Real, effective and saved user are nobody, whose processes are counted. Files are still
-        # opened as root.
+        # The real, effective and saved user ids are those of nobody, for whom the limit on
+        # processes applies. Files are still opened as root.
         _call(_C.prctl(PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0))
         os.setresuid(user, user, user)
         _C.setfsuid(0)
@@ -305,18 +309,19 @@ def _drop_privileges(user: int, missing: list[str]) -> None:
 
 
 def _landlock(folder: str) -> None:
-    """Allow to open only the interpreter, its libraries and the folder; no TCP, no signals out."""
+    """Allow only the interpreter, its libraries and the folder; no TCP, no signals to others."""
     version = _call(_C.syscall(SYS_LANDLOCK, None, 0, 1))
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     network, signals = 3 if version >= 4 else 0, 3 if version >= 6 else 0
     attributes = (ctypes.c_uint64 * 3)(everything, network, signals)
-    size = 8 if version < 4 else 16 if version < 6 else 24  # of the attributes that it knows
+    # The size of the attributes depends on the version.
+    size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _call(_C.syscall(SYS_LANDLOCK, attributes, size, 0))
     execute_and_read, read_file, read_write_file = 1 | 4 | 8, 4, 2 | 4
     libraries = {sys.prefix, sys.base_prefix, *sys.path}
     libraries |= {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib"}
-    # An editable install puts the checkout, with the gold answers, on the path. A .venv inside it
-    # is in the list by itself.
+    # An editable install puts the checkout, which has the gold answers, on sys.path, so it is left
+    # out. A .venv inside the checkout has its own entries.
     checkout = Path(__file__).resolve().parents[2]
     rights = {
         path: execute_and_read for path in libraries - {""} if not checkout.is_relative_to(path)

@@ -1,6 +1,6 @@
-"""What a run's results depend on, and the head of its files. Equal settings give equal results.
+"""Collect the settings of a run and the head of its files. Equal settings give equal results.
 
-Does not know: what the settings do.
+This module does not depend on what the settings do.
 """
 
 import argparse
@@ -26,25 +26,26 @@ from .bench import Bench
 from .feeders import SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet"}  # what to do, not how
-NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model"}  # paths: their contents are settings
+NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet"}  # these have no effect on results
+NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model"}  # paths, whose contents are settings
 Record = dict[str, Any]
 
 
 def has_math_verify() -> bool:
-    """Return whether math-verify is installed; else expressions are compared by exact rules."""
+    """Return True if math-verify is installed. Otherwise expressions are compared by rules."""
     return find_spec("math_verify") is not None
 
 
 def arguments(args: argparse.Namespace) -> Record:
-    """Return the command line as JSON values."""
+    """Return the arguments of the command line as JSON values."""
     return plain({k: v for k, v in vars(args).items() if k not in NOT_ARGUMENTS})
 
 
 def run_settings(args: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) -> Record:
-    """Return every setting of a run as JSON values.
+    """Return all settings of a run as JSON values.
 
-    Of a file or folder it is what was in it: the same one may have another name elsewhere.
+    Files and folders are represented by their contents, because the same file may have another path
+    on another machine.
     """
     given = {k: v for k, v in arguments(args).items() if k not in NOT_SETTINGS}
     lm, text = bench.lm, bench.feeders.text
@@ -63,7 +64,7 @@ def run_settings(args: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) ->
         given["fit_text"] = digest(text)
     if maps := [kind for kind in args.align if kind.endswith(SUFFIX)]:
         for kind in maps:
-            lm.aligner(kind)  # refuses a wrong file before any work
+            lm.aligner(kind)  # raises an error for a wrong file before any work
         given["maps"] = {kind: digest_of(Path(kind).read_bytes()) for kind in maps}
     teams = dict(lm.teams)
     teams |= {name: Team.from_json(name) for name in args.team if name.endswith(".json")}
@@ -75,7 +76,7 @@ def run_settings(args: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) ->
 def run_head(
     args: argparse.Namespace, settings: Record, bench: Bench, arms: Sequence[Arm]
 ) -> Record:
-    """Return the record that begins a file of results: settings, and what they ran on."""
+    """Return the head of a result file: settings, versions and machine."""
     model, on_gpu = bench.lm.model, bench.lm.model.device.type == "cuda"
     gpu = torch.cuda.get_device_name(model.device) if on_gpu else None
     runs_code = args.run_untrusted_code
@@ -102,7 +103,7 @@ def run_head(
 
 
 def plain(value: Record) -> Record:
-    """Return a value as it is after JSON, with text in place of what JSON does not have."""
+    """Return a value after a round trip through JSON. Other types become text."""
     made: Record = json.loads(json.dumps(value, default=str))
     return made
 
@@ -118,7 +119,7 @@ def digest_of(data: bytes) -> str:
 
 
 def git_revision() -> str | None:
-    """Return the checkout's commit, marked if files differ from it; None without git."""
+    """Return the commit of the checkout, with "-dirty" if files differ; None without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

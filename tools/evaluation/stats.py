@@ -1,6 +1,7 @@
-"""Statistics of a paired comparison: exact where that is cheap, else drawn from a fixed seed.
+"""Statistics of paired comparisons.
 
-Does not know: what is compared.
+They are exact where that is fast, and otherwise use random draws from a fixed seed. This module
+does not depend on what is compared.
 """
 
 import math
@@ -15,23 +16,23 @@ Values = Mapping[tuple[str, int], float]  # (question, seed) -> value
 
 
 def wilson(right: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Return the Wilson interval of a share, 95 % by default.
+    """Return the Wilson interval of the share right / n, 95 % by default.
 
-    It is never below 0 or above 1, and is useful at 0 of n.
+    The interval stays between 0 and 1, and is meaningful even for 0 of n.
     """
     if n == 0:
         return 0.0, 1.0
     share, square = right / n, z * z
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    # At shares of 0 and 1 rounding would move a limit past the share.
+    # At a share of 0 or 1, rounding errors would exclude the share from the interval.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p of McNemar's test.
+    """Return the exact two-sided p-value of McNemar's test.
 
-    It is the probability that a fair coin splits the discordant pairs at least this unevenly.
+    It is the probability that a fair coin splits the discordant pairs at least as unevenly.
     """
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, k) for k in range(fewer + 1)) * 2
@@ -41,9 +42,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def bootstrap(
     values: Sequence[float], draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Return the mean and its 95 % percentile bootstrap interval; for pairs, of their differences.
+    """Return the mean of `values` and the limits of its 95 % percentile bootstrap interval.
 
-    `draws` is rounded down to a multiple of `CHUNK`.
+    For pairs, pass their differences. `draws` is rounded down to a multiple of `CHUNK`.
     """
     data = torch.tensor(values, dtype=torch.float64)
     source, parts = torch.Generator().manual_seed(seed), []
@@ -56,9 +57,10 @@ def bootstrap(
 
 
 def sign_flips(differences: Sequence[float], draws: int = 20_000, seed: int = 0) -> float:
-    """Return the two-sided p of a mean difference under random signs.
+    """Return the two-sided p-value of a mean difference under random signs.
 
-    Exact for up to 14 pairs, else from `draws` random signings, a multiple of `CHUNK`.
+    It is exact for at most 14 pairs. For more pairs it is estimated from `draws` random assignments
+    of signs, rounded down to a multiple of `CHUNK`.
     """
     data = torch.tensor(differences, dtype=torch.float64)
     n, observed = len(data), data.mean().abs() * (1 - 1e-12)
@@ -69,7 +71,7 @@ def sign_flips(differences: Sequence[float], draws: int = 20_000, seed: int = 0)
     for _ in range(draws // CHUNK):
         signs = 1 - 2.0 * torch.randint(2, (CHUNK, n), generator=source).double()
         larger += int((signs @ data / n).abs().ge(observed).sum())
-    return (larger + 1) / (draws // CHUNK * CHUNK + 1)  # the observed signs are one of the draws
+    return (larger + 1) / (draws // CHUNK * CHUNK + 1)  # the observed signs count as one draw
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
@@ -82,7 +84,7 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_question(values: Values) -> list[float]:
-    """Return the mean over each question's seeds, in the order in which questions first appear."""
+    """Return the mean over the seeds of each question, in order of first appearance."""
     groups: dict[str, list[float]] = {}
     for (question, _), value in values.items():
         groups.setdefault(question, []).append(value)
@@ -90,10 +92,10 @@ def by_question(values: Values) -> list[float]:
 
 
 def share(graded: Sequence[float]) -> list[float]:
-    """Return the share of right answers and its interval, from one value per question.
+    """Return [share of right answers, low, high] from one value per question.
 
-    The interval is Wilson's, or a bootstrap's if there are fractions: several seeds of one question
-    are no further questions.
+    The interval is Wilson's. With several seeds the values are fractions, and the interval is a
+    bootstrap over the questions, because seeds of one question are not independent questions.
     """
     if set(graded) <= {0.0, 1.0}:
         interval = wilson(int(sum(graded)), len(graded))
@@ -103,10 +105,10 @@ def share(graded: Sequence[float]) -> list[float]:
 
 
 def paired(first: Values, second: Values, exact: bool = False) -> dict[str, Any] | None:
-    """Return the difference first − second over the (question, seed) of both; None: there are none.
+    """Return the paired difference first − second, over the (question, seed) that both have.
 
-    p is from random signs. With `exact`, of right and wrong answers where every question has one
-    seed, it is McNemar's.
+    Returns None if there are none. The p-value is from random signs. With `exact` it is McNemar's,
+    if the values are right and wrong answers with one seed per question.
     """
     common = sorted(first.keys() & second.keys())
     if not common:
@@ -122,5 +124,5 @@ def paired(first: Values, second: Values, exact: bool = False) -> dict[str, Any]
 
 
 def p_value(line: Mapping[str, Any]) -> str:
-    """Return the p of a paired difference as text."""
+    """Return the p-value of a paired difference as text."""
     return "p < 0.001" if line["p"] < 0.001 else f"p = {line['p']:.2g}"

@@ -1,15 +1,15 @@
-"""Tasks by name: benchmarks in a folder of data files, and split evidence, which is generated here.
+"""Load tasks by name: benchmarks from a folder of data files, and generated split evidence.
 
-**Split evidence.** Each of three readers has its own note. The question needs the notes, and the
-agent who answers has only the question, so that a right answer came through the memory. Values are
-drawn anew for each row, all with the same probability, so that a guess is right in 1 of 90 rows,
-and in 1 of 8 among the options (for the loss of each option: they are not shown).
+**Split evidence.** Each of three readers has its own note. The question is about the notes, but the
+agent who answers has only the question, so a right answer must come through the KV cache of the
+readers. Values are drawn for each row, all with the same probability, so a guess is right in 1 of
+90 rows. There are 8 options per row, which are not shown; only their losses are measured.
 
     level 1    one note has the answer
-    level 2    one note leads to another
-    level 3    two values of different notes are added
+    level 2    one note names the box, and another says what is in it
+    level 3    two values from different notes are added
 
-Does not know: models, methods, grading, and where the files come from (tools/download.py).
+The data files come from tools/download.py. This module does not use models or methods.
 """
 
 import random
@@ -17,15 +17,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .grading import code_program as code_program  # a task's rows and their programs go together
+from .grading import code_program as code_program  # for users of a task's rows
 from .rows import Row, read_rows
-from .rows import kind_of as kind_of  # a task's rows and their kinds are asked for together
+from .rows import kind_of as kind_of  # for users of a task's rows
 
 
 class Task(NamedTuple):
-    """A benchmark's kind of question, and its files in a data folder: the first that exists.
+    """The kind of a task's questions, and the possible names of its file in the data folder.
 
-    A generated task has no files.
+    The first file that exists is used. A generated task has no files.
     """
 
     kind: str
@@ -46,16 +46,16 @@ TASKS = {
     "split_evidence_2": Task("math"),
     "split_evidence_3": Task("math"),
 }
-DEFAULT_COUNT = 100  # generated rows without a limit
+DEFAULT_COUNT = 100  # rows that are generated without a limit
 
 
 def load_task(
     name: str, data_dir: str | Path = "data", limit: int | None = None, seed: int = 0
 ) -> list[Row]:
-    """Return the first `limit` rows of a task. `seed` is for generated tasks.
+    """Return the first `limit` rows of a task. Generated tasks depend on `seed`.
 
-    Raises ValueError for an unknown name or a wrong file, FileNotFoundError if the file has to be
-    downloaded first.
+    Raises ValueError for an unknown name or a wrong file, and FileNotFoundError if the file has to
+    be downloaded first.
     """
     if name not in TASKS:
         raise ValueError(f"--task: found {name!r}, expected one of {', '.join(TASKS)}")
@@ -68,7 +68,7 @@ def load_task(
     for file in task.files:
         if (path := Path(data_dir) / file).exists():
             return [{"kind": task.kind} | row for row in read_rows(path)[:limit]]
-    expected = f"expected it from: python tools/download.py {name}"
+    expected = f"expected the file that this command downloads: python tools/download.py {name}"
     raise FileNotFoundError(f"{data_dir}: found no {' or '.join(task.files)}, {expected}")
 
 
@@ -91,7 +91,7 @@ ANSWERER = (
 
 
 def split_evidence(count: int, seed: int = 0, level: int = 1) -> list[Row]:
-    """Return `count` rows of split evidence. Row i depends only on the seed, the level and i.
+    """Return `count` rows of split evidence. Row i depends only on `seed`, `level` and i.
 
     Raises ValueError for an unknown level.
     """
@@ -129,7 +129,8 @@ def split_row(seed: int, level: int, i: int) -> Row:
         "answer": str(answer),
         "solution": " ".join(steps) + f"\n\\boxed{{{answer}}}",
         "choices": options(answer, shown_values, level, seed, i, draw),
-        # The options are for the loss only: if they are shown, small models choose a letter.
+        # The options are used only for their losses: if they were shown, small models would answer
+        # with a letter.
         "kind": "math",
         "chance": 1 / VALUES,
         "level": level,
@@ -138,7 +139,7 @@ def split_row(seed: int, level: int, i: int) -> Row:
 
 
 def one_note(draw: random.Random, colours: list[str], values: dict[str, int]) -> Puzzle:
-    """Return a puzzle of level 1: one note has the answer."""
+    """Return a puzzle of level 1, in which one note has the answer."""
     notes = dealt(colours, values, READERS)
     [asked] = draw.sample(colours, 1)
     question = f"How many coins does the {asked} box hold?"
@@ -146,7 +147,7 @@ def one_note(draw: random.Random, colours: list[str], values: dict[str, int]) ->
 
 
 def two_notes(draw: random.Random, colours: list[str], values: dict[str, int]) -> Puzzle:
-    """Return a puzzle of level 2: one note says which box, another what is in it."""
+    """Return a puzzle of level 2, in which one note names the box and another its content."""
     people = draw.sample(PEOPLE, 4)
     colours = colours[: len(people)]
     owns = dict(zip(people, draw.sample(colours, len(people)), strict=True))
@@ -159,9 +160,9 @@ def two_notes(draw: random.Random, colours: list[str], values: dict[str, int]) -
 
 
 def sum_of_two(draw: random.Random, colours: list[str], values: dict[str, int]) -> Puzzle:
-    """Return a puzzle of level 3: two values of different notes are added. Changes `values`."""
-    first, second = colours[0], colours[2]  # in two notes
-    # The sum is drawn first: if both numbers were drawn, some sums would be more likely.
+    """Return a puzzle of level 3, in which two values are added. Changes `values`."""
+    first, second = colours[0], colours[2]  # from different notes
+    # The sum is drawn first. If both numbers were drawn, some sums would be more likely.
     answer = draw.randrange(LOWEST_SUM, LOWEST_SUM + VALUES)
     values[first] = draw.randint(max(10, answer - 99), min(99, answer - 10))
     values[second] = answer - values[first]
@@ -172,12 +173,12 @@ def sum_of_two(draw: random.Random, colours: list[str], values: dict[str, int]) 
 
 
 def fact(colour: str, values: dict[str, int]) -> str:
-    """Return the sentence that says what a box holds."""
+    """Return the sentence that says how many coins a box holds."""
     return f"The {colour} box holds {values[colour]} coins."
 
 
 def dealt(colours: list[str], values: dict[str, int], readers: int) -> list[str]:
-    """Return one note for each reader, of equally many neighbouring boxes."""
+    """Return one note per reader. Each has the facts of the same number of boxes, in order."""
     size = len(colours) // readers
     facts = [fact(colour, values) for colour in colours]
     return [" ".join(facts[n * size : (n + 1) * size]) for n in range(readers)]
@@ -186,9 +187,10 @@ def dealt(colours: list[str], values: dict[str, int], readers: int) -> list[str]
 def options(
     answer: int, shown_values: Iterable[int], level: int, seed: int, i: int, draw: random.Random
 ) -> dict[str, str]:
-    """Return the answer among values of the same kind, as letter -> text.
+    """Return the answer and other values as options, letter -> text.
 
-    Values in the notes are used first. Over `OPTIONS` rows the answer is once at every place.
+    Values from the notes are used first. In `OPTIONS` successive rows the answer has each letter
+    once.
     """
     low = LOWEST_SUM if level == 3 else LOWEST
     others = [value for value in shown_values if value != answer]

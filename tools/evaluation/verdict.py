@@ -1,11 +1,10 @@
-"""The comparisons of an audit and its verdict, one sentence, from records alone.
+"""Compare the arms of an audit, and state the verdict in one sentence.
 
-The effect of the thoughts is full against prompts only; that of the prompts is prompts only against
-none. Gold NLL finds small effects, but rewards whatever brings the solution's words near. Accuracy
-says what an effect is worth, and needs many questions. Neither can show that thoughts are useless
-for other questions or models.
-
-Does not know: how records come about.
+The effect of the thoughts is the difference of full and prompts only. The effect of the prompts is
+the difference of prompts only and none. The gold NLL (the loss of the right answer) finds small
+effects, but rewards whatever makes the words of the solution likelier. Accuracy shows how much an
+effect matters, but needs many questions. Neither can show that thoughts are useless for other
+questions or models. This module uses only records.
 """
 
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ from .stats import p_value, paired
 Record = dict[str, Any]
 ALPHA = 0.01  # an effect with p below it counts as found
 AGAINST = ("full", "prompts only", "none")
-NOTHING = "Nothing can be said: of the arms full, prompts only and none no two are there."
+NOTHING = "Nothing can be said: at least two of the arms full, prompts only and none are needed."
 
 
 def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Record | None:
-    """Return the paired difference of two arms, first − second, as `stats.paired` does.
+    """Return the paired difference of two arms, first − second, in the form of `stats.paired`.
 
-    It is over the questions and seeds that both arms have; None if there are none.
+    It is over the questions and seeds that both arms have. Returns None if there are none.
     """
     field = "nll" if metric == "nll" else "correct"
     values: dict[str, dict[tuple[str, int], float]] = {first: {}, second: {}}
@@ -34,7 +33,10 @@ def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Re
 
 
 def comparisons(found: Sequence[Record]) -> Record:
-    """Return every arm against full, prompts only and none, as "METRIC: ARM − OTHER" -> line."""
+    """Return the differences of each arm to full, prompts only and none.
+
+    The keys are "METRIC: ARM − OTHER".
+    """
     compared = {}
     for name in dict.fromkeys(record["arm"] for record in found):
         metric, _, arm = name.partition(": ")
@@ -46,7 +48,7 @@ def comparisons(found: Sequence[Record]) -> Record:
 
 
 def verdict(found: Sequence[Record]) -> str:
-    """Return what the audit says, in one sentence."""
+    """Return the result of an audit in one sentence."""
     thoughts = compare(found, "nll", "full", "prompts only")
     prompts = compare(found, "nll", "prompts only", "none")
     by_thoughts = compare(found, "accuracy", "full", "prompts only")
@@ -68,7 +70,7 @@ def verdict(found: Sequence[Record]) -> str:
 
 
 def answers_sentence(line: Record, what: str, pronoun: str, does: str) -> str:
-    """Return what a difference in accuracy says; `does` has a place for the verb."""
+    """Return a clause about a difference in accuracy. `does` has a place for the verb."""
     shares = f"with {what} {line['first']:.0%} of the answers are right"
     shares += f", without {pronoun} {line['second']:.0%}"
     effect = "no difference is found"
@@ -78,9 +80,9 @@ def answers_sentence(line: Record, what: str, pronoun: str, does: str) -> str:
 
 
 def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | None) -> str:
-    """Return what the thoughts do to the loss, and what that is worth.
+    """Return a clause about the effect of the thoughts on the loss.
 
-    A loss that the answers contradict is not called harm or help.
+    It does not say "harm" or "help" if the accuracy contradicts the loss.
     """
     if line["p"] >= ALPHA:
         what = "no effect of the thoughts on the loss of the right answer is found"
@@ -97,18 +99,18 @@ def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | N
     if other is None:
         return said
     if other["p"] < ALPHA and other["mean"] < 0:
-        return f"{said}, and another question's memory does not so well"
+        return f"{said}, and with another question's memory the loss is higher"
     return f"{said}, but no difference to another question's memory is found"
 
 
 def prompts_sentence(line: Record, what: str) -> str:
-    """Return what the memory of the prompts does to the loss, which is called `what`."""
+    """Return a clause about the effect of the prompts in the KV cache on the loss (`what`)."""
     if line["p"] >= ALPHA:
-        return f"of the prompts' memory no effect is found ({size(line)}, {p_value(line)})"
+        return f"no effect of the prompts' memory is found ({size(line)}, {p_value(line)})"
     verb = "raises" if line["mean"] > 0 else "lowers"
     return f"the prompts' memory {verb} {what} by {size(line)} ({p_value(line)})"
 
 
 def size(line: Record) -> str:
-    """Return the size of a difference with its standard error, without its sign."""
+    """Return the absolute size of a difference with its standard error."""
     return f"{abs(line['mean']):.3g} ± {line['error']:.2g}"

@@ -1,6 +1,6 @@
-"""Makes one HTML file from a run's records.
+"""Make one HTML file from the records of a run.
 
-records      reads a run's folder, or the output of `minimas ask --json`, checked and in one shape
-questions    finds the questions in the prompts of a run
-page         from records to the file: page.html, with page.css and page.js in it
+records      read and check a run's folder, or the output of `minimas ask --json`
+questions    find the questions in the prompts of a run
+page         render records as HTML, with page.html, page.css and page.js
 """

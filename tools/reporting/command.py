@@ -1,4 +1,7 @@
-"""The command of tools/report.py. Does not know: what a record or a page holds."""
+"""The command line of tools/report.py.
+
+This module does not depend on the format of records and pages.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -13,10 +16,10 @@ from .records import read_report, sources
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    about = "Make one HTML file of a run, which opens without any other file."
+    about = "Make one HTML file of a run. It needs no other file to open."
     top = Parser("report", description=about, allow_abbrev=False)
     add = top.add_argument
-    run = "folder of a run of tools/evaluate.py, or output of minimas ask --json"
+    run = "folder of a run of tools/evaluate.py, or file with the output of minimas ask --json"
     add("run", type=Path, metavar="RUN_DIR|ask.json", help=run)
     out = "(default: %(default)s)"
     add("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help=out)
@@ -25,7 +28,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
+    """Run the command line. Returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         if args.out.is_dir():
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise IsADirectoryError(f"out (--out): {problem}")
         for source in sources(args.run):
             if args.out.exists() and args.out.samefile(source):
-                problem = f"found {args.out}, which is read, expected another file"
+                problem = f"found {args.out}, which is an input file, expected another file"
                 raise ValueError(f"out (--out): {problem}")
         report = read_report(args.run)
         write_whole(args.out, render(report))

@@ -2,14 +2,14 @@
 
 const table = document.getElementById("records");
 const { group, packed } = JSON.parse(document.getElementById("details").textContent);
-const unpacked = new Map(); // number of a group -> promise of its records
+const unpacked = new Map(); // index of a group -> promise of its records
 
 // -- small helpers --
 
 function make(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children); // text stays text
+  made.append(...children); // strings are appended as text, never as HTML
   return made;
 }
 
@@ -88,7 +88,7 @@ function heatMap(agents) {
   const others = rows.map(([, shares]) => shares);
   const rest = rows[0][1].map((_, i) => Math.max(0, 1 - others.reduce((sum, x) => sum + (x[i] ?? 0), 0)));
   const last = agents.at(-1).name;
-  const most = Math.max(...others.flat(), 1e-9); // its own turn gets most, and would hide the others
+  const most = Math.max(...others.flat(), 1e-9); // without the own turn, whose share is far larger
   const map = make("div", { class: "heatmap" });
   map.style.gridTemplateColumns = `max-content repeat(${layers}, minmax(2px, 2.25rem)) max-content`;
   const every = Math.ceil(layers / 8);
@@ -104,8 +104,8 @@ function heatMap(agents) {
     map.append(make("b", {}, percent(shares.reduce((sum, x) => sum + x, 0) / layers)));
   }
   const scale = make("span", { class: "scale heat" }, "0", make("i"), `${percent(most)} and more`);
-  const legend = `The share of ${last}'s attention in each layer, a mean over heads and tokens: `;
-  return [make("h3", {}, "Who was read"), map, make("p", { class: "legend" }, legend, scale)];
+  const legend = `Share of the attention of ${last} per layer, mean over heads and tokens: `;
+  return [make("h3", {}, "Attention"), map, make("p", { class: "legend" }, legend, scale)];
 }
 
 function bill(agents) {
@@ -130,7 +130,7 @@ function bill(agents) {
 
 function facts(details) {
   const found = [];
-  if (details.finish_reason === "length") found.push("The answer was cut off at the limit of tokens.");
+  if (details.finish_reason === "length") found.push("The answer was cut off at the token limit.");
   if (details.gold_tokens) {
     found.push(`Loss of the right answer: ${fixed(details.nll, 3)} nats per token, ${whole(details.gold_tokens)} tokens.`);
   }
@@ -154,12 +154,12 @@ function panel(details) {
     made.append(make("p", { class: "legend" },
       "Thoughts as their likeliest token, coloured by its probability ", scale, ". Click one for more."));
   } else if (agents.some((agent) => agent.thought)) {
-    made.append(make("p", { class: "legend" }, "What was thought and read is not recorded: see --lens."));
+    made.append(make("p", { class: "legend" }, "Thoughts and attention were not recorded; see --lens."));
   }
   const read = heatMap(agents);
   const below = make("div", { class: "below" });
   if (read.length) below.append(make("div", {}, ...read));
-  below.append(make("div", { class: "scroll" }, make("h3", {}, "Bill"), bill(agents)));
+  below.append(make("div", { class: "scroll" }, make("h3", {}, "Tokens and time"), bill(agents)));
   made.append(...facts(details), below);
   return made;
 }
@@ -172,7 +172,7 @@ async function toggle(body, number) {
     return;
   }
   const row = make("tr", { class: "details" });
-  body.append(row); // at once, so that a second click finds it
+  body.append(row); // before the details are loaded, so that a second click finds the row
   try {
     row.append(panel(await detailsOf(number)));
   } catch (error) {

@@ -1,7 +1,8 @@
-"""From records to one HTML file: the template with a table of records, and their details packed.
+"""Render records as one HTML file: a table of records, and their compressed details.
 
-Details are JSON, compressed in groups: the page unpacks a group when one of its records is
-unfolded. So a thousand records with thoughts open at once. Does not know: files, flags.
+The details are JSON, compressed in groups of records. The page decompresses a group when one of its
+records is opened, so a page with a thousand records and their thoughts loads quickly. This module
+does not read records from files.
 """
 
 import base64
@@ -18,11 +19,11 @@ from tools.evaluation.summary import HEAD, cells
 from .records import Report
 
 Record = dict[str, Any]
-GROUP = 20  # records that are unpacked together
+GROUP = 20  # records that are decompressed together
 
 
 def render(report: Report) -> str:
-    """Return the page of a report. Every text of a record is escaped."""
+    """Return the HTML of a report. All texts of records are escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -43,13 +44,14 @@ def render(report: Report) -> str:
         details=packed([details(entry) for entry in entries]),
         group=GROUP,
     )
-    return html.encode(errors="replace").decode()  # half a character cannot be written
+    return html.encode(errors="replace").decode()  # a lone surrogate cannot be written as UTF-8
 
 
 def arms_table(report: Report) -> list[list[str]]:
-    """Return the head and a line for each arm, which ends with the names of its agents.
+    """Return the header and one line per arm; the last cell has the names of its agents.
 
-    Columns without values are left out, and agents who are the same as in the line before.
+    Columns without values are left out. The last cell is empty if the agents are the same as in the
+    line above.
     """
     lines = [HEAD, *([name, *cells(line)] for name, line in report.arms.items())]
     used = [i for i in range(len(HEAD)) if any(line[i] for line in lines[1:])]
@@ -63,7 +65,7 @@ def arms_table(report: Report) -> list[list[str]]:
 
 
 def setting_text(value: Any) -> str:
-    """Return the value of a setting in words; "" for one that is not there."""
+    """Return the value of a setting as text; "" if there is none."""
     if isinstance(value, list):
         return ", ".join(setting_text(one) or "default" for one in value) if value != [None] else ""
     if isinstance(value, dict):
@@ -74,7 +76,7 @@ def setting_text(value: Any) -> str:
 
 
 def number_text(value: float, digits: int = 0) -> str:
-    """Return a number with commas, and a fixed number of digits after the point."""
+    """Return a number with thousands separators and `digits` decimal places."""
     return f"{value:,.{digits}f}"
 
 
@@ -82,7 +84,7 @@ def number_text(value: float, digits: int = 0) -> str:
 
 
 def details(entry: Record) -> Record:
-    """Return what is shown when a record is unfolded, as short as the page needs it."""
+    """Return what the page shows when a record is opened, in a compact form."""
     kept = ("finish_reason", "gold_tokens", "nll", "options", "votes", "memory_bytes")
     found = {name: entry[name] for name in kept if entry.get(name)}
     found["agents"] = [
@@ -96,7 +98,11 @@ def details(entry: Record) -> Record:
 
 
 def thought(seen: Record) -> list[Any]:
-    """Return a thought as a list: tokens, entropy, norm, cosine before, nearest, its cosine."""
+    """Return a thought as a list.
+
+    Its items are the likeliest tokens, the entropy, the norm, the cosine to the thought before, the
+    nearest token, and the cosine to it.
+    """
     tokens = [[token, round(chance, 3)] for token, chance in seen["tokens"]]
     names = ("entropy", "norm", "cosine_before", "cosine_nearest")
     entropy, norm, before, near = (
@@ -106,7 +112,7 @@ def thought(seen: Record) -> list[Any]:
 
 
 def layer_means(layers: Sequence[Sequence[float]]) -> list[float]:
-    """Return the mean over the heads of each layer."""
+    """Return the mean over the heads, one number per layer."""
     return [round(sum(heads) / len(heads), 4) for heads in layers]
 
 

@@ -1,7 +1,7 @@
-"""Finds the questions of a run, whose records hold prompts only.
+"""Find the questions of a run. Its records have prompts, but not the questions.
 
-They are in the run's data, if that file is still there. Else the prompts of one agent begin and end
-alike, and what lies between is shown as the question.
+If the data file of the run still exists, the questions are read from it. Otherwise all prompts of
+an agent begin and end with the same text, and the text between is shown as the question.
 """
 
 import itertools
@@ -14,11 +14,14 @@ from tools.evaluation.settings import digest
 
 Record = dict[str, Any]
 CONTROL_TOKENS = re.compile(r"<\|\w+\|>(?:(?:system|user|assistant)\b)?")
-PLACES = ("\n", ": ", "|>")  # after which a question may begin
+PLACES = ("\n", ": ", "|>")  # a question may begin after one of these
 
 
 def questions_of_data(head: Record) -> dict[str, str]:
-    """Return id -> question from the file of --data in a run's head; {} if it is not the same."""
+    """Return id -> question from the file of --data in a run's head.
+
+    Returns {} if the file is missing or has changed.
+    """
     match head.get("arguments"):
         case {"data": str(data), "limit": (int() | None) as limit}:
             pass
@@ -33,9 +36,9 @@ def questions_of_data(head: Record) -> dict[str, str]:
 
 
 def find_questions(records: Sequence[Record]) -> dict[str, str]:
-    """Return id -> question, or the whole last prompt where prompts do not tell it."""
+    """Return id -> question, or the last agent's whole prompt if no question can be found in it."""
     by_arm: dict[str, dict[str, Record]] = {}
-    # The prompts of text agents hold the others' texts too, so they come last.
+    # The prompts of text agents also have the texts of other agents, so they are tried last.
     for record in sorted(records, key=lambda record: record.get("method") == "text_mas"):
         by_arm.setdefault(record["arm"], {}).setdefault(record["id"], record)
     found: dict[str, str] = {}
@@ -46,7 +49,7 @@ def find_questions(records: Sequence[Record]) -> dict[str, str]:
 
 
 def questions_of_arm(records: Mapping[str, Record]) -> dict[str, str]:
-    """Return id -> question of one arm's records: from the last agent whose prompts differ."""
+    """Return id -> question of one arm's records, from the last agent whose prompts differ."""
     count = min(len(record["agents"]) for record in records.values())
     for agent in range(-1, -count - 1, -1):
         prompts = [record["agents"][agent]["prompt"] for record in records.values()]
@@ -60,9 +63,10 @@ def questions_of_arm(records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def own_parts(texts: Sequence[str]) -> list[str]:
-    """Return texts without the beginning and the end that all of them have.
+    """Return texts without the beginning and the end that all of them share.
 
-    Both are cut back to where a line, a control token or what follows a colon begins.
+    The shared beginning is cut back to the end of a line, of a control token or of ": ", and the
+    shared end to the start of a line or of a control token, so that no word is split.
     """
     head = common_head(texts)
     start = max(head.rfind(place) + len(place) if place in head else 0 for place in PLACES)
@@ -74,6 +78,6 @@ def own_parts(texts: Sequence[str]) -> list[str]:
 
 
 def common_head(texts: Sequence[str]) -> str:
-    """Return the longest beginning that all texts have."""
-    pairs = zip(min(texts), max(texts), strict=False)  # what these two share, all others share
+    """Return the longest common prefix of all texts."""
+    pairs = zip(min(texts), max(texts), strict=False)  # what these two share, all texts share
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

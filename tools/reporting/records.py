@@ -1,9 +1,8 @@
-"""Reads what a report shows: a run's folder, or the output of `minimas ask --json`.
+"""Read the input of a report: a run's folder, or the output of `minimas ask --json`.
 
-Both become records as tools/evaluate.py writes them. A last line that is cut off is left out, and
-the report says so. Anything else that is not as expected is refused, naming file, line and field.
-
-Does not know: HTML.
+Both are returned as records in the format of tools/evaluate.py. An incomplete last line is left
+out, and the report says so. Any other unexpected content raises an error that names the file, the
+line and the field. This module does not make HTML.
 """
 
 import json
@@ -41,7 +40,8 @@ THOUGHT: dict[str, tuple[type, ...]] = {
     "tokens": (list,), "entropy": (*NUMBER, NONE), "norm": (*NUMBER, NONE),
     "cosine_before": (*NUMBER, NONE), "nearest": (str,), "cosine_nearest": (*NUMBER, NONE),
 }  # fmt: skip
-# Of the output of `minimas ask --json`: its names of a bill, and what is no setting.
+# The output of `minimas ask --json`: its names of the usage fields, and the fields that are not
+# settings.
 ASKED_USAGE = {
     "prompt_tokens": "read", "latent_steps": "thought", "output_tokens": "written",
     "seconds": "seconds", "memory_bytes": "memory_bytes",
@@ -49,24 +49,24 @@ ASKED_USAGE = {
 ASKED = {"question": (str,), "text": (str,), "agents": (list,), "usage": (dict,)}
 NOT_SETTINGS = {"id", "answer", "finish_reason", "thoughts", *ASKED}
 ARM_SETTINGS = ("model", "method", "team", "layout", "latent_steps", "align", "transfer", "seed")
-# Of a run's head, what is shown beside the arguments.
+# Fields of a run's head that are shown in addition to the arguments.
 MADE_ON = ("questions", "started", "device", "threads", "minimas", "torch", "python", "git", "code")
 
 
 @dataclass
 class Report:
-    """What a page shows. `entries` are records with a "question" each; `arms` their summary."""
+    """The content of a page. `entries` are records with a "question"; `arms` is their summary."""
 
     name: str
     settings: dict[str, Any]
     entries: list[Record]
-    notes: list[str] = field(default_factory=list)  # on what is missing
+    notes: list[str] = field(default_factory=list)  # about missing data
     arms: dict[str, Record] = field(default_factory=dict)
     verdict: str = ""
 
 
 def sources(path: Path) -> list[Path]:
-    """Return the files that a report is made from. Raises FileNotFoundError if there are none."""
+    """Return the input files of a report. Raises FileNotFoundError if there are none."""
     if path.is_dir():
         found = files(path)
         if not found:
@@ -82,7 +82,8 @@ def sources(path: Path) -> list[Path]:
 def read_report(path: Path) -> Report:
     """Read a run's folder, or a file with the output of `minimas ask --json`.
 
-    Raises FileNotFoundError, or ValueError "FILE: line N: FIELD: found X, expected Y".
+    Raises FileNotFoundError, or ValueError with the text "FILE: line N: FIELD: found X, expected
+    Y".
     """
     report = run_report(path) if path.is_dir() else asked_report(path)
     if report.entries:
@@ -94,7 +95,7 @@ def read_report(path: Path) -> Report:
 
 
 def run_report(folder: Path) -> Report:
-    """Read a run's folder. Raises as `read_report` does."""
+    """Read a run's folder. Raises the errors of `read_report`."""
     entries, notes, heads = list[Record](), list[str](), list[Record]()
     for path in sources(folder):
         for where, record in objects(path, notes):
@@ -109,7 +110,7 @@ def run_report(folder: Path) -> Report:
                 check_attention(where, agent.get("attention", {}))
             entries.append(record | {"id": str(record["id"])})
     if not heads:
-        expected = "expected the head of a run, in its first line"
+        expected = "expected the head of a run in the first line"
         raise ValueError(f"{sources(folder)[0]}: found no complete line with settings, {expected}")
     head = heads[0]
     questions = find_questions(entries) | questions_of_data(head)
@@ -127,21 +128,21 @@ def run_report(folder: Path) -> Report:
 
 
 def missing(folder: Path, head: Record, entries: Sequence[Record]) -> list[str]:
-    """Return what to say if not all records of a run are there."""
+    """Return a note if records of a run are missing, otherwise an empty list."""
     questions, arms = head.get("questions"), head.get("arms")
     seeds = head["settings"].get("seeds")
     if type(questions) is int and isinstance(arms, list) and isinstance(seeds, list):
         expected = questions * len(arms) * len(seeds)
         if len(entries) < expected:
-            return [f"{len(entries):,} of {expected:,} records are there: the run is not finished"]
+            return [f"{len(entries):,} of {expected:,} records: the run is not finished"]
         return []
-    # The head of an older run does not say how many questions there are.
+    # The head of an older run does not have the number of questions.
     by_arm: dict[tuple[str, int], int] = {}
     for record in entries:
         key = record["arm"], record["seed"]
         by_arm[key] = by_arm.get(key, 0) + 1
     if not (folder / "summary.json").exists():
-        return [f"{len(entries):,} records and no summary: the run may not be finished"]
+        return [f"{len(entries):,} records and no summary: the run may be unfinished"]
     if len(set(by_arm.values())) > 1:
         fewest, most = min(by_arm.values()), max(by_arm.values())
         return [f"the arms have from {fewest:,} to {most:,} records: the run is not finished"]
@@ -152,7 +153,7 @@ def missing(folder: Path, head: Record, entries: Sequence[Record]) -> list[str]:
 
 
 def asked_report(path: Path) -> Report:
-    """Read the output of `minimas ask --json`. Raises as `read_report` does."""
+    """Read the output of `minimas ask --json`. Raises the errors of `read_report`."""
     entries, notes, asked = list[Record](), list[str](), list[Record]()
     for where, record in objects(path, notes):
         if "id" not in record and "settings" in record:
@@ -161,7 +162,7 @@ def asked_report(path: Path) -> Report:
         entries.append(asked_record(where, record, len(entries) + 1))
         asked.append(record)
     if not entries:
-        expected = "expected the output of minimas ask --json, an object per line"
+        expected = "expected the output of minimas ask --json, one object per line"
         raise ValueError(f"{path}: found no complete line, {expected}")
     values: dict[str, list[Any]] = {}
     for record in asked:
@@ -177,7 +178,7 @@ def asked_report(path: Path) -> Report:
 
 
 def asked_record(where: str, record: Record, number: int) -> Record:
-    """Return a record of `minimas ask --json` as tools/evaluate.py would write it."""
+    """Convert a record of `minimas ask --json` to the format of tools/evaluate.py."""
     check(where, record, ASKED | {"answer": (str, NONE), "thoughts": (list, NONE)})
     thoughts = record.get("thoughts") or []
     id_ = record.get("id")
@@ -201,7 +202,7 @@ def asked_record(where: str, record: Record, number: int) -> Record:
 
 
 def usage(where: str, given: Record) -> Record:
-    """Return a bill of `minimas ask --json` under the names of tools/evaluate.py."""
+    """Return the usage fields of `minimas ask --json` under the names of tools/evaluate.py."""
     check(where, given, dict.fromkeys(ASKED_USAGE, NUMBER))
     return {name: given[asked] for asked, name in ASKED_USAGE.items()}
 
@@ -210,10 +211,10 @@ def usage(where: str, given: Record) -> Record:
 
 
 def objects(path: Path, notes: list[str]) -> Iterator[tuple[str, Record]]:
-    """Yield each line's object after "FILE: line N". Empty lines are skipped.
+    """Yield ("FILE: line N", object) for each line. Empty lines are skipped.
 
-    A last line that is cut off is left out, and a note says so. Raises ValueError naming a bad
-    line.
+    If the last line is incomplete, it is left out, and a note is added to `notes`. Raises
+    ValueError naming a line that is not a JSON object.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -224,7 +225,7 @@ def objects(path: Path, notes: list[str]) -> Iterator[tuple[str, Record]]:
                 found = json.loads(line, parse_float=finite, parse_constant=lambda _: None)
             except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
-                    notes.append(f"{where} is cut off and left out")
+                    notes.append(f"{where} is incomplete and left out")
                     return
                 raise ValueError(f"{where}: not valid JSON ({error})") from error
             if not isinstance(found, dict):
@@ -233,13 +234,13 @@ def objects(path: Path, notes: list[str]) -> Iterator[tuple[str, Record]]:
 
 
 def finite(text: str) -> float | None:
-    """Return a number of JSON, or None for one that JavaScript cannot read from JSON."""
+    """Return a JSON number, or None if it is infinite, which JavaScript cannot read from JSON."""
     value = float(text)
     return value if math.isfinite(value) else None
 
 
 def check(where: str, record: Any, types: dict[str, Any]) -> None:
-    """Raise ValueError if a record is no object, or naming a field of another type."""
+    """Raise ValueError if a record is not an object, or if a field has a wrong type."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {record!r:.60}, expected an object")
     for name, expected in types.items():
@@ -250,7 +251,7 @@ def check(where: str, record: Any, types: dict[str, Any]) -> None:
 
 
 def check_thoughts(where: str, thoughts: Any) -> None:
-    """Raise ValueError unless `thoughts` is a list of thoughts as `minimas.lens` sees them."""
+    """Raise ValueError unless `thoughts` is a list of thoughts in the format of `minimas.lens`."""
     check(where, {"thoughts": thoughts}, {"thoughts": (list,)})
     for thought in thoughts:
         check(f"{where}: thoughts", thought, THOUGHT)
@@ -262,7 +263,7 @@ def check_thoughts(where: str, thoughts: Any) -> None:
 
 
 def check_attention(where: str, attention: Any) -> None:
-    """Raise ValueError unless `attention` is part -> layers × heads."""
+    """Raise ValueError unless `attention` maps each part to a list of heads per layer."""
     check(where, {"attention": attention}, {"attention": (dict,)})
     for part, layers in attention.items():
         rows = layers if isinstance(layers, list) else [None]

@@ -1,1 +1,1 @@
-"""What several tools use: argument parsers and files that are written whole."""
+"""Code that several tools share: arguments, files that are written completely, and streams."""

@@ -1,6 +1,7 @@
-"""Helpers for command lines: errors in one line, checked values, lists with commas.
+"""Helpers for command lines: one-line errors, checked values, comma-separated lists.
 
-The functions return converters for `type=` of `add_argument`. Does not know: any command's flags.
+The functions return converters for `type=` of `add_argument`. The flags of a command are defined in
+its own module.
 """
 
 import argparse
@@ -8,12 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-# What a command reports in one line; anything else is a bug and gets a traceback.
+# Errors that a command reports in one line. Any other error is a bug and gets a traceback.
 FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose error is one line that starts with the command's name (`prog`)."""
+    """An argument parser that reports an error in one line, after the command's name (`prog`)."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""
@@ -21,18 +22,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_error(command: str, error: BaseException) -> None:
-    """Print an error on stderr, in one line that starts with the command's name."""
+    """Print an error on stderr in one line, after the command's name."""
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"{command}: error: {text}", file=sys.stderr)
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a converter of one or more values, separated by commas."""
+    """Return a converter of a comma-separated list of one or more values."""
     return lambda text: [convert(part) for part in text.split(",")]
 
 
 def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
-    """Return a converter that accepts one of `names` or, with `suffix`, a file's name."""
+    """Return a converter that accepts one of `names`, or a file name that ends with `suffix`."""
     expected = ", ".join([*names, f"FILE{suffix}"] if suffix else names)
 
     def name(text: str) -> str:
@@ -44,7 +45,7 @@ def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
 
 
 def whole(low: int) -> Callable[[str], int]:
-    """Return a converter of a whole number, `low` or more."""
+    """Return a converter of a whole number that is at least `low`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
@@ -56,5 +57,5 @@ def whole(low: int) -> Callable[[str], int]:
 
 
 def yes_no(text: str) -> bool:
-    """Convert "yes" or "no"."""
+    """Convert "yes" to True and "no" to False."""
     return one_of(("yes", "no"))(text) == "yes"

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all. Does not know: what a file holds."""
+"""Write files completely or not at all.
+
+This module does not depend on what a file holds.
+"""
 
 import contextlib
 import os
@@ -8,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a partial file, which replaces `path` when the block ends without an error.
+    """Yield the path of a temporary file that replaces `path` if the block ends without an error.
 
-    After an error the partial file is removed and `path` is as it was before. Raises OSError naming
+    After an error the temporary file is removed and `path` is unchanged. Raises OSError naming
     `path` if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -20,13 +23,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        problem = f"{path}: not written, and as it was before ({error.strerror})"
+        problem = f"{path}: cannot be written and is unchanged ({error.strerror})"
         raise OSError(error.errno, problem) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, which is then complete or as it was before. Raises OSError."""
+    """Write a UTF-8 text file. After an error (OSError) an existing file is unchanged."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogatepass")

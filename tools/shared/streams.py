@@ -1,7 +1,7 @@
-"""Standard streams of a command that are closed, full, not UTF-8, or left by their reader.
+"""Keep a command running if stdout or stderr is closed, full, not UTF-8, or no longer read.
 
-What a command computes is in files, so that no stream may end it early. Does not know: what is
-printed.
+A command writes its results to files, so an error of a stream must not stop it. This module does
+not depend on what is printed.
 """
 
 import io
@@ -15,9 +15,9 @@ from .arguments import print_error
 
 
 class Output:
-    """A text stream that goes on as the null device after an error of writing.
+    """A text stream that discards all text after a write error.
 
-    An error of one of the types `ignored` is no failure; any other is raised, once.
+    Errors of the type `ignored` are dropped. Any other error is raised once.
     """
 
     def __init__(self, stream: Any, ignored: type[OSError]) -> None:
@@ -27,12 +27,12 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text; return its length."""
+        """Write a text. Returns its length."""
         self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Flush the stream."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Callable[..., Any], *values: str) -> None:
@@ -45,10 +45,10 @@ class Output:
 
 
 def prepare() -> None:
-    """Make stdout and stderr streams that fail only where the output of stdout is lost.
+    """Prepare stdout and stderr as the library's command line does, and ignore harmless errors.
 
-    In addition to what the library's command line does, a reader of stdout that leaves, such as
-    `head`, has read enough, and an error of stderr is ignored: progress is not worth a run.
+    It is no error if the reader of stdout closes it, as `head` does. All errors of stderr are
+    ignored, because progress messages are less important than the run.
     """
     prepare_streams()
     for name, ignored in (("stdout", BrokenPipeError), ("stderr", OSError)):
@@ -58,7 +58,7 @@ def prepare() -> None:
 
 
 def run_command(name: str, main: Callable[[], int]) -> int:
-    """Run a command's `main` with prepared streams; return its status, 1 if stdout failed."""
+    """Run a command's `main` with prepared streams. Returns its status, or 1 if stdout failed."""
     prepare()
     status = main()
     try:

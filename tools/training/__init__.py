@@ -1,1 +1,1 @@
-"""Parts of the command `python tools/train_tiny.py`."""
+"""The parts of `python tools/train_tiny.py`: the task, the training, and the model card."""

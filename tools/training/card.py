@@ -1,8 +1,8 @@
-"""The model card of weights/tiny: its rows, how they are measured, and its figures.
+"""Measure the rows of the model card of weights/tiny, and write its figures.
 
 Every row is measured through the public functions of minimas, on questions that are not in the
-training. The prose of the card is kept by hand in weights/tiny/README.md. The figures are filled
-in between its marks.
+training data. The text of the card is written by hand in weights/tiny/README.md. The figures are
+inserted between its HTML comments.
 """
 
 import json
@@ -23,7 +23,10 @@ BATCH_SIZE = 250
 
 
 class Arm(NamedTuple):
-    """One row of the card: how the questions are asked, and its bar in per cent."""
+    """One row of the card: the method and its options, and the bar in per cent.
+
+    The bar is the limit that the accuracy has to meet, `at_least` or `at_most`.
+    """
 
     name: str
     method: Callable[..., list[Result]]
@@ -31,18 +34,18 @@ class Arm(NamedTuple):
     at_least: int = 0
     at_most: int = 100
     operations: tuple[int, ...] = (3, 4, 5)
-    split: bool = False  # each question has a team of its own, whose experts hold three stories
+    split: bool = False  # each question has its own team, with one story per expert
 
     @property
     def bar(self) -> str:
-        """The bar as text, empty if the row has none."""
+        """The bar as text; empty if the row has none."""
         if self.at_least:
             return f"≥ {self.at_least}"
         return f"≤ {self.at_most}" if self.at_most < 100 else ""
 
 
 def arms(lm: LM) -> list[Arm]:
-    """Return all rows of the card. Rows without a bar are for information."""
+    """Return all rows of the card. Rows without a bar are for information only."""
     team = lm.teams["sequential"]
     assert isinstance(team, Team)
     judger = team.agents[-1]
@@ -82,7 +85,7 @@ def arms(lm: LM) -> list[Arm]:
 
 
 def six_operations() -> list[Arm]:
-    """Return the rows with the longest questions."""
+    """Return the rows with the longest questions, of six operations."""
     chain = {"team": "sequential"}
     rows: dict[str, tuple[Callable[..., list[Result]], dict[str, Any]]] = {
         "single": (single, {}),
@@ -97,7 +100,7 @@ def six_operations() -> list[Arm]:
 
 
 def split_facts() -> list[Arm]:
-    """Return the rows whose experts each hold another story."""
+    """Return the rows in which each expert has a different story."""
     no_memory = {"transfer": "none"}
     return [
         Arm("split facts: text_mas", text_mas, {}, at_least=90, split=True),
@@ -109,7 +112,7 @@ def split_facts() -> list[Arm]:
 
 
 def accuracy(lm: LM, arm: Arm, count: int) -> float:
-    """Return the percentage of `count` new questions that are answered right, greedily."""
+    """Return the percentage of right answers to `count` new questions, with greedy decoding."""
     rng = random.Random("fresh")
     size = 1 if arm.split else BATCH_SIZE
     right = 0
@@ -130,9 +133,10 @@ def accuracy(lm: LM, arm: Arm, count: int) -> float:
 
 
 def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
-    """Return the percentage of every row by name; those with a lower bar in float32 too.
+    """Return the accuracy of every row in per cent, by name.
 
-    Every value is saved in the folder at once, so that an interrupted run can continue.
+    Rows with a lower bar are also measured in float32. Each value is saved in `folder` as soon as
+    it is known, so that an interrupted run can continue.
     """
     saved = folder / f"figures-{count}.json"
     figures: dict[str, float] = json.loads(saved.read_text()) if saved.exists() else {}
@@ -152,7 +156,7 @@ def measure(folder: Path, seed: int, count: int) -> dict[str, float]:
 
 
 def misses(figures: dict[str, float], rows: list[Arm]) -> list[str]:
-    """Return a line for every bar that the figures miss."""
+    """Return one line for each bar that the figures miss."""
     found = []
     for arm in rows:
         value = figures[arm.name]
@@ -167,7 +171,7 @@ def misses(figures: dict[str, float], rows: list[Arm]) -> list[str]:
 
 
 class Run(NamedTuple):
-    """The model of one seed, the counts of its training, and its figures."""
+    """The folder of one seed's model, the counts of its training, and its figures."""
 
     folder: Path
     took: dict[str, float]
@@ -175,7 +179,10 @@ class Run(NamedTuple):
 
 
 def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: int) -> str:
-    """Return `prose` with the figures of all runs between `<!-- name -->` and `<!-- end -->`."""
+    """Return `prose` with the figures of all runs.
+
+    They replace the text between `<!-- name -->` and the next `<!-- end -->`.
+    """
     figures = runs[best].figures
     swept = [arm for arm in rows if re.fullmatch(r"[1-9]\d* steps", arm.name)]
     by_steps = {int(arm.name.split()[0]): figures[arm.name] for arm in swept}
@@ -194,7 +201,7 @@ def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: in
         for seed, run in runs.items()
     ]
     blocks = {
-        "asked": f"{count:,} questions a row. Shipped: seed {best}.",
+        "asked": f"{count:,} questions per row. Shipped: seed {best}.",
         "table": markdown(table),
         "float32": "In float32: " + "; ".join(wide),
         "steps": markdown(steps),
@@ -207,6 +214,6 @@ def card(prose: str, runs: dict[int, Run], best: int, rows: list[Arm], count: in
 
 
 def markdown(table: list[list[str]]) -> str:
-    """Return a Markdown table; the first line is its head."""
+    """Return a Markdown table. The first line of `table` is its header."""
     head, *rest = table
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])

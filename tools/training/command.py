@@ -1,4 +1,4 @@
-"""The command line of tools/train_tiny.py: train all seeds, measure them, write the best."""
+"""The command line of tools/train_tiny.py: train all seeds, measure them, write the best model."""
 
 import argparse
 import shutil
@@ -27,9 +27,9 @@ FILES = (
 
 
 def main(description: str) -> int:
-    """Train, measure and write the best model; return 1 if it misses a bar of the card."""
+    """Train, measure, and write the best model. Returns 1 if it misses a bar of the card."""
     args = make_parser(description).parse_args()
-    torch.set_num_threads(1)  # matrices are so small that a second thread makes it slower
+    torch.set_num_threads(1)  # with matrices this small, a second thread makes training slower
     runs: dict[int, Run] = {}
     for seed in args.seed:
         folder = args.scratch / f"seed-{seed}-{args.rounds}"
@@ -56,15 +56,15 @@ def main(description: str) -> int:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """Return the parser of all flags."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    text = "one or more; the model of the best is written"
+    text = "one or more seeds; the best model is written"
     add("--seed", type=int, nargs="+", default=[0], help=text)
-    add("--out", type=Path, required=True, help="the folder to write the best model to")
-    text = "where unfinished runs are saved and continued"
+    add("--out", type=Path, required=True, help="folder for the best model")
+    text = "folder in which unfinished runs are saved and continued"
     add("--scratch", type=Path, default=ROOT / "build" / "tiny", help=text)
-    add("--rounds", type=int, default=ROUNDS, help="length of the training")
-    text = "new questions for each row of the card"
+    add("--rounds", type=int, default=ROUNDS, help="number of training rounds")
+    text = "number of new questions per row of the card"
     add("--questions", type=int, default=1000, help=text)
     return parser

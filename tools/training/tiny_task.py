@@ -2,10 +2,10 @@
 
     Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?
 
-The reasoning of every agent is the running totals, ` 2 9 6`. Each total is one token, so that one
-latent step can carry one step of the reasoning. A transcript is the text that a team would have
-generated. Neither this file nor the training computes latent steps. This file does not know
-models, training and measuring.
+The reasoning of every agent is the list of running totals, ` 2 9 6`. Each total is one token, so
+that one latent step can do one step of the reasoning. A transcript is the text that a team would
+have generated. Neither this file nor the training computes latent steps. This module does not use
+models.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LARGEST_TOTAL = 15  # totals stay in 0 … 15
-MAX_OPERATIONS = 6  # in a question
+MAX_OPERATIONS = 6  # per question
 MAX_SPLIT_OPERATIONS = 3  # in each of the three stories of a split question
 NAMES = (
     ("Tom", "He"),
@@ -32,7 +32,7 @@ THINGS = ("apples", "pears", "plums", "coins", "books", "cards")
 GAINS = ("gets", "finds", "buys")
 LOSSES = ("loses", "sells", "eats")
 
-# The user message of each agent. Users of the checkpoint find the same prompts in teams.json.
+# The user message of each agent. teams.json has the same prompts for users of the checkpoint.
 PROMPTS = {
     "solver": "Solve it step by step. {question}",
     "planner": "Planner: work it out. {question}",
@@ -46,7 +46,7 @@ PROMPTS = {
 }
 CHAIN = ("planner", "critic", "refiner")
 EXPERTS = ("math", "science", "code")
-NO_QUESTION = "How many?"  # for a judger that knows the question from working memory only
+NO_QUESTION = "How many?"  # for a judger that has the question only in its KV cache
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
@@ -58,16 +58,16 @@ CHAT_TEMPLATE = (
 )
 LATENT_STEPS = 6  # five operations have six totals
 
-PROMPT_WEIGHT = 0.1  # weight of prompt tokens in the loss: enough to learn the form of a turn
+PROMPT_WEIGHT = 0.1  # loss weight of prompt tokens: enough to learn the form of a turn
 
 
 # -- questions -------------------------------------------------------------------------------------
 
 
 class Story(NamedTuple):
-    """A person and how many things they have: `totals` has one number per sentence.
+    """A story about one person and how many things they have.
 
-    The last total is the answer.
+    `totals` has one number per sentence. The last one is the answer.
     """
 
     name: str
@@ -93,10 +93,11 @@ def story(
     thing: str | None = None,
     fresh: bool = False,
 ) -> Story:
-    """Draw a story of `operations` sentences after the first.
+    """Draw a story that has `operations` sentences after the first one.
 
-    It is about `who` (name, pronoun) and `thing`; None: drawn as well. One text in eight, chosen
-    by its checksum, is not used in the training. `fresh` draws only these texts.
+    It is about `who` (name, pronoun) and `thing`, which are drawn as well if they are None. One
+    text in eight, chosen by its checksum, is held out from the training. `fresh` draws only these
+    texts.
     """
     while True:
         told = _story(rng, operations, who or rng.choice(NAMES), thing or rng.choice(THINGS))
@@ -116,9 +117,9 @@ def _story(rng: random.Random, operations: int, who: tuple[str, str], thing: str
 
 
 def _operation(rng: random.Random, total: int, thing: str) -> tuple[str, int]:
-    """Draw a phrase that keeps the total in range; return it with the new total.
+    """Draw an operation that keeps the total in range. Returns its phrase and the new total.
 
-    About a third of the operations double or halve.
+    About a third of the operations double or halve the total.
     """
     while True:
         scale, up, n = rng.random() < 0.35, rng.random() < 0.5, rng.randint(1, 7)
@@ -135,7 +136,7 @@ def _operation(rng: random.Random, total: int, thing: str) -> tuple[str, int]:
 def split_stories(
     rng: random.Random, shortest: int = 1, longest: int = MAX_SPLIT_OPERATIONS, fresh: bool = False
 ) -> tuple[list[Story], Story]:
-    """Draw three stories about three people and one thing, and the one that is asked about."""
+    """Draw three stories about three people and one thing, and choose one to ask about."""
     thing = rng.choice(THINGS)
     stories = [
         story(rng, rng.randint(shortest, longest), who, thing, fresh)
@@ -145,7 +146,7 @@ def split_stories(
 
 
 def numbers(totals: Sequence[int]) -> str:
-    """Return running totals as text: one token per total, with its space."""
+    """Return running totals as text. Each total with the space before it is one token."""
     return "".join(f" {total}" for total in totals)
 
 
@@ -153,7 +154,10 @@ def numbers(totals: Sequence[int]) -> str:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Train a byte-level BPE on the grammar: any text can be encoded, every total is one token."""
+    """Train a byte-level BPE tokenizer on texts of the task.
+
+    It can encode any text, and every total is one token.
+    """
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s")
@@ -179,14 +183,14 @@ def make_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    # As in Qwen3, these tokens are text, not control tokens: they stay in the decoded text, where a
-    # grader sees the end of the thinking.
+    # As in Qwen3, these tokens are not control tokens. They stay in the decoded text, so that a
+    # grader sees where the thinking ends.
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
     return tokenizer
 
 
 def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the text files of the model's folder: tokenizer, chat template, sampling, teams."""
+    """Write the JSON files of the model's folder: tokenizer, chat template, sampling, teams."""
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     added = {
         tokenizer.token_to_id(text): {
@@ -228,16 +232,13 @@ def write_text_files(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def team(*names: str, parallel: bool = False) -> dict[str, Any]:
-    """Return a team in the form of teams.json."""
+    """Return a team in the format of teams.json."""
     agents = [{"name": name, "prompt": PROMPTS[name]} for name in names]
     return {"parallel": parallel, "layout": "chat", "agents": agents}
 
 
 def split_team(texts: Sequence[str]) -> dict[str, Any]:
-    """Return a team whose experts each have a text of their own.
-
-    Only the summarizer has the question.
-    """
+    """Return a team whose experts have one text each; only the summarizer has the question."""
     members = team(*EXPERTS, "summarizer", parallel=True)
     for agent, text in zip(members["agents"], texts, strict=False):
         agent["prompt"] = agent["prompt"].format(question=text)
@@ -245,7 +246,7 @@ def split_team(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def split_example() -> tuple[list[Story], Story]:
-    """Return the stories of split.json, and the one that is asked about."""
+    """Return the three stories of split.json, and the one to ask about."""
     return split_stories(random.Random(0), fresh=True)
 
 
@@ -253,7 +254,7 @@ def split_example() -> tuple[list[Story], Story]:
 
 
 class Piece(NamedTuple):
-    """Token ids, and the weight in the loss of each of them."""
+    """Token ids, and the loss weight of each token."""
 
     ids: list[int]
     weights: list[float]
@@ -264,9 +265,10 @@ class Piece(NamedTuple):
 
 
 class Transcript(NamedTuple):
-    """The turns of a team: each of `experts` starts from an empty KV cache.
+    """The turns of a team.
 
-    `tail` follows the joined caches of the experts.
+    Each of `experts` starts from an empty KV cache. `tail` follows the joined caches of the
+    experts.
     """
 
     experts: list[Piece]
@@ -274,7 +276,7 @@ class Transcript(NamedTuple):
 
 
 class Teller:
-    """Draws transcripts from a random generator."""
+    """Draws random transcripts."""
 
     def __init__(self, tokenizer: Tokenizer, rng: random.Random) -> None:
         self.rng = rng
@@ -282,9 +284,10 @@ class Teller:
         self._known: dict[str, list[int]] = {}
 
     def draw(self, kinds: dict[str, float], longest: int) -> Transcript:
-        """Draw a transcript of at most `longest` operations.
+        """Draw a transcript with at most `longest` operations.
 
-        `kinds` has the weights of "single", "chain", "direct", "experts" and "split".
+        `kinds` has the probabilities of "single", "chain", "direct", "experts" and "split", up to a
+        common factor.
         """
         kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
         told = story(self.rng, self.rng.randint(1, longest))
@@ -293,7 +296,7 @@ class Teller:
             return Transcript([], self._turn("solver", told.question, answer))
         if kind == "chain":
             return self._chain(told)
-        if kind == "direct":  # a judger without memory is trained as well, as a fair baseline
+        if kind == "direct":  # trains a judger without a KV cache too, for a fair baseline
             role = self.rng.choice(("judger", "judger", "summarizer"))
             return Transcript([], self._turn(role, told.question, f" {told.totals[-1]}"))
         if kind == "experts":
@@ -302,11 +305,11 @@ class Teller:
         return self._split(min(MAX_SPLIT_OPERATIONS, longest - 1))
 
     def _split(self, longest: int) -> Transcript:
-        """Three experts with a story each.
+        """Draw three experts with one story each.
 
-        The text of an expert ends with the name and the total, and the answer of the summarizer
-        has the name too. The summarizer is asked about all three stories in any order, because
-        one question per transcript teaches retrieval too slowly.
+        The text of an expert ends with the name and the total, and the summarizer's answer has the
+        name too. The summarizer is asked about all three stories in random order, because with one
+        question per transcript the model learns retrieval too slowly.
         """
         stories, _ = split_stories(self.rng, 0, longest)
         texts = [told.text for told in stories]
@@ -316,7 +319,7 @@ class Teller:
         return self._experts(texts, answers, asked)
 
     def _chain(self, told: Story) -> Transcript:
-        """One to three agents in a row, then the judger."""
+        """Draw one to three agents that work one after another, then the judger."""
         count = self.rng.choices((1, 2, 3), (0.5, 0.2, 0.3))[0]
         roles = sorted(self.rng.sample(CHAIN, count), key=CHAIN.index)
         cut = self._cut()
@@ -332,19 +335,19 @@ class Teller:
     def _experts(
         self, questions: list[str], answers: list[str], asked: list[tuple[str, str]]
     ) -> Transcript:
-        """Three experts, and the summarizer's answers to one or more questions."""
+        """Return three experts, and the summarizer's answers to one or more questions."""
         cut = self._cut()
         texts = zip(EXPERTS, questions, answers, strict=True)
         turns = [self._turn(role, question, answer, cut) for role, question, answer in texts]
         tail = Piece([], [])
         for question, answer in asked:
             tail += self._turn("summarizer", question, answer)
-        if self.rng.random() < 0.25:  # as in text_mas: the three turns are in one sequence
+        if self.rng.random() < 0.25:  # as in text_mas, the three turns form one sequence
             return Transcript([], turns[0] + turns[1] + turns[2] + tail)
         return Transcript(turns, tail)
 
     def _cut(self) -> int | None:
-        """Draw the number of tokens after which all turns end; None: they end after the answer."""
+        """Draw the number of tokens after which turns end, or None: they end after the answer."""
         return self.rng.randint(0, 8) if self.rng.random() < 0.4 else None
 
     def _turn(self, role: str, question: str, answer: str, cut: int | None = None) -> Piece:
@@ -354,9 +357,10 @@ class Teller:
         weights = [1.0] * (len(said) + 1) + [PROMPT_WEIGHT]
         if cut is None:
             return Piece(before + said + end, [PROMPT_WEIGHT] * len(before) + weights)
-        # A fixed number of tokens, as a latent rollout has a fixed number of steps. If it is too
-        # small, the turn ends early and that end is not taught. If it is too large, the agent
-        # continues with what follows a turn, and the turn is ended once more.
+        # The turn has a fixed number of tokens, as a latent rollout has a fixed number of steps. If
+        # it is too small, the turn ends early, and the loss does not count that end. If it is too
+        # large, the agent continues with the text that follows a turn, and then ends the turn
+        # again.
         run = said + end + self._encode("<|im_start|>user\n")
         weights += [PROMPT_WEIGHT] * 3
         closing = [1.0 if cut == len(said) else 0.0, PROMPT_WEIGHT]
@@ -366,7 +370,10 @@ class Teller:
         )
 
     def _mistaken_turn(self, role: str, told: Story) -> Piece:
-        """A turn with an error that shifts all later totals; only the right totals are taught."""
+        """Return a turn with an error that shifts all later totals.
+
+        The loss counts only the right totals.
+        """
         slip = self.rng.randrange(1, len(told.totals))
         wrong = self.rng.choice([n for n in range(LARGEST_TOTAL + 1) if n != told.totals[slip]])
         shift = wrong - told.totals[slip]

@@ -1,6 +1,6 @@
-"""The training of weights/tiny: batches, loss, optimizers, and runs that can be continued.
+"""Train weights/tiny: batches, loss, optimizers, and runs that can be continued.
 
-It does not know the method, its measurement and the model card.
+The training does not use the method. The model is measured in card.py.
 
     B rows   T tokens   D hidden   V vocabulary
 """
@@ -41,16 +41,16 @@ SHAPE = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-# The largest logit: hidden states have the norm √D, rows of W_out the norm LOGIT_SCALE / √D.
+# The largest possible logit: hidden states have norm √D, rows of W_out norm LOGIT_SCALE / √D.
 LOGIT_SCALE = 9.0
 
-TRANSCRIPTS = 400  # in a round: drawn, sorted by length and divided into batches
+TRANSCRIPTS = 400  # per round; they are sorted by length and divided into batches
 BATCH_TOKENS = 2560
 ROUNDS = 120
 MATRIX_RATE = 0.02
 REST_RATE = 3e-3
-# From which part of the training on: the most operations in a question, and the weights of the
-# kinds of transcript.
+# Each stage has the part of the training at which it starts, the maximum number of operations in a
+# question, and the probabilities of the kinds of transcript.
 CURRICULUM: tuple[tuple[float, int, dict[str, float]], ...] = (
     (0.00, 3, {"single": 0.70, "chain": 0.20, "direct": 0.10}),
     (0.15, 2, {"single": 0.35, "chain": 0.20, "direct": 0.05, "experts": 0.10, "split": 0.30}),
@@ -65,9 +65,10 @@ CURRICULUM: tuple[tuple[float, int, dict[str, float]], ...] = (
 def batches(
     tokenizer: Tokenizer, seed: int, round_: int, progress: float
 ) -> list[list[Transcript]]:
-    """Return the batches of one round, the same for the same seed and round.
+    """Return the batches of one round, which depend only on the arguments.
 
-    The transcripts of a batch have a similar length, and all or none of them have experts.
+    `progress` is the finished part of the training, from 0 to 1. The transcripts of a batch have
+    similar lengths, and all or none of them have experts.
     """
     rng = random.Random(f"{seed}/{round_}")
     teller = Teller(tokenizer, rng)
@@ -83,7 +84,7 @@ def batches(
                 found.append(batch)
                 batch = []
             batch.append(transcript)
-        if len(batch) > 4:  # a smaller batch would have as much weight as a full one
+        if len(batch) > 4:  # a smaller batch would count as much as a full one
             found.append(batch)
     rng.shuffle(found)
     return found
@@ -94,7 +95,7 @@ def _size(transcript: Transcript) -> int:
 
 
 def pad(pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return right-padded ids (B, T), their weights in the loss (B, T), and lengths (B,)."""
+    """Return right-padded ids (B, T), their loss weights (B, T), and lengths (B,)."""
     lengths = torch.tensor([len(piece.ids) for piece in pieces])
     ids = torch.zeros(len(pieces), int(lengths.max()), dtype=torch.int64)
     weights = torch.zeros(ids.shape)
@@ -108,10 +109,10 @@ def pad(pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(model: Qwen3, batch: list[Transcript], generator: torch.Generator) -> Tensor:
-    """Return the weighted cross-entropy of a batch; all or none of the transcripts have experts.
+    """Return the weighted cross-entropy of a batch, a scalar.
 
-    Experts are rows that start from an empty cache, and `KVCache.concat` joins them for the
-    summarizer. So the training sees the same cache as inference.
+    All or none of its transcripts have experts. Experts are rows that start from an empty cache,
+    and `KVCache.concat` joins their caches for the summarizer, as in inference.
     """
     memory = model.new_cache(len(batch))
     losses = torch.zeros(2)  # weighted losses, weights
@@ -132,7 +133,7 @@ def loss_of(model: Qwen3, batch: list[Transcript], generator: torch.Generator) -
 def _losses(
     model: Qwen3, pieces: list[Piece], memory: KVCache, generator: torch.Generator
 ) -> Tensor:
-    """Run pieces after `memory`; return the sum of their weighted losses and of weights, (2,)."""
+    """Return the sums of the weighted losses and of the weights of pieces after `memory`, (2,)."""
     ids, weights, lengths = pad(pieces)
     hidden = model(noisy(model.embed(ids), generator), memory, lengths)  # (B, T, D)
     taught = weights[:, 1:] > 0  # the first token of a piece is predicted before the piece
@@ -143,9 +144,10 @@ def _losses(
 
 
 def noisy(embedded: Tensor, generator: torch.Generator) -> Tensor:
-    """Return embeddings (B, T, D) with Gaussian noise on about six sequences of ten.
+    """Return embeddings (B, T, D) with Gaussian noise on about six of ten sequences.
 
-    The noise is at most as long as an embedding. A latent thought is not an exact embedding.
+    The norm of the noise is at most about that of an embedding. The noise prepares the model for
+    latent thoughts, which are not exact embeddings.
     """
     B, _, D = embedded.shape
     level = torch.rand(B, 1, 1, generator=generator)
@@ -161,9 +163,14 @@ def fix_lengths(model: Qwen3) -> None:
 
 
 def new_model(config: Config, seed: int) -> Qwen3:
-    """Return a model to train: weights of about 1/√fan_in, less for outputs to the residual."""
+    """Return a new model to train.
+
+    Weights are normal with a standard deviation of 1/√fan_in, and smaller in the layers that add to
+    the residual stream.
+    """
     model = Qwen3(config, "weights/tiny").requires_grad_(True)
-    # The gain stays 1, so that hidden states and rows of W_out have the same geometry.
+    # The gain of the final norm stays 1, so that hidden states and rows of W_out have the same
+    # geometry.
     model.model.norm.weight.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -177,9 +184,9 @@ def new_model(config: Config, seed: int) -> Qwen3:
 
 
 class Optimizers(NamedTuple):
-    """Muon (Jordan et al., 2024) for the matrices of the layers, AdamW for all other weights.
+    """Muon (Jordan et al., 2024) for the matrices of the layers, and AdamW for all other weights.
 
-    This needs half the steps of AdamW alone.
+    The training needs half as many steps as with AdamW alone.
     """
 
     matrices: torch.optim.Muon
@@ -198,7 +205,7 @@ class Optimizers(NamedTuple):
                 rows.append(weight)
             else:
                 matrices.append(weight)
-        # Rows of W_in and W_out have a fixed length: they need no weight decay and a lower rate.
+        # Rows of W_in and W_out have a fixed norm: they need no weight decay and a lower rate.
         groups = [{"params": gains, "lr": REST_RATE}, {"params": rows, "lr": REST_RATE / 3}]
         return cls(
             torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0075, momentum=0.95),
@@ -206,7 +213,7 @@ class Optimizers(NamedTuple):
         )
 
     def step(self, share: float) -> None:
-        """Take one step of both at `share` of their learning rates."""
+        """Take one step with both optimizers at `share` of their learning rates."""
         for optimizer in self:
             for group in optimizer.param_groups:
                 group.setdefault("full", group["lr"])
@@ -215,9 +222,9 @@ class Optimizers(NamedTuple):
 
 
 def pace(progress: float, step: int) -> float:
-    """Return the share of the learning rate at `progress` (0 … 1) and `step`.
+    """Return the factor of the learning rate at `progress` (from 0 to 1) and `step`.
 
-    It rises for 100 steps, is 1 up to 30 % of the training, and falls along a cosine to 2 %.
+    It rises for 100 steps, is 1 until 30 % of the training, and then falls along a cosine to 0.02.
     """
     rest = max(0.0, progress - 0.3) / 0.7
     return min(1.0, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * rest)))
@@ -229,9 +236,9 @@ def pace(progress: float, step: int) -> float:
 def train(
     tokenizer: Tokenizer, seed: int, rounds: int, state: Path
 ) -> tuple[Qwen3, dict[str, float]]:
-    """Train for `rounds` rounds, from the file `state` if it exists.
+    """Train for `rounds` rounds. Continue from the file `state` if it exists.
 
-    Returns the model, and its numbers of rounds, steps, tokens and seconds.
+    Returns the model, and the numbers of rounds, steps, tokens and seconds.
     """
     config = Config.from_dict({**SHAPE, "vocab_size": tokenizer.get_vocab_size()})
     model = new_model(config, seed)
@@ -251,7 +258,7 @@ def train(
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
         if took["rounds"] % 10 == 0 or took["rounds"] == rounds:
             save_state(state, model, optimizers, seen, took)
-    # The row of a token that never occurred is noise. Without this it is noise in W_outᵀ W_in.
+    # The rows of tokens that never occurred are noise, which would also get into W_outᵀ W_in.
     with torch.no_grad():
         model.lm_head.weight[~seen] = 0
     return model, took
@@ -266,9 +273,9 @@ def train_round(
     seed: int,
     rounds: int,
 ) -> float:
-    """Train one round, update `seen` and the counts in `took`; return the mean loss.
+    """Train one round, and update `seen` and the counts in `took`. Returns the mean loss.
 
-    All random numbers follow from the seed and the number of the round, so an interrupted run
+    All random numbers depend only on the seed and the number of the round, so an interrupted run
     repeats the round exactly.
     """
     done_rounds = int(took["rounds"])
@@ -295,7 +302,7 @@ def train_round(
 def save_state(
     path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor, took: dict[str, float]
 ) -> None:
-    """Save all that a later start needs in one file; an interrupted save keeps the older file."""
+    """Save the state of a run in one file. An interrupted save keeps the previous file."""
     tensors = {"seen": seen}
     tensors |= {f"model/{name}": weight for name, weight in model.state_dict().items()}
     for kind, optimizer in optimizers._asdict().items():
@@ -307,7 +314,7 @@ def save_state(
 
 
 def load_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor) -> dict[str, float]:
-    """Load a saved state into model, optimizers and `seen`; return the counts of the run."""
+    """Load a saved state into the model, the optimizers and `seen`. Returns the run's counts."""
     with safe_open(path, "pt") as file:
         took: dict[str, float] = json.loads(file.metadata()["took"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -325,7 +332,7 @@ def load_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor) -
 
 
 def export(model: Qwen3, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the model's folder in the layout of Hugging Face, and teams.json."""
+    """Write the model's folder in the format of Hugging Face, with teams.json."""
     write_text_files(tokenizer, folder)
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     config = {**SHAPE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": ends}
