@@ -49,9 +49,11 @@ class FreeFeeder:
 
     def with_generators(self, generators: Any) -> Feeder:
         """Return the map of the next turn, which feeds its embeddings (R, 1, D) in order."""
-        turn, steps = next(self._turns), itertools.count()
+        # The last agent's turn has no thoughts.
+        turn, steps = next(self._turns, None), itertools.count()
 
         def feed(hidden: Tensor) -> Tensor:
+            assert turn is not None, "a rollout has more turns than thoughts"
             step = next(steps)
             return turn[:, step : step + 1].to(hidden.dtype)
 

@@ -24,7 +24,7 @@ from .ceiling import ceiling
 from .data import EXPECTED, Data, read_data, rotated
 from .link import Link
 from .rollout import OBJECTIVES, How, require_alike
-from .train import Settings, Training, in_batches, test
+from .train import Settings, Training, in_batches, kept, measure
 
 SUFFIX = ".safetensors"
 STARTS = ("ridge", "prenorm", "identity")
@@ -57,11 +57,6 @@ def named(error: BaseException) -> BaseException:
     if isinstance(error, ParameterError):
         return ValueError(f"--{error.parameter.replace('_', '-')}: {error.problem}")
     return error
-
-
-def kept(out: Path) -> str:
-    """Return what is in `out` after a training that did not end."""
-    return f"{out} has the best link so far" if out.exists() else f"{out} was not written"
 
 
 def make_parser() -> Parser:
@@ -157,13 +152,12 @@ def run(args: argparse.Namespace) -> None:
     training = make_training(lm, link, data, how, args)
     if args.restart:
         training.state.unlink(missing_ok=True)
-    try:
-        training.run()
-    except ValueError as error:
-        update = training.progress.update
-        raise ValueError(f"update {update + 1}: {error}; {kept(args.out)}") from error
+    elif args.out.exists() and not training.state.exists():
+        raise FileExistsError(f"{args.out}: found a file of no run (no {training.state}), "
+                              "expected another --out, or --restart to write over it")  # fmt: skip
+    training.run()
     if data.test:
-        found = test(lm, link, data.test, how, args.batch_size)
+        found = measure(lm, link, data.test, how, args.batch_size)
         training.write({"test": found})
         print(json.dumps({"test": found}))
 

@@ -5,6 +5,7 @@ a state, to continue from, and a log with one JSON object a line. Does not know:
 """
 
 import json
+import math
 import random
 import sys
 import time
@@ -78,23 +79,32 @@ class Training:
     def run(self) -> Progress:
         """Train to the last update, or until the held-out loss no longer falls.
 
-        The link is the best one afterwards. Raises ValueError for a loss or a link that is not
+        The link is the best one afterwards. Raises ValueError if a loss or the link is no longer
         finite, and KeyboardInterrupt; the file then has the best link up to there.
         """
-        if not self.resume():
-            write_whole(self.log, json.dumps({"settings": self.identity}) + "\n")
-            self.evaluate()
-        while self.progress.update < self.settings.updates and not self.is_flat():
-            began = time.perf_counter()
-            loss = self.step()
-            self.progress.update += 1
-            self.progress.seconds += time.perf_counter() - began
-            self.write({"loss": loss})
-            update, every = self.progress.update, self.settings.evaluate_every
-            if update % every == 0 or update == self.settings.updates:
-                self.evaluate(loss)
+        resumed = self.resume()
+        try:
+            if not resumed:
+                write_whole(self.log, json.dumps({"settings": self.identity}) + "\n")
+                self.evaluate()
+            self.take_updates()
+        except ValueError as error:
+            update = self.progress.update + 1
+            raise ValueError(f"update {update}: {error}; {kept(self.out)}") from error
         self.set_parameters(self.best)
         return self.progress
+
+    def take_updates(self) -> None:
+        """Take the updates that are left, and evaluate after some of them and after the last."""
+        now, every = self.progress, self.settings.evaluate_every
+        while now.update < self.settings.updates and not self.is_flat():
+            began = time.perf_counter()
+            loss = self.step()
+            now.update += 1
+            now.seconds += time.perf_counter() - began
+            self.write({"loss": loss})
+            if now.update % every == 0 or now.update == self.settings.updates:
+                self.evaluate(loss)
 
     def is_flat(self) -> bool:
         """Return whether the held-out loss has not fallen for as long as `patience` says."""
@@ -105,7 +115,7 @@ class Training:
         """Take one update; returns the loss per token before it."""
         batch = batch_of(self.data.train, self.progress.update, self.settings)
         self.adam.zero_grad()
-        loss = self.loss(batch)
+        loss = self.losses(batch).mean()
         if not loss.requires_grad:
             raise ValueError("no gradient reaches the link: no agent hands thoughts over")
         loss.backward()
@@ -117,26 +127,21 @@ class Training:
             raise ValueError("found NaN or infinity in the link")
         return loss.item()
 
-    def loss(self, rows: Sequence[Row]) -> Tensor:
-        """Return the objective's loss per token."""
-        found = OBJECTIVES[self.settings.objective](self.lm, rows, self.how, self.link.feeder())
-        return torch.cat(found).mean()
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        """Return the objective's loss of each token of all rows (T,)."""
+        objective = OBJECTIVES[self.settings.objective]
+        return torch.cat(objective(self.lm, rows, self.how, self.link.feeder()))
 
     @torch.no_grad()
     def evaluate(self, loss: float | None = None) -> None:
         """Measure the held-out loss, save the link if it is the best one, and the state."""
         began = time.perf_counter()
         batches = in_batches(self.data.held_out, self.settings.batch_size)
-        each = [
-            token
-            for rows in batches
-            for tokens in OBJECTIVES[self.settings.objective](
-                self.lm, rows, self.how, self.link.feeder()
-            )
-            for token in tokens.tolist()
-        ]
+        each = torch.cat([self.losses(rows) for rows in batches])  # (T,)
         now = self.progress
-        now.held_out = sum(each) / len(each)
+        now.held_out = each.mean().item()
+        if not math.isfinite(now.held_out):
+            raise ValueError(f"found held-out loss {now.held_out:g}")
         now.seconds += time.perf_counter() - began
         self.write({"held_out": now.held_out})
         if now.held_out < now.best_loss:
@@ -207,6 +212,11 @@ class Training:
             part.copy_(parts[name])
 
 
+def kept(out: Path) -> str:
+    """Return what is in `out` after a training that did not end."""
+    return f"{out} has the best link so far" if out.exists() else f"{out} was not written"
+
+
 def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """Return the tensors of one part of a state, without its name."""
     start = f"{part}/"
@@ -238,7 +248,7 @@ def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 
 
 @torch.no_grad()
-def test(lm: LM, link: Link, rows: Sequence[Row], how: How, batch_size: int) -> dict[str, Any]:
+def measure(lm: LM, link: Link, rows: Sequence[Row], how: How, batch_size: int) -> dict[str, Any]:
     """Return the gold NLL and the share of right answers on rows that no training has seen.
 
     "other" is the loss if each question gets the next question's thoughts: a control. Intervals
