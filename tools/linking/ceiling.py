@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minimas import LM
 from minimas.agents import hand_over
 from minimas.results import AgentStart, Thought, finish
+from tools.evaluation.last_turn import PrefillOnce
 from tools.evaluation.rows import Row
 
 from .data import rotated
@@ -84,6 +85,7 @@ def optimize(
     gradients, and there is no clipping.
     """
     free = thoughts_of(lm, rows, how, align)
+    how = how._replace(once=PrefillOnce())  # the first prompts are the same in every update
     adam = torch.optim.Adam(free.parameters(), lr=rate)
     losses = []
     for update in range(updates + 1):

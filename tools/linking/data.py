@@ -19,7 +19,7 @@ from tools.training.tiny_task import MAX_OPERATIONS, story
 
 EXPECTED = "FILE.jsonl, tiny[:OPS], notes:N or split_evidence[_2|_3]"
 TRAIN, HELD_OUT, TEST = 11, 12, 13  # seeds of generated rows; tables use small ones
-# Short: on a CPU reading the notes is most of the work of an update.
+# Short, and without a system message: reading is most of the work of an update.
 NOTE = "Remember: The {colour} box holds {number} coins."
 
 
@@ -113,7 +113,11 @@ def notes_row(count: int, part: int, seed: int, i: int) -> Row:
     numbers = draw.sample(range(LOWEST, LOWEST + VALUES), count)
     [asked] = draw.sample(range(count), 1)
     readers = [
-        {"name": f"reader {n}", "prompt": NOTE.format(colour=colour, number=number)}
+        {
+            "name": f"reader {n}",
+            "system": "",
+            "prompt": NOTE.format(colour=colour, number=number),
+        }
         for n, (colour, number) in enumerate(zip(colours, numbers, strict=True), 1)
     ]
     last = {

@@ -22,6 +22,7 @@ from minimas.answers import grade
 from minimas.layout import ChatLayout
 from minimas.results import finish
 from minimas.text.tokenizer import Turn
+from tools.evaluation.last_turn import PrefillOnce, SharingRun
 from tools.evaluation.rows import Row, kind_of
 
 from .cache import GradCache
@@ -37,6 +38,7 @@ class How(NamedTuple):
     transfer: str = "full"
     layout: str | None = None
     max_new_tokens: int = 24
+    once: PrefillOnce | None = None  # for rollouts whose first prompts are the same
 
 
 class Scores(NamedTuple):
@@ -47,7 +49,7 @@ class Scores(NamedTuple):
 
 
 @dataclass
-class TeamsRun(LatentRun):
+class TeamsRun(LatentRun, SharingRun):
     """A run of `latent_mas` in which each question may have a team of its own.
 
     The teams differ in their prompts only. None: all have `team`.
@@ -113,6 +115,7 @@ def start_run(lm: LM, rows: Sequence[Row], how: How, align: Align) -> TeamsRun:
         align=align,
         transfer=how.transfer,
         layout=how.layout,
+        once=how.once,
         teams=teams if any("team" in row for row in rows) else None,
     )
 

@@ -88,7 +88,7 @@ class Training:
                 write_whole(self.log, json.dumps({"settings": self.identity}) + "\n")
                 self.evaluate()
             self.take_updates()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of torch, as without memory
             update = self.progress.update + 1
             raise ValueError(f"update {update}: {error}; {kept(self.out)}") from error
         self.set_parameters(self.best)
