@@ -198,6 +198,9 @@ def test_a_row_of_another_team_or_kind_is_named(lm: LM) -> None:
         require_alike([two, three], how())
     with pytest.raises(ValueError, match="found kinds free, math, expected one kind"):
         require_alike([*ROWS, {**ROWS[0], "kind": "free"}], how())
+    agents = [{"name": "a", "prompt": "{question}", "writes": True}, {"name": "b", "prompt": ""}]
+    with pytest.raises(ValueError, match="layout: found 'turn' with agent 'a', writes"):
+        require_alike([{**ROWS[0], "team": {"agents": agents}}], how(layout="turn"))
 
 
 def test_distillation_costs_nothing_where_thoughts_are_no_news(lm: LM) -> None:

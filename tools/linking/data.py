@@ -122,6 +122,7 @@ def notes_row(count: int, part: int, seed: int, i: int) -> Row:
     ]
     last = {
         "name": "answerer",
+        "system": "",
         "prompt": "{question}",
         "prefix": f"The {colours[asked]} box holds ",
     }

@@ -71,13 +71,16 @@ def team_of(row: Row, how: How) -> Team:
 
 
 def require_alike(rows: Sequence[Row], how: How) -> None:
-    """Raise ValueError naming the first row that cannot share a batch with the row before it."""
+    """Raise ValueError naming the first row that cannot share a batch with the row before it.
+
+    It is also raised for a team that cannot have the layout of `how`.
+    """
     kinds = {kind_of(row) for row in rows}
     if len(kinds) > 1:
         raise ValueError(f"--data: found kinds {', '.join(sorted(kinds))}, expected one kind")
     expected = None
     for row in rows:
-        found = shape(team_of(row, how))
+        found = shape(team_of(row, how).with_layout(how.layout))
         if expected not in (None, found):
             raise ValueError(
                 f"--data: {row['id']}: team: found {found}, expected {expected}, as in the rows "
