@@ -376,7 +376,8 @@ def test_a_run_that_is_continued_equals_an_uninterrupted_one(lm: LM, tmp_path: P
     found = make_training(lm, parts, 6)
     found.run()
     assert log_of(parts) == log_of(whole)
-    assert parts.read_bytes() == whole.read_bytes()
+    one, other = (Aligner.load(file, lm.model).matrix for file in (parts, whole))
+    assert one is not None and other is not None and torch.equal(one, other)
     assert replace(found.progress, seconds=0) == replace(expected.progress, seconds=0)
     for name, part in found.parameters.items():
         assert torch.equal(part, expected.parameters[name])
