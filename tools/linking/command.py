@@ -115,7 +115,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     """End with status 2 if flags do not go together."""
     if args.out.suffix != SUFFIX:  # --align would take its name for a kind
         parser.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
-    if Path(args.start) == args.out:
+    if Path(args.start).resolve() == args.out.resolve():
         parser.error("argument --start: found the file of --out, which training overwrites")
     if args.gist and (args.rank or args.start_vectors or args.noise or args.start != "ridge"):
         parser.error("argument --gist: there is no map: expected no --start, --noise, --rank, "
