@@ -230,6 +230,6 @@ def measure_ceiling(
             firsts.append(record["own"][0])
             for name in ("own", "other"):
                 lasts.setdefault(name, []).append(record[name][-1])
-        means = ", ".join(f"{fmean(each):.4f} for its {name}" for name, each in lasts.items())
-        line = f"{len(firsts)} questions: loss {fmean(firsts):.4f} before, {means} solution"
-        print(f"{line} after {args.ceiling} updates", flush=True)
+        own, other = (fmean(each) for each in lasts.values())
+        line = f"{len(firsts)} questions: loss {fmean(firsts):.4f}; after {args.ceiling} updates "
+        print(f"{line}{own:.4f} for its own solution, {other:.4f} for another one's", flush=True)
