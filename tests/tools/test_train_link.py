@@ -1,0 +1,633 @@
+"""tools/train_link.py: gradients are those of the library's own rollout, and a link is learned.
+
+Gradients are compared with differences of the losses that the fast cache gives, in float64.
+"""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minimas import LM, Aligner, KVCache, Team, latent_mas, load
+from minimas.agents import LatentRun, hand_over
+from minimas.core.cache import Positions
+from minimas.nll import losses_after
+from minimas.results import finish
+from minimas.teams import TEAMS
+from tools.linking import command, rollout
+from tools.linking.cache import GradCache
+from tools.linking.ceiling import ceiling, optimize, thoughts_of
+from tools.linking.data import from_file, generator, read_data, rotated
+from tools.linking.link import Link, vectors_path
+from tools.linking.rollout import (
+    How,
+    divergence,
+    last_turn,
+    nll,
+    require_alike,
+    solution_scores,
+)  # fmt: skip
+from tools.linking.train import Settings, Training, batch_of, in_batches
+
+from ..models import TINY, apart
+from ..processes import Process
+from ..text import load_text_lm
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [  # of unequal length
+    {"id": "a", "question": "Eva has 2 cards. She finds 7 more. How many?", "solution": " 2 9",
+     "answer": "9", "kind": "math"},
+    {"id": "b", "question": "Tom has 5 coins. How many?", "solution": " 5", "answer": "5",
+     "kind": "math"},
+    {"id": "c", "question": "Ann has 3 plums. She doubles the plums. How many plums?",
+     "solution": " 3 6 6", "answer": "6", "kind": "math"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    """Return a random float64 model."""
+    return load_text_lm(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LM:
+    return load(TINY, device="cpu", dtype="float32")
+
+
+def how(**changes: Any) -> How:
+    """Return three agents who think four steps each, before a fourth one."""
+    return How(TEAMS["sequential"](), 4)._replace(**changes)
+
+
+def loss(lm: LM, aligner: Any, how: How, rows: Sequence[Any] = ROWS) -> Tensor:
+    return torch.cat(nll(lm, rows, how, aligner)).mean()
+
+
+def slope(lm: LM, start: Aligner, direction: Tensor, how: How, step: float = 1e-4) -> float:
+    """Return the derivative along `direction`, from four losses with the fast cache."""
+    assert start.matrix is not None
+    losses = {}
+    with torch.no_grad():
+        for n in (-2, -1, 1, 2):
+            moved = Aligner(start.matrix + n * step * direction, start.norm, start.scale)
+            losses[n] = loss(lm, moved, how).item()
+    return (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
+
+
+def gradient(lm: LM, start: Aligner, how: How) -> Tensor:
+    assert start.matrix is not None
+    matrix = start.matrix.clone().requires_grad_()
+    loss(lm, Aligner(matrix, start.norm, start.scale), how).backward()
+    assert matrix.grad is not None
+    return matrix.grad
+
+
+def directions(start: Aligner) -> list[Tensor]:
+    assert start.matrix is not None
+    source = torch.Generator().manual_seed(1)
+    shape = (2, *start.matrix.shape)
+    drawn = list(torch.randn(shape, generator=source, dtype=torch.float64))
+    one = torch.zeros_like(start.matrix)
+    one[3, 5] = 1
+    return [*drawn, one]
+
+
+CASES = [
+    how(layout=layout, transfer=transfer)
+    for layout, transfer in itertools.product(("turn", "chat"), ("full", "latents", "last"))
+]
+CASES += [how(team=TEAMS["hierarchical"](), layout=layout) for layout in ("turn", "chat")]
+
+
+@pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.layout}-{how.transfer}")
+def test_the_gradient_through_three_agents_is_that_of_the_fast_caches_losses(
+    lm: LM, how: How
+) -> None:
+    """A slot that is copied without its graph, or written over, changes no loss but the gradient;
+    a row with another length has other slots.
+    """
+    start = Aligner.from_model(lm.model, "prenorm")
+    found = gradient(lm, start, how)
+    for direction in directions(start):
+        expected = slope(lm, start, direction, how)
+        assert abs((found * direction).sum().item() - expected) <= 1e-6 * abs(expected)
+
+
+def test_a_gradient_that_ends_at_a_hand_over_is_found_wrong(
+    lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: without the cache's part the gradient has another size."""
+
+    class Detached(GradCache):
+        def append(self, layer: int, keys: Tensor, values: Tensor, at: Positions) -> Any:
+            # Gradients of earlier positions reach later ones in the first layer only.
+            return super().append(layer, keys if layer else keys.detach(), values, at)
+
+    start = Aligner.from_model(lm.model, "prenorm")
+    monkeypatch.setattr(rollout, "GradCache", Detached)
+    found = gradient(lm, start, how())
+    for direction in directions(start):
+        expected = slope(lm, start, direction, how())
+        assert abs((found * direction).sum().item() - expected) > 1e-3 * abs(expected)
+
+
+def test_the_fast_cache_refuses_gradients(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes over what attention has saved; autograd must say so, and not be wrong silently."""
+    monkeypatch.setattr(rollout, "GradCache", KVCache)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        gradient(lm, Aligner.from_model(lm.model, "prenorm"), how())
+
+
+# -- the rollout -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+def test_losses_are_those_of_the_library(lm: LM, layout: str) -> None:
+    """A loss of tokens that are off by one trains something else; with and without gradients."""
+    align, texts = lm.aligner("ridge"), [row["solution"] for row in ROWS]
+    turn = last_turn(lm, ROWS, how(layout=layout), align)
+    expected = losses_after(turn.run, *turn.prefill(), texts)
+    with torch.no_grad():
+        fast = nll(lm, ROWS, how(layout=layout), align)
+    for found, same, one in zip(nll(lm, ROWS, how(layout=layout), align), fast, expected,
+                                strict=True):  # fmt: skip
+        assert found.sum().item() == pytest.approx(one.total, rel=1e-12)
+        assert apart(found, same) <= 1e-12 and len(found) == one.tokens
+
+
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+def test_questions_with_teams_of_their_own_share_a_batch(lm: LM, layout: str) -> None:
+    """Every question must get its own notes, as if it were asked alone."""
+    rows = [generator("split_evidence")(12, 0, i) for i in range(3)]
+    setting, align = how(layout=layout, transfer="latents"), lm.aligner("ridge")
+    together = nll(lm, rows, setting, align)
+    for row, tokens in zip(rows, together, strict=True):
+        [alone] = nll(lm, [row], setting, align)
+        assert apart(tokens, alone) <= 1e-9
+        team = Team.from_dict(row["team"], "row")
+        run = LatentRun(lm, [row["question"]], "math", team=team, latent_steps=4, align=align,
+                        transfer="latents", layout=layout)  # fmt: skip
+        turn = run.last_turn(finish(hand_over(run)))
+        [expected] = losses_after(run, *turn.prefill(), [row["solution"]])
+        assert tokens.sum().item() == pytest.approx(expected.total, rel=1e-9)
+    other = nll(lm, rows, setting, align, others=True)
+    assert all(apart(a, b) > 1e-3 for a, b in zip(together, other, strict=True))
+
+
+def test_the_thoughts_of_others_are_the_librarys_control(lm: LM) -> None:
+    """The loss after another question's thoughts is that of transfer "shuffled"."""
+    align = lm.aligner("ridge")
+    control = nll(lm, ROWS, how(transfer="shuffled"), align)
+    for found, expected in zip(nll(lm, ROWS, how(), align, others=True), control, strict=True):
+        assert apart(found, expected) <= 1e-12
+
+
+def test_a_row_of_another_team_or_kind_is_named(lm: LM) -> None:
+    two, three = (generator(f"notes:{n}")(11, 0, 0) for n in (2, 3))
+    with pytest.raises(ValueError, match=rf"{three['id']}: team: found .*expected"):
+        require_alike([two, three], how())
+    with pytest.raises(ValueError, match="found kinds free, math, expected one kind"):
+        require_alike([*ROWS, {**ROWS[0], "kind": "free"}], how())
+    agents = [{"name": "a", "prompt": "{question}", "writes": True}, {"name": "b", "prompt": ""}]
+    with pytest.raises(ValueError, match="layout: found 'turn' with agent 'a', writes"):
+        require_alike([{**ROWS[0], "team": {"agents": agents}}], how(layout="turn"))
+
+
+def test_distillation_costs_nothing_where_thoughts_are_no_news(lm: LM) -> None:
+    """KL to the prompts' cache is 0 for the teacher itself, and positive without the prompts."""
+    align = lm.aligner("ridge")
+    same = torch.cat(divergence(lm, ROWS, how(latent_steps=0), align))
+    assert same.abs().max() <= 1e-12
+    other = divergence(lm, ROWS, how(transfer="latents"), align)
+    assert (torch.cat(other) > 1e-6).all()
+    texts = [row["solution"] for row in ROWS]
+    wanted, found = (
+        list(solution_scores(last_turn(lm, ROWS, one, align), texts))
+        for one in (how(latent_steps=0), how(transfer="latents"))
+    )
+    for q, each in enumerate(other):
+        p, q_ = wanted[q].logits.softmax(-1), found[q].logits.softmax(-1)
+        assert apart(each, (p * (p / q_).log()).sum(-1)) <= 1e-9
+
+
+# -- links -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("kind", ["ridge", "prenorm", "identity"])
+def test_a_link_starts_as_its_map_and_is_saved_as_one(
+    lm: LM, tmp_path: Path, kind: str, rank: int | None
+) -> None:
+    """--align must feed what training has fed; a low rank is multiplied out."""
+    start, file = lm.aligner(kind), tmp_path / "link.safetensors"
+    link = Link(lm.model, start, rank)
+    hidden = torch.randn(3, 1, 16, dtype=torch.float64)
+    link.requires_grad_(False)
+    assert apart(link.feeder()(hidden), start(hidden)) <= 1e-12
+    for part in link.parameters():
+        part += torch.randn_like(part)
+    trained = link.feeder()(hidden)
+    assert apart(trained, start(hidden)) > 0.1
+    link.save(file, lm.model)
+    assert apart(Aligner.load(file, lm.model)(hidden), trained) <= 1e-12
+    [ours], [theirs] = (latent_mas(lm, ["Eva?"], align=align, latent_steps=3)
+                        for align in (str(file), link.feeder()))  # fmt: skip
+    assert ours.text == theirs.text
+
+
+def test_a_rank_counts_fewer_numbers_and_has_a_range(lm: LM) -> None:
+    count = sum(part.numel() for part in Link(lm.model, lm.aligner("ridge"), 3).parameters())
+    assert count == 2 * 3 * 16
+    with pytest.raises(ValueError, match="--rank: found 17, expected 1 … 16"):
+        Link(lm.model, lm.aligner("ridge"), 17)
+
+
+def test_start_vectors_are_the_first_thoughts_of_every_agent(lm: LM) -> None:
+    """Counted over all agents, the vectors would be fed by the first agent only."""
+    link = Link(lm.model, lm.aligner("ridge"), vectors=2)
+    fed = thoughts_of(lm, ROWS, how(), link.feeder()).turns
+    assert len(fed) == 3 and all(turn.shape == (3, 4, 16) for turn in fed)
+    for turn in fed:
+        assert torch.equal(turn[:, :2], link.vectors.expand(3, 2, 16))
+        assert not torch.equal(turn[0, 2], turn[1, 2])
+    loss(lm, link.feeder(), how()).backward()
+    for name, part in link.named_parameters():
+        assert part.grad is not None and part.grad.abs().max() > 1e-9, name
+
+
+def test_gist_slots_do_not_see_the_question(lm: LM, tmp_path: Path) -> None:
+    """They are fed to every question alike, and their file is no map for --align."""
+    link, file = Link(lm.model, None, vectors=4), tmp_path / "gist.safetensors"
+    for turn in thoughts_of(lm, ROWS, how(), link.feeder()).turns:
+        assert torch.equal(turn, link.vectors.expand(3, 4, 16))
+    link.save(file, lm.model)
+    with pytest.raises(ValueError, match="found 'minimas-vectors-1', expected minimas-aligner-1"):
+        lm.aligner(str(file))
+
+
+def test_free_thoughts_are_optimized_for_each_question_apart(lm: LM) -> None:
+    """The ceiling of one question must not depend on which others are in its batch."""
+    setting, align = how(transfer="latents"), lm.aligner("ridge")
+    together = optimize(lm, ROWS, setting, align, 6, 3e-2)
+    start = [tokens.mean().item() for tokens in nll(lm, ROWS, setting, align)]
+    for q, losses in enumerate(together):
+        assert losses[0] == pytest.approx(start[q], rel=1e-9)
+        assert len(losses) == 7 and losses[-1] < losses[0] - 0.01
+        [alone] = optimize(lm, [ROWS[q]], setting, align, 6, 3e-2)
+        assert alone == pytest.approx(losses, rel=1e-6)
+    records = ceiling(lm, ROWS, setting, align, 1, 3e-2)
+    assert [one["id"] for one in records] == ["a", "b", "c"]
+    [other, *_] = optimize(lm, rotated(ROWS), setting, align, 1, 3e-2)
+    assert records[0]["other"] == pytest.approx(other) and records[0]["own"] == together[0][:2]
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny:1,2", "notes:1", "notes:3", "split_evidence_2"])
+def test_generated_rows_for_training_are_in_no_other_part(name: str) -> None:
+    data = read_data(name, 60, 20, 20, slice(None))
+    texts = [[json.dumps([row["question"], row.get("team")]) for row in part] for part in data]
+    train, held_out, tested = map(set, texts)
+    if name != "notes:1":  # 990 notes are all there are
+        assert not train & (held_out | tested)
+    assert texts[1] != texts[2] and len(train) > 50
+    assert read_data(name, 60, 20, 20, slice(None)) == data, "they are drawn anew"
+    assert read_data(name, 60, 20, 20, slice(None), seed=1).train != data.train
+    assert all(row["solution"].strip() for part in data for row in part)
+
+
+def test_a_note_has_the_number_that_its_solution_is() -> None:
+    for i in range(20):
+        row = generator("notes:3")(11, 0, i)
+        colour = row["question"].split()[5]
+        notes = " ".join(agent["prompt"] for agent in row["team"]["agents"])
+        assert f"The {colour} box holds {row['solution']} coins" in notes
+        assert len(row["solution"]) == 2 and row["answer"] == row["solution"]
+        assert row["team"]["agents"][-1]["prefix"] == f"The {colour} box holds "
+
+
+def write_rows(path: Path, count: int, **fields: Any) -> Path:
+    rows = [{**ROWS[i % 3], "id": f"q{i}"} | fields for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_of_a_file_are_in_one_part_each(tmp_path: Path) -> None:
+    file = str(write_rows(tmp_path / "q.jsonl", 20))
+    train, held_out, tested = (
+        [row["id"] for row in part] for part in from_file(file, 3, 4, slice(2, 15))
+    )
+    assert train + tested + held_out == [f"q{i}" for i in range(2, 15)]
+    assert (len(tested), len(held_out)) == (4, 3)
+    with pytest.raises(ValueError, match=r"found 13 rows, expected more than 13, those of"):
+        from_file(file, 13, 0, slice(2, 15))
+
+
+def test_a_batch_repeats_no_row_before_all_have_been_used() -> None:
+    rows = [{"id": str(i)} for i in range(10)]
+    settings = Settings(batch_size=3)
+    for epoch in range(3):
+        ids = [row["id"] for n in range(3) for row in batch_of(rows, 3 * epoch + n, settings)]
+        assert len(set(ids)) == 9
+    assert [len(part) for part in in_batches(rows, 3)] == [3, 3, 2, 2]
+
+
+def test_other_labels_are_those_of_the_next_question() -> None:
+    assert [row["solution"] for row in rotated(ROWS)] == [" 5", " 3 6 6", " 2 9"]
+    assert [row["answer"] for row in rotated(ROWS)] == ["9", "5", "6"], "tests grade these"
+
+
+# -- a training ------------------------------------------------------------------------------------
+
+
+def make_training(lm: LM, out: Path, updates: int, **settings: Any) -> Training:
+    data = read_data("tiny", 12, 4, 0, slice(None))
+    used = Settings(updates=updates, batch_size=3, evaluate_every=2, **settings)
+    identity = {"rate": used.rate}
+    setting = How(replace(lm.teams["sequential"]), 2)
+    return Training(lm, Link(lm.model, lm.aligner("ridge"), 2), data, setting, used, out, identity)
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"}
+            for line in lines]  # fmt: skip
+
+
+def test_a_run_that_is_continued_equals_an_uninterrupted_one(lm: LM, tmp_path: Path) -> None:
+    """Moments of Adam that are lost, or another batch, change every number after them."""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    expected = make_training(lm, whole, 6)
+    expected.run()
+    make_training(lm, parts, 4).run()
+    with parts.with_suffix(".jsonl").open("a") as log:
+        log.write(json.dumps({"update": 5, "loss": 1.0}) + "\n")  # of an update after the state
+    found = make_training(lm, parts, 6)
+    found.run()
+    assert log_of(parts) == log_of(whole)
+    one, other = (Aligner.load(file, lm.model).matrix for file in (parts, whole))
+    assert one is not None and other is not None and torch.equal(one, other)
+    assert replace(found.progress, seconds=0) == replace(expected.progress, seconds=0)
+    for name, part in found.parameters.items():
+        assert torch.equal(part, expected.parameters[name])
+
+
+def test_a_run_with_other_settings_is_not_continued(lm: LM, tmp_path: Path) -> None:
+    out = tmp_path / "link.safetensors"
+    make_training(lm, out, 1).run()
+    with pytest.raises(ValueError, match=r"state.safetensors: rate: found 0.003, expected 0.5"):
+        make_training(lm, out, 2, rate=0.5).run()
+
+
+def test_the_file_has_the_link_with_the_lowest_held_out_loss(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early stopping: two evaluations without a lower loss end the run, and a later link is not
+    written.
+    """
+    out, kept = tmp_path / "link.safetensors", dict[int, bytes]()
+    training = make_training(lm, out, 100, patience=2, rate=0.5)
+    losses = iter([3.0, 2.0, 1.0, 1.5, 1.2, 0.1])
+    evaluate = Training.evaluate
+
+    def evaluated(self: Training, loss: float | None = None) -> None:
+        monkeypatch.setattr(self, "losses", lambda rows: torch.full((1,), value))
+        value = next(losses)
+        evaluate(self, loss)
+        monkeypatch.delattr(self, "losses")
+        kept[self.progress.update] = out.read_bytes()
+
+    monkeypatch.setattr(Training, "evaluate", evaluated)
+    progress = training.run()
+    assert (progress.update, progress.best, progress.best_loss) == (8, 4, 1.0)
+    assert kept[0] != kept[2] != kept[4] == kept[6] == kept[8]
+    best = Aligner.load(out, lm.model).matrix
+    assert best is not None and torch.equal(best, training.link.aligner().matrix)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def run(out: Path, *flags: object, status: int = 0) -> None:
+    """Run the command on weights/tiny, with few short updates."""
+    short = ["--held-out", 2, "--batch-size", 2, "--latent-steps", 1, "--agents", 1]
+    argv = ["--out", out, "--updates", 2, "--evaluate-every", 1, *short, *flags]
+    try:
+        found = command.main([str(flag) for flag in argv])
+    except SystemExit as error:
+        found = error.code
+    assert found == status
+
+
+def test_a_trained_link_is_a_map_for_align(
+    tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of any start, rank and number of vectors; a run says what it does, and tests."""
+    for name, *flags in (
+        ("full", "--test", 3),
+        ("low", "--rank", 2, "--start", "prenorm", "--objective", "distill", "--transfer",
+         "latents"),
+        ("vectors", "--start-vectors", 1, "--latent-steps", 2, "--start", "identity"),
+        ("spoilt", "--updates", 0, "--noise", 1),
+    ):  # fmt: skip
+        out = tmp_path / f"{name}.safetensors"
+        run(out, *flags)
+        [result] = latent_mas(tiny, ["How many?"], align=str(out), latent_steps=1)
+        assert result.text
+        assert Aligner.load(out, tiny.model).matrix is not None
+    found, progress = capsys.readouterr()
+    tested = json.loads(found)["test"]
+    assert tested["n"] == 3 and 0 <= tested["right"] <= 3 and tested["other"] > 0
+    assert log_of(tmp_path / "full.safetensors")[-1]["test"] == tested
+    assert "16,384 parameters" in progress and "update 2 of 2: loss" in progress
+    assert vectors_path(tmp_path / "vectors.safetensors").exists()
+    run(tmp_path / "again.safetensors", "--start", tmp_path / "full.safetensors")
+    run(tmp_path / "gist.safetensors", "--gist")
+    run(tmp_path / "labels.safetensors", "--shuffle-labels")
+    other, same = (log_of(tmp_path / f"{name}.safetensors") for name in ("labels", "full"))
+    assert other[1] != same[1], "labels are the right ones"
+
+
+def test_the_ceiling_is_a_record_for_each_question(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "ceiling.safetensors"
+    run(out, "--ceiling", 2, "--test", 3)
+    records = log_of(out)
+    assert len(records) == 3 and all(len(one["own"]) == len(one["other"]) == 3 for one in records)
+    assert "3 questions: loss" in capsys.readouterr().out and not out.exists()
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if "error" in line]
+    assert not out and line.startswith("train_link: error: ") and "Traceback" not in err
+    return line
+
+
+def test_data_without_solutions_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "q.jsonl", 9)
+    rows = file.read_text().splitlines()
+    row = json.loads(rows[4])
+    for missing in (None, " "):
+        row["solution"] = missing
+        file.write_text("\n".join([*rows[:4], json.dumps(row), *rows[5:]]))
+        run(tmp_path / "link.safetensors", "--data", file, status=1)
+        assert "q.jsonl: q4: solution: found nothing, expected" in one_line(capsys)
+    assert not (tmp_path / "link.safetensors").exists()
+
+
+def test_a_start_of_another_model_or_size_is_named(
+    tmp_path: Path, tiny: LM, lm: LM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "link.safetensors", tmp_path / "start.safetensors"
+    lm.aligner("ridge").save(file)
+    run(out, "--start", file, status=1)
+    assert "start.safetensors: model: found aligner of" in one_line(capsys)
+    Aligner(torch.eye(5), model=tiny.model).save(file)
+    run(out, "--start", file, status=1)
+    assert "start.safetensors: matrix: found torch.float32 of shape (5, 5)" in one_line(capsys)
+    run(out, "--start", tmp_path / "none.safetensors", status=1)
+    assert "none.safetensors: no such file" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "expected"),
+    [
+        (["--data", "rhymes"], 1, "--data: found 'rhymes', expected FILE.jsonl, tiny"),
+        (["--data", "notes:0"], 1, "--data: found 'notes:0'"),
+        (["--data", "tiny:9"], 1, "--data: found 'tiny:9'"),
+        (["--data", "none.jsonl"], 1, "none.jsonl: found no such file"),
+        (["--model", "elsewhere"], 2, "--data: found nothing, expected FILE.jsonl"),
+        (["--rank", "129"], 1, "--rank: found 129, expected 1 … 128"),
+        (["--latent-steps", "0"], 1, "--latent-steps: found 0, expected 1 or more"),
+        (["--start-vectors", "2"], 1, "--start-vectors: found 2, expected at most 1"),
+        (["--gist", "--rank", "2"], 2, "--gist: there is no map"),
+        (["--transfer", "none"], 2, "--transfer: found 'none', expected full, latents or last"),
+        (["--rate", "nan"], 2, "--rate: found nan, expected a number above 0"),
+        (["--rows", "7"], 2, "--rows: found '7', expected START:STOP"),
+        (["--start", "random"], 2, "--start: found 'random', expected ridge"),
+        (["--ceiling", "2"], 2, "--test: expected 2 or more questions with --ceiling"),
+        (["--team", "crowd"], 1, "--team: found 'crowd', expected a Team or one of"),
+        (["--out", "link.pt"], 2, "--out: found 'link.pt', expected FILE.safetensors"),
+        (["--out", "nowhere/link.safetensors"], 1, "nowhere: no such folder (--out)"),
+        (["--start", "x.safetensors", "--out", "x.safetensors"], 2, "--start: found the file of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], status: int, expected: str
+) -> None:
+    run(tmp_path / "link.safetensors", *flags, status=status)
+    assert expected in one_line(capsys)
+    assert not (tmp_path / "link.safetensors").exists()
+
+
+def test_a_file_of_no_run_is_not_written_over(
+    tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "link.safetensors"
+    tiny.aligner("prenorm").save(out)
+    before = out.read_bytes()
+    run(out, status=1)
+    assert "link.safetensors: found a file of no run" in one_line(capsys)
+    assert out.read_bytes() == before
+    run(out, "--restart")
+    assert out.read_bytes() != before
+
+
+def test_a_training_that_diverges_keeps_the_last_good_link(
+    tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States that are not finite after a huge update, or a rate that no float32 can hold."""
+    out = tmp_path / "link.safetensors"
+    for rate, problem in (("3e37", "align: found a state that is not finite"), ("1e38", "value")):
+        run(out, "--rate", rate, "--updates", 5, "--restart", status=1)
+        line = one_line(capsys)
+        assert f": {problem}" in line and "update " in line
+        assert line.endswith("link.safetensors has the best link so far")
+    kept, start = Aligner.load(out, tiny.model).matrix, tiny.aligner("ridge").matrix
+    assert kept is not None and start is not None and torch.equal(kept, start)
+
+
+@pytest.mark.parametrize("damaged", ["loss", "gradient", "link"])
+def test_nan_anywhere_in_an_update_stops_the_training(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    out = tmp_path / "link.safetensors"
+    training = make_training(lm, out, 4)
+    step, losses = training.adam.step, training.losses
+
+    def spoil(*_: Any) -> None:
+        step()
+        training.link.up.data[0, 0] = torch.nan
+
+    def wrong(rows: Sequence[Any]) -> Tensor:
+        found = losses(rows)
+        if damaged == "gradient":
+            found.register_hook(lambda gradient: gradient * torch.nan)
+        return found * torch.nan if damaged == "loss" else found
+
+    training.evaluate()
+    if damaged == "link":
+        monkeypatch.setattr(training.adam, "step", spoil)
+    else:
+        monkeypatch.setattr(training, "losses", wrong)
+    with pytest.raises(ValueError, match=r"update 1: found .*(nan|NaN).*has the best link so far"):
+        training.run()
+    matrix = Aligner.load(out, lm.model).matrix
+    assert matrix is not None and matrix.isfinite().all()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_best_link(tmp_path: Path, tiny: LM) -> None:
+    out = tmp_path / "link.safetensors"
+    argv = [sys.executable, ROOT / "tools/train_link.py", "--out", out, "--updates", "100000"]
+    short = ["--held-out", "2", "--evaluate-every", "1", "--batch-size", "2"]
+    with Process([*map(str, argv), *short], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("update 2 "):
+                process.send_signal(signal.SIGINT)
+                break
+        last = process.stderr.read().splitlines()[-1]
+    assert process.returncode == 130
+    assert last == f"train_link: stopped; {out} has the best link so far"
+    assert Aligner.load(out, tiny.model).matrix is not None
+
+
+# -- the planted fault -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_repairs_a_map_that_noise_has_spoilt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The planted positive: at most half of fresh questions are right before, nine of ten after.
+    With other questions' solutions the same updates leave them wrong.
+    """
+    shape = ["--test", "60", "--held-out", "16", "--batch-size", "8"]
+    spoilt = str(tmp_path / "spoilt.safetensors")
+
+    def right(name: str, *flags: str) -> int:
+        out = str(tmp_path / f"{name}.safetensors")
+        assert command.main(["--out", out, *shape, *flags]) == 0
+        return int(json.loads(capsys.readouterr().out)["test"]["right"])
+
+    assert right("spoilt", "--noise", "0.8", "--updates", "0") <= 30
+    trained = ["--start", spoilt, "--updates", "20"]
+    assert right("repaired", *trained) >= 54
+    assert right("labels", *trained, "--shuffle-labels") <= 20

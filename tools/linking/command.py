@@ -1,0 +1,235 @@
+"""The command line of tools/train_link.py: flags, and what is made of them."""
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from minimas import LM, Aligner, Team, load
+from minimas.agents import TRANSFERS, choose_team
+from minimas.core.errors import ParameterError
+from minimas.teams import LAYOUTS
+from tools.evaluation.rows import Row
+from tools.shared.arguments import FAILURES, Parser, one_of, print_error, whole
+from tools.shared.files import write_whole
+
+from .ceiling import ceiling
+from .data import EXPECTED, Data, read_data, rotated
+from .link import Link
+from .rollout import OBJECTIVES, How, require_alike
+from .train import Settings, Training, in_batches, kept, measure
+
+SUFFIX = ".safetensors"
+STARTS = ("ridge", "prenorm", "identity")
+TRAIN_ROWS = 4096  # generated rows: an epoch
+# Of a run that is continued these may change.
+FREE = ("out", "updates", "patience", "test", "restart", "device", "ceiling", "max_new_tokens")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C.
+
+    Raises SystemExit(2) for a wrong command line.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    check(parser, args)
+    try:
+        run(args)
+    except FAILURES as error:
+        print_error("train_link", named(error))
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ntrain_link: stopped; {kept(args.out)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def named(error: BaseException) -> BaseException:
+    """Return the error with its parameter as a flag."""
+    if isinstance(error, ParameterError):
+        return ValueError(f"--{error.parameter.replace('_', '-')}: {error.problem}")
+    return error
+
+
+def make_parser() -> Parser:
+    """Return the parser of all flags."""
+    top = Parser("train_link", description="Train the map between frozen agents.")
+    add = top.add_argument
+    add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
+    add("--out", type=Path, required=True, metavar=f"FILE{SUFFIX}", help="the link, for --align")
+    add("--data", metavar="DATA", help=f"{EXPECTED} (default with weights/tiny: tiny)")
+    add("--rows", type=row_range, default=slice(None), metavar="START:STOP", help="of a file")
+    add("--held-out", type=whole(1), default=64, metavar="N", help="rows for the held-out loss")
+    add("--test", type=whole(0), default=0, metavar="N", help="rows to test the best link on")
+    how = top.add_argument_group("team")
+    add = how.add_argument
+    add("--team", default="sequential", help="sequential, hierarchical or FILE.json")
+    add("--agents", type=whole(1), metavar="N", help="only the first N of them, and the last one")
+    add("--latent-steps", type=whole(0), metavar="N", help="thoughts of each agent")
+    add("--transfer", choices=TRANSFERS, default="full", help="latents: thoughts only")
+    add("--layout", choices=LAYOUTS, help="default: the team's own")
+    add("--max-new-tokens", "-n", type=whole(1), default=24, help="in the answers of --test")
+    link = top.add_argument_group("link")
+    add = link.add_argument
+    add("--start", type=one_of(STARTS, SUFFIX), default="ridge", help="the map to start from")
+    add("--noise", type=float, default=0.0, metavar="S", help="noise on its matrix, S × its RMS")
+    add("--rank", type=whole(1), metavar="R", help="train W₀ + A B of rank R, not all of W")
+    add("--start-vectors", type=whole(1), default=0, metavar="K", help="learned first thoughts")
+    add("--gist", action="store_true", help="control: all thoughts are learned vectors, no map")
+    training = top.add_argument_group("training")
+    add = training.add_argument
+    add("--objective", choices=tuple(OBJECTIVES), default="nll", help="nll of the solution, or KL")
+    add("--updates", type=whole(0), default=100)
+    add("--batch-size", type=whole(1), default=8)
+    add("--rate", type=float, default=3e-3, help="learning rate of Adam")
+    add("--evaluate-every", type=whole(1), default=10, metavar="N", help="updates")
+    text = "evaluations without a lower held-out loss that end the training (0: never)"
+    add("--patience", type=whole(0), default=0, metavar="N", help=text)
+    add("--seed", "-s", type=whole(0), default=0)
+    text = "control: every question gets the solution of another one"
+    add("--shuffle-labels", action="store_true", help=text)
+    add("--restart", action="store_true", help="do not continue an earlier run")
+    text = "train no link: optimize the thoughts of each --test question by N updates"
+    add("--ceiling", type=whole(1), metavar="N", help=text)
+    add("--device", default="auto", help="auto, cpu or cuda")
+    return top
+
+
+def row_range(text: str) -> slice:
+    """Convert START:STOP, of which one may be missing."""
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part.isdecimal() for part in (start, stop) if part):
+        raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected START:STOP, as in 200:1200")
+    return slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def check(parser: Parser, args: argparse.Namespace) -> None:
+    """End with status 2 if flags do not go together."""
+    if args.out.suffix != SUFFIX:  # --align would take its name for a kind
+        parser.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
+    if Path(args.start).resolve() == args.out.resolve():
+        parser.error("argument --start: found the file of --out, which training overwrites")
+    if args.gist and (args.rank or args.start_vectors or args.noise or args.start != "ridge"):
+        parser.error("argument --gist: there is no map: expected no --start, --noise, --rank, "
+                     "--start-vectors")  # fmt: skip
+    if args.data is None and args.model != "weights/tiny":
+        parser.error(f"argument --data: found nothing, expected {EXPECTED}")
+    if not 0 < args.rate < float("inf"):
+        parser.error(f"argument --rate: found {args.rate:g}, expected a number above 0")
+    if args.updates and args.transfer in ("none", "shuffled"):
+        expected = "expected full, latents or last (with --updates 0 it can be measured)"
+        parser.error(f"argument --transfer: found {args.transfer!r}, {expected}")
+    if args.ceiling and args.test < 2:
+        parser.error("argument --test: expected 2 or more questions with --ceiling")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and test, or measure the ceiling."""
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"{args.out.parent}: no such folder (--out)")
+    data = read_data(
+        args.data or "tiny", TRAIN_ROWS, args.held_out, args.test, args.rows, args.seed
+    )
+    # In float32 from the start: packed 16-bit layers are unpacked at every differentiable pass.
+    lm = load(args.model, args.device, "float32")
+    how = make_how(lm, args)
+    require_alike([*data.train, *data.held_out, *data.test], how)
+    if args.ceiling:
+        start = make_start(lm, args)
+        measure_ceiling(lm, data.test, how, start, args)
+        return
+    if args.shuffle_labels:
+        data = Data(rotated(data.train), rotated(data.held_out), data.test)
+    link = make_link(lm, how, args)
+    training = make_training(lm, link, data, how, args)
+    if args.restart:
+        training.state.unlink(missing_ok=True)
+    elif args.out.exists() and not training.state.exists():
+        raise FileExistsError(f"{args.out}: found a file of no run (no {training.state}), "
+                              "expected another --out, or --restart to write over it")  # fmt: skip
+    training.run()
+    if data.test:
+        found = measure(lm, link, data.test, how, args.batch_size)
+        training.write({"test": found})
+        print(json.dumps({"test": found}))
+
+
+def make_how(lm: LM, args: argparse.Namespace) -> How:
+    """Return the settings of the team. Raises ValueError naming a flag."""
+    named = Path(args.team)
+    team = Team.from_json(named) if named.suffix == ".json" else choose_team(lm, args.team)
+    if args.agents is not None:
+        team = replace(team, agents=(*team.agents[:-1][: args.agents], team.agents[-1]))
+    steps = lm.default_steps if args.latent_steps is None else args.latent_steps
+    if args.updates and not steps:
+        raise ValueError("--latent-steps: found 0, expected 1 or more: nothing can be trained")
+    if args.start_vectors > steps:
+        raise ValueError(
+            f"--start-vectors: found {args.start_vectors}, expected at most {steps}, --latent-steps"
+        )
+    return How(team, steps, args.transfer, args.layout, args.max_new_tokens)
+
+
+def make_start(lm: LM, args: argparse.Namespace) -> Aligner:
+    """Return the map to start from, with noise."""
+    start = lm.aligner(args.start)
+    if not args.noise:
+        return start
+    D = lm.model.config.hidden_size
+    matrix = torch.eye(D) if start.matrix is None else start.matrix.cpu()
+    source = torch.Generator().manual_seed(args.seed)
+    drawn = torch.randn(D, D, generator=source, dtype=torch.float64).to(matrix.dtype)
+    noisy = matrix + args.noise * matrix.square().mean().sqrt() * drawn
+    noisy = noisy.to(lm.model.device)
+    return Aligner(noisy, start.norm, start.scale, start.shift, lm.model)
+
+
+def make_link(lm: LM, how: How, args: argparse.Namespace) -> Link:
+    """Return the link to train."""
+    if args.gist:
+        return Link(lm.model, None, None, how.latent_steps, args.seed)
+    return Link(lm.model, make_start(lm, args), args.rank, args.start_vectors, args.seed)
+
+
+def make_training(lm: LM, link: Link, data: Data, how: How, args: argparse.Namespace) -> Training:
+    """Return the training, and print how much it trains on how many rows."""
+    settings = Settings(
+        args.objective, args.updates, args.batch_size, args.rate, args.evaluate_every,
+        args.patience, args.seed,
+    )  # fmt: skip
+    identity: dict[str, Any] = {
+        name: str(value) if isinstance(value, slice | Path) else value
+        for name, value in vars(args).items() if name not in FREE
+    }  # fmt: skip
+    identity["rows_crc"] = zlib.crc32(json.dumps([data.train, data.held_out]).encode())
+    identity["fingerprint"] = lm.model.fingerprint()
+    identity["parameters"] = sum(part.numel() for part in link.parameters())
+    line = f"train_link: {identity['parameters']:,} parameters, {len(data.train):,} rows"
+    print(f"{line}, {len(data.held_out)} held out", file=sys.stderr)
+    return Training(lm, link, data, how, settings, args.out, identity)
+
+
+def measure_ceiling(
+    lm: LM, rows: Sequence[Row], how: How, start: Aligner, args: argparse.Namespace
+) -> None:
+    """Write a record per question to the log of --out, and print the mean losses so far."""
+    log, firsts, lasts = args.out.with_suffix(".jsonl"), list[float](), dict[str, list[float]]()
+    write_whole(log, "")
+    for batch in in_batches(rows, args.batch_size):
+        for record in ceiling(lm, batch, how, start, args.ceiling, args.rate):
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            firsts.append(record["own"][0])
+            for name in ("own", "other"):
+                lasts.setdefault(name, []).append(record[name][-1])
+        own, other = (fmean(each) for each in lasts.values())
+        line = f"{len(firsts)} questions: loss {fmean(firsts):.4f}; after {args.ceiling} updates "
+        print(f"{line}{own:.4f} for its own solution, {other:.4f} for another one's", flush=True)

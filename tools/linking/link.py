@@ -1,0 +1,112 @@
+"""What is trained: the map from thoughts to embeddings, and vectors that are fed in its place.
+
+    e = rescale((h · scale) W)     W (D, D), or W₀ + A B with A (D, R) and B (R, D); scale fixed
+
+The result is a `minimas.Aligner`, for --align FILE. Vectors (k, D) are fed in the first k steps of
+every agent, whatever it has read. They are in no Aligner, so only this tool feeds them. With as
+many vectors as steps (*gist slots*) there is no map at all: a control.
+
+Does not know: losses, rollouts, questions.
+
+    R rows of a turn (or rank)   D hidden   k vectors
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimas import Aligner, Qwen3
+from minimas.core import files
+
+Feeder = Callable[[Tensor], Tensor]  # (R, 1, D) -> (R, 1, D)
+VECTORS = "vectors"  # the kind of a file of start vectors
+
+
+class Link(nn.Module):
+    """A map that starts at `start`, and k start vectors; at least float32."""
+
+    def __init__(
+        self,
+        model: Qwen3,
+        start: Aligner | None,
+        rank: int | None = None,
+        vectors: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """`rank` None trains all of W. `start` None is no map. Raises ValueError for a bad rank."""
+        super().__init__()
+        D = model.config.hidden_size
+        wide = torch.promote_types(model.dtype, torch.float32)
+        how: Any = {"dtype": wide, "device": model.device}
+        source = torch.Generator().manual_seed(seed)
+        self.start = start
+        if start is not None:
+            matrix = torch.eye(D, **how) if start.matrix is None else start.matrix.to(**how)
+            if rank is None:
+                self.matrix = nn.Parameter(matrix.clone())
+            else:
+                if not 1 <= rank <= D:
+                    raise ValueError(f"--rank: found {rank}, expected 1 … {D}, the hidden size")
+                self.fixed = matrix
+                down = torch.randn(D, rank, generator=source, dtype=torch.float64) / D**0.5
+                self.down = nn.Parameter(down.to(**how))
+                self.up = nn.Parameter(torch.zeros(rank, D, **how))  # so W starts at W₀
+        if vectors:
+            rows = model.model.embed_tokens.weight
+            drawn = torch.randint(len(rows), (vectors,), generator=source).to(rows.device)
+            self.vectors = nn.Parameter(rows[drawn].to(**how, copy=True))  # (k, D)
+        self.count = vectors
+
+    def aligner(self, model: Qwen3 | None = None) -> Aligner:
+        """Return the map as it is now; gradients flow through it. `model` is for `save`."""
+        assert self.start is not None, "there is no map"
+        rank = "down" in self._parameters
+        matrix = self.fixed + self.down @ self.up if rank else self.matrix
+        return Aligner(matrix, self.start.norm, self.start.scale, self.start.shift, model)
+
+    def feeder(self) -> "LinkFeeder":
+        """Return what `latent_mas` takes as `align`, with W multiplied out once."""
+        aligner = None if self.start is None else self.aligner()
+        return LinkFeeder(aligner, self.vectors if self.count else None)
+
+    @torch.no_grad()
+    def save(self, path: Path, model: Qwen3) -> None:
+        """Write the map for --align; start vectors beside it, or to `path` if there is no map."""
+        if self.start is not None:
+            self.aligner(model).save(path)
+        if self.count:
+            name = vectors_path(path) if self.start is not None else path
+            files.write(name, VECTORS, {"vectors": self.vectors}, files.identity(model))
+
+
+class LinkFeeder:
+    """Vectors in the first steps of each agent's turn, and the map in the steps after them."""
+
+    def __init__(self, aligner: Aligner | None, vectors: Tensor | None) -> None:
+        self.aligner, self.vectors = aligner, vectors
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Map (R, 1, D) as in the steps after the vectors."""
+        assert self.aligner is not None, "there are fewer vectors than steps"
+        return self.aligner(hidden)
+
+    def with_generators(self, generators: Any) -> Feeder:
+        """Return the map of one turn, which counts its steps. A turn asks for it when it starts."""
+        steps = itertools.count()
+
+        def feed(hidden: Tensor) -> Tensor:
+            step = next(steps)
+            if self.vectors is None or step >= len(self.vectors):
+                return self(hidden)
+            return self.vectors[step].to(hidden.dtype).expand_as(hidden)
+
+        return feed
+
+
+def vectors_path(path: Path) -> Path:
+    """Return where the start vectors of the map in `path` are."""
+    return path.with_suffix(f".{VECTORS}{path.suffix}")

@@ -1,0 +1,274 @@
+"""The training of a link: updates, held-out loss, early stopping, and runs that can be continued.
+
+The link with the lowest held-out loss is in the file at all times, from the start on. Beside it are
+a state, to continue from, and a log with one JSON object a line. Does not know: the command line.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimas import LM
+from tools.evaluation.rows import Row, kind_of
+from tools.evaluation.stats import bootstrap, wilson
+from tools.shared.files import replacing, write_whole
+
+from .data import Data
+from .link import Link
+from .rollout import OBJECTIVES, How, answers, nll
+
+CLIP = 1.0  # the largest norm of all gradients
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `patience` evaluations without a lower held-out loss end it; 0: none does."""
+
+    objective: str = "nll"
+    updates: int = 100
+    batch_size: int = 8
+    rate: float = 3e-3
+    evaluate_every: int = 10
+    patience: int = 0
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """What has been done: `best` is the update with the lowest held-out loss."""
+
+    update: int = 0
+    seconds: float = 0.0
+    held_out: float = float("inf")
+    best: int = 0
+    best_loss: float = float("inf")
+
+
+class Training:
+    """One training of `link`; `identity` names its settings in the state and in the log."""
+
+    def __init__(
+        self,
+        lm: LM,
+        link: Link,
+        data: Data,
+        how: How,
+        settings: Settings,
+        out: Path,
+        identity: dict[str, Any],
+    ) -> None:
+        self.lm, self.link, self.data, self.how = lm, link, data, how
+        self.settings, self.out, self.identity = settings, out, identity
+        self.state, self.log = out.with_suffix(".state" + out.suffix), out.with_suffix(".jsonl")
+        self.parameters = dict(link.named_parameters())
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=settings.rate)
+        self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
+        self.progress = Progress()
+
+    def run(self) -> Progress:
+        """Train to the last update, or until the held-out loss no longer falls.
+
+        The link is the best one afterwards. Raises ValueError if a loss or the link is no longer
+        finite, and KeyboardInterrupt; the file then has the best link up to there.
+        """
+        resumed = self.resume()
+        try:
+            if not resumed:
+                write_whole(self.log, json.dumps({"settings": self.identity}) + "\n")
+                self.evaluate()
+            self.take_updates()
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of torch, as without memory
+            update = self.progress.update + 1
+            raise ValueError(f"update {update}: {error}; {kept(self.out)}") from error
+        self.set_parameters(self.best)
+        return self.progress
+
+    def take_updates(self) -> None:
+        """Take the updates that are left, and evaluate after some of them and after the last."""
+        now, every = self.progress, self.settings.evaluate_every
+        while now.update < self.settings.updates and not self.is_flat():
+            began = time.perf_counter()
+            loss = self.step()
+            now.update += 1
+            now.seconds += time.perf_counter() - began
+            self.write({"loss": loss})
+            if now.update % every == 0 or now.update == self.settings.updates:
+                self.evaluate(loss)
+
+    def is_flat(self) -> bool:
+        """Return whether the held-out loss has not fallen for as long as `patience` says."""
+        waited = (self.progress.update - self.progress.best) // self.settings.evaluate_every
+        return 0 < self.settings.patience <= waited
+
+    def step(self) -> float:
+        """Take one update; returns the loss per token before it."""
+        batch = batch_of(self.data.train, self.progress.update, self.settings)
+        self.adam.zero_grad()
+        loss = self.losses(batch).mean()
+        if not loss.requires_grad:
+            raise ValueError("no gradient reaches the link: no agent hands thoughts over")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise ValueError(f"found loss {loss:g} and a gradient of norm {norm:g}")
+        self.adam.step()
+        if not all(part.isfinite().all() for part in self.parameters.values()):
+            raise ValueError("found NaN or infinity in the link")
+        return loss.item()
+
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        """Return the objective's loss of each token of all rows (T,)."""
+        objective = OBJECTIVES[self.settings.objective]
+        return torch.cat(objective(self.lm, rows, self.how, self.link.feeder()))
+
+    @torch.no_grad()
+    def evaluate(self, loss: float | None = None) -> None:
+        """Measure the held-out loss, save the link if it is the best one, and the state."""
+        began = time.perf_counter()
+        batches = in_batches(self.data.held_out, self.settings.batch_size)
+        each = torch.cat([self.losses(rows) for rows in batches])  # (T,)
+        now = self.progress
+        now.held_out = each.mean().item()
+        if not math.isfinite(now.held_out):
+            raise ValueError(f"found held-out loss {now.held_out:g}")
+        now.seconds += time.perf_counter() - began
+        self.write({"held_out": now.held_out})
+        if now.held_out < now.best_loss:
+            now.best, now.best_loss = now.update, now.held_out
+            self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
+            self.link.save(self.out, self.lm.model)
+        self.save_state()
+        trained = "" if loss is None else f"loss {loss:.4f}, "
+        best = "best so far" if now.best == now.update else f"best {now.best_loss:.4f}"
+        line = f"update {now.update} of {self.settings.updates}: {trained}held-out "
+        line += f"{now.held_out:.4f} ({best}), {now.seconds:.0f} s"
+        print(line, file=sys.stderr, flush=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record to the log, with the number of updates and the seconds so far."""
+        done = {"update": self.progress.update, "seconds": round(self.progress.seconds, 2)}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(done | record) + "\n")
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def save_state(self) -> None:
+        """Save all that a later start needs in one file; an interrupted save keeps the older."""
+        tensors = {f"now/{name}": part.detach() for name, part in self.parameters.items()}
+        tensors |= {f"best/{name}": part for name, part in self.best.items()}
+        for index, moments in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam/{index}/{name}": value for name, value in moments.items()}
+        metadata = {
+            "settings": json.dumps(self.identity), "progress": json.dumps(asdict(self.progress)),
+        }  # fmt: skip
+        with replacing(self.state) as partial:
+            stored = {name: part.contiguous().cpu() for name, part in tensors.items()}
+            save_file(stored, partial, metadata=metadata)
+
+    def resume(self) -> bool:
+        """Continue from the state, if there is one. Raises ValueError if its settings differ."""
+        if not self.state.exists():
+            return False
+        with safe_open(self.state, "pt", str(self.lm.model.device)) as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        known = json.loads(metadata["settings"])
+        for name, value in self.identity.items():
+            if known.get(name) != value:
+                raise ValueError(
+                    f"{self.state}: {name}: found {known.get(name)!r}, expected {value!r}: "
+                    "take another --out, or --restart"
+                )
+        self.progress = Progress(**json.loads(metadata["progress"]))
+        self.set_parameters(part_of(tensors, "now"))
+        self.best = part_of(tensors, "best")
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part_of(tensors, "adam").items():
+            index, moment = name.split("/")
+            moments.setdefault(int(index), {})[moment] = value
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+        # Lines after the state are of updates that are taken again.
+        first, *lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line).get("update", 0) <= self.progress.update]
+        write_whole(self.log, "".join([first, *kept]))
+        return True
+
+    @torch.no_grad()
+    def set_parameters(self, parts: dict[str, Tensor]) -> None:
+        """Set the link's parameters."""
+        for name, part in self.parameters.items():
+            part.copy_(parts[name])
+
+
+def kept(out: Path) -> str:
+    """Return what is in `out` after a training that did not end."""
+    return f"{out} has the best link so far" if out.exists() else f"{out} was not written"
+
+
+def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the tensors of one part of a state, without its name."""
+    start = f"{part}/"
+    return {name[len(start) :]: x for name, x in tensors.items() if name.startswith(start)}
+
+
+def batch_of(rows: Sequence[Row], update: int, settings: Settings) -> list[Row]:
+    """Return the batch of one update: in each epoch all rows in another order.
+
+    It depends only on the seed and the number of the update, so a run that is continued repeats
+    an uninterrupted one exactly.
+    """
+    size = min(settings.batch_size, len(rows))
+    epoch, batch = divmod(update, len(rows) // size)
+    order = random.Random(f"{settings.seed}/{epoch}").sample(range(len(rows)), len(rows))
+    return [rows[i] for i in order[batch * size : (batch + 1) * size]]
+
+
+def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    """Return all rows in order, in batches of at most `size`, and none of a lone row if possible.
+
+    A lone row could not get another row's thoughts.
+    """
+    starts = list(range(0, len(rows), size))
+    if len(starts) > 1 and len(rows) - starts[-1] == 1:
+        starts[-1] -= 1
+    ends = [*starts[1:], len(rows)]
+    return [rows[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+@torch.no_grad()
+def measure(lm: LM, link: Link, rows: Sequence[Row], how: How, batch_size: int) -> dict[str, Any]:
+    """Return the gold NLL and the share of right answers on rows that no training has seen.
+
+    "other" is the loss if each question gets the next question's thoughts: a control. Intervals
+    are 95 %: a bootstrap over questions, and Wilson's.
+    """
+    own, other, right = list[float](), list[float](), list[bool]()
+    grades = kind_of(rows[0]) != "code"  # programs are not run here
+    for batch in in_batches(rows, batch_size):
+        feed = link.feeder()
+        own += [tokens.mean().item() for tokens in nll(lm, batch, how, feed)]
+        if len(batch) > 1:
+            pairs = nll(lm, batch, how, link.feeder(), others=True)
+            other += [tokens.mean().item() for tokens in pairs]
+        if grades:
+            right += answers(lm, batch, how, feed)
+    mean, *interval = bootstrap(own)
+    found = {"n": len(rows), "loss": mean, "interval": interval}
+    if other:
+        mean, *interval = bootstrap(other)
+        found |= {"other": mean, "other_interval": interval}
+    if grades:
+        found |= {"right": sum(right), "right_interval": wilson(sum(right), len(right))}
+    return found

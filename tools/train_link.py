@@ -1,0 +1,22 @@
+"""Train the map between frozen agents: its gradients flow through all thoughts and the KV cache.
+
+    python tools/train_link.py --out link.safetensors                        # weights/tiny
+    python tools/train_link.py -m FOLDER --data FILE.jsonl --rows 200:1200 --out link.safetensors
+    python -m minimas ask -m FOLDER --align link.safetensors QUESTION
+
+The link with the lowest held-out loss is in --out from the start on. The same command continues
+where it stopped, and more --updates train on. Beside --out are a state and a log of JSON lines.
+docs/link.md has data, controls and results. Status: 0 done, 1 failed, 2 usage, 130 stopped by
+Ctrl-C; what is done is kept.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
+
+from tools.linking.command import main
+from tools.shared.streams import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("train_link", main))
