@@ -29,7 +29,6 @@ import re
 import textwrap
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from decimal import Context
 from fractions import Fraction
 from itertools import islice
@@ -241,12 +240,11 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
-_REASON = _words("because since as so which")
 # What does not belong to the answer any more; but ", or 43", "(base 8)" and "; 43" do.
 _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
-      | \W*(?!{_REASON})(?:\w+\ ){{0,2}}?(?:or|and|but|also|possibly|maybe|perhaps|could|might
-        |alternatively)\b[^.\n]{{0,40}}?\d )
-    (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ {_REASON} ))"""
+      | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
+        (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
+    (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
 # "Wait, that's wrong. It is 8."
 _TAKES_BACK = _words(
     r"""(?:oh,?_)?(?:no,?_)?wait oh oops hmm+ sorry apolog\w+ hold_on actually in_fact
@@ -290,12 +288,6 @@ _CHANGES = _words(
     step question problem one eleven twelve [a-z]+teen
     (?:twen|thir|for|fif|six|seven|eigh|nine)ty"""
 )
-_AMOUNT = _words(
-    """total average mean amount profit loss price cost value sum speed rate score distance length
-    height area volume weight age balance change discount"""
-)
-_JOINS = _words("and to to_the by plus minus times through up_to of over divided_by vs\\.? point")
-_LINK = _words("in for at per on with after is are was equals makes gives")
 # What leaves open which number is the answer.
 _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | [<>≠≤≥±≡] | != | \+/- | \\(?:[gln]eq?|pm|equiv)(?![a-z])  # x > 5
@@ -304,9 +296,14 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | \bat\ (?:the\ )?(?:least|most)\b  # 5 at most
     | \d\ +[:∶]  # 3 : 5
     | {_CHANGES}\ [^\w\s]*\d  # up to 5
-    | \b(?!{_AMOUNT}\ )[^\W_]+\ of\ [^\w\s]*\d  # the factorial of 5
-    | \d[^\s\d]{{0,3}}\ (?:(?!{_LINK})[a-z]+,?\ )? (?:(?:{_JOINS}|[-~&])\ )?
-      (?:[-+(~]*\d | {_COUNT} | (?<=and\ |lus\ |nus\ )(?:an?|one)\b)  # 5 feet six, 5 dozen
+    | \b(?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score|distance
+        |length|height|area|volume|weight|age|balance|change|discount)\ )
+      [^\W_]+\ of\ [^\w\s]*\d  # the factorial of 5
+    | \d[^\s\d]{{0,3}}\   # 5 dozen, 5 feet six, 5 to ten
+      (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
+      (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|over|divided\ by|vs\.?|point
+        |[-~&])\ )?
+      (?:[-+(~]*\d | {_COUNT} | (?<=and\ |lus\ |nus\ )(?:an?|one)\b)
     | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!'))  # 5 x, but 5 m and 5 a week
     | \d\ [^\W\d_A-Za-zÀ-ɏ]  # 5 тысяч
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
@@ -414,7 +411,6 @@ def _number(word: str) -> str | None:
 
 # -- choice ----------------------------------------------------------------------------------------
 
-_WEAK = _words("so thus hence therefore think believe guess say it's it_is")
 # What an option follows, and the option with the rest of its line.
 _CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
@@ -426,7 +422,7 @@ _CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
     | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b)  # A is wrong, B is right
     | 而是 | [选選](?:[择擇]|[项項]\W*[是为為])?
     | \#{{4}}\ *(?=[^\n]*\Z)  # in the last line
-    | (?P<weak>{_WEAK},?) )
+    | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
     (?=(?P<said>.{{0,500}}))"""
 # "I would not choose", "the answer can't be"; but not "not A so I choose"
 _NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|least|unlikely|if
@@ -531,9 +527,9 @@ def _bare(text: str) -> str:
 # Models also put a fence after other text. What a Markdown block holds is Markdown.
 _FENCE = r"""(?mx) ^(?:(?:[\ \t>*+-]|\d+[.)])*+|[^\n`~]*(?=[`~]+\ *\w*\ *\n))
     (`{3,}+(?=[^\n`]*\n)|~{3,}+)(?!\ *(?:markdown|md)\b)[\ {.]*(\w*).*\n"""
-_FAULTS = SyntaxError, ValueError, RecursionError, MemoryError  # of a text that is no program
 _EXAMPLE = r"""(?x) (?:async\ )?(?:def|class)\ (?:.*TestCase|check\(candidate
     |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"""
+_STUB = r"""\.\.\.|pass\b|r?["']|raise NotImplemented"""  # the end of a function without a body
 
 
 def _program(text: str) -> str | None:
@@ -583,27 +579,24 @@ def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
     """The statements of a program, and the names that it defines and imports; none if it does not
     parse.
     """
-    if len(program) < 100_000:  # the parser takes a kilobyte of memory per byte of text
-        with warnings.catch_warnings(action="ignore"), suppress(*_FAULTS):
+    if len(program) > 100_000:  # the parser takes a kilobyte of memory per byte of text
+        return [], set()
+    try:
+        with warnings.catch_warnings(action="ignore"):
             symbols = symtable(program, "", "exec").get_symbols()
-            names = {one.get_name() for one in symbols if one.is_assigned() or one.is_imported()}
-            return ast.parse(program).body, names
-    return [], set()
+            body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return [], set()
+    return body, {one.get_name() for one in symbols if one.is_assigned() or one.is_imported()}
 
 
 def _solves(program: str) -> bool:
     """Whether a program defines more than tests, examples and functions without a body."""
     for node in _parsed(program)[0]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            example = re.match(_EXAMPLE, ast.get_source_segment(program, node) or "")
-            if not example and not all(map(_is_stub, node.body)):
+            whole, end = (ast.get_source_segment(program, part) for part in (node, node.body[-1]))
+            if not re.match(_EXAMPLE, whole or "") and not re.match(_STUB, end or ""):
                 return True
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
             return True
     return False
-
-
-def _is_stub(line: ast.stmt) -> bool:
-    """Whether a line of a body does nothing: a docstring, `...`, `pass` or an error."""
-    constant = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-    return constant or isinstance(line, ast.Pass | ast.Raise)
