@@ -61,14 +61,13 @@ class Sampling:
 
         Raises ValueError naming `source` and the field if a value is out of range.
         """
-        names = ["repetition_penalty", "max_new_tokens"]
-        values: dict[str, Any] = {}
-        if raw.get("do_sample"):
-            names += ["temperature", "top_p", "top_k", "min_p"]
-            values |= {"temperature": 1.0, "top_k": 50}  # the defaults of Hugging Face
-        values |= {name: raw[name] for name in names if raw.get(name) is not None}
+        given = {name: value for name, value in raw.items() if value is not None}
+        names = {"repetition_penalty", "max_new_tokens"}
+        if given.get("do_sample"):
+            names = set(cls.__dataclass_fields__)
+            given = {"temperature": 1.0, "top_k": 50} | given  # the defaults of Hugging Face
         try:
-            return cls(**values)
+            return cls(**{name: given[name] for name in names & given.keys()})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -215,20 +214,8 @@ def stream(
             return
 
 
-def generate(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    hidden: Tensor,
-    cache: KVCache,
-    sampling: Sampling,
-    end_ids: Collection[int],
-    generators: Sequence[torch.Generator],
-    prompts: Sequence[Sequence[int]],
-    remember: bool = False,
-) -> list[GeneratedText]:
-    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters as in `stream`."""
-    pieces = stream(
-        model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, remember
-    )
+def generate(*arguments: Any, **named: Any) -> list[GeneratedText]:
+    """Return the finished text of each row, from hidden (B, 1, D) on. Takes what `stream` takes."""
+    pieces = stream(*arguments, **named)
     done = {row: text for row, _, text in pieces if text is not None}
     return [done[row] for row in sorted(done)]

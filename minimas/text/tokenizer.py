@@ -352,10 +352,9 @@ def is_text(value: Any) -> bool:
     return re.search("[\ud800-\udfff]", value) is None
 
 
-def _to_json(value: Any, *args: Any, **named: Any) -> str:
-    """Return JSON text, with the parameters that transformers gives to templates, in its order."""
-    given = zip(("ensure_ascii", "indent", "separators", "sort_keys"), args, strict=False)
-    return json.dumps(value, **{"ensure_ascii": False, **dict(given), **named})
+def _to_json(value: Any, ensure_ascii: Any = False, indent: Any = None, **named: Any) -> str:
+    """Return JSON text, with the parameters that transformers gives to templates."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **named)
 
 
 def _raise_exception(message: str) -> Any:
