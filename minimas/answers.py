@@ -3,8 +3,7 @@ r"""Find the answer in a generated text and compare it with the gold answer: `ex
 The rules of a kind are tried in this order. The first one that finds something decides.
 
     math    the last box: "\boxed{18}"
-            the last line of GSM8K's form: "#### 18"
-            the last statement: "The answer is 18."
+            the last statement: "The answer is 18.", and "#### 18" as in GSM8K
             the result of an equation in the last sentence with a number: "So 3 * 6 = 18."
             the only number in the last clause of that sentence: "In the end, 18 are left."
     choice  the last box that names an option: "\boxed{B}", "\boxed{Paris}"
@@ -48,7 +47,7 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     Raises ValueError if the kind is unknown, and for no text.
     """
     if kind not in KINDS:
-        raise ValueError(f"--kind: found {kind!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ValueError(f"--kind: found {kind!r}, expected math, choice, code or free")
     thoughts, _, said = text.rpartition("</think>")
     said = said.partition("<think>")[0].strip()
     if kind == "free":
@@ -110,14 +109,6 @@ def _verified(answer: str, gold: str) -> bool:
         return False
     quotient = re.sub(r"\^(-?\d+)", r"^{\1}", rf"$\frac{{{gold}}}{{{answer}}}$")
     return bool(verify(parse("$1$"), parse(quotient)))
-
-
-# -- patterns --------------------------------------------------------------------------------------
-
-
-def _words(text: str) -> str:
-    """The pattern of one of the words; `up_to` stands for "up to"."""
-    return rf"\b(?:{'|'.join(text.split())})\b".replace("_", r"\ ")
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -187,14 +178,13 @@ def _box(text: str) -> tuple[str | None, str]:
 _TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"  # after a number or variable
 _FRAC = r"""(?x: (?<![/^])\\[dtc]?frac\ ?
     (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d)) (?!\ ?[\\^]|\d))"""
-_DOUBTS = _words(
-    r"""doubt suppose assum(?:e|ing) imagine pretend let(?:'s|_us)_say if unless whether unlikely
-    impossible deny (?:false|wrong|not_true|not_the_case)_(?:to|that|answer) nobody no_one
-    not_think not_believe \w+n't_(?:think|believe)"""
-)
-# It is not 5 but 18. I doubt that it is 5. If it is 5, …
-_DENIED = rf"""(?ix) (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)
-        (?:\ be|\ equal(?:\ to)?)? | {_DOUBTS} [^,;:.=\n\d]{{0,40}}? )
+# A number that is denied or supposed
+_DENIED = r"""(?ix) (?:
+        (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?  # it is not 5
+      | \b(?:doubt|deny|unlikely|impossible|nobody|no\ one|not\ think|not\ believe
+          |\w+n't\ (?:think|believe)|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
+          |suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether)\b
+        [^,;:.=\n\d]{0,40}? )  # I doubt that it is 5; if it is 5, …
     \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?"""
 # From LaTeX and Markdown to plain text, in this order. After it a number is one word.
 _REWRITES = {
@@ -236,7 +226,9 @@ _REWRITES = {
     r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
 }
 _END = r"\n|(?<=[.!?])\s(?!=)"  # of a sentence
-_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\ )?answer\ *\n\s*)
+_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 18.
+      | ^[#\ ]*(?:final\ )?answer\ *\n\s*  # a heading
+      | \#{{4}}\ *(?=[-+]?[\d.])(?!\d+[.)]\ ))  # GSM8K's "#### 18"; not "#### 1. Add"
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
@@ -245,49 +237,51 @@ _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binar
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
         (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
     (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
-# "Wait, that's wrong. It is 8."
-_TAKES_BACK = _words(
-    r"""(?:oh,?_)?(?:no,?_)?wait oh oops hmm+ sorry apolog\w+ hold_on actually in_fact
-    (?:scratch|strike)_that i_take_\w+_back i_mean make_that correction
-    my_(?:mistake|bad|error) on_second_thought rather(?!_than) no(?=[,.!])
-    let_me_(?:re|double|correct|fix)\w* (?:but_)?i_(?:made_an?|was_wrong|mis\w+|forgot)
-    (?:that|it|this)(?:'s|_is|_was)_(?:wrong|incorrect|a_mistake|not_(?:right|correct))
-    (?:that|it|this)_(?:is|was)n't_(?:right|correct)"""
-)
-# After "but": "it should be 43", "I think 43 is the answer"; not "this needs 5 days"
-_RESTATES = _words("it it's that's this_is so also answer [a-z]+s_to be could might should may")
-_TAKEN_BACK = rf"""(?xi) (?<=[.!?}}$*\n,;-])\ ? (?:{_TAKES_BACK} | edit:)
-    | (?<=[.!?\n])\ ? (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{{0,100}}\d)
-    | (?<=[.!?\n])\ ? (?:but|however|although|except)\b
-      (?=[^.\n]{{0,100}}\d) (?=[^.\n]{{0,100}}{_RESTATES})"""
+# What withdraws all that was said before
+_TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8.
+      (?:(?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
+      |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit(?=:)
+      |my\ (?:mistake|bad|error)|on\ second\ thought|rather(?!\ than)|no(?=[,.!])
+      |let\ me\ (?:re|double|correct|fix)\w*|(?:but\ )?i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
+      |(?:that|it|this)(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake|not\ (?:right|correct))
+      |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct))\b
+    | (?<=[.!?\n])\ ?  # 5. Or maybe 8.
+      (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{0,100}\d)
+    | (?<=[.!?\n])\ ?  # 5. But it should be 8.; not: 5. But this needs 8 days.
+      (?:but|however|although|except)\b (?=[^.\n]{0,100}\d)
+      (?=[^.\n]{0,100}\b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should
+        |may)\b)"""
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
 # After the value of a statement: "18 apples in 3 days"
 _LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
     \ (?:in(?!\ (?:base|hex|oct|bin))|for|at(?!\ (?:the\ )?(?:least|most))|per(?!\ mil)|on|with
     |after|every|each|out\ of(?!\ \d)|so|which|because|since)\b (?!.*\b(?:and|or|but)\b).*"""
-# Words that count or calculate after a number: 2 dozen, 5 to ten, 2 and a half, 5 squared
-_COUNT = _words(
-    r"""(?:a_)?half a_quarter do(?:[zc]en|uzaine)\w* d[uú]tzend score gross grand pi sqrt
-    hundreds? hunderte? thousands? thou tausende? tusen\w* duizend mil mille mila tys\w* ribu nghìn
-    ngàn (?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w* milliard\w* bn mn mio
-    mln mrd juta triệu lakhs? lacs? crores? two three four five six seven eight nine tens? zero
-    squared cubed doubled tripled halved factorial alpha beta gamma theta lambda phi omega
-    (?-i:[xyz]{2,3}) (?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie)ths?
-    (?:hundred|thousand|[a-z]+illion)ths? thirds? quarters halves (?:in_)?(?:base|hex|octal)
-    (?:in_)?binary mod below per_?mill?e?"""
-)
-# Words before a number that make it an operand, a bound or an exception: half of 5, up to 5
-_CHANGES = _words(
-    r"""absolute_value_of than half twice thrice double triple quadruple squared? cubed? root power
-    log ln exp sqrt mod modulo gcd lcm abs ceil floor (?:arc)?(?:sin|cos|tan|cot|sec|csc)h?
-    below under over above beyond within near exceed\w* least most minimum maximum max as_\w+_as
-    (?<!add_)(?<!adds_)(?<!comes_)(?<!sums_)up_to to_the added_to never not neither nor hardly
-    barely scarcely rarely seldom (?:any|every|no)thing_but but except excluding barring besides
-    without until from and plus minus times point choose less (?:divided|multiplied|divisible)_by
-    step question problem one eleven twelve [a-z]+teen
-    (?:twen|thir|for|fif|six|seven|eigh|nine)ty"""
-)
+# Words that count or calculate with the number before them
+_COUNT = r"""(?x: \b(?: (?:a\ )?half | a\ quarter | do(?:[zc]en|uzaine)\w* | d[uú]tzend | score
+    | gross | grand | hundreds? | hunderte? | thousands? | thou | tausende? | tusen\w* | duizend
+    | mil | mille | mila | tys\w* | ribu | nghìn | ngàn | milliard\w* | bn | mn | mio | mln | mrd
+    | (?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w* | juta | triệu
+    | lakhs? | lacs? | crores?  # 5 dozen
+    | two | three | four | five | six | seven | eight | nine | tens? | zero  # 5 to ten
+    | (?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie)ths?  # 5 tenths
+    | (?:hundred|thousand|[a-z]+illion)ths? | thirds? | quarters | halves | per\ ?mill?e?
+    | squared | cubed | doubled | tripled | halved | factorial | below
+    | mod | (?:in\ )?(?:base|hex|octal) | (?:in\ )?binary  # 5 in base 8
+    | pi | sqrt | alpha | beta | gamma | theta | lambda | phi | omega | (?-i:[xyz]{2,3}) )\b)"""
+# Words before a number that make another number of it
+_CHANGES = r"""(?x: \b(?: half | twice | thrice | double | triple | quadruple | squared? | cubed?
+    | root | power | log | ln | exp | sqrt | mod | modulo | gcd | lcm | abs | ceil | floor
+    | (?:arc)?(?:sin|cos|tan|cot|sec|csc)h? | absolute\ value\ of  # twice 5
+    | and | plus | minus | times | point | choose | less | to\ the | added\ to | from
+    | (?:divided|multiplied|divisible)\ by | one | eleven | twelve | [a-z]+teen
+    | (?:twen|thir|for|fif|six|seven|eigh|nine)ty  # ten plus 5
+    | than | below | under | over | above | beyond | within | near | exceed\w* | least | most
+    | minimum | maximum | max | as\ \w+\ as | until  # more than 5
+    | (?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to
+    | never | not | neither | nor | hardly | barely | scarcely | rarely | seldom | but | except
+    | (?:any|every|no)thing\ but | excluding | barring | besides | without  # all but 5
+    | step | question | problem )\b)"""
 # What leaves open which number is the answer.
 _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | [<>≠≤≥±≡] | != | \+/- | \\(?:[gln]eq?|pm|equiv)(?![a-z])  # x > 5
@@ -342,8 +336,6 @@ def _math(text: str) -> str | None:
     if held is not None:
         return _value(held)
     text = _rewritten(_plain(text), _REWRITES)
-    if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
-        return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
     answer = _result(clause)
@@ -541,9 +533,9 @@ def _program(text: str) -> str | None:
     """
     blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
-        lines, _ = _parsed(text)
-        alone = any(not isinstance(line, ast.Expr | ast.AnnAssign | ast.Pass) for line in lines)
-        return text.strip("\n") if alone else None
+        lines, names = _parsed(text)
+        # "Answer: 42" is Python too, an annotation.
+        return text.strip("\n") if names and not isinstance(lines[0], ast.AnnAssign) else None
     program = max(reversed(blocks), key=lambda block: (_solves(block), bool(_parsed(block)[0])))
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
@@ -566,12 +558,12 @@ def _blocks(text: str) -> list[str]:
     while opening := re.compile(_FENCE).search(text, position):
         start = opening.end()
         closing = re.compile(rf"(?m)^[ \t]*{opening[1]}[`~]* *$|(?<=[^\s`~]){opening[1]} *$|\Z")
-        ends = list(islice(closing.finditer(text, start), 15))
-        programs = [textwrap.dedent(text[start : end.start()]).strip("\n") for end in ends]
-        i = next((i for i, program in enumerate(programs) if _parsed(program)[0]), 0)
+        ends = islice(closing.finditer(text, start), 15)
+        found = [(textwrap.dedent(text[start : end.start()]).strip("\n"), end) for end in ends]
+        program, end = max(found, key=lambda pair: bool(_parsed(pair[0])[0]))
         if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
-            blocks.insert(len(blocks) if ends[i][0] else 0, programs[i])
-        position = ends[i].end()
+            blocks.insert(len(blocks) if end[0] else 0, program)
+        position = end.end()
     return blocks
 
 
@@ -579,9 +571,9 @@ def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
     """The statements of a program, and the names that it defines and imports; none if it does not
     parse.
     """
-    if len(program) > 100_000:  # the parser takes a kilobyte of memory per byte of text
-        return [], set()
     try:
+        if len(program) > 100_000:  # the parser takes a kilobyte of memory per byte of text
+            raise MemoryError
         with warnings.catch_warnings(action="ignore"):
             symbols = symtable(program, "", "exec").get_symbols()
             body = ast.parse(program).body
