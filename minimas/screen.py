@@ -129,10 +129,9 @@ class Screen:
                 self.bar.update()
 
     def _show_thoughts(self, seen: list[tuple[AgentTrace, list[ThoughtView]]]) -> None:
-        width = len(self.labels[-1])
         for label, (_, thoughts) in zip(self.labels, seen, strict=False):
             for number, thought in enumerate(thoughts, start=1):
-                line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
+                line = f"  {label}{number:>3}  entropy {thought.entropy:5.2f}"
                 for text, chance in thought.tokens:
                     line += f" {chance:4.0%} {text!r:<12.12}"
                 say(self.args, disp_trim(line, get_terminal_size().columns))
@@ -184,8 +183,8 @@ def show_answers(
     `options` are parameters of the method, and `settings` what a record holds about all answers.
     """
     questions = [row["question"] for _, batch in groups for row in batch]
-    known = (re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
-    if args.model == TINY and not all(known):
+    known = all(re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
+    if args.model == TINY and not known:
         say(args, f"minimas: {prompts.TINY_HINT}")
     results: list[Result] = []
     for kind, batch in groups:

@@ -113,8 +113,8 @@ def sample(
     # Not blocking: the host would wait for the step before.
     draw = torch.tensor(draws, dtype=torch.float64).to(mass.device, non_blocking=True)  # (B,)
     place = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)  # (B, 1)
-    possible = (probabilities > 0).sum(-1, keepdim=True).clamp_min(1)  # NaN: none
-    place = place.minimum(possible - 1)
+    possible = (probabilities > 0).sum(-1, keepdim=True)  # 0 for NaN
+    place = place.minimum(possible.clamp_min(1) - 1)
     return order.gather(1, place)[:, 0]  # (B,)
 
 
@@ -175,8 +175,7 @@ def decode(
         # A compiled step is compiled for one number of rows.
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
-            index = torch.tensor(kept, device=tokens.device)
-            cache, tokens, rows = cache.select(kept), tokens.index_select(0, index), sorted(running)
+            cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
         hidden = model(model.embed(tokens[:, None]), cache, [int(row in running) for row in rows])
 
 
