@@ -231,8 +231,10 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 1
       | \#{{4}}\ *(?=[-+]?[\d.])(?!\d+[.)]\ ))  # GSM8K's "#### 18"; not "#### 1. Add"
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
+# A name and its equals sign
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
-# What does not belong to the answer any more; but ", or 43", "(base 8)" and "; 43" do.
+# Where a statement goes on about something else: "18, as 3 * 6 = 18", "18 (eighteen)"; but
+# ", or 43", "(base 8)" and "; 43" change the answer.
 _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
         (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
@@ -251,6 +253,7 @@ _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8
       (?:but|however|although|except)\b (?=[^.\n]{0,100}\d)
       (?=[^.\n]{0,100}\b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should
         |may)\b)"""
+# Where the last clause of a sentence begins: "In the end, 18 are left", "the total is 18"
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
 # After the value of a statement: "18 apples in 3 days"
@@ -303,11 +306,13 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
+# Where an equation begins: "2x = 10, so x = 5"
 _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
-# x_1, f(3), (in dollars)
+# What belongs to a name on the left side: x_1, f(3), "Cost (in dollars)"
 _INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
     | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
+# What makes the left side of an equation more than a name: "2 * width", "half the number"
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
@@ -319,6 +324,7 @@ _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d
       [A-Za-z](?![A-Za-z'])
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
     | \b(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)\b"""
+# "x = 5" at the end of a text or a gold answer
 _VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
 _EXACT = Context(prec=5 * LIMIT)  # digits, enough for every decimal that `_number` accepts
 _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
