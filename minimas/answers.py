@@ -249,10 +249,11 @@ _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8
       |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct))\b
     | (?<=[.!?\n])\ ?  # 5. Or maybe 8.
       (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{0,100}\d)
-    | (?<=[.!?\n])\ ?  # 5. But it should be 8.; not: 5. But this needs 8 days.
-      (?:but|however|although|except)\b (?=[^.\n]{0,100}\d)
-      (?=[^.\n]{0,100}\b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should
-        |may)\b)"""
+    | (?<=[.!?\n])\ ?  # 5. But it should be 8 cm. 5. But taxed: 8.; not: 5. But this needs 8 days.
+      (?:but|however|although|except)\b (?=[^.\n]{0,100}\d) (?=[^.\n]{0,100}
+        (?: \b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should|may|no
+            |think|gives|get|right|correct|actually|rather|total|result)\b
+          | \d(?![\w%]*\ (?!(?:is|was|if|for|with|after|when|because|instead)\b)[a-z]) ))"""
 # Where the last clause of a sentence begins: "In the end, 18 are left", "the total is 18"
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
