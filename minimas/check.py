@@ -158,8 +158,16 @@ def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], lis
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill()
     losses = losses_after(run, hidden, cache, SOLUTIONS)
-    settings: Any = GREEDY, run.end_ids, run.generators, [[]] * len(ASKED)
-    answers = generate(run.lm.model, run.tokenizer, hidden, cache, *settings)
+    answers = generate(
+        run.lm.model,
+        run.tokenizer,
+        hidden,
+        cache,
+        GREEDY,
+        run.end_ids,
+        run.generators,
+        prompts=[[]] * len(ASKED),
+    )
     return [loss.mean for loss in losses], [len(answer.ids) for answer in answers]
 
 

@@ -129,9 +129,10 @@ class Screen:
                 self.bar.update()
 
     def _show_thoughts(self, seen: list[tuple[AgentTrace, list[ThoughtView]]]) -> None:
+        width = len(self.labels[-1])
         for label, (_, thoughts) in zip(self.labels, seen, strict=False):
             for number, thought in enumerate(thoughts, start=1):
-                line = f"  {label}{number:>3}  entropy {thought.entropy:5.2f}"
+                line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
                 for text, chance in thought.tokens:
                     line += f" {chance:4.0%} {text!r:<12.12}"
                 say(self.args, disp_trim(line, get_terminal_size().columns))

@@ -43,8 +43,7 @@ def write(
         raise ValueError(f"{path}: found {what} of no model, expected one that a model has made")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
     metadata = {"format": f"minimas-{what}-1"} | made_by
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:
         save_file(stored, partial, metadata=metadata)
         partial.replace(path)  # a full disk leaves an older file as it was
