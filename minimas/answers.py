@@ -1,22 +1,26 @@
 r"""Find the answer in a generated text and compare it with the gold answer: `extract` and `grade`.
 
-The rules are tried in this order; the first one that finds something decides.
+The rules of a kind are tried in this order. The first one that finds something decides.
 
-* math: the last `\boxed{}`; `#### 42`; "the answer is 42"; the last sentence with a number: there
-  the result of an equation ("3 * 6 = 18"), else the number in its last clause. Numbers are compared
-  exactly, as fractions; expressions as strings.
-* choice: the last `\boxed{}` that names an option; the last "#### B" at the end, "the answer is
-  (B)", "I choose B" or "so B is correct"; a line that is an option. An option is named by its
-  letter or by its own words.
-* code: the last closed Python block that parses and defines something other than tests and
-  examples, with the blocks it is connected to.
-* free: the text after the thoughts. Its last line may state the answer alone.
+    math    the last box: "\boxed{18}"
+            the last statement: "The answer is 18.", and "#### 18" as in GSM8K
+            the result of an equation in the last sentence with a number: "So 3 * 6 = 18."
+            the only number in the last clause of that sentence: "In the end, 18 are left."
+    choice  the last box that names an option: "\boxed{B}", "\boxed{Paris}"
+            the last statement: "The answer is (B)", "I choose B", "so B is correct", "#### B"
+            the only line that is an option: "B. Paris"
+    code    the last closed Python block that parses and defines more than tests and examples, with
+            the blocks that it uses or that use it
+    free    the text after the thoughts; its last line may state the answer alone
+
+An option is named by its letter or by its own words. Numbers are compared exactly, as fractions;
+expressions as strings. `grade(…, verify=True)` asks math-verify whether two different expressions
+are equal.
 
 Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20"), a
-question, an inequality and an equation that states no value ("2x = 10") are not an answer. The
-rules prefer a missed right answer to an accepted wrong one. Does not know: models, prompts, data
-sets, running programs, and algebra. `grade(…, verify=True)` asks math-verify whether two different
-expressions are equal.
+question, an inequality and an equation that states no value ("2x = 10") are not an answer. What a
+text takes back ("Wait, it is 8") does not count. The rules prefer a missed right answer to an
+accepted wrong one. Does not know: models, prompts, data sets, running programs, and algebra.
 """
 
 import ast
@@ -27,6 +31,7 @@ from collections.abc import Mapping
 from decimal import Context
 from fractions import Fraction
 from itertools import islice
+from symtable import symtable
 from unicodedata import normalize
 
 KINDS = ("math", "choice", "code", "free")
@@ -42,7 +47,7 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     Raises ValueError if the kind is unknown, and for no text.
     """
     if kind not in KINDS:
-        raise ValueError(f"--kind: found {kind!r}, expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ValueError(f"--kind: found {kind!r}, expected math, choice, code or free")
     thoughts, _, said = text.rpartition("</think>")
     said = said.partition("<think>")[0].strip()
     if kind == "free":
@@ -109,30 +114,32 @@ def _verified(answer: str, gold: str) -> bool:
 # -- text ------------------------------------------------------------------------------------------
 
 _ASCII = str.maketrans("−–‐‑—×·÷⁄≈“”‘’、【】「」", '-----**//=""\'\',[]""')
-# The number separators of typographers; 10³ is 10^3, 3½ is 3 1/2.
 _UNICODE = {
-    "(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))": ",",
-    "[⁰¹²³⁴-⁹⁻]+": r"^\g<0>",
-    "(?=[¼-¾⅐-⅞])": " ",
+    "(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))": ",",  # thin spaces: 1 234
+    "[⁰¹²³⁴-⁹⁻]+": r"^\g<0>",  # 10³ is 10^3
+    "(?=[¼-¾⅐-⅞])": " ",  # 3½ is 3 1/2
     "[负負]|マイナス": "-",
     "。": ". ",
 }
-_FONT = r"""(?x: \\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)
-    [a-z]* (?![A-Za-z]))"""
+_FONT = r"\\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)[a-z]*\b"
 _HELD = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
     _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
-_OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"
-# A box that is only a part of the answer: after another one, "18 or", "-" or "2"; before "or 20",
-# "x", "^2", "million".
-_PART = rf"""(?xs) (?: \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?
+_OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"  # an empty \boxed{} quotes the instruction
+# Signs of a box that is only a part of the answer. "@" stands for the last box, and for \boxed
+# before it.
+_PART = rf"""(?xs) \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours and \boxed{{30}}
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
-        (?:\w+\ *=\ *)? \$?@\{{(?!\1\}})
-      | (?:\bor[\s$}}]*(?:\w+\ *=\ *)?|[\d)=$]\s*-\s*|[+/×÷^]\s*|\w\s*\*\s*|-|\d) \$?@\{{ )
-    | @\{{{_HELD}\}} (?: [a-zA-Z](?![a-zA-Z])
-      | [ $.,;(]*(?:\\text\w*\{{)?\ *(?:or|possibly|maybe|perhaps)\b[\s$}}]*[\d\\]
-      | [ $]* (?: \^(?!\{{?\\circ) | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)
-        | \\(?:pi|sqrt|frac|times|cdot|div) | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
+        (?:\w+\ *=\ *)? \$? @\{{(?!\1\}})
+    | (?: \bor[\s$}}]* (?:\w+\ *=\ *)?  # 18 or \boxed{{20}}
+        | (?:[\d)=$]\s*- | [+/×÷^] | \w\s*\*) \s*  # 1 + \boxed{{42}}
+        | [-\d] ) \$? @\{{  # -\boxed{{5}}
+    | @\{{{_HELD}\}} (?: [a-zA-Z](?![a-zA-Z])  # \boxed{{5}}x
+        | [ $.,;(]* (?:\\text\w*\{{)? \ * (?:or|possibly|maybe|perhaps)\b [\s$}}]* [\d\\]
+        | [ $]* (?: \^(?!\{{?\\circ)
+          | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)  # \boxed{{42}} + 1
+          | \\(?:pi|sqrt|frac|times|cdot|div)
+          | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
 _ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
     |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
     (?!\ (?:choices|options)))"""
@@ -153,10 +160,9 @@ def _rewritten(text: str, rules: Mapping[str, str]) -> str:
 
 
 def _box(text: str) -> tuple[str | None, str]:
-    r"""What the last box holds, and the text after it.
+    """What the last box holds, and the text after it.
 
-    None and the text without a box; "" and "" if it is cut off or a part of the answer. An empty
-    \boxed{} quotes the instruction.
+    None and the text without a box; "" and "" if it is cut off or a part of the answer.
     """
     parts = re.split(_OPENED, text)
     if len(parts) == 1:
@@ -169,23 +175,31 @@ def _box(text: str) -> tuple[str | None, str]:
 
 # -- math ------------------------------------------------------------------------------------------
 
-# After a number, a bracket or a variable, not after a word.
-_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"
+_TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"  # after a number or variable
 _FRAC = r"""(?x: (?<![/^])\\[dtc]?frac\ ?
     (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d)) (?!\ ?[\\^]|\d))"""
+# A number that is denied or supposed
+_DENIED = r"""(?ix) (?:
+        (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?  # it is not 5
+      | \b(?:doubt|deny|unlikely|impossible|nobody|no\ one|not\ think|not\ believe
+          |\w+n't\ (?:think|believe)|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
+          |suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether)\b
+        [^,;:.=\n\d]{0,40}? )  # I doubt that it is 5; if it is 5, …
+    \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?"""
 # From LaTeX and Markdown to plain text, in this order. After it a number is one word.
 _REWRITES = {
-    # Currency: US$18; degrees; delimiters; **18** and *18*, but 2**3.
-    r"""(?x) \b(?:[A-Z]{1,2}\\?\$|Rs\.?\ ?)(?=\d) | \\?[$¢-¥\u20a0-\u20bf]
-    | (?:\^\ ?\{?\\circ\}?|°)\ ?(?:\\(?:text|mathrm)\ ?\{\ ?[CFK]\ ?\}|[CFK]\b)?
-    | \\! | \\(?:left|right)(?![a-z]) | \\[()\[\]] | ` | __ | (?<!\d)\*\* | \*\*(?!-?\d)
-    | (?<![\w*)}])\*(?=[^\s*]) | (?<=[^\s*])\*(?![\w*({\\ -])""": "",
+    r"""(?x) \b(?:[A-Z]{1,2}\\?\$|Rs\.?\ ?)(?=\d) | \\?[$¢-¥\u20a0-\u20bf]  # US$18
+    | (?:\^\ ?\{?\\circ\}?|°)\ ?(?:\\(?:text|mathrm)\ ?\{\ ?[CFK]\ ?\}|[CFK]\b)?  # 18 °C
+    | \\! | \\(?:left|right)(?![a-z]) | \\[()\[\]] | ` | __
+    | (?<!\d)\*\* | \*\*(?!-?\d)  # **18**, but not 2**3
+    | (?<![\w*)}])\*(?=[^\s*]) | (?<=[^\s*])\*(?![\w*({\\ -])  # *18*
+    """: "",
     # 1,234, 1{,}234, 1\,234 and 1'234; but not 0,123 and 1234,567
     r"(?<!\d{4})(?<!\b0)(?<=\d)(?:,|\{,\}|\\,|['_])(?=\d{3}(?!\d))": "",
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
+    rf"{_FONT}|(?:\\[\\,;: ]|\\q?quad(?![a-z])|~|[^\S\n])+|</?[a-z]+>|<\|\w+\|>": " ",
     # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
-    rf"""(?x) {_FONT} | (?:\\[\\,;:\ ]|\\q?quad(?![a-z])|~|[^\S\n])+ | </?[a-z]+>|<\|\w+\|>
-    | (?:(?<!\d)(?<!\d\ )|(?![万萬亿億兆千百十半点點打ダ만억조천백십]))
+    r"""(?x) (?:(?<!\d)(?<!\d\ )|(?![万萬亿億兆千百十半点點打ダ만억조천백십]))
       [\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
     r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
     r"(?<=\d) ?hundreds?\b": "e2",
@@ -200,90 +214,106 @@ _REWRITES = {
     r"\\(?:times|cdot)(?![a-z])|(?<=\d) ?x ?(?=10\^)|(?<=[\d%]) x (?=\d)": "*",
     r"(?<=[\w)}\]]) ?([*/^]) ?(?=[\w({\\-])": r"\1",  # 2 * 3
     r"(?<=\d)\*10\^(?=-?\d)": "e",  # 2*10^3
-    # x + 5, 2 \sqrt{3}
-    rf"{_TERM} (?:([-+]) (?=[\d(\\]|[A-Za-z]\b)|(?=\\[a-z]))": r"\1",
-    # 3\frac{1}{2} and 3 1/2 are 3&1/2
-    rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",
+    rf"{_TERM} (?:([-+]) (?=[\d(\\]|[A-Za-z]\b)|(?=\\[a-z]))": r"\1",  # x + 5, 2 \sqrt{3}
+    rf"(?<=\d) ?(?={_FRAC})|(?<=\d) (?=\d+/\d+(?![\w^*]))": "&",  # 3 1/2 is 3&1/2
     _FRAC: r"\1\3/\2\4",
-    # An arrow before the answer. It is not 5 but 18. I doubt that it is 5. If it is 5, …
-    r"""(?imx) ^\ *=>\ *
-    | (?: (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?
-      | (?:\b(?:doubt|suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether
-          |unlikely|impossible|deny|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
-          |nobody|no\ one)|(?:\bnot|n't)\ (?:think|believe))\b [^,;:.=\n\d]{0,40}? )
-      \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?""": "",
+    r"(?m)^ *=> *": "",  # an arrow before the answer
+    _DENIED: "",
     r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
     # "minus 5"; "- 5" alone is no list
-    r"""(?x) (?:\b[Nn]egative|(?<![\d)%]\ )\b[Mm]inus)\ (?=\d) | \A\s*-\ (?=\S+\s*\Z)
-    | (?<=\b(?:is|be|'s)\ )-\ (?=\d) | (?<=(?:are|was)\ )-\ (?=\d) | (?<=[:=]\ )-\ (?=\d)""": "-",
+    r"(?i)(?:\bnegative|(?<![\d)%] )\bminus) (?=\d)|\A\s*- (?=\S+\s*\Z)": "-",
+    r"(?:(?<=\b(?:is|be|'s) )|(?<=(?:are|was) )|(?<=[:=] ))- (?=\d)": "-",  # it is - 5
     r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
 }
 _END = r"\n|(?<=[.!?])\s(?!=)"  # of a sentence
-_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS} | ^[#\ ]*(?:final\ )?answer\ *\n\s*)
+_ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 18.
+      | ^[#\ ]*(?:final\ )?answer\ *\n\s*  # a heading
+      | \#{{4}}\ *(?=[-+]?[\d.])(?!\d+[.)]\ ))  # GSM8K's "#### 18"; not "#### 1. Add"
     (?=([^\n]{{0,200}}[\d\\][^\n]{{0,200}}))  # a value, and neither a question nor refuted
     (?!(?:[^\n.?]|\.\d){{0,200}}(?:\?|\b(?:wrong|incorrect)\b))"""
+# A name and its equals sign
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
-# What follows the answer; not ", or 43", "(base 8)", "; 43".
+# Where a statement goes on about something else: "18, as 3 * 6 = 18", "18 (eighteen)"; but
+# ", or 43", "(base 8)" and "; 43" change the answer.
 _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
-      | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?(?:or|and|but|also|possibly|maybe
-        |perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
+      | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
+        (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
     (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
-# "Wait, that's wrong. It is 8."
-_TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?
-      (?: (?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
-      |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit:
+# What withdraws all that was said before
+_TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8.
+      (?:(?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
+      |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit(?=:)
       |my\ (?:mistake|bad|error)|on\ second\ thought|rather(?!\ than)|no(?=[,.!])
-      |let\ me\ (?:re|double|correct|fix)\w*|i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
+      |let\ me\ (?:re|double|correct|fix)\w*|(?:but\ )?i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
       |(?:that|it|this)(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake|not\ (?:right|correct))
-      |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct) )\b
-    | (?<=[.!?\n])\ ?(?:but|however|although|except|or|maybe|perhaps|possibly|alternatively
-      |otherwise)\b(?=[^.\n]{0,100}\d)"""
+      |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct))\b
+    | (?<=[.!?\n])\ ?  # 5. Or maybe 8.
+      (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{0,100}\d)
+    | (?<=[.!?\n])\ ?  # 5. But it should be 8 cm. 5. But taxed: 8.; not: 5. But this needs 8 days.
+      (?:but|however|although|except)\b (?=[^.\n]{0,100}\d) (?=[^.\n]{0,100}
+        (?: \b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should|may|no
+            |think|gives|get|right|correct|actually|rather|total|result)\b
+          | \d(?![\w%]*\ (?!(?:is|was|if|for|with|after|when|because|instead)\b)[a-z]) ))"""
+# Where the last clause of a sentence begins: "In the end, 18 are left", "the total is 18"
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
-# "18 in 3 days" without an equation: is it 3?
-_DOUBTFUL = r"""(?x) \ (?:in|from|for|at|per|on|of|after|every|each|within|while|and|when)[ ]
-    (?:\w+\ ){0,2}\S*\d\S*\D*\Z"""
+# After the value of a statement: "18 apples in 3 days"
 _LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
     \ (?:in(?!\ (?:base|hex|oct|bin))|for|at(?!\ (?:the\ )?(?:least|most))|per(?!\ mil)|on|with
     |after|every|each|out\ of(?!\ \d)|so|which|because|since)\b (?!.*\b(?:and|or|but)\b).*"""
-# 2 dozen, 5 to ten, 2 and a half, 5 squared
-_COUNT = r"""(?:(?:a\ )?half|a\ quarter|do(?:[zc]en|uzaine)\w*|d[uú]tzend|score|gross|grand|pi|sqrt
-    |hundreds?|hunderte?|thousands?|thou|tausende?|tusen\w*|duizend|mil|mille|mila|tys\w*|ribu|nghìn
-    |ngàn|(?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w*|milliard\w*|bn|mn|mio
-    |mln|mrd|juta|triệu|lakhs?|lacs?|crores?|two|three|four|five|six|seven|eight|nine|tens?|zero
-    |squared|cubed|doubled|tripled|halved|factorial|alpha|beta|gamma|theta|lambda|phi|omega
-    |(?-i:[xyz]{2,3})|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred
-      |thousand|[a-z]+illion)ths?|thirds?|quarters|halves|(?:in\ )?(?:base|hex|octal|binary)[a-z]*
-    |mod|below|per\ ?mill?e?)\b"""
-# Two numbers, an equation, an inequality, a question; a word before the number that makes it an
-# operand, a bound or an exception ("ten times 5", "up to 5"); a variable or a word of another
-# script after it; a refuted number.
-_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b | [<>≠≤≥±≡] | !=|\ =\  | \+/- | \?\W*\Z
-    | \\(?:[gln]eq?|pm|equiv)(?![a-z]) | \bat\ (?:the\ )?(?:least|most)\b | \d\ +[:∶]
-    | \b(?: (?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score
-        |distance|length|height|area|volume|weight|age|balance|change|discount)\ )[^\W_]+\ of
-      |absolute\ value\ of|than|half|twice|thrice|double|triple|quadruple|squared?|cubed?|root|power
-      |log|ln|exp|sqrt|mod|modulo|gcd|lcm|abs|ceil|floor|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?
-      |below|under|over|above|beyond|within|near|exceed\w*|least|most|minimum|maximum|max
-      |as\ \w+\ as|(?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to|to\ the|added\ to
-      |never|not|neither|nor|hardly|barely|scarcely|rarely|seldom|(?:any|every|no)thing\ but
-      |but|except|excluding|barring|besides|without|until|from|and|plus|minus|times|point|choose
-      |less|(?:divided|multiplied|divisible)\ by|step|question|problem|{_COUNT}|one|eleven|twelve
-      |[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty )\ [^\w\s]*\d
-    | \d[^\s\d]{{0,3}}[ ]
+# Words that count or calculate with the number before them
+_COUNT = r"""(?x: \b(?: (?:a\ )?half | a\ quarter | do(?:[zc]en|uzaine)\w* | d[uú]tzend | score
+    | gross | grand | hundreds? | hunderte? | thousands? | thou | tausende? | tusen\w* | duizend
+    | mil | mille | mila | tys\w* | ribu | nghìn | ngàn | milliard\w* | bn | mn | mio | mln | mrd
+    | (?:m|b|tr|quadr|quint|sext)(?:ill[ij]?[oóõ]|il[ijy][oóõ]|ilh[ãõ])\w* | juta | triệu
+    | lakhs? | lacs? | crores?  # 5 dozen
+    | two | three | four | five | six | seven | eight | nine | tens? | zero  # 5 to ten
+    | (?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie)ths?  # 5 tenths
+    | (?:hundred|thousand|[a-z]+illion)ths? | thirds? | quarters | halves | per\ ?mill?e?
+    | squared | cubed | doubled | tripled | halved | factorial | below
+    | mod | (?:in\ )?(?:base|hex|octal) | (?:in\ )?binary  # 5 in base 8
+    | pi | sqrt | alpha | beta | gamma | theta | lambda | phi | omega | (?-i:[xyz]{2,3}) )\b)"""
+# Words before a number that make another number of it
+_CHANGES = r"""(?x: \b(?: half | twice | thrice | double | triple | quadruple | squared? | cubed?
+    | root | power | log | ln | exp | sqrt | mod | modulo | gcd | lcm | abs | ceil | floor
+    | (?:arc)?(?:sin|cos|tan|cot|sec|csc)h? | absolute\ value\ of  # twice 5
+    | and | plus | minus | times | point | choose | less | to\ the | added\ to | from
+    | (?:divided|multiplied|divisible)\ by | one | eleven | twelve | [a-z]+teen
+    | (?:twen|thir|for|fif|six|seven|eigh|nine)ty  # ten plus 5
+    | than | below | under | over | above | beyond | within | near | exceed\w* | least | most
+    | minimum | maximum | max | as\ \w+\ as | until  # more than 5
+    | (?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to
+    | never | not | neither | nor | hardly | barely | scarcely | rarely | seldom | but | except
+    | (?:any|every|no)thing\ but | excluding | barring | besides | without  # all but 5
+    | step | question | problem )\b)"""
+# What leaves open which number is the answer.
+_UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
+    | [<>≠≤≥±≡] | != | \+/- | \\(?:[gln]eq?|pm|equiv)(?![a-z])  # x > 5
+    | \ =\   # 2x = 10
+    | \?\W*\Z  # is it 5?
+    | \bat\ (?:the\ )?(?:least|most)\b  # 5 at most
+    | \d\ +[:∶]  # 3 : 5
+    | {_CHANGES}\ [^\w\s]*\d  # up to 5
+    | \b(?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score|distance
+        |length|height|area|volume|weight|age|balance|change|discount)\ )
+      [^\W_]+\ of\ [^\w\s]*\d  # the factorial of 5
+    | \d[^\s\d]{{0,3}}\   # 5 dozen, 5 feet six, 5 to ten
       (?:(?!(?:in|for|at|per|on|with|after|is|are|was|equals|makes|gives)\b)[a-z]+,?\ )?
       (?:(?:and|to|to\ the|by|plus|minus|times|through|up\ to|of|over|divided\ by|vs\.?|point
         |[-~&])\ )?
-      (?:[-+(~]*\d|{_COUNT}|(?<=and\ |lus\ |nus\ )(?:an?|one)\b)
-    | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!')|[^\W\d_A-Za-zÀ-ɏ])
+      (?:[-+(~]*\d | {_COUNT} | (?<=and\ |lus\ |nus\ )(?:an?|one)\b)
+    | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!'))  # 5 x, but 5 m and 5 a week
+    | \d\ [^\W\d_A-Za-zÀ-ɏ]  # 5 тысяч
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
 # x = 1, y = 2
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
+# Where an equation begins: "2x = 10, so x = 5"
 _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
-# x_1, f(3), (in dollars)
+# What belongs to a name on the left side: x_1, f(3), "Cost (in dollars)"
 _INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
     | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
+# What makes the left side of an equation more than a name: "2 * width", "half the number"
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
@@ -295,6 +325,7 @@ _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d
       [A-Za-z](?![A-Za-z'])
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
     | \b(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)\b"""
+# "x = 5" at the end of a text or a gold answer
 _VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
 _EXACT = Context(prec=5 * LIMIT)  # digits, enough for every decimal that `_number` accepts
 _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
@@ -302,7 +333,7 @@ _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 _NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
     (?:\^(\d{{1,3}}|(?<=\b10\^)-\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
     (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
-_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|{_COUNT})\b)
+_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less)\b|{_COUNT})
     (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])? \)?"""
 
 
@@ -312,8 +343,6 @@ def _math(text: str) -> str | None:
     if held is not None:
         return _value(held)
     text = _rewritten(_plain(text), _REWRITES)
-    if hashes := re.findall(r"#### *(?!\d+[.)] )([-+]?[\d.].*)", text):  # not "#### 1. Add"
-        return _value(hashes[-1])
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
     answer = _result(clause)
@@ -324,9 +353,7 @@ def _math(text: str) -> str | None:
     numbers = re.findall(r"(?<!\S)[(\"']*+(\S*(?:\d|\\[a-z])\S*)", answer)
     if numbers == answer.split():
         return _value(answer)
-    if not numbers or (len(numbers) > 1 and (stated or re.search(_DOUBTFUL, answer))):
-        return None
-    return _number(numbers[-1].rstrip(",.;:!?)\"'"))
+    return _number(numbers[0].rstrip(",.;:!?)\"'")) if len(numbers) == 1 else None
 
 
 def _last(separator: str, text: str) -> str:
@@ -383,15 +410,17 @@ def _number(word: str) -> str | None:
 
 # -- choice ----------------------------------------------------------------------------------------
 
-_CHOSEN = rf"""(?ix) (?: {_ANSWER}
+# What an option follows, and the option with the rest of its line.
+_CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
-    | ^[#\ *]*(?:final\ )?answer[*\ ]*\n\s*
+    | ^[\#\ *]*(?:final\ )?answer[*\ ]*\n\s*  # a heading
     | \b(?:(?:correct|right|best|final|my)\ (?:option|choice)|selected)\W*[:=]
     | \b(?:option|choice|statement|solution|opci[óo]n|alternativa)
       (?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
     | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|(?:must|has\ to)\ be)\b
-    | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b) | 而是
-    | [选選](?:[择擇]|[项項]\W*[是为為])? | \#{{4}}\ *(?=[^\n]*\Z)
+    | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b)  # A is wrong, B is right
+    | 而是 | [选選](?:[择擇]|[项項]\W*[是为為])?
+    | \#{{4}}\ *(?=[^\n]*\Z)  # in the last line
     | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
     (?=(?P<said>.{{0,500}}))"""
 # "I would not choose", "the answer can't be"; but not "not A so I choose"
@@ -497,22 +526,9 @@ def _bare(text: str) -> str:
 # Models also put a fence after other text. What a Markdown block holds is Markdown.
 _FENCE = r"""(?mx) ^(?:(?:[\ \t>*+-]|\d+[.)])*+|[^\n`~]*(?=[`~]+\ *\w*\ *\n))
     (`{3,}+(?=[^\n`]*\n)|~{3,}+)(?!\ *(?:markdown|md)\b)[\ {.]*(\w*).*\n"""
-_STATEMENT = r"""(?mx) ^\ *(?:(?:async|def|class|import|from|for|while|if|with|try|return)\b
-    |@|[\w\ ,.]+=)"""
-_NOT_EXAMPLE = r"""(?x: (?!.*TestCase|check\(candidate
-    |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage))))"""
-# A solution is more than a signature with a docstring, "..." or "pass" as its body.
-_SOLUTION = rf"""(?mx) ^(?:(?:async\ +)?def|class)\ +{_NOT_EXAMPLE}
-      (?!\w+\ *(?:\((?:[^()]|\([^()]{{0,200}}\)){{0,500}}+\))?[^\n]*?:\s*
-        (?:r?(\"{{3}}|'{{3}})[\s\S]*?\1\s*)?(?:\#.*\s*)*
-        (?:\.\.\.|pass\b|raise\ NotImplemented.*)?\s*(?:\Z|^\S))
-    | ^\w+\ *=\ *lambda\b"""
-# What functions, classes, imports, constants and lambdas are called.
-_DEFINED = rf"""(?mx) ^(?:(?:async\ +)?(?:def|class)\ +{_NOT_EXAMPLE} | (?:from\ .*)?import\ +\(?\s*
-    | (?=[A-Z_\d]+\b[^=\n]*=|\w+\ *(?::[^=\n]*)?=\ *(?:[\d\[{{("'-]|[\w.]+\ *(?:$|\[|\|)
-        |(?:lambda|re|math|collections|functools|typing|set|dict|list|tuple|frozenset|range|float
-          |int|str|defaultdict|deque|Counter|namedtuple|partial|TypeVar|NewType)\b)))
-    ([\w\ ,]+(?:\n\ [\w\ ,]+)*)"""
+_EXAMPLE = r"""(?x) (?:async\ )?(?:def|class)\ (?:.*TestCase|check\(candidate
+    |(?i:_?test|main\b|\w*tests?\b|(?:run_?)?(?:example|demo|usage)))"""
+_STUB = r"""\.\.\.|pass\b|r?["']|raise NotImplemented"""  # the end of a function without a body
 
 
 def _program(text: str) -> str | None:
@@ -524,16 +540,16 @@ def _program(text: str) -> str | None:
     """
     blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
-        return text.strip("\n") if re.search(_STATEMENT, text) and _parses(text) else None
-    program = max(
-        reversed(blocks), key=lambda block: (bool(re.search(_SOLUTION, block)), _parses(block))
-    )
+        lines, names = _parsed(text)
+        # "Answer: 42" is Python too, an annotation.
+        return text.strip("\n") if names and not isinstance(lines[0], ast.AnnAssign) else None
+    program = max(reversed(blocks), key=lambda block: (_solves(block), bool(_parsed(block)[0])))
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))
-        names = _names(earlier)
-        linked = shared & (names ^ _names(program))
+        names = _parsed(earlier)[1]
+        linked = shared & (names ^ _parsed(program)[1])
         # An example uses the program; a helper is used by it, or defines something else too.
-        if re.search(_SOLUTION, earlier) if linked - names else linked or "import *" in earlier:
+        if _solves(earlier) if linked - names else linked or "import *" in earlier:
             program = f"{earlier}\n\n{program}"
     return program or None
 
@@ -549,23 +565,37 @@ def _blocks(text: str) -> list[str]:
     while opening := re.compile(_FENCE).search(text, position):
         start = opening.end()
         closing = re.compile(rf"(?m)^[ \t]*{opening[1]}[`~]* *$|(?<=[^\s`~]){opening[1]} *$|\Z")
-        ends = list(islice(closing.finditer(text, start), 15))
-        end = next((end for end in ends if _parses(text[start : end.start()])), ends[0])
+        ends = islice(closing.finditer(text, start), 15)
+        found = [(textwrap.dedent(text[start : end.start()]).strip("\n"), end) for end in ends]
+        program, end = max(found, key=lambda pair: bool(_parsed(pair[0])[0]))
         if re.fullmatch("(?i)(?:i?py(?:thon)?3?)?", opening[2]):
-            program = textwrap.dedent(text[start : end.start()]).strip("\n")
             blocks.insert(len(blocks) if end[0] else 0, program)
         position = end.end()
     return blocks
 
 
-def _parses(program: str) -> bool:
-    try:  # the parser takes a kilobyte of memory per byte of text
+def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
+    """The statements of a program, and the names that it defines and imports; none if it does not
+    parse.
+    """
+    try:
+        if len(program) > 100_000:  # the parser takes a kilobyte of memory per byte of text
+            raise MemoryError
         with warnings.catch_warnings(action="ignore"):
-            return len(program) < 100_000 and bool(ast.parse(textwrap.dedent(program)))
+            symbols = symtable(program, "", "exec").get_symbols()
+            body = ast.parse(program).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+        return [], set()
+    return body, {one.get_name() for one in symbols if one.is_assigned() or one.is_imported()}
 
 
-def _names(program: str) -> set[str]:
-    """What a program defines and imports."""
-    return set(re.findall(r"\w+", " ".join(re.findall(_DEFINED, program))))
+def _solves(program: str) -> bool:
+    """Whether a program defines more than tests, examples and functions without a body."""
+    for node in _parsed(program)[0]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            whole, end = (ast.get_source_segment(program, part) for part in (node, node.body[-1]))
+            if not re.match(_EXAMPLE, whole or "") and not re.match(_STUB, end or ""):
+                return True
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            return True
+    return False

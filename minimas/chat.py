@@ -1,14 +1,15 @@
 """A conversation: each message is prefilled after the KV cache of all turns before it.
 
-A single agent gets the message as it is, unless the model's folder has a prompt for it. What
-fails, or is stopped by Ctrl-C, leaves the conversation as it was. Does not know: flags, how an
-answer comes about.
+A single agent gets the message as it is, unless the model's folder has a prompt for it. A message
+or command that fails, or is stopped by Ctrl-C, leaves the conversation as it was. Does not know:
+flags, how an answer is made.
 """
 
 import sys
 from argparse import Namespace
 
 from .core.cache import KVCache
+from .core.errors import ContextError
 from .load import LM
 from .screen import ERRORS, Settings, report_error, say, show_answers
 from .teams import Agent, Team
@@ -53,6 +54,8 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                     memory, turns = result.memory, turns + 1
         except KeyboardInterrupt:
             say(args, "\nminimas: stopped, the conversation is as it was")
+        except ContextError as error:
+            report_error(ContextError(f"{error}; /clear empties the KV cache"), args)
         except ERRORS as error:
             if isinstance(error, OSError) and line[0] != "/":  # of stdout, not of a file
                 raise

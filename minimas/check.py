@@ -149,16 +149,25 @@ def check(
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
     verdict, flags = judge(team.layout, arms)
     command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
-    sizes = latent_steps, MAX_NEW_TOKENS, len(ASKED)
-    return Report(lm.model.name, team.layout, *sizes, arms, verdict, command)
+    return Report(
+        lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, len(ASKED), arms, verdict, command
+    )
 
 
 def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill()
     losses = losses_after(run, hidden, cache, SOLUTIONS)
-    how: Any = GREEDY, run.end_ids, run.generators, [[]] * len(ASKED)
-    answers = generate(run.lm.model, run.tokenizer, hidden, cache, *how)
+    answers = generate(
+        run.lm.model,
+        run.tokenizer,
+        hidden,
+        cache,
+        GREEDY,
+        run.end_ids,
+        run.generators,
+        prompts=[[]] * len(ASKED),
+    )
     return [loss.mean for loss in losses], [len(answer.ids) for answer in answers]
 
 

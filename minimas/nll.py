@@ -43,29 +43,26 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
     """
     model = run.lm.model
     limit = model.config.max_position_embeddings
-    ids = []
-    for q, text in enumerate(texts):
-        # All of a text is untrusted: a control token in a solution stays text.
-        ids.append(run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))))
-        if not ids[q]:
-            raise ValueError(f"question {q + 1}: found an empty solution, expected a text")
-        needed = cache.lengths[q] + len(ids[q])
-        if needed > limit:
+    # All of a text is untrusted: a control token in a solution stays text.
+    ids = [run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in texts]
+    for q, row in enumerate(ids):
+        needed = cache.lengths[q] + len(row)
+        if not row or needed > limit:
             raise ValueError(
-                f"question {q + 1}: found {needed} slots with the solution, "
-                f"expected {limit} or fewer, the context"
+                f"question {q + 1}: found {needed} slots with a solution of {len(row)} tokens, "
+                f"expected {limit} or fewer, the context, and a solution of 1 token or more"
             )
     # The last token predicts nothing.
     fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]
     padded = pad_sequence(fed, batch_first=True).to(model.device)  # (B, T - 1)
     if padded.numel():
-        counts = [len(row) for row in fed]
+        counts = list(map(len, fed))
         hidden = torch.cat([hidden, model(model.embed(padded), cache.fork(), counts)], 1)
     losses = []
     for q, row in enumerate(ids):
         # Text by text: the logits of all of them, (B, T, V), would take gigabytes.
         logits = model.logits(hidden[q : q + 1, : len(row)])[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        each = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="none")
-        losses.append(Loss(float(each.double().sum()), len(row)))
+        target = torch.tensor(row, device=wide.device)
+        losses.append(Loss(float(F.cross_entropy(wide, target, reduction="sum")), len(row)))
     return losses

@@ -3,9 +3,8 @@
 This file does not know printing.
 """
 
-import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -30,8 +29,9 @@ class Usage:
     @classmethod
     def total(cls, usages: Sequence["Usage"]) -> "Usage":
         """Return the sum of several usages; `memory_bytes` is that of the largest."""
-        names = [one.name for one in dataclasses.fields(Usage)]
-        total = cls(*(sum(getattr(usage, name) for usage in usages) for name in names))
+        total = cls()
+        for one in fields(Usage):
+            setattr(total, one.name, sum(getattr(usage, one.name) for usage in usages))
         total.memory_bytes = max(usage.memory_bytes for usage in usages)
         return total
 

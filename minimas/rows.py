@@ -60,7 +60,7 @@ def options(choices: Any) -> dict[str, str]:
                 choices = named
     if isinstance(choices, dict):
         found = {letter: text for letter, text in choices.items() if text is not None}
-        if found and all(isinstance(text, str) for text in found.values()):
+        if {type(text) for text in found.values()} == {str}:
             return found
     raise ValueError(f"choices: found {choices!r:.80}, expected an object, letter: text")
 

@@ -184,8 +184,8 @@ def show_answers(
     `options` are parameters of the method, and `settings` what a record holds about all answers.
     """
     questions = [row["question"] for _, batch in groups for row in batch]
-    known = (re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
-    if args.model == TINY and not all(known):
+    known = all(re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)
+    if args.model == TINY and not known:
         say(args, f"minimas: {prompts.TINY_HINT}")
     results: list[Result] = []
     for kind, batch in groups:

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import prompts
 from .answers import KINDS, extract
 from .core.cache import KVCache
-from .core.errors import ParameterError
+from .core.errors import ContextError, ParameterError
 from .core.latent import think
 from .core.model import prefill
 from .layout import LAYOUTS, ChatLayout
@@ -158,17 +158,16 @@ class Run:
     ) -> int:
         """Return how many slots an agent's turn fills at most; `start` of them are filled before.
 
-        Raises ValueError naming the agent and the flags if the model's context is shorter.
+        Raises ContextError naming the agent and the flags if the model's context is shorter.
         """
         limit = self.lm.model.config.max_position_embeddings
         generated = self.used_sampling.max_new_tokens if decodes else 0
         needed = start + tokens + steps + generated + closes * len(self.closing)
         if needed > limit:
-            raise ValueError(
+            raise ContextError(
                 f"{agent.name}: {start} slots of working memory, a prompt of {tokens} tokens, "
                 f"{steps} thoughts (--latent-steps) and {generated} tokens to generate "
-                f"(--max-new-tokens) make {needed}, expected {limit} or fewer, the context "
-                "(in a chat, /clear empties it)"
+                f"(--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
             )
         return needed
 

@@ -316,6 +316,15 @@ def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> No
     assert found[-1]["usage"]["memory_bytes"] == found[0]["usage"]["memory_bytes"]
 
 
+def test_the_error_of_a_full_context_names_no_command_of_the_chat(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ask` advised "/clear" too, which only a chat has."""
+    assert main(["ask", "one two three " * 60, "-m", str(folder), "--method", "single"]) == 1
+    err = capsys.readouterr().err
+    assert "expected 150 or fewer, the context" in err and "/clear" not in err
+
+
 # -- processes -------------------------------------------------------------------------------------
 
 

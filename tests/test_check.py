@@ -50,6 +50,13 @@ def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     assert report.layout == "turn" and check(lm, "chat", 1).arms[1].nll != report.arms[1].nll
 
 
+def test_a_solution_without_tokens_is_refused(lm: LM) -> None:
+    """Its mean loss would be a division by zero."""
+    turn = last_turn(lm, ASKED[:2], kind="math", sampling=Sampling(max_new_tokens=1))
+    with pytest.raises(ValueError, match=r"question 2: found .* solution of 0 tokens, expected"):
+        losses_after(turn.run, *turn.prefill(), ["So 4.", ""])
+
+
 def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None:
     assert len(set(ASKED)) == len(QUESTIONS) == 6  # T_95 is for six
     for _, solution in QUESTIONS:

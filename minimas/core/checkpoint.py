@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, str]:
         return {}
     path = folder / INDEX
     if not path.is_file():
-        others = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder"
+        others = ", ".join(sorted(file.name for file in folder.iterdir())[:6])
         raise FileNotFoundError(
             f"{folder}: found {others}, expected {WEIGHTS} or {INDEX} (nothing is ever unpickled)"
         )
@@ -157,11 +157,10 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: weight_map: found {index!r:.80}, expected tensor names -> file names"
         )
-    there = {path.name for path in folder.glob("*.safetensors")}
-    for name in map(str, index.values()):
-        if name not in there:
-            raise FileNotFoundError(
-                f"{path}: weight_map: found {name!r}, expected a .safetensors file of this folder, "
-                "which has none of that name"
-            )
+    there = {file.name for file in folder.glob("*.safetensors")}
+    if missing := set(map(str, index.values())) - there:
+        raise FileNotFoundError(
+            f"{path}: weight_map: found {min(missing)!r}, expected a .safetensors file of this "
+            "folder, which has none of that name"
+        )
     return index

@@ -124,17 +124,15 @@ class Config:
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
             kind = type(most)
-            word = "integer" if kind is int else "number"
             good = type(value) in (int, kind) and 0 < value <= most
-            check(good, field, f"a positive {word}, at most {most:,}")
+            check(good, field, f"a positive {kind.__name__}, at most {most:,}")
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")
-        heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
+        heads = sizes["num_attention_heads"]
         groups = heads % sizes["num_key_value_heads"] == 0
         check(groups, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-        # RoPE turns pairs.
-        check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number")
+        check(sizes["head_dim"] % 2 == 0, "head_dim", "an even number")  # RoPE turns pairs
         return cls(
             **sizes,
             model_type=family,

@@ -1,4 +1,4 @@
-"""The error for a wrong parameter. Does not know: the command line, which names its flag."""
+"""Errors with a class of their own. Does not know: the command line, which names the flag."""
 
 
 class ParameterError(ValueError):
@@ -14,3 +14,7 @@ class ParameterError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.parameter}: {self.problem}"
+
+
+class ContextError(ValueError):
+    """A turn needs more slots than the model's context has."""

@@ -61,14 +61,13 @@ class Sampling:
 
         Raises ValueError naming `source` and the field if a value is out of range.
         """
-        names = ["repetition_penalty", "max_new_tokens"]
-        values: dict[str, Any] = {}
-        if raw.get("do_sample"):
-            names += ["temperature", "top_p", "top_k", "min_p"]
-            values |= {"temperature": 1.0, "top_k": 50}  # the defaults of Hugging Face
-        values |= {name: raw[name] for name in names if raw.get(name) is not None}
+        given = {name: value for name, value in raw.items() if value is not None}
+        names = {"repetition_penalty", "max_new_tokens"}
+        if given.get("do_sample"):
+            names = set(cls.__dataclass_fields__)
+            given = {"temperature": 1.0, "top_k": 50} | given  # the defaults of Hugging Face
         try:
-            return cls(**values)
+            return cls(**{name: given[name] for name in names & given.keys()})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -114,8 +113,8 @@ def sample(
     # Not blocking: the host would wait for the step before.
     draw = torch.tensor(draws, dtype=torch.float64).to(mass.device, non_blocking=True)  # (B,)
     place = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)  # (B, 1)
-    possible = (probabilities > 0).sum(-1, keepdim=True).clamp_min(1)  # NaN: none
-    place = place.minimum(possible - 1)
+    possible = (probabilities > 0).sum(-1, keepdim=True)  # 0 for NaN
+    place = place.minimum(possible.clamp_min(1) - 1)
     return order.gather(1, place)[:, 0]  # (B,)
 
 
@@ -176,8 +175,7 @@ def decode(
         # A compiled step is compiled for one number of rows.
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
-            index = torch.tensor(kept, device=tokens.device)
-            cache, tokens, rows = cache.select(kept), tokens.index_select(0, index), sorted(running)
+            cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
         hidden = model(model.embed(tokens[:, None]), cache, [int(row in running) for row in rows])
 
 
@@ -215,20 +213,8 @@ def stream(
             return
 
 
-def generate(
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    hidden: Tensor,
-    cache: KVCache,
-    sampling: Sampling,
-    end_ids: Collection[int],
-    generators: Sequence[torch.Generator],
-    prompts: Sequence[Sequence[int]],
-    remember: bool = False,
-) -> list[GeneratedText]:
-    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters as in `stream`."""
-    pieces = stream(
-        model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, remember
-    )
+def generate(*arguments: Any, **named: Any) -> list[GeneratedText]:
+    """Return the finished text of each row, from hidden (B, 1, D) on. Takes what `stream` takes."""
+    pieces = stream(*arguments, **named)
     done = {row: text for row, _, text in pieces if text is not None}
     return [done[row] for row in sorted(done)]

@@ -34,8 +34,9 @@ CHATML = (
 PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
 EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for another turn, answered
 # An added token such as <think> or [INST]; other ones may be ordinary words or characters.
-TAG = re.compile(r"<.*\w.*>|\[.*\w.*\]")
-GENERATION = re.compile(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})")
+TAG = r"<.*\w.*>|\[.*\w.*\]"
+EACH_MESSAGE = "every message once, as it is and in order"
+GENERATION = r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})"
 # What compiling or rendering a faulty template raises.
 TEMPLATE_ERRORS = (
     TemplateError,
@@ -79,13 +80,10 @@ class Tokenizer:
         """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
         self.path = Path(folder) / "tokenizer.json"
         self.template_path = self.path.with_name("tokenizer_config.json")
-        if files is None:
-            data = self.path.read_bytes()
-            specials = read_json(self.path.with_name("special_tokens_map.json"), needed=False)
-            settings = read_json(self.template_path, needed=False)
-        else:
-            data = json.dumps(files["tokenizer.json"]).encode()
-            specials, settings = {}, files["tokenizer_config.json"]
+        given = files or {}
+        data = json.dumps(given["tokenizer.json"]).encode() if given else self.path.read_bytes()
+        specials = read_json(self.path.with_name("special_tokens_map.json"), needed=False)
+        settings = given.get("tokenizer_config.json") or read_json(self.template_path, needed=False)
         try:
             self.backend = Backend.from_buffer(data)
             self.backend.encode("\ue000 a")  # fails for a missing unknown token
@@ -98,7 +96,7 @@ class Tokenizer:
         self.control = {
             token.content: i
             for i, token in self.backend.get_added_tokens_decoder().items()
-            if token.special or TAG.search(token.content)
+            if token.special or re.search(TAG, token.content)
         }
         self._special: dict[str, Any] = {}  # the text of special tokens that the template may use
         for field, token in (*specials.items(), *settings.items()):
@@ -109,8 +107,7 @@ class Tokenizer:
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             if "default" not in named:
-                problem = f"found the names {list(named)}, expected one that is 'default'"
-                raise ValueError(f"{self.template_path}: chat_template: {problem}")
+                raise self._refusal(f"the names {list(named)}", "one that is 'default'")
             source = named["default"]
         file = self.path.with_name("chat_template.jinja")
         if file.is_file():
@@ -126,8 +123,7 @@ class Tokenizer:
     def set_thinking(self, thinks: bool) -> None:
         """Set the template's `enable_thinking`. Raises ValueError for a template without it."""
         if "enable_thinking" not in self._source:
-            problem = "found no enable_thinking, expected it (--think and --no-think switch it)"
-            raise ValueError(f"{self.template_path}: chat_template: {problem}")
+            raise self._refusal("no enable_thinking", "it (--think and --no-think switch it)")
         self._special["enable_thinking"] = thinks
 
     def encode(self, text: str) -> list[int]:
@@ -201,10 +197,10 @@ class Tokenizer:
         if not first:
             before = self.turn("x", last=False).text + "x" + self.turn_end
             if not turn.text.startswith(before):
-                raise self._refusal("puts no whole turn after the end of another one")
+                raise self._refusal("one that puts no whole turn after the end of another one")
             turn = turn.cut(len(before), len(turn.text))
             if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
-                raise self._refusal("numbers the turns")
+                raise self._refusal("one that numbers the turns")
         return turn + Turn(prefix)
 
     def user_turn(
@@ -259,13 +255,12 @@ class Tokenizer:
         whole = re.fullmatch(pattern, text)
         if whole is None or len(around) != len(messages) + 1:
             roles = ", ".join(role for role, _ in messages)
-            raise self._refusal(f"drops, repeats, moves or changes a message of {roles}")
+            raise self._refusal(f"one that drops, repeats, moves or changes a message of {roles}")
         return Turn(text, tuple(map(whole.span, range(1, len(around)))))
 
-    def _refusal(self, problem: str) -> ValueError:
-        expected = "expected every message once, as it is and in order"
+    def _refusal(self, found: str, expected: str = EACH_MESSAGE) -> ValueError:
         return ValueError(
-            f"{self.template_path}: chat_template: found one that {problem}, {expected}"
+            f"{self.template_path}: chat_template: found {found}, expected {expected}"
         )
 
     def _render(self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True) -> str:
@@ -293,7 +288,7 @@ class Tokenizer:
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         sandbox.filters["tojson"] = _to_json
         # {% generation %} marks the assistant's text for training, and is a scope like {% with %}.
-        return sandbox.from_string(GENERATION.sub(r"\1with", self._source))
+        return sandbox.from_string(re.sub(GENERATION, r"\1with", self._source))
 
 
 class TextStream:
@@ -338,8 +333,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = f"found bytes that are not UTF-8 ({error}), expected text"
-        raise ValueError(f"{path}: {problem}") from error
+        raise ValueError(f"{path}: found bytes that are not UTF-8, expected text") from error
 
 
 def is_text(value: Any) -> bool:
@@ -347,15 +341,13 @@ def is_text(value: Any) -> bool:
 
     Half of a surrogate pair cannot be encoded.
     """
-    if not isinstance(value, str) or not value.strip():
-        return False
-    return re.search("[\ud800-\udfff]", value) is None
+    text = isinstance(value, str) and value.strip()
+    return bool(text) and not re.search("[\ud800-\udfff]", value)
 
 
-def _to_json(value: Any, *args: Any, **named: Any) -> str:
-    """Return JSON text, with the parameters that transformers gives to templates, in its order."""
-    given = zip(("ensure_ascii", "indent", "separators", "sort_keys"), args, strict=False)
-    return json.dumps(value, **{"ensure_ascii": False, **dict(given), **named})
+def _to_json(value: Any, ensure_ascii: Any = False, indent: Any = None, **named: Any) -> str:
+    """Return JSON text, with the parameters that transformers gives to templates."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **named)
 
 
 def _raise_exception(message: str) -> Any:
