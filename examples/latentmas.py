@@ -50,7 +50,7 @@ for agent in [*thinkers, last_agent]:
         read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the cache
 
 # Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
-answer = []
+answer: list[int] = []
 while len(answer) < 256:
     token = int(model.logits(hidden).argmax())
     if token == tokenizer.token_to_id("<|im_end|>"):
