@@ -150,8 +150,9 @@ def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
     text = read_input(Path(args.text))
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
-    memory.save(args.out)
-    say(args, f"{args.out}: {memory.lengths[0]:,} slots, {memory.nbytes / 1e6:,.2f} MB")
+    memory.save(args.out, args.bits)
+    size = Path(args.out).stat().st_size
+    say(args, f"{args.out}: {memory.lengths[0]:,} slots, {size / 1e6:,.2f} MB")
 
 
 def run_check(args: Namespace) -> None:

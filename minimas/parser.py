@@ -52,6 +52,7 @@ text              file    a text file, or - for stdin
 --role            user,system,agent,plain=user  of the text in the conversation (default: user)
 --latent-steps    ≥0=0    thoughts at the end of the text (default: %(default)s)
 --align           text=ridge  (default: %(default)s)
+--bits            bits    8: round keys and values, half a file (default: as computed)
 """
 INFO = """describe a model and the memory that it needs, or the file of a KV cache
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf, or FILE.safetensors
@@ -87,6 +88,7 @@ def whole_number(low: int, text: str) -> int:
 
 VALUES = {
     "text": {},
+    "bits": {"type": int, "choices": [8]},
     "real": {"type": float, "metavar": "X"},
     "file": {"metavar": "FILE"},
     "files": {"action": "append", "metavar": "FILE"},

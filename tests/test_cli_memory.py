@@ -156,6 +156,21 @@ def test_remember_says_what_it_wrote_unless_it_is_quiet(
     assert err.startswith(f"memory.safetensors: {slots} slots, ") and err.count("\n") == 1
 
 
+def test_a_memory_in_8_bits_is_a_smaller_file_that_is_used(files: Files) -> None:
+    """The size that is printed is that of the file, not of the cache in use."""
+    plain = files.remember("eva")
+    small = files["small.safetensors"]
+    how = ["--role", "agent", "--latent-steps", 6, "--out", small, "--bits", 8]
+    status, _, err = files.run("remember", files["eva.txt"], *how)
+    assert status == 0
+    ratio = small.stat().st_size / plain.stat().st_size
+    assert ratio < 0.62 and f"{small.stat().st_size / 1e6:,.2f} MB" in err
+    question = "How many coins does Eva have?"
+    assert files.read(question, "--memory", small)["answer"] == "Eva 12"
+    assert "torch.int8" in files.run("info", small)[1]
+    assert "invalid choice: 4" in files.run("remember", files["eva.txt"], "--bits", "4")[2]
+
+
 @pytest.mark.parametrize("role", ["user", "system", "agent", "plain"])
 def test_the_role_and_the_thoughts_are_those_of_python(files: Files, role: str) -> None:
     flags = ["--role", role, "--latent-steps", 2, "--align", "identity"]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import files
 from .config import Config
+from .errors import ParameterError
 from .rotary import angles, rotate
 
 Lengths = int | Sequence[int] | Tensor  # one number for all rows, or one for each
@@ -243,23 +244,30 @@ class KVCache:
             )
         return counts
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write the filled slots to a file, with the fingerprint of the model: see `files`.
 
-        Raises ValueError if no model has written to the cache, OSError if the file cannot be
-        written.
+        `bits` 8 rounds keys and values to integers of 8 bits, None keeps them as they are. Raises
+        ValueError for other `bits` or if no model has written to the cache, OSError if the file
+        cannot be written.
         """
+        if bits not in (None, 8):
+            raise ParameterError("bits", f"found {bits!r}, expected 8 or None")
         filled = max(self.lengths)
         tensors = {"lengths": torch.tensor(self.lengths)}
         for kind, stores in (("keys", self.keys), ("values", self.values)):
             for layer, store in enumerate(stores):
-                tensors[f"{kind}.{layer}"] = store[:, :, :filled]
+                name, part = f"{kind}.{layer}", store[:, :, :filled]
+                if bits:
+                    part, tensors[f"scale.{name}"] = files.in_8_bits(part)
+                tensors[name] = part
         files.write(path, "memory", tensors, self.owner and files.identity(self.owner))
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "KVCache":
         """Read a cache that `save` wrote for `model`, onto its device and in its dtype.
 
+        A cache saved in 8 bits is read back in the model's dtype: it is smaller in the file only.
         Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
         another model.
         """
@@ -275,8 +283,8 @@ class KVCache:
         for kind, stores in (("keys", cache.keys), ("values", cache.values)):
             for layer in range(len(stores)):
                 name = f"{kind}.{layer}"
-                part = tensors.get(name, torch.empty(0))
-                stores[layer] = files.floats(path, part, name, {name: shape}, model, model.dtype)
+                shapes = {name: shape, f"scale.{name}": (*shape[:-1], 1)}
+                stores[layer] = files.floats(path, tensors, name, shapes, model, model.dtype)
         return cache  # type: ignore[no-any-return]
 
 

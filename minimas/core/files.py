@@ -3,7 +3,8 @@
 A file is written whole or not at all. It is refused for any other model, where the same shapes
 have another meaning. Besides the format and the identity of the model it holds:
 
-    memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only
+    memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only;
+               in 8 bits, int8 to be multiplied by scale.keys.i and scale.values.i (B, K, S, 1)
     aligner    matrix (D, D), scale (D,), shift (D,), norm (): those that the map has
 
 Nothing here is unpickled. Does not know: what caches and maps are for.
@@ -97,23 +98,33 @@ def opened(path: str | Path) -> Any:
 
 def floats(
     path: str | Path,
-    part: Tensor,
+    tensors: Mapping[str, Tensor],
     name: str,
     shapes: Mapping[str, tuple[int, ...]],
     model: Any,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return `part` on the device of `model` in `dtype`.
+    """Return a tensor on the device of `model` in `dtype`; int8 is multiplied by its scale.
 
     Raises ValueError naming `path` and `name` unless it has the shape `shapes[name]` and holds
-    finite floating-point numbers.
+    finite floating-point numbers, or int8 with a scale that does.
     """
-    if part.shape != shapes.get(name) or not part.is_floating_point():
+    part = tensors.get(name, torch.empty(0))
+    rounded = part.dtype == torch.int8
+    if part.shape != shapes.get(name) or not (part.is_floating_point() or rounded):
         raise ValueError(
             f"{path}: {name}: found {part.dtype} of shape {tuple(part.shape)}, "
             f"expected floats among {shapes}"
         )
+    if rounded:
+        part = part * floats(path, tensors, f"scale.{name}", shapes, model, torch.float32).cpu()
     part = part.to(model.device, dtype)
     if not part.isfinite().all():
         raise ValueError(f"{path}: {name}: found NaN or infinity, expected finite values")
     return part
+
+
+def in_8_bits(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values int8 (…, d), −127 … 127, and a float32 scale (…, 1) for each vector."""
+    scale = part.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (part / scale).round().to(torch.int8), scale

@@ -153,7 +153,7 @@ class Aligner:
         wide = torch.promote_types(model.dtype, torch.float32)
         parts: dict[str, Any] = {}
         for name, part in tensors.items():
-            parts[name] = files.floats(path, part, name, shapes, model, wide)
+            parts[name] = files.floats(path, tensors, name, shapes, model, wide)
             if name == "norm":
                 parts[name] = part.item()  # in float64, as it was
         return cls(**parts, model=model)

@@ -2,6 +2,7 @@
 their slots.
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -447,3 +448,69 @@ def test_two_live_memories_do_not_disturb_each_other(model: Qwen3) -> None:
         model(model.embed(ids[:, at : at + 2]), one)
         model(model.embed(other[:, : at + 1]), two)
     assert distance(one, expected) <= 1e-12
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_a_memory_in_8_bits_is_off_by_half_a_step_at_most(
+    data: st.DataObject, model: Qwen3, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each vector has 255 steps of its own; with a shared scale the small vectors would be lost."""
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    cache = memory(lengths)
+    size = data.draw(st.floats(1e-6, 1e6))
+    cache.keys = [keys * size for keys in cache.keys]
+    cache.sign(model)
+    path = tmp_path_factory.mktemp("bits") / "m"
+    cache.save(path, bits=8)
+    loaded = KVCache.load(path, model)
+    assert loaded.lengths == cache.lengths and loaded.dtype == cache.dtype
+    filled = max(lengths)
+    pairs = zip(cache.keys + cache.values, loaded.keys + loaded.values, strict=True)
+    for exact, found in pairs:
+        exact = exact[:, :, :filled]
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((found - exact).abs() <= step * 0.501).all()
+        assert not torch.equal(found, exact)  # it was rounded
+
+
+def test_a_memory_in_8_bits_takes_a_quarter_of_the_float32_file(
+    model: Qwen3, tmp_path: Path
+) -> None:
+    small = copy.deepcopy(model).float()
+    cache = small.new_cache(1)
+    small(torch.randn(1, 200, small.config.hidden_size), cache)
+    sizes = []
+    for bits in (None, 8):
+        cache.save(tmp_path / "m", bits)
+        sizes.append((tmp_path / "m").stat().st_size)
+    assert 0.25 < sizes[1] / sizes[0] < 0.25 + 1.5 / small.config.head_dim
+
+
+@pytest.mark.parametrize("bits", [4, 16, 0, True, "8"])
+def test_other_bits_of_a_memory_are_refused_by_name(
+    bits: Any, model: Qwen3, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"^bits: found .*expected 8 or None"):
+        remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m", bits)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("scale.keys.1", None),
+        ("scale.keys.1", torch.ones(1)),
+        ("scale.values.0", torch.full((1, 2, 3, 1), torch.nan)),
+        ("keys.0", torch.zeros(1, 2, 3, 7, dtype=torch.int8)),
+    ],
+)
+def test_a_damaged_memory_in_8_bits_is_refused(
+    name: str, wrong: Tensor | None, model: Qwen3, tmp_path: Path
+) -> None:
+    """Without its scales int8 means nothing, and a scale of another shape would broadcast."""
+    path = tmp_path / "m"
+    remember(model, random_ids(model, 1, 3))[1].save(path, bits=8)
+    rewritten(lambda t, m: t.pop(name) if wrong is None else t.update({name: wrong}))(path)
+    with pytest.raises(ValueError, match=rf"{path}: {name}: found"):
+        KVCache.load(path, model)
