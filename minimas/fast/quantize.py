@@ -42,18 +42,18 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
 
     Raises ValueError or ImportError naming the flag, what was found and what was expected.
     """
-    found = f"found {name!r}"
+    problem = ""
     if name not in FORMATS:
-        raise ParameterError("quantize", f"{found}, expected one of {', '.join(FORMATS)}")
-    if dtype == torch.float64:
-        problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
-        raise ParameterError("quantize", f"{found} {problem}")
-    if name not in TORCH_FORMATS:
-        bnb.require(f"quantize: {found}", device)
+        problem = f", expected one of {', '.join(FORMATS)}"
+    elif dtype == torch.float64:
+        problem = " with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
+    elif name not in TORCH_FORMATS:
+        bnb.require(f"quantize: found {name!r}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
-        problem = f"on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
-        raise ParameterError("quantize", f"{found} {problem}")
+        problem = f" on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
+    if problem:
+        raise ParameterError("quantize", f"found {name!r}{problem}")
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -70,10 +70,7 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "q8":
         return Q8Linear(weight, bias)
     if name == "q4":
-        if K % GROUP:
-            return None
-        values, scale, zero = in_chunks(fit, weight)
-        return Q4Linear(values, scale, zero, bias)
+        return None if K % GROUP else Q4Linear(*in_chunks(fit, weight), bias)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
@@ -89,26 +86,25 @@ def replacement(
 ) -> nn.Module | None:
     """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
-    `source` has `read` and `blocks` of tensors. `quantize` None keeps a GGUF file's blocks, in a
-    16-bit model where q4's kernels run: their values stay, and only scales are rounded, to bf16.
+    `source` has `read` of tensors, `kept_as` and, if that is ever "q4", `blocks`. The matrices of a
+    GGUF file stay at its size in a 16-bit model where the kernels run: as q4 with the file's own
+    values, whatever `quantize` says, or in 8 bits, unless it says q4.
     """
-    if not name.endswith("_proj"):  # norms, and embedding and LM head: W_a needs them as they are
-        return None
+    key = f"{name}.weight"
     runs = dtype.itemsize == 2 and has_kernels(device)
-    keeps = runs and quantize in (None, *TORCH_FORMATS)
-    blocks: Any = source.blocks(f"{name}.weight") if keeps else None
-    if blocks is None and quantize is None:
+    form = stored = source.kept_as(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
+    if name.endswith("_proj") and stored != "q4":  # W_a is computed from embedding and LM head
+        form = quantize or stored
+    if not form:
         return None
 
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     if bias is not None:
         bias = source.read(f"{name}.bias", dtype).to(device)
-    if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
-        values, scale, minimum = (part.to(device) for part in blocks)
-        if values.dtype == torch.int8:
-            return Q8GroupLinear(values, scale, bias)
+    if stored == "q4":
+        values, scale, minimum = (part.to(device) for part in source.blocks(key))
         return Q4Linear(values, scale, minimum + 8 * scale, bias)
-    return quantized(quantize, source.read(f"{name}.weight", dtype).to(device), bias)
+    return quantized(form, source.read(key, dtype).to(device), bias)
 
 
 def finish(model: Any, quantize: str | None) -> None:
@@ -119,14 +115,17 @@ def finish(model: Any, quantize: str | None) -> None:
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     plain = sum(type(layer) is nn.Linear for layer in layers)
+    kept = any(isinstance(module, QuantizedLinear) for module in model.modules())
     if quantize and plain:
         logging.getLogger("minimas").warning(
             "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
             *(model.name, plain, quantize),
         )
-    if model.lm_head is None and any(isinstance(layer, QuantizedLinear) for layer in layers):
-        model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
-    if plain < len(layers):
+    if model.lm_head is None and kept:
+        embedding = model.model.embed_tokens
+        shared = isinstance(embedding, Q8Linear)
+        model.lm_head = embedding if shared else Q8Linear(embedding.weight, None)
+    if kept or plain < len(layers):
         model._apply = refuse_to_move
 
 
@@ -269,27 +268,6 @@ class Q4Linear(QuantizedLinear):
         return weight[: self.out_features]
 
 
-class Q8GroupLinear(Q4Linear):
-    """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
-
-    torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
-    4 bits (N, 2 K) holds all high parts and then all low ones.
-    """
-
-    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
-        zero = torch.cat([0 * scale, 8 * scale], 1)
-        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, bias)
-        self.in_features //= 2
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        return super().multiply(rows.repeat(1, 2))
-
-    def unpack(self) -> Tensor:
-        high, low = super().unpack().chunk(2, 1)
-        return high + low
-
-
 class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
@@ -299,6 +277,7 @@ class Q8Linear(QuantizedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape, bias)
+        self.dtype = weight.dtype
         self.values, scale = in_chunks(round_rows, weight)
         # CUDA's kernel would convert them at every call.
         self.scale = scale if weight.is_cpu else scale.float()
@@ -310,9 +289,14 @@ class Q8Linear(QuantizedLinear):
             # CUDA's kernel computes 16 rows in the time of one.
             self.max_kernel_rows = 64 if weight.is_cpu else 16
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # token ids (…,): rows of an embedding, (…, D)
+            return self.unpack(x).to(self.dtype)
+        return super().forward(x)
+
     def multiply(self, rows: Tensor) -> Tensor:
         kernel = torch.ops.aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
-    def unpack(self) -> Tensor:
-        return self.values * self.scale[:, None].bfloat16()  # type: ignore[no-any-return]
+    def unpack(self, rows: Any = slice(None)) -> Tensor:
+        return self.values[rows] * self.scale[rows][..., None].bfloat16()  # type: ignore[no-any-return]

@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -67,7 +66,32 @@ TYPES = {
     """)
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in torch
-BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
+# The block types that are decoded here: the value of a weight of 0, how the low and the high bits of
+# values are spread (see `fields`), and the bytes of a block's parts. They are float16 numbers, a
+# K-quant's factors of them, high bits and low bits, or of Q6_K the reverse.
+BLOCKS = {
+    kind: list(map(int, layout))
+    for kind, *layout in table("""
+        Q4_0 0 4 16 0 0 2 16
+        Q4_1 0 4 16 0 0 4 16
+        Q5_0 16 4 16 1 1 2 4 16
+        Q5_1 0 4 16 1 1 4 4 16
+        Q8_0 0 8 32 0 0 2 32
+        Q4_K 0 4 32 0 0 4 12 128
+        Q5_K 0 4 32 1 32 4 12 32 128
+        Q6_K 32 4 64 2 32 128 64 16 2
+    """)
+}
+
+
+def fields(data: Tensor, bits: int, run: int) -> Tensor:
+    """Return the numbers of `bits` bits that bytes consist of, (…, n) -> (…, 8 n / bits) uint8.
+
+    Of every `run` bytes the lowest bits are the first `run` numbers, and so on.
+    """
+    runs = data.unflatten(-1, (-1, run))  # (…, n / run, run)
+    parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -2).flatten(-3)
 
 
 class StoredTensor(NamedTuple):
@@ -87,29 +111,42 @@ class StoredTensor(NamedTuple):
         Raises ValueError if the file has become shorter since it was opened.
         """
         count = (min(stop, self.rows) - start) * self.row_bytes
-        offset = self.start + start * self.row_bytes
-        data = numpy.fromfile(self.path, numpy.uint8, count, offset=offset)
+        with self.path.open("rb") as file:
+            file.seek(self.start + start * self.row_bytes)
+            data = bytearray(file.read(count))
         if len(data) < count:
             raise ValueError(
                 f"{self.path}: found the end of the file inside a tensor, "
                 "expected the size it had when it was opened"
             )
-        return torch.from_numpy(data).view(-1, self.row_bytes)  # (n, row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, self.row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
+        """Return values, scales and minimums of a range of rows of a type in BLOCKS.
 
-        A weight is value · scale + minimum. Values are (n, K) uint8, or int8 of Q8_0; scale and
-        minimum are (n, K/32) float32.
+        A weight is value · scale + minimum. Values are (n, B, g, w) for B blocks of g groups of w
+        weights, uint8 of Q4 and of types with minimums, else int8. Scales and minimums are float32
+        (n, B, g, 1).
         """
-        blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
-        scales, packed = blocks.tensor_split([4 if self.kind == "Q4_1" else 2], -1)
-        scale, *minimum = scales.contiguous().view(torch.float16).float().unbind(-1)  # (n, G)
-        if self.kind == "Q8_0":
-            return packed.flatten(1).view(torch.int8), scale, 0 * scale  # (n, G, 32) -> (n, K)
-        # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
-        values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
-        return values, scale, minimum[0] if minimum else -8 * scale
+        middle, low_bits, low_run, high_bits, high_run, *sizes = BLOCKS[self.kind]
+        blocks = self.read_bytes(start, stop).unflatten(1, (-1, sum(sizes)))  # (n, B, bytes)
+        parts = blocks.split(sizes, -1)[:: -1 if self.kind == "Q6_K" else 1]
+        values = fields(parts[-1], low_bits, low_run)  # (n, B, g · w)
+        if high_bits:
+            values |= fields(parts[-2], high_bits, high_run) << 4
+        scale, *minimums = parts[0].view(torch.float16).float().split(1, -1)  # (n, B, 1)
+        if self.kind == "Q6_K":
+            scale = scale * parts[1].view(torch.int8)
+        elif self.kind.endswith("K"):
+            # Six bits of the first four scales and minimums; the others are in three pieces.
+            first, second, rest = parts[1].split(4, -1)
+            scale = scale * torch.cat([first & 63, rest & 15 | first >> 6 << 4], -1)
+            minimums = [-minimums[0] * torch.cat([second & 63, rest >> 4 | second >> 6 << 4], -1)]
+        if self.kind == "Q4_0":
+            minimums = [-8 * scale]
+        elif not minimums:
+            values, minimums = values.view(torch.int8) - middle, [0 * scale]
+        return values.view(*scale.shape, -1), scale[..., None], minimums[0][..., None]
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the weights of a range of rows, floating-point (n, width), in the file's order.
@@ -118,8 +155,7 @@ class StoredTensor(NamedTuple):
         """
         if self.kind in BLOCKS:
             values, scale, minimum = self.read_blocks(start, stop)
-            weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K) -> (n, G, 32)
-            return (weights + minimum[..., None]).flatten(1)  # (n, G, 32) -> (n, K)
+            return (values * scale + minimum).flatten(1)  # (n, K)
         data = self.read_bytes(start, stop)  # (n, row_bytes)
         if self.kind in FLOATS:
             return data.view(getattr(torch, FLOATS[self.kind]))  # (n, K)
