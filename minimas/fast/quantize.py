@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
+from .order import GROUP, TILE, aten, multiply4, order_of_this_cpu, pack4, unpack4
 from .packed import linear
 
 FORMATS = {  # bits of each weight
@@ -70,7 +70,10 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "q8":
         return Q8Linear(weight, bias)
     if name == "q4":
-        return None if K % GROUP else Q4Linear(*in_chunks(fit, weight), bias)
+        if K % GROUP:
+            return None
+        values, scale, zero = in_chunks(fit, weight)
+        return Q4Linear(values, scale, zero, bias)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     return bnb.layer(name, weight, bias)
@@ -159,13 +162,16 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def mean(y: Tensor) -> Tensor:
         return (importance * y).sum(-1, keepdim=True)
 
+    def nearest(scale: Tensor, zero: Tensor) -> Tensor:  # values −8 … 7, as float32
+        return ((x - zero) / scale).round_().clamp_(-8, 7)
+
     grids = []
     for share in (1.0, 0.92):
         scale = ((high - low) * share / 15).clamp_min(1e-30)
         zero = (low + high + scale) / 2  # the middle of the range is between the values 7 and 8
         grids.append((scale, zero))
         for _ in range(2):
-            values = _nearest(x, scale, zero)
+            values = nearest(scale, zero)
             centre = mean(values)
             values -= centre
             slope = mean(values * (x - mean(x))) / mean(values.square()).clamp_min(1e-30)
@@ -174,16 +180,11 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grids.append((scale, zero))
     # What is stored, (4, N · G, 1).
     scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
-    error = _nearest(x, scale, zero) * scale + zero - x
+    error = nearest(scale, zero) * scale + zero - x
     best = mean(error.square()).argmin(0, keepdim=True)
     scale, zero = (grid.gather(0, best)[0] for grid in (scale, zero))  # (N · G, 1)
-    values = (_nearest(x, scale, zero) + 8).to(torch.uint8).view(weight.shape)  # (N, K)
+    values = (nearest(scale, zero) + 8).to(torch.uint8).view(weight.shape)  # (N, K)
     return values, scale.view(len(weight), -1), zero.view(len(weight), -1)  # (N, G)
-
-
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return the value −8 … 7 of each weight that is nearest to it, as float32."""
-    return ((x - zero) / scale).round_().clamp_(-8, 7)
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,13 +211,15 @@ class QuantizedLinear(nn.Module):
     `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
     """
 
+    bias: Tensor | None
     max_kernel_rows: float = 0
     multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
     unpack: Callable[[], Tensor]  # W (N, K) in bf16
 
     def __init__(self, shape: torch.Size, bias: Tensor | None) -> None:
         super().__init__()
-        (self.out_features, self.in_features), self.bias = shape, bias
+        self.out_features, self.in_features = shape
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (R, K)
@@ -232,9 +235,8 @@ class QuantizedLinear(nn.Module):
         return self.unpack().contiguous()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> NoReturn:
         raise ValueError(
@@ -295,7 +297,7 @@ class Q8Linear(QuantizedLinear):
         return super().forward(x)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        kernel = torch.ops.aten._weight_int8pack_mm
+        kernel = aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
     def unpack(self, rows: Any = slice(None)) -> Tensor:

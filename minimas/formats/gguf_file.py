@@ -26,23 +26,25 @@ def table(text: str) -> list[list[str]]:
 SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
 STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
-# decoded.
-TYPES = {
-    int(number): (name, int(weights), int(size))
-    for number, name, weights, size in table("""
+# decoded. Then, for block types that are decoded here: the order of a block's parts, the value of a
+# weight of 0, how the low and the high bits of values are spread (see `fields`), and the parts'
+# bytes. The parts are float16 numbers, a K-quant's factors of them, high bits and low bits.
+TYPES: dict[int, Any] = {
+    int(number): (name, *map(int, numbers))
+    for number, name, *numbers in table("""
         0 F32 1 4
         1 F16 1 2
-        2 Q4_0 32 18
-        3 Q4_1 32 20
-        6 Q5_0 32 22
-        7 Q5_1 32 24
-        8 Q8_0 32 34
+        2 Q4_0 32 18  1 0 4 16 0 0 2 16
+        3 Q4_1 32 20  1 0 4 16 0 0 4 16
+        6 Q5_0 32 22  1 16 4 16 1 1 2 4 16
+        7 Q5_1 32 24  1 0 4 16 1 1 4 4 16
+        8 Q8_0 32 34  1 0 8 32 0 0 2 32
         9 Q8_1 0 0
         10 Q2_K 256 84
         11 Q3_K 256 110
-        12 Q4_K 256 144
-        13 Q5_K 256 176
-        14 Q6_K 256 210
+        12 Q4_K 256 144  1 0 4 32 0 0 4 12 128
+        13 Q5_K 256 176  1 0 4 32 1 32 4 12 32 128
+        14 Q6_K 256 210  -1 32 4 64 2 32 128 64 16 2
         15 Q8_K 0 0
         16 IQ2_XXS 256 66
         17 IQ2_XS 256 74
@@ -66,22 +68,6 @@ TYPES = {
     """)
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in torch
-# The block types that are decoded here: the value of a weight of 0, how the low and the high bits of
-# values are spread (see `fields`), and the bytes of a block's parts. They are float16 numbers, a
-# K-quant's factors of them, high bits and low bits, or of Q6_K the reverse.
-BLOCKS = {
-    kind: list(map(int, layout))
-    for kind, *layout in table("""
-        Q4_0 0 4 16 0 0 2 16
-        Q4_1 0 4 16 0 0 4 16
-        Q5_0 16 4 16 1 1 2 4 16
-        Q5_1 0 4 16 1 1 4 4 16
-        Q8_0 0 8 32 0 0 2 32
-        Q4_K 0 4 32 0 0 4 12 128
-        Q5_K 0 4 32 1 32 4 12 32 128
-        Q6_K 32 4 64 2 32 128 64 16 2
-    """)
-}
 
 
 def fields(data: Tensor, bits: int, run: int) -> Tensor:
@@ -104,6 +90,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
     rows: int
     row_bytes: int
+    layout: list[int]  # the end of its line in TYPES, empty if it is not decoded here
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
         """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
@@ -122,15 +109,15 @@ class StoredTensor(NamedTuple):
         return torch.frombuffer(data, dtype=torch.uint8).view(-1, self.row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, scales and minimums of a range of rows of a type in BLOCKS.
+        """Return values, scales and minimums of a range of rows of a type with a layout.
 
         A weight is value · scale + minimum. Values are (n, B, g, w) for B blocks of g groups of w
         weights, uint8 of Q4 and of types with minimums, else int8. Scales and minimums are float32
         (n, B, g, 1).
         """
-        middle, low_bits, low_run, high_bits, high_run, *sizes = BLOCKS[self.kind]
+        order, middle, low_bits, low_run, high_bits, high_run, *sizes = self.layout
         blocks = self.read_bytes(start, stop).unflatten(1, (-1, sum(sizes)))  # (n, B, bytes)
-        parts = blocks.split(sizes, -1)[:: -1 if self.kind == "Q6_K" else 1]
+        parts = blocks.split(sizes, -1)[::order]
         values = fields(parts[-1], low_bits, low_run)  # (n, B, g · w)
         if high_bits:
             values |= fields(parts[-2], high_bits, high_run) << 4
@@ -138,7 +125,8 @@ class StoredTensor(NamedTuple):
         if self.kind == "Q6_K":
             scale = scale * parts[1].view(torch.int8)
         elif self.kind.endswith("K"):
-            # Six bits of the first four scales and minimums; the others are in three pieces.
+            # Four scales and four minimums have six bits of a byte each. Of the next four the other
+            # two bits of these bytes are the upper ones, and four bytes are the lower ones.
             first, second, rest = parts[1].split(4, -1)
             scale = scale * torch.cat([first & 63, rest & 15 | first >> 6 << 4], -1)
             minimums = [-minimums[0] * torch.cat([second & 63, rest >> 4 | second >> 6 << 4], -1)]
@@ -153,7 +141,7 @@ class StoredTensor(NamedTuple):
 
         Raises ImportError if that needs the package gguf.
         """
-        if self.kind in BLOCKS:
+        if self.layout:
             values, scale, minimum = self.read_blocks(start, stop)
             return (values * scale + minimum).flatten(1)  # (n, K)
         data = self.read_bytes(start, stop)  # (n, row_bytes)
@@ -238,7 +226,7 @@ class Header:
         for name, *sizes, number, offset in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
-            kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
+            kind, block, block_bytes, *layout = TYPES.get(number, ("not known", 0, 0))
             self.require(block > 0, field, f"type {number} ({kind})", "one that can be decoded")
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
@@ -247,7 +235,9 @@ class Header:
             stop = start + rows * row_bytes
             expected = f"at most {self.size:,}"
             self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
-            self.tensors.append(StoredTensor(name, self.path, start, kind, shape, rows, row_bytes))
+            self.tensors.append(
+                StoredTensor(name, self.path, start, kind, shape, rows, row_bytes, layout)
+            )
 
     def _read(self, count: int, field: str) -> bytes:
         data = self._file.read(min(count, self.size))

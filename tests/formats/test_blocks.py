@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minimas.formats.gguf_file import TYPES as ALL_TYPES
 from minimas.formats.gguf_file import StoredTensor
 
 Decode = Callable[[bytes], list[float]]
@@ -108,7 +109,8 @@ def stored(path: Path, kind: str, rows: int, data: bytes) -> StoredTensor:
     weights, size, *_ = TYPES[kind]
     row_bytes = len(data) // rows
     shape = (rows, row_bytes // size * weights)
-    return StoredTensor("x", path, 32, kind, shape, rows, row_bytes)
+    _, _, _, *layout = next(entry for entry in ALL_TYPES.values() if entry[0] == kind)
+    return StoredTensor("x", path, 32, kind, shape, rows, row_bytes, layout)
 
 
 def by_definition(data: bytes, kind: str, rows: int) -> Tensor:
