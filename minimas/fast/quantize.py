@@ -9,8 +9,9 @@ AVX-512, 2026-11-24), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). Th
 rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20 ms in q8, 2.0 and
 2.6 times as fast; those of one row 8, 7 and 7 ms (2-core AMD EPYC with AVX2, 2026-11-29).
 
-The embedding is never quantized, because W_a is computed from it. Packing belongs to a device, so a
-quantized model is not moved. Does not know: models, files, the order in which tensors arrive.
+W_a is computed from embedding and LM head, so no format changes them. Those of a GGUF file are few
+bits already and stay so. Packing belongs to a device, so a quantized model is not moved. Does not
+know: models, files, the order in which tensors arrive.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 """
@@ -113,8 +114,8 @@ def replacement(
 def finish(model: Any, quantize: str | None) -> None:
     """Complete a model whose layers were replaced, and refuse to move it from now on.
 
-    A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
-    quantized.
+    A tied LM head is the embedding itself if that has 8 bits, else it becomes an 8-bit copy. Warns
+    of matrices that were not quantized.
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     plain = sum(type(layer) is nn.Linear for layer in layers)
@@ -273,7 +274,8 @@ class Q4Linear(QuantizedLinear):
 class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
-    The kernel computes in 16 bits. Products of 8-bit integers were not faster: see
+    As an embedding it takes token ids (…,) and returns their rows (…, K) in the model's dtype. The
+    kernel computes in 16 bits. Products of 8-bit integers were not faster: see
     docs/quantization.md.
     """
 
@@ -292,7 +294,7 @@ class Q8Linear(QuantizedLinear):
             self.max_kernel_rows = 64 if weight.is_cpu else 16
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():  # token ids (…,): rows of an embedding, (…, D)
+        if not x.is_floating_point():  # token ids
             return self.unpack(x).to(self.dtype)
         return super().forward(x)
 
@@ -300,5 +302,5 @@ class Q8Linear(QuantizedLinear):
         kernel = aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
-    def unpack(self, rows: Any = slice(None)) -> Tensor:
-        return self.values[rows] * self.scale[rows][..., None].bfloat16()  # type: ignore[no-any-return]
+    def unpack(self, ids: Any = slice(None)) -> Tensor:
+        return self.values[ids] * self.scale[ids][..., None].bfloat16()  # type: ignore[no-any-return]
