@@ -303,4 +303,5 @@ class Q8Linear(QuantizedLinear):
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
     def unpack(self, ids: Any = slice(None)) -> Tensor:
-        return self.values[ids] * self.scale[ids][..., None].bfloat16()  # type: ignore[no-any-return]
+        scale = self.scale[ids][..., None].bfloat16()
+        return self.values[ids] * scale  # type: ignore[no-any-return]

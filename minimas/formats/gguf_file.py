@@ -26,15 +26,15 @@ def table(text: str) -> list[list[str]]:
 SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
 STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
-# decoded. Then, for block types that are decoded here: the order of a block's parts, the value of a
-# weight of 0, how the low and the high bits of values are spread (see `fields`), and the parts'
-# bytes. The parts are float16 numbers, a K-quant's factors of them, high bits and low bits.
+# decoded. Then, for block types that are decoded here: the order of a block's parts, what stands for
+# a weight of 0 in a type without minimums, how low and high bits of values are spread (`bit_fields`),
+# and the parts' bytes. Parts are float16 numbers, a K-quant's factors of them, high and low bits.
 TYPES: dict[int, Any] = {
     int(number): (name, *map(int, numbers))
     for number, name, *numbers in table("""
         0 F32 1 4
         1 F16 1 2
-        2 Q4_0 32 18  1 0 4 16 0 0 2 16
+        2 Q4_0 32 18  1 8 4 16 0 0 2 16
         3 Q4_1 32 20  1 0 4 16 0 0 4 16
         6 Q5_0 32 22  1 16 4 16 1 1 2 4 16
         7 Q5_1 32 24  1 0 4 16 1 1 4 4 16
@@ -70,7 +70,7 @@ TYPES: dict[int, Any] = {
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in torch
 
 
-def fields(data: Tensor, bits: int, run: int) -> Tensor:
+def bit_fields(data: Tensor, bits: int, run: int) -> Tensor:
     """Return the numbers of `bits` bits that bytes consist of, (…, n) -> (…, 8 n / bits) uint8.
 
     Of every `run` bytes the lowest bits are the first `run` numbers, and so on.
@@ -118,9 +118,9 @@ class StoredTensor(NamedTuple):
         order, middle, low_bits, low_run, high_bits, high_run, *sizes = self.layout
         blocks = self.read_bytes(start, stop).unflatten(1, (-1, sum(sizes)))  # (n, B, bytes)
         parts = blocks.split(sizes, -1)[::order]
-        values = fields(parts[-1], low_bits, low_run)  # (n, B, g · w)
+        values = bit_fields(parts[-1], low_bits, low_run)  # (n, B, g · w)
         if high_bits:
-            values |= fields(parts[-2], high_bits, high_run) << 4
+            values |= bit_fields(parts[-2], high_bits, high_run) << 4
         scale, *minimums = parts[0].view(torch.float16).float().split(1, -1)  # (n, B, 1)
         if self.kind == "Q6_K":
             scale = scale * parts[1].view(torch.int8)
@@ -131,7 +131,7 @@ class StoredTensor(NamedTuple):
             scale = scale * torch.cat([first & 63, rest & 15 | first >> 6 << 4], -1)
             minimums = [-minimums[0] * torch.cat([second & 63, rest >> 4 | second >> 6 << 4], -1)]
         if self.kind == "Q4_0":
-            minimums = [-8 * scale]
+            minimums = [-middle * scale]
         elif not minimums:
             values, minimums = values.view(torch.int8) - middle, [0 * scale]
         return values.view(*scale.shape, -1), scale[..., None], minimums[0][..., None]
