@@ -170,8 +170,7 @@ class GGUF:
     def blocks(self, key: str) -> list[Tensor]:
         """Return values (N, K), scales and minimums (N, G), see `StoredTensor.read_blocks`."""
         tensor = self.tensors[key]
-        parts = tensor.read_blocks(0, tensor.rows)
-        return [self._reorder(key, part.flatten(1)) for part in parts]
+        return [self._reorder(key, part.flatten(1)) for part in tensor.read_blocks(0, tensor.rows)]
 
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.

@@ -26,9 +26,9 @@ def table(text: str) -> list[list[str]]:
 SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
 STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
-# decoded. Then, for block types that are decoded here: the order of a block's parts, what stands for
-# a weight of 0 in a type without minimums, how low and high bits of values are spread (`bit_fields`),
-# and the parts' bytes. Parts are float16 numbers, a K-quant's factors of them, high and low bits.
+# decoded. Then, for block types that are decoded here: the order of a block's parts, the value that
+# means 0 in a type without minimums, how low and high bits of values are spread (`bit_fields`), and
+# the parts' bytes. Parts are float16 numbers, a K-quant's factors of them, high bits, low bits.
 TYPES: dict[int, Any] = {
     int(number): (name, *map(int, numbers))
     for number, name, *numbers in table("""
