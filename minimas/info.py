@@ -22,7 +22,7 @@ from .load import resolve
 # Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
 RESERVED = 1.5e9
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
-KEPT_BITS = {"Q4_0": 5, "Q4_1": 5, "Q8_0": 10}  # a weight, of the layers that keep a file's blocks
+KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by what `GGUF.kept_as` returns
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
 
@@ -68,9 +68,13 @@ def describe(
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
     }
     if gguf:
-        lines["as loaded"] = (
-            f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
-        )
+        kinds = {
+            f"{tensor.kind} {KEPT.get(gguf.kept_as(key), f'as {c.dtype}')}"
+            for key, tensor in gguf.tensors.items()
+            if tensor.rows > 1
+        }
+        size = in_words(sizes["as in the file"])
+        lines["as loaded"] = f"{size}: {', '.join(sorted(kinds))}{gguf.needs}"
     return lines
 
 
@@ -114,10 +118,8 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
         sizes[name] = 2 * count - matrices * (2 - bits / 8) + head * (name in TORCH_FORMATS)
     if gguf:
         saved = sum(
-            weights.get(key, 0) * (2 - KEPT_BITS.get(tensor.kind, 16) / 8)
-            for key, tensor in gguf.tensors.items()
-            if key.endswith("_proj.weight")
+            size * (2 - FORMATS.get(gguf.kept_as(key), 16) / 8) for key, size in weights.items()
         )
-        size = sizes.get(c.dtype, 2 * count)
-        sizes["as in the file"] = size - saved + head if saved else size
+        copied = saved > 0 and not gguf.kept_as(EMBEDDING)
+        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - saved + head * copied
     return sizes

@@ -155,8 +155,8 @@ def load(
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
     `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
-    is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
-    Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. On a
+    is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's types
+    of few bits in 4 or 8. `compile` makes steps of one position faster, after a warm-up. On a
     terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
     largest tensor. Raises FileNotFoundError, ImportError or ValueError naming the file or flag, the
     field, what was found and what was expected.

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minimas import load
-from minimas.fast.quantize import Q4Linear
+from minimas.fast.quantize import Q4Linear, Q8Linear
 from minimas.info import describe
 
-from .formats.test_gguf import write
+from .formats.test_gguf import tensors_of, write
 from .models import random_model, tiny_config, tiny_model, write_folder
 
 
@@ -29,19 +29,41 @@ def held(model: Any) -> int:
     for layer in model.modules():
         if isinstance(layer, Q4Linear):
             tensors += [layer.packed, layer.scales]
+        if isinstance(layer, Q8Linear):
+            tensors.append(layer.values)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "F32"])
-def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "F32"])
+def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tied: bool, tmp_path: Path) -> None:
     """Only other formats were listed, and not the one that `load` makes of the file."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # whole tiles
-    config = tiny_config(**sizes, head_dim=16, vocab_size=99)
+    config = tiny_config(**sizes, head_dim=16, vocab_size=99, tie_word_embeddings=tied)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
     line = describe(path)["as loaded"]
     real = held(load(path, device="cpu").model)
     assert number(line) == pytest.approx(real, rel=0.02)
     assert "as in the file" in describe(path)["fits"]
+    becomes = {
+        "Q5_0": "Q5_0 rounded to q8",
+        "Q8_0": "Q8_0 rounded to q8",
+        "F16": "F16 as float16",
+        "F32": "F32 as float32",
+    }
+    assert line.split(": ")[1] == becomes.get(kind, f"{kind} kept as q4, {kind} rounded to q8")
+
+
+def test_an_embedding_of_16_bits_beside_layers_of_4_has_a_copy_of_8_bits(tmp_path: Path) -> None:
+    """The copy is the LM head, and counts."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    config = tiny_config(**sizes, head_dim=16, vocab_size=999, tie_word_embeddings=True)
+    model = random_model(config, dtype=torch.float32)
+    kinds = dict.fromkeys(tensors_of(model), "Q4_1") | {"token_embd.weight": "F16"}
+    path = write(tmp_path / "a.gguf", model, kinds)
+    line = describe(path)["as loaded"]
+    assert number(line) == pytest.approx(held(load(path, device="cpu").model), rel=0.02)
+    assert line.split(": ")[1] == "F16 as bfloat16, Q4_1 kept as q4"
 
 
 def test_info_of_a_gguf_file_needs_no_package(
@@ -50,7 +72,7 @@ def test_info_of_a_gguf_file_needs_no_package(
     """It asked for `pip install gguf` only to print a size."""
     config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=96)
     model = random_model(config, dtype=torch.float32)
-    path = write(tmp_path / "a.gguf", model, kinds="Q5_0")
+    path = write(tmp_path / "a.gguf", model, kinds="MXFP4")
     with_package = describe(path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     without = describe(path)

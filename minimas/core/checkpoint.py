@@ -135,8 +135,9 @@ class Folder:
         with opened(self.path / self._files[key]) as file:
             return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
-    def blocks(self, key: str) -> None:
-        """Return None: safetensors hold no blocks of four or eight bits."""
+    def kept_as(self, key: str) -> str:
+        """Return "": safetensors hold no matrices of 4 or 8 bits."""
+        return ""
 
 
 def read_index(folder: Path) -> dict[str, str]:

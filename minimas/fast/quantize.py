@@ -9,8 +9,9 @@ AVX-512, 2026-11-24), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). Th
 rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20 ms in q8, 2.0 and
 2.6 times as fast; those of one row 8, 7 and 7 ms (2-core AMD EPYC with AVX2, 2026-11-29).
 
-The embedding is never quantized, because W_a is computed from it. Packing belongs to a device, so a
-quantized model is not moved. Does not know: models, files, the order in which tensors arrive.
+W_a is computed from embedding and LM head, so no format changes them. Those of a GGUF file are few
+bits already and stay so. Packing belongs to a device, so a quantized model is not moved. Does not
+know: models, files, the order in which tensors arrive.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, TILE, multiply4, order_of_this_cpu, pack4, unpack4
+from .order import GROUP, TILE, aten, multiply4, order_of_this_cpu, pack4, unpack4
 from .packed import linear
 
 FORMATS = {  # bits of each weight
@@ -42,18 +43,18 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
 
     Raises ValueError or ImportError naming the flag, what was found and what was expected.
     """
-    found = f"found {name!r}"
+    problem = ""
     if name not in FORMATS:
-        raise ParameterError("quantize", f"{found}, expected one of {', '.join(FORMATS)}")
-    if dtype == torch.float64:
-        problem = "with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
-        raise ParameterError("quantize", f"{found} {problem}")
-    if name not in TORCH_FORMATS:
-        bnb.require(f"quantize: {found}", device)
+        problem = f", expected one of {', '.join(FORMATS)}"
+    elif dtype == torch.float64:
+        problem = " with float64, expected 16 or 32 bits: the quantized kernels compute in 16"
+    elif name not in TORCH_FORMATS:
+        bnb.require(f"quantize: found {name!r}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
-        problem = f"on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
-        raise ParameterError("quantize", f"{found} {problem}")
+        problem = f" on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
+    if problem:
+        raise ParameterError("quantize", f"found {name!r}{problem}")
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -89,44 +90,46 @@ def replacement(
 ) -> nn.Module | None:
     """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
-    `source` has `read` and `blocks` of tensors. `quantize` None keeps a GGUF file's blocks, in a
-    16-bit model where q4's kernels run: their values stay, and only scales are rounded, to bf16.
+    `source` has `read` of tensors, `kept_as` and, if that is ever "q4", `blocks`. The matrices of a
+    GGUF file stay at its size in a 16-bit model where the kernels run: as q4 with the file's own
+    values, whatever `quantize` says, or in 8 bits, unless it says q4.
     """
-    if not name.endswith("_proj"):  # norms, and embedding and LM head: W_a needs them as they are
-        return None
+    key = f"{name}.weight"
     runs = dtype.itemsize == 2 and has_kernels(device)
-    keeps = runs and quantize in (None, *TORCH_FORMATS)
-    blocks: Any = source.blocks(f"{name}.weight") if keeps else None
-    if blocks is None and quantize is None:
+    form = stored = source.kept_as(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
+    if name.endswith("_proj") and stored != "q4":  # W_a is computed from embedding and LM head
+        form = quantize or stored
+    if not form:
         return None
 
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     if bias is not None:
         bias = source.read(f"{name}.bias", dtype).to(device)
-    if quantize is None or (blocks and blocks[0].dtype == torch.uint8):
-        values, scale, minimum = (part.to(device) for part in blocks)
-        if values.dtype == torch.int8:
-            return Q8GroupLinear(values, scale, bias)
+    if stored == "q4":
+        values, scale, minimum = (part.to(device) for part in source.blocks(key))
         return Q4Linear(values, scale, minimum + 8 * scale, bias)
-    return quantized(quantize, source.read(f"{name}.weight", dtype).to(device), bias)
+    return quantized(form, source.read(key, dtype).to(device), bias)
 
 
 def finish(model: Any, quantize: str | None) -> None:
     """Complete a model whose layers were replaced, and refuse to move it from now on.
 
-    A tied LM head becomes an 8-bit copy of the embedding. Warns of matrices that were not
-    quantized.
+    A tied LM head is the embedding itself if that has 8 bits, else it becomes an 8-bit copy. Warns
+    of matrices that were not quantized.
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     plain = sum(type(layer) is nn.Linear for layer in layers)
+    kept = any(isinstance(module, QuantizedLinear) for module in model.modules())
     if quantize and plain:
         logging.getLogger("minimas").warning(
             "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
             *(model.name, plain, quantize),
         )
-    if model.lm_head is None and any(isinstance(layer, QuantizedLinear) for layer in layers):
-        model.lm_head = quantized("q8", model.model.embed_tokens.weight, None)
-    if plain < len(layers):
+    if model.lm_head is None and kept:
+        embedding = model.model.embed_tokens
+        shared = isinstance(embedding, Q8Linear)
+        model.lm_head = embedding if shared else Q8Linear(embedding.weight, None)
+    if kept or plain < len(layers):
         model._apply = refuse_to_move
 
 
@@ -160,13 +163,16 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def mean(y: Tensor) -> Tensor:
         return (importance * y).sum(-1, keepdim=True)
 
+    def nearest(scale: Tensor, zero: Tensor) -> Tensor:  # values −8 … 7, as float32
+        return ((x - zero) / scale).round_().clamp_(-8, 7)
+
     grids = []
     for share in (1.0, 0.92):
         scale = ((high - low) * share / 15).clamp_min(1e-30)
         zero = (low + high + scale) / 2  # the middle of the range is between the values 7 and 8
         grids.append((scale, zero))
         for _ in range(2):
-            values = _nearest(x, scale, zero)
+            values = nearest(scale, zero)
             centre = mean(values)
             values -= centre
             slope = mean(values * (x - mean(x))) / mean(values.square()).clamp_min(1e-30)
@@ -175,16 +181,11 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grids.append((scale, zero))
     # What is stored, (4, N · G, 1).
     scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
-    error = _nearest(x, scale, zero) * scale + zero - x
+    error = nearest(scale, zero) * scale + zero - x
     best = mean(error.square()).argmin(0, keepdim=True)
     scale, zero = (grid.gather(0, best)[0] for grid in (scale, zero))  # (N · G, 1)
-    values = (_nearest(x, scale, zero) + 8).to(torch.uint8).view(weight.shape)  # (N, K)
+    values = (nearest(scale, zero) + 8).to(torch.uint8).view(weight.shape)  # (N, K)
     return values, scale.view(len(weight), -1), zero.view(len(weight), -1)  # (N, G)
-
-
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return the value −8 … 7 of each weight that is nearest to it, as float32."""
-    return ((x - zero) / scale).round_().clamp_(-8, 7)
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,13 +212,15 @@ class QuantizedLinear(nn.Module):
     `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
     """
 
+    bias: Tensor | None
     max_kernel_rows: float = 0
     multiply: Callable[[Tensor], Tensor]  # x Wᵀ through the kernel, (R, K) -> (R, N)
     unpack: Callable[[], Tensor]  # W (N, K) in bf16
 
     def __init__(self, shape: torch.Size, bias: Tensor | None) -> None:
         super().__init__()
-        (self.out_features, self.in_features), self.bias = shape, bias
+        self.out_features, self.in_features = shape
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)  # (R, K)
@@ -233,9 +236,8 @@ class QuantizedLinear(nn.Module):
         return self.unpack().contiguous()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> NoReturn:
         raise ValueError(
@@ -269,36 +271,17 @@ class Q4Linear(QuantizedLinear):
         return weight[: self.out_features]
 
 
-class Q8GroupLinear(Q4Linear):
-    """Values −128 … 127 (N, K) and scale (N, G), GGUF's Q8_0.
-
-    torch has no kernel of 8 bits with groups. So each value is 16 · high + low, and one matrix of
-    4 bits (N, 2 K) holds all high parts and then all low ones.
-    """
-
-    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        halves = torch.cat([(values >> 4) + 8, values & 15], 1).to(torch.uint8)  # both 0 … 15
-        zero = torch.cat([0 * scale, 8 * scale], 1)
-        super().__init__(halves, torch.cat([16 * scale, scale], 1), zero, bias)
-        self.in_features //= 2
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        return super().multiply(rows.repeat(1, 2))
-
-    def unpack(self) -> Tensor:
-        high, low = super().unpack().chunk(2, 1)
-        return high + low
-
-
 class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
-    The kernel computes in 16 bits. Products of 8-bit integers were not faster: see
+    As an embedding it takes token ids (…,) and returns their rows (…, K) in the model's dtype. The
+    kernel computes in 16 bits. Products of 8-bit integers were not faster: see
     docs/quantization.md.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape, bias)
+        self.dtype = weight.dtype
         self.values, scale = in_chunks(round_rows, weight)
         # CUDA's kernel would convert them at every call.
         self.scale = scale if weight.is_cpu else scale.float()
@@ -310,9 +293,15 @@ class Q8Linear(QuantizedLinear):
             # CUDA's kernel computes 16 rows in the time of one.
             self.max_kernel_rows = 64 if weight.is_cpu else 16
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():  # token ids
+            return self.unpack(x).to(self.dtype)
+        return super().forward(x)
+
     def multiply(self, rows: Tensor) -> Tensor:
-        kernel = torch.ops.aten._weight_int8pack_mm
+        kernel = aten._weight_int8pack_mm
         return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
 
-    def unpack(self) -> Tensor:
-        return self.values * self.scale[:, None].bfloat16()  # type: ignore[no-any-return]
+    def unpack(self, ids: Any = slice(None)) -> Tensor:
+        scale = self.scale[ids][..., None].bfloat16()
+        return self.values[ids] * scale  # type: ignore[no-any-return]

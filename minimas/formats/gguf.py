@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import Config
-from .gguf_file import BLOCKS, FLOATS, StoredTensor, read_header, table
+from .gguf_file import FLOATS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # decoded at a time
 # Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
@@ -160,15 +160,17 @@ class GGUF:
             result[start : start + step] = tensor.read(start, start + step)
         return self._reorder(key, result.view(tensor.shape))
 
-    def blocks(self, key: str) -> Any:
-        """Return a matrix as the file's own blocks of 32 inputs, see `StoredTensor.read_blocks`.
+    def kept_as(self, key: str) -> str:
+        """Return the format in which a matrix keeps its size: "q4", "q8", or "" for 16 bits."""
+        tensor = self.tensors.get(key)
+        if tensor is None or tensor.kind in FLOATS:
+            return ""
+        return "q4" if tensor.kind.startswith("Q4") and key not in (EMBEDDING, HEAD) else "q8"
 
-        Returns None for a type without such blocks.
-        """
+    def blocks(self, key: str) -> list[Tensor]:
+        """Return values (N, K), scales and minimums (N, G), see `StoredTensor.read_blocks`."""
         tensor = self.tensors[key]
-        if tensor.kind not in BLOCKS:
-            return None
-        return [self._reorder(key, part) for part in tensor.read_blocks(0, tensor.rows)]
+        return [self._reorder(key, part.flatten(1)) for part in tensor.read_blocks(0, tensor.rows)]
 
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.

@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -27,23 +26,25 @@ def table(text: str) -> list[list[str]]:
 SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
 STRING, ARRAY = 8, 9  # the types that have none
 # Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
-# decoded.
-TYPES = {
-    int(number): (name, int(weights), int(size))
-    for number, name, weights, size in table("""
+# decoded. Then, for block types that are decoded here: the order of a block's parts, the value that
+# means 0 in a type without minimums, how low and high bits of values are spread (`bit_fields`), and
+# the parts' bytes. Parts are float16 numbers, a K-quant's factors of them, high bits, low bits.
+TYPES: dict[int, Any] = {
+    int(number): (name, *map(int, numbers))
+    for number, name, *numbers in table("""
         0 F32 1 4
         1 F16 1 2
-        2 Q4_0 32 18
-        3 Q4_1 32 20
-        6 Q5_0 32 22
-        7 Q5_1 32 24
-        8 Q8_0 32 34
+        2 Q4_0 32 18  1 8 4 16 0 0 2 16
+        3 Q4_1 32 20  1 0 4 16 0 0 4 16
+        6 Q5_0 32 22  1 16 4 16 1 1 2 4 16
+        7 Q5_1 32 24  1 0 4 16 1 1 4 4 16
+        8 Q8_0 32 34  1 0 8 32 0 0 2 32
         9 Q8_1 0 0
         10 Q2_K 256 84
         11 Q3_K 256 110
-        12 Q4_K 256 144
-        13 Q5_K 256 176
-        14 Q6_K 256 210
+        12 Q4_K 256 144  1 0 4 32 0 0 4 12 128
+        13 Q5_K 256 176  1 0 4 32 1 32 4 12 32 128
+        14 Q6_K 256 210  -1 32 4 64 2 32 128 64 16 2
         15 Q8_K 0 0
         16 IQ2_XXS 256 66
         17 IQ2_XS 256 74
@@ -67,7 +68,16 @@ TYPES = {
     """)
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names in torch
-BLOCKS = "Q4_0 Q4_1 Q8_0".split()  # the block types that are decoded here
+
+
+def bit_fields(data: Tensor, bits: int, run: int) -> Tensor:
+    """Return the numbers of `bits` bits that bytes consist of, (…, n) -> (…, 8 n / bits) uint8.
+
+    Of every `run` bytes the lowest bits are the first `run` numbers, and so on.
+    """
+    runs = data.unflatten(-1, (-1, run))  # (…, n / run, run)
+    parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -2).flatten(-3)
 
 
 class StoredTensor(NamedTuple):
@@ -80,6 +90,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
     rows: int
     row_bytes: int
+    layout: list[int]  # the end of its line in TYPES, empty if it is not decoded here
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
         """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
@@ -87,39 +98,52 @@ class StoredTensor(NamedTuple):
         Raises ValueError if the file has become shorter since it was opened.
         """
         count = (min(stop, self.rows) - start) * self.row_bytes
-        offset = self.start + start * self.row_bytes
-        data = numpy.fromfile(self.path, numpy.uint8, count, offset=offset)
+        with self.path.open("rb") as file:
+            file.seek(self.start + start * self.row_bytes)
+            data = bytearray(file.read(count))
         if len(data) < count:
             raise ValueError(
                 f"{self.path}: found the end of the file inside a tensor, "
                 "expected the size it had when it was opened"
             )
-        return torch.from_numpy(data).view(-1, self.row_bytes)  # (n, row_bytes)
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, self.row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the blocks of a range of rows of a Q4_0, Q4_1 or Q8_0 tensor, in the file's order.
+        """Return values, scales and minimums of a range of rows of a type with a layout.
 
-        A weight is value · scale + minimum. Values are (n, K) uint8, or int8 of Q8_0; scale and
-        minimum are (n, K/32) float32.
+        A weight is value · scale + minimum. Values are (n, B, g, w) for B blocks of g groups of w
+        weights, uint8 of Q4 and of types with minimums, else int8. Scales and minimums are float32
+        (n, B, g, 1).
         """
-        blocks = self.read_bytes(start, stop).unflatten(1, (self.shape[-1] // 32, -1))  # (n, G, .)
-        scales, packed = blocks.tensor_split([4 if self.kind == "Q4_1" else 2], -1)
-        scale, *minimum = scales.contiguous().view(torch.float16).float().unbind(-1)  # (n, G)
-        if self.kind == "Q8_0":
-            return packed.flatten(1).view(torch.int8), scale, 0 * scale  # (n, G, 32) -> (n, K)
-        # The low halves of the 16 bytes are weights 0 to 15, the high halves 16 to 31.
-        values = torch.cat([packed & 15, packed >> 4], -1).flatten(1)  # (n, G, 32) -> (n, K)
-        return values, scale, minimum[0] if minimum else -8 * scale
+        order, middle, low_bits, low_run, high_bits, high_run, *sizes = self.layout
+        blocks = self.read_bytes(start, stop).unflatten(1, (-1, sum(sizes)))  # (n, B, bytes)
+        parts = blocks.split(sizes, -1)[::order]
+        values = bit_fields(parts[-1], low_bits, low_run)  # (n, B, g · w)
+        if high_bits:
+            values |= bit_fields(parts[-2], high_bits, high_run) << 4
+        scale, *minimums = parts[0].view(torch.float16).float().split(1, -1)  # (n, B, 1)
+        if self.kind == "Q6_K":
+            scale = scale * parts[1].view(torch.int8)
+        elif self.kind.endswith("K"):
+            # Four scales and four minimums have six bits of a byte each. Of the next four the other
+            # two bits of these bytes are the upper ones, and four bytes are the lower ones.
+            first, second, rest = parts[1].split(4, -1)
+            scale = scale * torch.cat([first & 63, rest & 15 | first >> 6 << 4], -1)
+            minimums = [-minimums[0] * torch.cat([second & 63, rest >> 4 | second >> 6 << 4], -1)]
+        if self.kind == "Q4_0":
+            minimums = [-middle * scale]
+        elif not minimums:
+            values, minimums = values.view(torch.int8) - middle, [0 * scale]
+        return values.view(*scale.shape, -1), scale[..., None], minimums[0][..., None]
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the weights of a range of rows, floating-point (n, width), in the file's order.
 
         Raises ImportError if that needs the package gguf.
         """
-        if self.kind in BLOCKS:
+        if self.layout:
             values, scale, minimum = self.read_blocks(start, stop)
-            weights = values.view(*scale.shape, 32) * scale[..., None]  # (n, K) -> (n, G, 32)
-            return (weights + minimum[..., None]).flatten(1)  # (n, G, 32) -> (n, K)
+            return (values * scale + minimum).flatten(1)  # (n, K)
         data = self.read_bytes(start, stop)  # (n, row_bytes)
         if self.kind in FLOATS:
             return data.view(getattr(torch, FLOATS[self.kind]))  # (n, K)
@@ -202,7 +226,7 @@ class Header:
         for name, *sizes, number, offset in entries:
             field = f"tensor {name!r:.80}"
             shape = tuple(reversed(sizes))
-            kind, block, block_bytes = TYPES.get(number, ("not known", 0, 0))
+            kind, block, block_bytes, *layout = TYPES.get(number, ("not known", 0, 0))
             self.require(block > 0, field, f"type {number} ({kind})", "one that can be decoded")
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
@@ -211,7 +235,9 @@ class Header:
             stop = start + rows * row_bytes
             expected = f"at most {self.size:,}"
             self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
-            self.tensors.append(StoredTensor(name, self.path, start, kind, shape, rows, row_bytes))
+            self.tensors.append(
+                StoredTensor(name, self.path, start, kind, shape, rows, row_bytes, layout)
+            )
 
     def _read(self, count: int, field: str) -> bytes:
         data = self._file.read(min(count, self.size))

@@ -74,8 +74,9 @@ class FakeSource:
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.shapes[key], dtype=dtype)
 
-    def blocks(self, key: str) -> None:
-        """None: nothing is quantized."""
+    def kept_as(self, key: str) -> str:
+        """Nothing is quantized."""
+        return ""
 
 
 class FakeGPU:
