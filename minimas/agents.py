@@ -301,8 +301,7 @@ class LatentRun(Run):
             found = f"found {self.align!r:.80} with models, expected {' or '.join(MAPS)}"
             raise ParameterError("align", found)
         self._require_context_of_all()
-        for agent in self.resolved_team.agents:
-            _ = self.played_by(agent).align_map  # raises for a wrong map
+        _ = self.align_map  # raises for a wrong map
 
     @property
     def align_map(self) -> Align:

@@ -30,7 +30,7 @@ from .text.generate import Sampling
 from .text.tokenizer import is_text
 
 # A method takes the flags that are called as one of its parameters.
-METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
+METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed", "models")
 
 
 def run(args: Namespace) -> int:
@@ -111,15 +111,28 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     if "layout" in options:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
+    if "models" in options:
+        options["models"] = load_named(args, options["models"] or [])
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
     return lm, options, settings
 
 
-def load_model(args: Namespace) -> LM:
-    """Return the model of a command line, as `load` does."""
+def load_model(args: Namespace, name: str | None = None) -> LM:
+    """Return the model of a command line, or another one with the same settings."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
-    return load(args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
+    return load(name or args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
+
+
+def load_named(args: Namespace, named: list[str]) -> dict[str, LM]:
+    """Return the models of texts NAME=FOLDER, by their names."""
+    models: dict[str, LM] = {}
+    for text in named:
+        name, _, folder = text.partition("=")
+        if not folder or name in models:
+            raise ParameterError("models", f"found {text!r:.80}, expected NAME=FOLDER, a name once")
+        models[name] = load_model(args, folder)
+    return models
 
 
 def method_options(args: Namespace) -> Settings:

@@ -6,7 +6,7 @@ before its own instead, and fills the slots itself:
     prompt          the same ids, as the models have the same tokenizer
     thoughts        rescale(h W), where h is the state that the thought was made from, and
                     W = argmin_W ‖W_out,A W − W_in,B‖² + λ‖W‖² leads from model A to model B
-    rest            generated tokens, and the end of a chat turn
+    end             the end of a chat turn, in layout "chat"
 
 If both are the same model, the map makes the same thoughts as in the turn, and the KV cache becomes
 the one that could have been handed over (the paper's theorem, section 3.2). Does not know: prompts,
@@ -16,10 +16,10 @@ or which agent comes next.
 """
 
 from collections.abc import Sequence
+from operator import add, sub
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from .core.cache import KVCache
 from .core.errors import ParameterError
@@ -36,8 +36,9 @@ def require_models(run: Run, team: Team) -> None:
     if sorted(run.models) != named:
         problem = f"found {sorted(run.models)}, expected {named}, the models of the team's agents"
         raise ParameterError("models", problem)
-    if named and (team.parallel or any(run.memory_lengths)):
-        problem = "found some with parallel agents or a memory, expected neither"
+    writes = any(agent.writes for agent in team.agents[:-1])
+    if named and (team.parallel or writes or any(run.memory_lengths)):
+        problem = "found some with parallel agents, agents that write or a memory, expected none"
         raise ParameterError("models", problem)
     for name, lm in run.models.items():
         if text_tokenizer(lm).backend.get_vocab() != run.tokenizer.backend.get_vocab():
@@ -46,26 +47,24 @@ def require_models(run: Run, team: Team) -> None:
 
 
 def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[int]) -> KVCache:
-    """Return what the run's model continues from after `turns`, of which `cache` is handed over.
+    """Return the KV cache of the run's model after `turns`, of which `cache` is handed over.
 
     It is `cache` itself after a turn of the same model. Otherwise the model prefills all turns
-    again, with the same cuts in between, and the run counts their tokens and seconds.
+    again, with the same cuts in between, and the run counts its slots and seconds.
     """
-    if not turns or turns[-1].lm is run.lm:
+    if turns and turns[-1].lm is run.lm:
         return cache
-    began, model = run.clock(), run.lm.model
-    own: KVCache = run.new_cache()
+    began, own, model = run.clock(), run.new_cache(), run.lm.model
     for turn in turns if any(cache.lengths) else ():
         run.prefill(turn.ids, own)
         if turn.thoughts:
-            states = torch.cat([thought.hidden for thought in turn.thoughts], 1)  # (R, n, D)
-            embeddings = turn.lm.aligner(run.align, run.lm)(states)
-            model(embeddings.to(model.device, model.dtype), own, turn.steps)
-        rest = pad_sequence([torch.tensor(ids) for ids in turn.rest], batch_first=True)  # (R, T)
-        model(model.embed(rest.to(model.device)), own, list(map(len, turn.rest)))
-        run.read = [
-            n + end - at for n, end, at in zip(run.read, own.lengths, turn.start, strict=True)
-        ]
+            hidden = torch.cat([thought.hidden for thought in turn.thoughts], 1)  # (R, n, D)
+            embeddings = turn.lm.aligner(run.align, run.lm)(hidden)
+            counts = list(map(sub, turn.thoughts_end, turn.prompt_end))
+            model(embeddings.to(model.device, model.dtype), own, counts)
+        if run.closes_turns:
+            run.prefill([run.closing] * len(turn.ids), own)
+        run.read = list(map(add, run.read, map(sub, own.lengths, turn.start)))
         own, _ = turn._replace(cache=own).hand_over(run.transfer, head)
     run.seconds = run.clock() - began
-    return own
+    return own  # type: ignore[no-any-return]

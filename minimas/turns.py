@@ -38,11 +38,11 @@ class TurnResult(NamedTuple):
     lm: LM
     cache: KVCache
     hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
-    start: list[int]  # slots per row before the turn
     ids: list[list[int]]  # of the prompts, per row
     thoughts: list[Thought]
-    steps: list[int]  # thoughts per row
-    rest: list[list[int]]  # generated tokens and the end of the chat turn, per row
+    start: list[int]  # slots per row before the turn
+    prompt_end: list[int]  # slots per row after the prompt
+    thoughts_end: list[int]  # slots per row after the thoughts
     traces: list[AgentTrace]
     outputs: list[GeneratedText]
 
@@ -51,14 +51,13 @@ class TurnResult(NamedTuple):
 
         `head` counts each row's slots that all agents share: system message and opening.
         """
-        if transfer == "none":  # then every turn starts where the call's memory ends
-            return self.cache.truncate(self.start), self.start
         cache, start = self.cache, list(map(max, self.start, head))
+        if transfer == "none":  # then every turn starts where the call's memory ends
+            return cache.truncate(self.start), self.start
         if transfer == "last":
             cache = cache.drop(head, start)
         if transfer == "latents":
-            ends = [at + len(ids) for at, ids in zip(self.start, self.ids, strict=True)]
-            cache = cache.truncate(list(map(add, ends, self.steps))).drop(start, ends)
+            cache = cache.truncate(self.thoughts_end).drop(start, self.prompt_end)
         return cache, head
 
 
@@ -217,7 +216,7 @@ class Run:
         yield AgentStart(name, sum(read), steps)
 
         hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
-        thoughts: list[Thought] = []
+        prompt_end, thoughts = list(cache.lengths), list[Thought]()
         draws = getattr(align, "with_generators", None)
         if draws is not None:  # a map that draws at random, for each row from its question's own
             align = draws(self.generators * len(agents))
@@ -226,7 +225,7 @@ class Run:
             yield thought
             thoughts.append(thought)
             hidden = thought.after
-        counts = [n - at - len(x) for n, at, x in zip(cache.lengths, start, ids, strict=True)]
+        thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
@@ -234,19 +233,18 @@ class Run:
         if closes:  # left open, the next agent's system message would stand inside this answer
             self.prefill([self.closing] * len(ids), cache)
 
-        rest = [out.ids + self.closing * closes for out in outputs]
         seconds = (self.clock() - began) / len(ids)
         traces = []
         for row, out in enumerate(outputs):
             # The last token at the limit is not fed, unless an agent continues from the cache.
             unfed = out.finish_reason == "length" and not keeps_cache
-            slots = start[row] + len(ids[row]) + counts[row] + len(rest[row]) - unfed
-            bill = (read[row], counts[row], len(out.ids), seconds, slots * cache.slot_nbytes)
+            slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
+            count = thoughts_end[row] - prompt_end[row]
+            bill = (read[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
             traces.append(AgentTrace(*bill, workers[row].name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(
-            self.lm, cache, hidden, start, ids, thoughts, counts, rest, traces, outputs
-        )
+        ends = start, prompt_end, thoughts_end
+        return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
 
     def ends_turn(self, hidden: Tensor, thoughts: Tensor) -> Tensor:
         """Return where the likeliest next token, after a thought, would end the turn: (R,) bool."""

@@ -118,4 +118,4 @@ def cosine_above(cosine: float) -> Until:
 
 def entropy(logits: Tensor) -> Tensor:
     """Return the entropy of scores (…, V), in nats: (…,)."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return torch.sum(torch.special.entr(logits.float().softmax(-1)), -1)
