@@ -106,8 +106,8 @@ def add_settings(top: Parser) -> None:
     add, team = top.add_argument, one_of(tuple(TEAMS), ".json")
     add("--method", type=list_of(one_of(METHODS)), default=["latent_mas"], help="list")
     add("--team", type=list_of(team), default=["sequential"], help="list")
-    steps = "list (default: the model's)"
-    add("--latent-steps", type=list_of(whole(0)), default=[None], help=steps)
+    steps = "list: numbers, or auto (default: the model's)"
+    add("--latent-steps", type=list_of(steps_or_auto), default=[None], help=steps)
     add("--align", type=list_of(kind_of_map), default=["ridge"], help="list, see tools/feeders.py")
     add("--transfer", type=list_of(one_of(TRANSFERS)), default=["full"], help="list")
     add("--close", type=list_of(yes_no), default=[True], help="list: close agents' turns? yes, no")
@@ -116,6 +116,11 @@ def add_settings(top: Parser) -> None:
     add("--layout", type=list_of(layout), default=[None], help=about)
     prefix = "text before the thoughts, commas included; a list: give the flag several times"
     add("--prefix", action="append", metavar="TEXT", help=prefix)
+
+
+def steps_or_auto(text: str) -> int | str:
+    """Convert a number of latent steps, or "auto"."""
+    return text if text == "auto" else whole(0)(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
