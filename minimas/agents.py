@@ -347,18 +347,14 @@ class LatentRun(Run):
         cache = receive(own, handed.turns, handed.cache, handed.head)
         first = self.is_new(cache)
         if handed.run is not self and self.layouts_per_question[0].head.text and not first:
-            cache = own._with_own_head(cache.drop(0, handed.head))
+            heads = [own.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
+            own_head = own.new_cache()
+            prefill(own.lm.model, heads, own_head)
+            cache = KVCache.concat([own_head, cache.drop(0, handed.head)])
         asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
             own, last, asked, cache, self.steps(last, final=True), own.align_map, handed.turns
         )
-
-    def _with_own_head(self, rest: KVCache) -> KVCache:
-        """Return a KV cache without its head with this run's heads before it."""
-        heads = [self.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
-        own = self.new_cache()
-        prefill(self.lm.model, heads, own)
-        return KVCache.concat([own, rest])
 
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""

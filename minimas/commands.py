@@ -111,8 +111,8 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     if "layout" in options:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
-    if "models" in options:
-        options["models"] = load_named(args, options["models"] or [])
+    if options.get("models"):
+        options["models"] = {name: load_model(args, path) for name, path in options["models"]}
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
     return lm, options, settings
@@ -122,17 +122,6 @@ def load_model(args: Namespace, name: str | None = None) -> LM:
     """Return the model of a command line, or another one with the same settings."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
     return load(name or args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
-
-
-def load_named(args: Namespace, named: list[str]) -> dict[str, LM]:
-    """Return the models of texts NAME=FOLDER, by their names."""
-    models: dict[str, LM] = {}
-    for text in named:
-        name, _, folder = text.partition("=")
-        if not folder or name in models:
-            raise ParameterError("models", f"found {text!r:.80}, expected NAME=FOLDER, a name once")
-        models[name] = load_model(args, folder)
-    return models
 
 
 def method_options(args: Namespace) -> Settings:

@@ -6,7 +6,7 @@ before its own instead, and fills the slots itself:
     prompt          the same ids, as the models have the same tokenizer
     thoughts        rescale(h W), where h is the state that the thought was made from, and
                     W = argmin_W ‖W_out,A W − W_in,B‖² + λ‖W‖² leads from model A to model B
-    end             the end of a chat turn, in layout "chat"
+    rest            generated tokens, and the end of the turn in layout "chat"
 
 If both are the same model, the map makes the same thoughts as in the turn, and the KV cache becomes
 the one that could have been handed over (the paper's theorem, section 3.2). Does not know: prompts,
@@ -36,9 +36,8 @@ def require_models(run: Run, team: Team) -> None:
     if sorted(run.models) != named:
         problem = f"found {sorted(run.models)}, expected {named}, the models of the team's agents"
         raise ParameterError("models", problem)
-    writes = any(agent.writes for agent in team.agents[:-1])
-    if named and (team.parallel or writes or any(run.memory_lengths)):
-        problem = "found some with parallel agents, agents that write or a memory, expected none"
+    if named and (team.parallel or any(run.memory_lengths)):
+        problem = "found some with parallel agents or a memory, expected neither"
         raise ParameterError("models", problem)
     for name, lm in run.models.items():
         if text_tokenizer(lm).backend.get_vocab() != run.tokenizer.backend.get_vocab():
@@ -62,8 +61,9 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[in
             embeddings = turn.lm.aligner(run.align, run.lm)(hidden)
             counts = list(map(sub, turn.thoughts_end, turn.prompt_end))
             model(embeddings.to(model.device, model.dtype), own, counts)
-        if run.closes_turns:
-            run.prefill([run.closing] * len(turn.ids), own)
+        rest = [out.ids + run.closing * run.closes_turns for out in turn.outputs]
+        if any(rest):
+            run.prefill(rest, own)
         run.read = list(map(add, run.read, map(sub, own.lengths, turn.start)))
         own, _ = turn._replace(cache=own).hand_over(run.transfer, head)
     run.seconds = run.clock() - began

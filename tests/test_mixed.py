@@ -77,10 +77,13 @@ def test_rows_that_stop_apart_and_open_turns_are_prefilled_again_too(
     lm: LM, steps: int | str, close: bool
 ) -> None:
     how: dict[str, Any] = {"latent_steps": steps, "close": close}
-    expected, _ = last_turn(lm, QUESTIONS, CHAIN, **how).prefill()
-    mixed, models = played(CHAIN, None, "twin"), {"twin": load_text_lm(lm.folder)}
-    hidden, _ = last_turn(lm, QUESTIONS, mixed, models=models, **how).prefill()
-    assert apart(hidden, expected) <= 1e-9
+    how |= {"sampling": SHORT}
+    writers = replace(CHAIN, agents=tuple(replace(agent, writes=True) for agent in CHAIN.agents))
+    for team in (CHAIN, writers):
+        expected, _ = last_turn(lm, QUESTIONS, team, **how).prefill()
+        mixed, models = played(team, None, "twin"), {"twin": load_text_lm(lm.folder)}
+        hidden, _ = last_turn(lm, QUESTIONS, mixed, models=models, **how).prefill()
+        assert apart(hidden, expected) <= 1e-9
 
 
 def test_the_map_between_two_models_is_the_ridge_solution(lm: LM, big: LM) -> None:

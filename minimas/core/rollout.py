@@ -76,16 +76,15 @@ def rollout(
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
     finite_on_cpu(hidden, model.name)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
-    fed, lengths = list[Tensor](), None
+    fed = list[Tensor]()
     for _ in range(steps):
         embedding = _checked("align", align(hidden), hidden)
         fed.append(finite_on_cpu(embedding, "align", "the map has returned it"))
         if until is not None:
             running = running & ~_checked("until", until(hidden, torch.cat(fed, 1)), running)
-            lengths = running
             if not running.any():
                 return
-        after = finite_on_cpu(model(embedding, cache, lengths), model.name)
+        after = finite_on_cpu(model(embedding, cache, until and running), model.name)
         rows = running[:, None, None]  # (B, 1, 1)
         step = Thought(hidden, embedding.where(rows, 0), running, after.where(rows, hidden))
         yield step
