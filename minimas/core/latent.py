@@ -1,18 +1,19 @@
-"""Latent thoughts: the alignment W_a from hidden states to input embeddings, and the latent loop.
+"""Latent thoughts: the alignment W_a from hidden states to input embeddings.
 
 An agent who hands over does not decode after its prompt. Its last hidden state h (last layer, after
-the final norm) becomes the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639,
-section 3.1):
+the final norm) becomes the next input embedding e (LatentMAS, arXiv 2511.20639, section 3.1), in
+the loop of `rollout`:
 
     e = rescale(h W_a)
     W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
 
 W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in,
-so W_a is the identity up to λ, and only the rescaling is left.
+so W_a is the identity up to λ, and only the rescaling is left. With W_in of another model that has
+the same tokens, W_a leads from one model to the other.
 
 This file does not know tokens, prompts, agents or sampling.
 
-    B rows   D hidden   V vocabulary
+    D hidden   V vocabulary
 """
 
 from pathlib import Path

@@ -1,9 +1,8 @@
 """The latent loop, and rules for when a row has thought enough.
 
-An agent who hands over does not decode after its prompt. Its last hidden state (last layer, after
-the final norm) is mapped to an embedding (see `latent`), which is fed in place of a token, and so
-on (LatentMAS, arXiv 2511.20639, section 3.1). This file does not know tokens, prompts, agents or
-sampling.
+A map (see `latent`) makes an embedding of each row's last hidden state. It is fed in place of a
+token, and the state after it is the next one to be mapped. This file does not know tokens, prompts,
+agents or sampling.
 
     B rows   n thoughts   D hidden   V vocabulary
 """
