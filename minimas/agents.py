@@ -48,8 +48,7 @@ def single(
     continues: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues)
-    return finish(answer_text(run, single_team(lm)), on_event)
+    return call("single", **locals())
 
 
 def text_mas(
@@ -71,8 +70,7 @@ def text_mas(
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues, models)
-    return finish(answer_text(run, choose_team(lm, team)), on_event)
+    return call("text_mas", **locals())
 
 
 def latent_mas(
@@ -121,12 +119,7 @@ def latent_mas(
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
     before any work starts.
     """
-    run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues, models,
-        team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
-        layout=layout,
-    )  # fmt: skip
-    return finish(answer_latent(run), on_event)
+    return call("latent_mas", **locals())
 
 
 def stream(
@@ -137,30 +130,31 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises as the method
     does, when the first event is asked for.
     """
-    if method == "latent_mas":
-        events = answer_latent(LatentRun(lm, questions, **settings))
-    elif method == "text_mas":
-        team = settings.pop("team", "sequential")
-        run = Run(lm, questions, **settings)
-        events = answer_text(run, choose_team(lm, team))
-    elif method == "single":
-        events = answer_text(Run(lm, questions, **settings), single_team(lm))
-    else:
-        raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
-    results = yield from events
+    results = yield from work(method, lm=lm, questions=questions, **settings)
     yield from results
 
 
-def answer_latent(run: "LatentRun") -> Events[list[Result]]:
-    """Let the team work; yields what happens, and returns the results."""
-    # To get the cache of question i + 1, the agents before the last are asked that question.
-    handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
-    return (yield from run.last_turn(handed).answer())
+def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
+    """Let a method work; `settings` are its other parameters by name."""
+    return finish(work(method, **settings), on_event)
 
 
-def answer_text(run: Run, team: Team) -> Events[list[Result]]:
-    """Let agents pass text; yields what happens, and returns the results."""
-    last = yield from hand_over_text(run, team)
+def work(method: str, **settings: Any) -> Events[list[Result]]:
+    """Let the agents of a method work; yields what happens, and returns the results."""
+    if method == "latent_mas":
+        run = LatentRun(**settings)
+        # To get the cache of question i + 1, the agents before the last are asked that question.
+        handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
+        last = run.last_turn(handed)
+    elif method == "text_mas":
+        team = settings.pop("team", "sequential")
+        text_run = Run(**settings)
+        last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
+    elif method == "single":
+        text_run = Run(**settings)
+        last = yield from hand_over_text(text_run, single_team(text_run.lm))
+    else:
+        raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())
 
 

@@ -86,17 +86,10 @@ def whole_number(low: int, text: str) -> int:
     return int(text)
 
 
-def named(text: str) -> list[str]:
-    """Return the name and the folder in NAME=FOLDER. Raises ArgumentTypeError for another text."""
-    if not re.fullmatch("[^=]+=.+", text):
-        raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected NAME=FOLDER")
-    return text.split("=", 1)
-
-
 VALUES = {
     "text": {},
     "steps": {"type": lambda n: n if n == "auto" else whole_number(0, n), "metavar": "N"},
-    "named": {"action": "append", "type": named, "metavar": "NAME=FOLDER"},
+    "named": {"action": "append", "metavar": "NAME=FOLDER"},
     "real": {"type": float, "metavar": "X"},
     "file": {"metavar": "FILE"},
     "files": {"action": "append", "metavar": "FILE"},
