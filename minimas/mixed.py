@@ -55,7 +55,7 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[in
         return cache
     began, own, model = run.clock(), run.new_cache(), run.lm.model
     for turn in turns if any(cache.lengths) else ():
-        run.prefill(turn.ids, own)
+        _, own = run.prefill(turn.ids, own)
         if turn.thoughts:
             hidden = torch.cat([thought.hidden for thought in turn.thoughts], 1)  # (R, n, D)
             embeddings = turn.lm.aligner(run.align, run.lm)(hidden)

@@ -216,15 +216,9 @@ class Run:
         yield AgentStart(name, sum(read), steps)
 
         hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
-        prompt_end, thoughts = list(cache.lengths), list[Thought]()
-        draws = getattr(align, "with_generators", None)
-        if draws is not None:  # a map that draws at random, for each row from its question's own
-            align = draws(self.generators * len(agents))
-        until = self.ends_turn if self.stops_itself else None
-        for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
-            yield thought
-            thoughts.append(thought)
-            hidden = thought.after
+        prompt_end = list(cache.lengths)
+        thoughts = yield from self._think(align, hidden, cache, steps)
+        hidden = thoughts[-1].after if thoughts else hidden
         thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
@@ -232,7 +226,6 @@ class Run:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # left open, the next agent's system message would stand inside this answer
             self.prefill([self.closing] * len(ids), cache)
-
         seconds = (self.clock() - began) / len(ids)
         traces = []
         for row, out in enumerate(outputs):
@@ -245,6 +238,18 @@ class Run:
         yield AgentEnd(name, traces, cache)
         ends = start, prompt_end, thoughts_end
         return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
+
+    def _think(
+        self, align: Any, hidden: Tensor, cache: KVCache, steps: int
+    ) -> Events[list[Thought]]:
+        draws = getattr(align, "with_generators", None)
+        if draws is not None:  # a map that draws at random, for each row from its question's own
+            align = draws(self.generators * (len(hidden) // len(self.questions)))
+        until, thoughts = self.ends_turn if self.stops_itself else None, []
+        for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
+            yield thought
+            thoughts.append(thought)
+        return thoughts
 
     def ends_turn(self, hidden: Tensor, thoughts: Tensor) -> Tensor:
         """Return where the likeliest next token, after a thought, would end the turn: (R,) bool."""
