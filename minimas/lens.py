@@ -77,10 +77,11 @@ class Lens:
         cosines, nearest = torch.cat(scores, 1).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):
-            ids = [[token] for token in (*tokens[t].tolist(), int(nearest[t]))]
-            *names, near = self.backend.decode_batch(ids, skip_special_tokens=False)
+            names = [self._text(token) for token in tokens[t].tolist()]
             likely = list(zip(names, chances[t].tolist(), strict=True))
-            views.append(
-                ThoughtView(likely, float(entropies[t]), norm, before[t], near, float(cosines[t]))
-            )
+            near = self._text(int(nearest[t])), float(cosines[t])
+            views.append(ThoughtView(likely, float(entropies[t]), norm, before[t], *near))
         return views
+
+    def _text(self, token: int) -> str:
+        return self.backend.decode([token], skip_special_tokens=False)
