@@ -10,8 +10,9 @@ attention, how a thought is made, printing.
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,15 +21,18 @@ from . import prompts
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .core.model import prefill
+from .core.rollout import Align
 from .layout import user_text
 from .load import LM
+from .mixed import MAPS, receive, require_models
 from .results import Event, Events, OnEvent, Result, finish
 from .teams import TEAMS, Agent, Team, single_agent
 from .text.generate import Sampling
 from .text.tokenizer import Turn
-from .turns import Align, Run, TurnResult
+from .turns import Run, TurnResult
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
+AUTO_STEPS = 40  # thoughts at most, with latent_steps="auto"
 
 
 def single(
@@ -44,8 +48,7 @@ def single(
     continues: bool = False,
 ) -> list[Result]:
     """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
-    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues)
-    return finish(answer_text(run, single_team(lm)), on_event)
+    return call("single", **locals())
 
 
 def text_mas(
@@ -60,21 +63,21 @@ def text_mas(
     memory: KVCache | None = None,
     keep_memory: bool = False,
     continues: bool = False,
+    models: Mapping[str, LM] | None = None,
 ) -> list[Result]:
     """Let the same agents pass text: each one's text goes where later prompts have `{context}`.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
     errors as in `latent_mas`; that a text is too long is only known once it is generated.
     """
-    run = Run(lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues)
-    return finish(answer_text(run, choose_team(lm, team)), on_event)
+    return call("text_mas", **locals())
 
 
 def latent_mas(
     lm: LM,
     questions: Sequence[str],
     team: str | Team = "sequential",
-    latent_steps: int | None = None,
+    latent_steps: int | str | None = None,
     align: str | Align = "ridge",
     kind: str = "free",
     choices: Any = None,
@@ -87,12 +90,16 @@ def latent_mas(
     memory: KVCache | None = None,
     keep_memory: bool = False,
     continues: bool = False,
+    models: Mapping[str, LM] | None = None,
 ) -> list[Result]:
     """Let agents think in latent space and hand their KV cache over; only the last one decodes.
 
-    `latent_steps` None is each agent's own number, else the folder's, else 40. `align` is a kind of
-    map (see `core.latent`), the FILE.safetensors of one, or any callable from hidden states to
-    embeddings. `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or
+    `latent_steps` None is each agent's own number, else the folder's, else 40. With "auto" a row
+    stops by itself after its first thought or a later one, where the likeliest next token would end
+    the turn, and at the agent's own number, else 40. `align` is a kind of map (see `core.latent`),
+    the FILE.safetensors of one, or any callable from hidden states to embeddings.
+
+    `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or
     one per question) pick the form and the extraction of the answer. `sampling` None is the
     model's. `on_event` is called with every event (see `results`); to iterate over them, use
     `stream`. `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
@@ -106,15 +113,13 @@ def latent_mas(
     `Result.memory` is the KV cache after the answer, for the next call. `continues` makes the
     prompts later turns of the conversation in `memory`: no second system message of the template.
 
+    `models` are other models with the same tokenizer, by the names that agents have as `model`.
+    Between models, what was fed is handed over and prefilled again (see `mixed`).
+
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
     before any work starts.
     """
-    run = LatentRun(
-        lm, questions, kind, choices, sampling, seed, memory, keep_memory, continues,
-        team=team, latent_steps=latent_steps, align=align, transfer=transfer, close=close,
-        layout=layout,
-    )  # fmt: skip
-    return finish(answer_latent(run), on_event)
+    return call("latent_mas", **locals())
 
 
 def stream(
@@ -125,30 +130,31 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises as the method
     does, when the first event is asked for.
     """
-    if method == "latent_mas":
-        events = answer_latent(LatentRun(lm, questions, **settings))
-    elif method == "text_mas":
-        team = settings.pop("team", "sequential")
-        run = Run(lm, questions, **settings)
-        events = answer_text(run, choose_team(lm, team))
-    elif method == "single":
-        events = answer_text(Run(lm, questions, **settings), single_team(lm))
-    else:
-        raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
-    results = yield from events
+    results = yield from work(method, lm=lm, questions=questions, **settings)
     yield from results
 
 
-def answer_latent(run: "LatentRun") -> Events[list[Result]]:
-    """Let the team work; yields what happens, and returns the results."""
-    # To get the cache of question i + 1, the agents before the last are asked that question.
-    handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
-    return (yield from run.last_turn(handed).answer())
+def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
+    """Let a method work; `settings` are its other parameters by name."""
+    return finish(work(method, **settings), on_event)
 
 
-def answer_text(run: Run, team: Team) -> Events[list[Result]]:
-    """Let agents pass text; yields what happens, and returns the results."""
-    last = yield from hand_over_text(run, team)
+def work(method: str, **settings: Any) -> Events[list[Result]]:
+    """Let the agents of a method work; yields what happens, and returns the results."""
+    if method == "latent_mas":
+        run = LatentRun(**settings)
+        # To get the cache of question i + 1, the agents before the last are asked that question.
+        handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
+        last = run.last_turn(handed)
+    elif method == "text_mas":
+        team = settings.pop("team", "sequential")
+        text_run = Run(**settings)
+        last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
+    elif method == "single":
+        text_run = Run(**settings)
+        last = yield from hand_over_text(text_run, single_team(text_run.lm))
+    else:
+        raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())
 
 
@@ -160,22 +166,17 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     experts: list[tuple[KVCache, list[int]]] = []  # what each parallel agent hands over
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
-        if team.parallel:
-            cache = run.new_cache(len(agents))
+        own = run.played_by(agents[0])
+        cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, head)
         first = run.is_new(cache)
         layouts = [(i, layout) for i in numbers for layout in run.layouts_per_question]
         if first:
-            own = [layout.head_tokens(i) for i, layout in layouts]
-            head = [start + count for start, count in zip(cache.lengths, own, strict=True)]
-        turn = yield from run.turn(
-            agents,
-            [layout.prompt(i, first) for i, layout in layouts],
-            cache,
-            run.steps(agents[0]),
-            run.align_map,
-            decodes=agents[0].writes,
-            closes=run.closes_turns,
-        )
+            counts = [layout.head_tokens(i) for i, layout in layouts]
+            head = list(map(add, cache.lengths, counts))
+        prompts = [layout.prompt(i, first) for i, layout in layouts]
+        how = {"decodes": agents[0].writes, "closes": run.closes_turns}
+        steps = run.steps(agents[0])
+        turn = yield from own.turn(agents, prompts, cache, steps, own.align_map, **how)
         cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
         if team.parallel:
@@ -183,12 +184,15 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
                 experts.append((cache.select(range(at, at + B)), head[at : at + B]))
     if experts:  # the head that all have in common is kept once
         (first_cache, head), *others = experts[-1:] if run.transfer == "last" else experts
-        cache = KVCache.concat([first_cache, *(without_head(*other) for other in others)])
+        cache = KVCache.concat(
+            [first_cache, *(other.drop(0, own_head) for other, own_head in others)]
+        )
     return HandOver(run, cache, head, turns)
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
+    require_models(run, team)
     numbers, turns = range(len(run.questions)), []
     said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question
 
@@ -213,12 +217,13 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     for agents in side_by_side:
         asked = [(agent, q) for agent in agents for q in numbers]  # of each row
         rows = [prompt(agent, q) for agent, q in asked]
-        turn = yield from run.turn(agents, rows, run.new_cache(len(agents)))
+        own = run.played_by(agents[0])
+        turn = yield from own.turn(agents, rows, own.new_cache(len(agents)))
         turns.append(turn)
         for (agent, q), out in zip(asked, turn.outputs, strict=True):
             said[q].append((agent, out.text))
-    asked_last = [prompt(last, q) for q in numbers]
-    return LastTurn(run, last, asked_last, run.new_cache(), 0, None, turns)
+    own, asked_last = run.played_by(last), [prompt(last, q) for q in numbers]
+    return LastTurn(own, last, asked_last, own.new_cache(), 0, None, turns)
 
 
 class HandOver(NamedTuple):
@@ -260,7 +265,7 @@ class LatentRun(Run):
     """One call of `latent_mas`, with everything checked before any work starts."""
 
     team: str | Team = "sequential"
-    latent_steps: int | None = None
+    latent_steps: int | str | None = None
     align: str | Align = "ridge"
     transfer: str = "full"
     close: bool = True
@@ -275,24 +280,36 @@ class LatentRun(Run):
             found = "found 'shuffled' with one question, expected two or more of a kind (--file)"
             raise ParameterError("transfer", found)
         steps = self.latent_steps
-        if steps is not None and (not isinstance(steps, int) or steps < 0):
-            found = f"found {steps!r}, expected a whole number, 0 or more"
+        if steps not in (None, "auto") and (not isinstance(steps, int) or steps < 0):
+            found = f"found {steps!r}, expected a whole number, 0 or more, or 'auto'"
             raise ParameterError("latent_steps", found)
         self.resolved_team = choose_team(self.lm, self.team).with_layout(self.layout)
         if not self.close and self.resolved_team.layout == "turn":
             found = "found no with layout 'turn', expected yes: no turn is closed there"
             raise ParameterError("close", found)
+        self.stops_itself = steps == "auto"
         self.layouts_per_question = self.layouts(self.resolved_team)
         self.closes_turns = self.close and self.layouts_per_question[0].closes_turns
+        require_models(self, self.resolved_team)
+        if self.models and self.align not in MAPS:
+            found = f"found {self.align!r:.80} with models, expected {' or '.join(MAPS)}"
+            raise ParameterError("align", found)
         self._require_context_of_all()
-        self.align_map = self.align if callable(self.align) else self.lm.aligner(self.align)
+        _ = self.align_map  # raises for a wrong map
+
+    @property
+    def align_map(self) -> Align:
+        """Return the map from the model's hidden states to its embeddings."""
+        return self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
         """Return how many thoughts an agent thinks; the last one only if it says so itself."""
         if final and agent.latent_steps is None:
             return 0
-        given = (self.latent_steps, agent.latent_steps, self.lm.default_steps)
-        return next(number for number in given if number is not None)
+        given = [self.latent_steps, agent.latent_steps, self.lm.default_steps]
+        if self.stops_itself:
+            given = [agent.latent_steps, AUTO_STEPS]
+        return next(number for number in given if isinstance(number, int))
 
     def stages(self) -> list[list[int]]:
         """Return the numbers of the agents of each batch, all but the last agent's.
@@ -319,21 +336,19 @@ class LatentRun(Run):
 
     def last_turn(self, handed: HandOver) -> LastTurn:
         """Return the last agent's turn on what was handed over, by this run or by another one."""
-        cache, last = handed.cache, self.resolved_team.agents[-1]
+        last = self.resolved_team.agents[-1]
+        own = self.played_by(last)
+        cache = receive(own, handed.turns, handed.cache, handed.head)
         first = self.is_new(cache)
         if handed.run is not self and self.layouts_per_question[0].head.text and not first:
-            cache = self._with_own_head(handed)
+            heads = [own.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
+            own_head = own.new_cache()
+            prefill(own.lm.model, heads, own_head)
+            cache = KVCache.concat([own_head, cache.drop(0, handed.head)])
         asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
-            self, last, asked, cache, self.steps(last, final=True), self.align_map, handed.turns
+            own, last, asked, cache, self.steps(last, final=True), own.align_map, handed.turns
         )
-
-    def _with_own_head(self, handed: HandOver) -> KVCache:
-        """Return the handed-over KV cache with this run's heads in place of the other run's."""
-        heads = [self.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
-        own = self.new_cache()
-        prefill(self.lm.model, heads, own)
-        return KVCache.concat([own, without_head(handed.cache, handed.head)])
 
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
@@ -353,7 +368,9 @@ class LatentRun(Run):
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
-                end = self.require_context(agent, start, tokens, steps, decodes, closes)
+                for later in agents[i:]:  # whose model may prefill this turn again
+                    run = self.played_by(later)
+                    end = run.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, head)
                 kept = head if self.transfer == "last" else max(held, head)
                 held = base if self.transfer == "none" else kept + added
@@ -376,9 +393,3 @@ def choose_team(lm: LM, team: str | Team) -> Team:
         found = f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
         raise ParameterError("team", found)
     return lm.teams.get(team) or TEAMS[team]()
-
-
-def without_head(cache: KVCache, head: Sequence[int]) -> KVCache:
-    """Return a KV cache without the first `head` slots of each row."""
-    rest = [n - skipped for n, skipped in zip(cache.lengths, head, strict=True)]
-    return cache.keep_last(rest)

@@ -30,7 +30,7 @@ from .text.generate import Sampling
 from .text.tokenizer import is_text
 
 # A method takes the flags that are called as one of its parameters.
-METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
+METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed", "models")
 
 
 def run(args: Namespace) -> int:
@@ -111,15 +111,18 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     if "layout" in options:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
+    if options.get("models"):
+        pairs = [text.partition("=") for text in options["models"]]
+        options["models"] = {name: load_model(args, path or name) for name, _, path in pairs}
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
     return lm, options, settings
 
 
-def load_model(args: Namespace) -> LM:
-    """Return the model of a command line, as `load` does."""
+def load_model(args: Namespace, name: str | None = None) -> LM:
+    """Return the model of a command line, or another one with the same settings."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
-    return load(args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
+    return load(name or args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
 
 
 def method_options(args: Namespace) -> Settings:

@@ -8,11 +8,12 @@ computes once per agent, so that a run without one costs nothing. This file does
     R rows   n thoughts   D hidden   V vocabulary
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .core.rollout import entropy
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentTrace, Event, Thought
 
@@ -40,7 +41,8 @@ class Lens:
     def __init__(self, lm: LM, top: int = 3) -> None:
         """`top` is the number of tokens per thought."""
         tokenizer = text_tokenizer(lm)
-        self.model, self.backend, self.top = lm.model, tokenizer.backend, top
+        self.model: Any = lm.model  # that of the agent whose thoughts are read
+        self.backend, self.top = tokenizer.backend, top
         self.size = tokenizer.size  # rows of the embedding that no token has are not shown
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
@@ -50,6 +52,7 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
+            self.model = event.memory.owner
             self.seen += [(trace, self._views(row)) for row, trace in enumerate(event.traces)]
             self._thoughts = []
 
@@ -58,13 +61,14 @@ class Lens:
 
         The scores of all rows together, (R, n, V), would take gigabytes.
         """
-        if not self._thoughts:
+        own = [thought for thought in self._thoughts if thought.running[row]]
+        if not own:
             return []
-        hidden = torch.cat([thought.hidden[row] for thought in self._thoughts])  # (n, D)
-        fed = torch.cat([thought.embedding[row] for thought in self._thoughts]).float()  # (n, D)
-        logs = self.model.logits(hidden[None])[0, :, : self.size].float().log_softmax(-1)  # (n, V)
-        chances, tokens = logs.exp().topk(min(self.top, self.size))
-        entropy = -(logs.exp() * logs).sum(-1)  # (n,)
+        hidden = torch.cat([thought.hidden[row] for thought in own])  # (n, D)
+        fed = torch.cat([thought.embedding[row] for thought in own]).float()  # (n, D)
+        logits = self.model.logits(hidden[None])[0, :, : self.size].float()  # (n, V)
+        chances, tokens = logits.softmax(-1).topk(min(self.top, self.size))
+        entropies = entropy(logits)  # (n,)
         unit = F.normalize(fed)  # (n, D)
         before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
         # In float32: a CPU without matrix units takes six times as long in bf16.
@@ -76,7 +80,7 @@ class Lens:
             names = [self._text(token) for token in tokens[t].tolist()]
             likely = list(zip(names, chances[t].tolist(), strict=True))
             near = self._text(int(nearest[t])), float(cosines[t])
-            views.append(ThoughtView(likely, float(entropy[t]), norm, before[t], *near))
+            views.append(ThoughtView(likely, float(entropies[t]), norm, before[t], *near))
         return views
 
     def _text(self, token: int) -> str:

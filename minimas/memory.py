@@ -8,11 +8,10 @@ agents or questions.
 
 from .core.cache import KVCache
 from .core.errors import ParameterError
-from .core.latent import think
 from .core.model import prefill
+from .core.rollout import Align, think
 from .load import LM, text_tokenizer
 from .text.tokenizer import Turn, is_text
-from .turns import Align
 
 
 def remember(

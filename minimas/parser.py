@@ -19,6 +19,7 @@ ASK = """answer a question with a team of agents
 --transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --save-memory     text    write the KV cache after the answer to this file
 --compile         yes     faster steps after a warm-up of up to a minute
+--models          named   the model that agents of a team file call NAME; repeat the flag
 """
 CHAT = """talk with one agent or a team: a message per line, the KV cache is kept between turns
 --method          single,latent_mas,text_mas=single  who answers (default: %(default)s)
@@ -26,7 +27,7 @@ CHAT = """talk with one agent or a team: a message per line, the KV cache is kep
 ANSWERING = """
 --model -m        text=weights/tiny  folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --team            text    sequential, hierarchical or FILE.json (default: sequential)
---latent-steps    ≥0      thoughts per agent (default: the model's, else 40)
+--latent-steps    steps   thoughts per agent, or auto (default: the model's, else 40)
 --align           text    ridge, identity, prenorm, random, none or a file (default: ridge)
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
@@ -89,6 +90,8 @@ def whole_number(low: int, text: str) -> int:
 VALUES = {
     "text": {},
     "bits": {"type": int, "choices": [8]},
+    "steps": {"type": lambda n: n if n == "auto" else whole_number(0, n), "metavar": "N"},
+    "named": {"action": "append", "metavar": "NAME=FOLDER"},
     "real": {"type": float, "metavar": "X"},
     "file": {"metavar": "FILE"},
     "files": {"action": "append", "metavar": "FILE"},

@@ -7,9 +7,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor
-
 from .core.cache import KVCache
+from .core.rollout import Thought as Thought
 
 
 @dataclass
@@ -77,13 +76,6 @@ class AgentStart(NamedTuple):
     agent: str
     prompt_tokens: int
     latent_steps: int
-
-
-class Thought(NamedTuple):
-    """One latent step is done: the states it started from and the embeddings that were fed."""
-
-    hidden: Tensor  # (R, 1, D)
-    embedding: Tensor  # (R, 1, D)
 
 
 class Piece(NamedTuple):

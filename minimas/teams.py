@@ -24,9 +24,10 @@ class Agent:
     `prompt` is the user message, in which `{question}`, `{context}` and `{form}` are filled in.
     `latent_steps` is how many thoughts the agent thinks; None is the number of the method or the
     model folder. `writes` makes an agent before the last one generate text into its KV cache
-    before it hands over. `prefix` is text after the assistant header, such as "<think>\\n". The
-    last agent always generates text, and thinks only if its own `latent_steps` says so. Raises
-    ValueError if `latent_steps` is negative.
+    before it hands over. `prefix` is text after the assistant header, such as "<think>\\n". `model`
+    is a name in the `models` of the call; None is the call's own model. The last agent always
+    generates text, and thinks only if its own `latent_steps` says so. Raises ValueError if
+    `latent_steps` is negative.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Agent:
     latent_steps: int | None = None
     writes: bool = False
     prefix: str = ""
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.latent_steps is not None and self.latent_steps < 0:

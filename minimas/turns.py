@@ -7,11 +7,13 @@ the second. This file does not know which agent comes after which.
     B questions   R rows, B per agent   D hidden
 """
 
+import copy
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import add
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,26 +22,27 @@ from . import prompts
 from .answers import KINDS, extract
 from .core.cache import KVCache
 from .core.errors import ContextError, ParameterError
-from .core.latent import think
 from .core.model import prefill
+from .core.rollout import Thought, rollout
 from .layout import LAYOUTS, ChatLayout
 from .load import LM, text_tokenizer
-from .results import AgentEnd, AgentStart, AgentTrace, Events, Piece, Result, Thought
+from .results import AgentEnd, AgentStart, AgentTrace, Events, Piece, Result
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
 from .text.tokenizer import Turn, is_text
 
-Align = Callable[[Tensor], Tensor]  # hidden states (R, 1, D) -> embeddings (R, 1, D)
-
 
 class TurnResult(NamedTuple):
-    """One turn of one or more agents: the KV cache after it, and which of its slots are whose."""
+    """One turn of one or more agents: what was fed, and the KV cache after it."""
 
+    lm: LM
     cache: KVCache
     hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
+    ids: list[list[int]]  # of the prompts, per row
+    thoughts: list[Thought]
     start: list[int]  # slots per row before the turn
-    prompt_end: list[int]  # slots per row after the prompt; the thoughts follow
-    steps: int
+    prompt_end: list[int]  # slots per row after the prompt
+    thoughts_end: list[int]  # slots per row after the thoughts
     traces: list[AgentTrace]
     outputs: list[GeneratedText]
 
@@ -48,17 +51,13 @@ class TurnResult(NamedTuple):
 
         `head` counts each row's slots that all agents share: system message and opening.
         """
-        start = [max(pair) for pair in zip(self.start, head, strict=True)]
-        cache = self.cache
+        cache, start = self.cache, list(map(max, self.start, head))
         if transfer == "none":  # then every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
-            own = [n - at for n, at in zip(cache.lengths, start, strict=True)]
-            cache = KVCache.concat([cache.truncate(head), cache.keep_last(own)])
+            cache = cache.drop(head, start)
         if transfer == "latents":
-            thoughts_end = [end + self.steps for end in self.prompt_end]
-            thoughts = cache.truncate(thoughts_end).keep_last(self.steps)
-            cache = KVCache.concat([cache.truncate(start), thoughts])
+            cache = cache.truncate(self.thoughts_end).drop(start, self.prompt_end)
         return cache, head
 
 
@@ -67,7 +66,7 @@ class Run:
     """One call of a method: what is the same for all of its agents.
 
     `choices` is None, one dict letter -> text, or one per question. `sampling` None is the model's.
-    `memory`, `keep_memory` and `continues`: see `latent_mas`.
+    `memory`, `keep_memory`, `continues` and `models`: see `latent_mas`.
     Raises ValueError naming the parameter or question, what was found and what was expected.
     """
 
@@ -80,6 +79,10 @@ class Run:
     memory: KVCache | None = None
     keep_memory: bool = False
     continues: bool = False
+    models: Any = None
+
+    seconds = 0.0  # in which the model has prefilled what others were fed, see `mixed`
+    stops_itself = False  # whether thoughts end where the turn would
 
     def __post_init__(self) -> None:
         self.tokenizer = text_tokenizer(self.lm)
@@ -111,6 +114,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
+        self.read = [0] * len(self.questions)  # slots filled in these `seconds`
         B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
@@ -119,6 +123,14 @@ class Run:
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
         self.memory_lengths = [memory.lengths[row] for row in self.memory_rows]
+
+    def played_by(self, agent: Agent) -> Self:
+        """Return this run on the agent's own model. Prompts and sampling stay those of the call."""
+        other = copy.copy(self)
+        if agent.model:
+            other.lm = self.models[agent.model]
+            other.memory, other.end_ids = other.lm.model.new_cache(1), other.lm.end_ids
+        return other
 
     def new_cache(self, agents: int = 1) -> KVCache:
         """Return a copy of `memory`, or an empty KV cache: one row per agent and question."""
@@ -181,7 +193,7 @@ class Run:
         turns: Sequence[Turn],
         cache: KVCache,
         steps: int = 0,
-        align: Align | None = None,
+        align: Any = None,
         decodes: bool = True,
         final: bool = False,
         closes: bool = False,
@@ -191,7 +203,7 @@ class Run:
         Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
         answers; its cache is used afterwards only with `keep_memory`.
         """
-        began = self._clock()
+        began = self.clock() - self.seconds
         start = list(cache.lengths)
         closes = self.keep_memory if final else closes
         ids = [self.tokenizer.encode_turn(turn) for turn in turns]
@@ -199,30 +211,50 @@ class Run:
         for agent, filled, row_ids in zip(workers, start, ids, strict=True):
             self.require_context(agent, filled, len(row_ids), steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
-        yield AgentStart(name, sum(map(len, ids)), steps)
+        read = list(map(add, self.read * len(agents), map(len, ids)))
+        yield AgentStart(name, sum(read), steps)
 
         hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
-        if align is not None:
-            hidden = yield from self._think(align, hidden, cache, steps)
+        thoughts = yield from self._think(align, hidden, cache, steps)
+        hidden = thoughts[-1].after if thoughts else hidden
+        thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # left open, the next agent's system message would stand inside this answer
             self.prefill([self.closing] * len(ids), cache)
-
-        seconds = (self._clock() - began) / len(ids)
+        seconds = (self.clock() - began) / len(ids)
         traces = []
         for row, out in enumerate(outputs):
             # The last token at the limit is not fed, unless an agent continues from the cache.
             unfed = out.finish_reason == "length" and not keeps_cache
-            slots = prompt_end[row] + steps + len(out.ids) - unfed
-            slots += closes * len(self.closing)
-            bill = (len(ids[row]), steps, len(out.ids), seconds, slots * cache.slot_nbytes)
+            slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
+            count = thoughts_end[row] - prompt_end[row]
+            bill = (read[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
             traces.append(AgentTrace(*bill, workers[row].name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        return TurnResult(cache, hidden, start, prompt_end, steps, traces, outputs)
+        ends = start, prompt_end, thoughts_end
+        return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
+
+    def _think(
+        self, align: Any, hidden: Tensor, cache: KVCache, steps: int
+    ) -> Events[list[Thought]]:
+        draws = getattr(align, "with_generators", None)
+        if draws is not None:  # a map that draws at random, for each row from its question's own
+            align = draws(self.generators * (len(hidden) // len(self.questions)))
+        until, thoughts = self.ends_turn if self.stops_itself else None, []
+        for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
+            yield thought
+            thoughts.append(thought)
+        return thoughts
+
+    def ends_turn(self, hidden: Tensor, thoughts: Tensor) -> Tensor:
+        """Return where the likeliest next token, after a thought, would end the turn: (R,) bool."""
+        tokens = self.lm.model.logits(hidden)[:, 0].argmax(-1)
+        ends = torch.tensor([*self.end_ids], device=tokens.device)
+        return torch.isin(tokens, ends) & (thoughts.shape[1] > 1)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""
@@ -234,16 +266,6 @@ class Run:
             kept = turns[-1].cache.select([q]) if self.keep_memory else None
             results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
         return results
-
-    def _think(self, align: Align, hidden: Tensor, cache: KVCache, steps: int) -> Events[Tensor]:
-        draws = getattr(align, "with_generators", None)
-        if draws is not None:  # a map that draws at random, for each row from its question's own
-            align = draws(self.generators * (len(hidden) // len(self.questions)))
-        for _ in range(steps):
-            before = hidden
-            embedding, hidden = think(self.lm.model, align, before, cache, 1)
-            yield Thought(before, embedding)
-        return hidden
 
     def _decode(
         self,
@@ -266,7 +288,8 @@ class Run:
                 outputs[row] = done
         return [outputs[row] for row in range(len(ids))]
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Return the time in seconds, after all work that the model's device has been given."""
         if self.lm.model.device.type == "cuda":
             torch.cuda.synchronize(self.lm.model.device)  # a call returns before its kernels end
         return time.perf_counter()

@@ -28,6 +28,7 @@ from minimas import (
     Team,
     hierarchical,
     latent_mas,
+    load,
     sequential,
     single,
     stream,
@@ -36,6 +37,7 @@ from minimas import (
 )
 from minimas.agents import TRANSFERS, LatentRun, hand_over
 from minimas.core.model import prefill
+from minimas.lens import Lens
 from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, finish
 
 from .models import TINY, config_dict, distance, tiny_model
@@ -412,6 +414,51 @@ def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
     ):
         [result] = latent_mas(lm, QUESTIONS[:1], team, latent_steps=asked, sampling=SHORT)
         assert [trace.latent_steps for trace in result.agents] == thought
+
+
+STORIES = {  # of weights/tiny's kind, and how many totals each has
+    "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?": 3,
+    "Tom has 8 pears. He gives away half. How many pears does Tom have?": 2,
+    "Ann has 5 coins. She gets 3 more. She sells 1. She loses 4. How many coins does Ann have?": 4,
+}
+
+
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_with_auto_each_row_stops_where_it_would_end_its_turn(team: str) -> None:
+    """As many thoughts as totals, in traces, events, lens, memory and bill, as for a row alone."""
+    lm, counts = load(TINY, dtype="float64", quiet=True), list(STORIES.values())
+    lens, events, ends = Lens(lm), list[Event](), list[list[int]]()
+
+    def listen(event: Event) -> None:
+        lens(event)
+        events.append(event)
+        ends.extend([list(event.memory.lengths)] if isinstance(event, AgentEnd) else [])
+
+    how: dict[str, Any] = {"team": team, "latent_steps": "auto", "sampling": SHORT}
+    results = latent_mas(lm, list(STORIES), on_event=listen, **how)
+    assert [r.usage.latent_steps for r in results] == [3 * count for count in counts]
+    for q, (result, (question, count)) in enumerate(zip(results, STORIES.items(), strict=True)):
+        assert [trace.latent_steps for trace in result.agents] == [count] * 3 + [0]
+        assert [len(thoughts) for _, thoughts in lens.seen[q::3]] == [count] * 3 + [0]
+        [alone] = latent_mas(lm, [question], **how)
+        assert alone.text == result.text
+        assert [a.memory_bytes for a in alone.agents] == [a.memory_bytes for a in result.agents]
+    running = [event.running.sum() for event in events if isinstance(event, Thought)]
+    assert sum(map(int, running)) == 3 * sum(counts)
+    slot = lm.model.new_cache(1).slot_nbytes
+    assert [n * slot for n in ends[0][:3]] == [r.agents[0].memory_bytes for r in results]
+    latents = last_turn(lm, list(STORIES), transfer="latents", **how)
+    assert latents.cache.lengths == [3 * count for count in counts]
+
+
+def test_with_auto_an_agents_own_number_is_the_most(lm: LM) -> None:
+    """Else 40, whatever the folder says; at least one thought, unless the number is 0."""
+    agents = [dataclasses.replace(CHAIN.agents[0], latent_steps=n) for n in (0, 2, None)]
+    team = Team((*agents, CHAIN.agents[-1]))
+    for result in latent_mas(lm, QUESTIONS, team, "auto", sampling=SHORT):
+        zero, two, free, last = (agent.latent_steps for agent in result.agents)
+        assert (zero, last) == (0, 0)
+        assert 1 <= two <= 2 and 1 <= free <= 40
 
 
 def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:

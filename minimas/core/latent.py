@@ -1,31 +1,31 @@
-"""Latent thoughts: the alignment W_a from hidden states to input embeddings, and the latent loop.
+"""Latent thoughts: the alignment W_a from hidden states to input embeddings.
 
 An agent who hands over does not decode after its prompt. Its last hidden state h (last layer, after
-the final norm) becomes the next input embedding e, `steps` times (LatentMAS, arXiv 2511.20639,
-section 3.1):
+the final norm) becomes the next input embedding e (LatentMAS, arXiv 2511.20639, section 3.1), in
+the loop of `rollout`:
 
     e = rescale(h W_a)
     W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
 
 W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in,
-so W_a is the identity up to λ, and only the rescaling is left.
+so W_a is the identity up to λ, and only the rescaling is left. With W_in of another model that has
+the same tokens, W_a leads from one model to the other.
 
 This file does not know tokens, prompts, agents or sampling.
 
-    B rows   D hidden   V vocabulary
+    D hidden   V vocabulary
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import files
-from .cache import KVCache
 from .errors import ParameterError
-from .model import Qwen3, finite_on_cpu
+from .model import Qwen3
 
 LAMBDA = 1e-5  # the paper's
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
@@ -35,32 +35,31 @@ EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # of 
 def alignment_matrix(
     w_out: Tensor, w_in: Tensor, ridge: float = LAMBDA, chunk: int = 16384
 ) -> Tensor:
-    """Return the ridge map W_a (D, D), float64, for w_out and w_in (V, D) (paper, equation 3).
+    """Return the ridge map W_a (D, D'), float64, for w_out (V, D) and w_in (V, D') (equation 3).
 
+    D' differs from D if the embeddings are those of another model with the same tokenizer.
     Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is
     symmetric and positive definite, hence Cholesky:
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
     The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
-    float64 weights and for V ≤ D. Raises ValueError for unequal shapes or weights that are not
-    finite.
+    float64 weights and for V ≤ D. Raises ValueError for unequal V or weights that are not finite.
     """
-    if w_out.ndim != 2 or w_out.shape != w_in.shape:
+    if w_out.ndim != 2 or w_out.shape[:-1] != w_in.shape[:-1]:
         raise ValueError(
             f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, "
-            "expected two equal (V, D)"
+            "expected two equal V, (V, D) and (V, D')"
         )
     V, D = w_out.shape
     # With V < D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
-    # W_outᵀ W_out and W_outᵀ W_in.
-    gram, cross = torch.zeros(2, D, D, dtype=wide, device=w_out.device)
+    # W_outᵀ W_out, and to the right of it W_outᵀ W_in.
+    sums = torch.zeros(D, D + w_in.shape[1], dtype=wide, device=w_out.device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         out = out.to(wide)
-        gram += out.T @ out
-        cross += out.T @ into.to(wide)
-    gram, cross = gram.double(), cross.double()
+        sums += out.T @ torch.cat([out, into.to(sums)], 1)
+    gram, cross = sums.double().tensor_split([D], 1)
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     matrix = torch.cholesky_solve(cross, factor)
@@ -93,32 +92,38 @@ class Aligner:
         self.made_for = None if model is None else files.identity(model)
 
     @classmethod
-    def from_model(cls, model: Qwen3, kind: str = "ridge", rows: int | None = None) -> "Aligner":
+    def from_model(
+        cls,
+        model: Qwen3,
+        kind: str = "ridge",
+        rows: int | None = None,
+        reader: Qwen3 | None = None,
+    ) -> "Aligner":
         """Compute one kind of map from the unquantized embeddings of a model.
 
         "ridge" is the paper's W_a. "identity" only rescales h. "prenorm" is (h ÷ g) W_a, the
         state before the gain g of the final norm. "random" has W_a's singular values and random
         directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
         back unchanged. `rows` is the number of embedding rows to use (None: all); the rows after
-        the tokenizer's last id are padding. Raises ValueError for another kind, or rows out of
-        range.
+        the tokenizer's last id are padding. `reader` is the model whose embeddings W_in are to be
+        met (None: the same one). Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
         made = cls(model=model)
-        w_in = model.model.embed_tokens.weight
-        w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
+        w_in = (reader or model).model.embed_tokens.weight
+        head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         if rows is not None and not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
         if kind == "none":
             return made
-        w_in, w_out = w_in[:rows], w_out[:rows]
+        w_in = w_in[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
-        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # without a whole copy
-        made.norm = torch.cat(norms).double().mean().item()
+        norms = torch.linalg.vector_norm(w_in, dim=-1, dtype=wide)
+        made.norm = norms.double().mean().item()
         if kind == "identity":
             return made
-        matrix = alignment_matrix(w_out, w_in)
+        matrix = alignment_matrix(head.weight[:rows], w_in)
         if kind == "random":  # between two random orthogonal bases, the same at every call
             seed = torch.Generator().manual_seed(0)
             bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
@@ -164,34 +169,6 @@ class Aligner:
         x = x if self.scale is None else x * self.scale
         x = x if self.matrix is None else x @ self.matrix
         if self.norm is not None:
-            x = self.norm * torch.nn.functional.normalize(x, dim=-1)
+            x = self.norm * F.normalize(x, dim=-1)
         x = x if self.shift is None else x + self.shift
         return x.to(hidden.dtype)
-
-
-def think(
-    model: Qwen3, align: Callable[[Tensor], Tensor], hidden: Tensor, cache: KVCache, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
-
-    Each step maps the last hidden state to an embedding by `align`, any callable from (B, 1, D) to
-    (B, 1, D) in the same dtype, and feeds it: `cache` grows by one slot. Returns the embeddings,
-    (B, steps, D), and the last hidden state, (B, 1, D), which has not been fed. With 0 steps
-    nothing changes. Raises ValueError for negative steps, a map to another shape or dtype, or, on
-    a CPU, a state that is not finite.
-    """
-    if steps < 0:
-        raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    thoughts = [hidden[:, :0]]  # (B, 0, D)
-    finite_on_cpu(hidden, model.name)
-    for _ in range(steps):
-        embedding = align(hidden)
-        found, expected = (
-            f"{getattr(x, 'dtype', type(x))} of shape {tuple(getattr(x, 'shape', ()))}"
-            for x in (embedding, hidden)
-        )
-        if found != expected:
-            raise ParameterError("align", f"found a map to {found}, expected {expected}")
-        thoughts.append(finite_on_cpu(embedding, "align", "the map has returned it"))
-        hidden = finite_on_cpu(model(embedding, cache), model.name)
-    return torch.cat(thoughts, 1), hidden

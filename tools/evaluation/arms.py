@@ -46,7 +46,7 @@ class Arm:
     method: str = "latent_mas"
     metric: str = "accuracy"
     team: str | None = None
-    latent_steps: int | None = None
+    latent_steps: int | str | None = None
     align: str | None = None
     transfer: str | None = None
     close: bool | None = None

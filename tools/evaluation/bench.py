@@ -61,8 +61,13 @@ class Bench:
         sampling: Sampling,
         grader: Grader,
         feeders: Feeders | None = None,
+        models: dict[str, LM] | None = None,
     ) -> None:
-        """Divide `rows` into batches. `feeders` makes the maps of arms (None: `Feeders(lm)`)."""
+        """Divide `rows` into batches. `feeders` makes the maps of arms (None: `Feeders(lm)`).
+
+        `models` are the models that agents name.
+        """
+        self.models = models or {}
         self.lm, self.rows, self.sampling, self.grader = lm, rows, sampling, grader
         self.feeders = feeders or Feeders(lm)
         starts = range(0, len(rows), batch_size)
@@ -125,7 +130,7 @@ class Bench:
 
         if arm.method != "latent_mas":
             chosen = self.team(rows[0], arm) if arm.method == "text_mas" else None
-            return text_turn(self.lm, team=chosen, **asked(rows))
+            return text_turn(self.lm, team=chosen, models=self.named_by(chosen), **asked(rows))
         align = how.align or self.feeders(arm.align or "ridge")
         thinking: dict[str, Any] = {"latent_steps": arm.latent_steps, "align": align}
         thinking["close"] = arm.close is not False
@@ -134,12 +139,25 @@ class Bench:
         if transfer == "shuffled":
             others = [self.partner(i) for i in rows]
             their_team = self.team(others[0], arm)
-            handed = latent_turn(self.lm, team=their_team, **thinking, **asked(others))
+            theirs = thinking | self.mixed(their_team, arm)
+            handed = latent_turn(self.lm, team=their_team, **theirs, **asked(others))
+            thinking |= self.mixed(team, arm)
             return latent_turn(self.lm, team=team, handed=handed, **thinking, **asked(rows))
         last = team.agents[-1]
         if transfer == "none" and "{question}" in team.opening + last.prompt:
             team = replace(team, agents=(last,))  # the others would have no effect
+        thinking |= self.mixed(team, arm)
         return latent_turn(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
+
+    def named_by(self, team: Team | None) -> dict[str, LM]:
+        """Return the models that the agents of a team name; none for a single agent."""
+        names = {agent.model for agent in team.agents} if team else set()
+        return {name: lm for name, lm in self.models.items() if name in names}
+
+    def mixed(self, team: Team, arm: Arm) -> dict[str, Any]:
+        """Return the settings of a team of several models, which needs a kind of map, not a map."""
+        models = self.named_by(team)
+        return {"models": models, "align": arm.align or "ridge"} if models else {}
 
     def team(self, i: int, arm: Arm) -> Team:
         """Return the team that answers row i: the row's own team, otherwise the arm's."""
@@ -214,7 +232,7 @@ class Bench:
                 "options": by_letter,
             }
             prompt = last.prompts[q]
-            read = len(last.tokenizer.encode_turn(prompt))
+            read = len(last.tokenizer.encode_turn(prompt)) + last.turn.run.read[q]
             own = AgentTrace(read, last.latent_steps, name=last.agent.name, prompt=prompt.text)
             total = bill([*traces, own], marks.of(q, len(traces)))
             records.append(record | total | {"seconds": seconds})

@@ -70,6 +70,8 @@ def parser() -> Parser:
     top = Parser("evaluate", description=DESCRIPTION, allow_abbrev=False)
     add = top.add_argument
     add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
+    models = "the model that agents of a team call NAME; repeat the flag"
+    add("--models", action="append", type=named, metavar="NAME=FOLDER", help=models)
     add("--task", help="name of a benchmark, see tools/evaluation/tasks.py")
     add("--data", type=Path, metavar="FILE.jsonl", help="your own questions instead of --task")
     add("--data-dir", type=Path, default=Path("data"), help="folder of tools/download.py's files")
@@ -111,8 +113,8 @@ def add_settings(top: Parser) -> None:
     )
     about = f"list of {', '.join(TEAMS)}, FILE.json"
     add("--team", type=list_of(team), default=["sequential"], help=about)
-    steps = "list (default: the model's)"
-    add("--latent-steps", type=list_of(whole(0)), default=[None], help=steps)
+    steps = "list of numbers or auto (default: the model's)"
+    add("--latent-steps", type=list_of(steps_or_auto), default=[None], help=steps)
     add(
         "--align",
         type=list_of(kind_of_map),
@@ -133,6 +135,19 @@ def add_settings(top: Parser) -> None:
     add("--layout", type=list_of(layout), default=[None], help=about)
     prefix = "text before the thoughts, may contain commas; repeat the flag for a list"
     add("--prefix", action="append", metavar="TEXT", help=prefix)
+
+
+def named(text: str) -> list[str]:
+    """Convert NAME=FOLDER to the name and the folder."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected NAME=FOLDER")
+    return [name, folder]
+
+
+def steps_or_auto(text: str) -> int | str:
+    """Convert a number of latent steps, or "auto"."""
+    return text if text == "auto" else whole(0)(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +213,9 @@ class Evaluation:
         rows, device = load_rows(args), args.device
         if self.ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        lm = minimas.load(args.model, device=device, dtype=args.dtype, quantize=args.quantize)
+        how = {"device": device, "dtype": args.dtype, "quantize": args.quantize}
+        lm = minimas.load(args.model, **how)
+        models = {name: minimas.load(folder, **how) for name, folder in args.models or ()}
         sampling = replace(
             lm.sampling,
             temperature=args.temperature,
@@ -209,7 +226,8 @@ class Evaluation:
             sampling = replace(sampling, repetition_penalty=1.0)
         graded = grader(args.run_untrusted_code, has_math_verify())
         text = args.fit_text.read_text(encoding="utf-8") if args.fit_text else None
-        self.bench = Bench(lm, rows, args.batch_size, sampling, graded, Feeders(lm, text))
+        self.bench = Bench(lm, rows, args.batch_size, sampling, graded, Feeders(lm, text), models)
+        self.check_models()
         self.lens = Lens(lm, args.lens) if args.lens else None
         self.arms = self.choose_arms()
         # All arms run on a batch before the next batch, so that an unfinished run has compared them
@@ -221,6 +239,16 @@ class Evaluation:
                 self.units |= {Key(number, arm.name, seed): ids for seed in args.seeds}
         self.blind: set[str] = set()  # arms for which --lens records nothing
         self.settings = run_settings(args, self.bench, self.arms)
+
+    def check_models(self) -> None:
+        """Raise ValueError if no team names one of the models, or if they cannot be looked into."""
+        args, bench = self.args, self.bench
+        teams = [bench.team(i, Arm("", team=t)) for t in args.team for i in range(len(bench.rows))]
+        used = {agent.model for team in teams for agent in team.agents}
+        if unused := sorted(bench.models.keys() - used):
+            raise ValueError(f"models (--models): found {unused}, expected names of agents' models")
+        if bench.models and (args.lens or args.audit):
+            raise ValueError("models (--models): found some with --lens or --audit, expected none")
 
     def choose_arms(self) -> list[Arm]:
         """Return the arms of the grid, or of the audit. Raises ValueError naming a wrong flag."""

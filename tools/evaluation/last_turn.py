@@ -31,7 +31,7 @@ class PrefillOnce:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[tuple[int, ...], ...], tuple[Tensor, KVCache]] = {}
+        self.kept: dict[Any, tuple[Tensor, KVCache]] = {}
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SharingRun(Run):
         """Return the last hidden state of each row (R, 1, D), and the KV cache to continue from."""
         if self.once is None or any(cache.lengths):
             return super().prefill(ids, cache)
-        key = tuple(map(tuple, ids))
+        key = self.lm, *map(tuple, ids)
         if key not in self.once.kept:
             self.once.kept[key] = super().prefill(ids, cache)
         hidden, kept = self.once.kept[key]

@@ -27,7 +27,8 @@ from .feeders import SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet"}  # these have no effect on results
-NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model"}  # paths, whose contents are settings
+# Paths, whose contents are settings.
+NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model", "models"}
 Record = dict[str, Any]
 
 
@@ -60,6 +61,8 @@ def run_settings(args: argparse.Namespace, bench: Bench, arms: Sequence[Arm]) ->
     }
     if args.audit:
         given["arms"] = [arm.name for arm in arms]
+    if bench.models:
+        given["models"] = {name: one.model.fingerprint() for name, one in bench.models.items()}
     if text:
         given["fit_text"] = digest(text)
     if maps := [kind for kind in args.align if kind.endswith(SUFFIX)]:

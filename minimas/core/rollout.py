@@ -1,0 +1,119 @@
+"""The latent loop, and rules for when a row has thought enough.
+
+A map (see `latent`) makes an embedding of each row's last hidden state. It is fed in place of a
+token, and the state after it is the next one to be mapped. This file does not know tokens, prompts,
+agents or sampling.
+
+    B rows   n thoughts   D hidden   V vocabulary
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import KVCache
+from .errors import ParameterError
+from .model import Qwen3, finite_on_cpu
+
+Align = Callable[[Tensor], Tensor]  # hidden states (B, 1, D) -> embeddings (B, 1, D), same dtype
+# Hidden states (B, 1, D) and embeddings (B, n, D), the new ones last -> (B,) bool: who stops.
+Until = Callable[[Tensor, Tensor], Tensor]
+
+
+class Thought(NamedTuple):
+    """One latent step is done. In a row that has stopped, nothing was fed and nothing changes."""
+
+    hidden: Tensor  # (B, 1, D): the states that the step started from
+    embedding: Tensor  # (B, 1, D): what was fed, zeros in rows that have stopped
+    running: Tensor  # (B,) bool: the rows that have not stopped
+    after: Tensor  # (B, 1, D): the states after the step
+
+
+def think(
+    model: Qwen3,
+    align: Align,
+    hidden: Tensor,
+    cache: KVCache,
+    steps: int,
+    until: Until | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
+
+    Each step maps the last hidden state to an embedding by `align`, any callable from (B, 1, D) to
+    (B, 1, D) in the same dtype, and feeds it: `cache` grows by one slot. Returns the embeddings,
+    (B, steps, D), and the last hidden state, (B, 1, D), which has not been fed. With 0 steps
+    nothing changes.
+
+    `until` makes each row stop by itself, after `steps` thoughts at most: `entropy_below`,
+    `cosine_above`, or any callable. It is called before a thought is fed, with the hidden states
+    (B, 1, D) and the embeddings so far (B, n, D), the new ones last, and returns (B,) bool. Where
+    that is True the new embedding is not fed, the row's state and cache stay as they are from then
+    on, and its further embeddings are zeros. n in the result (B, n, D) is that of the row that
+    stopped last.
+
+    Raises ValueError for negative steps, a map or a rule that returns another shape or dtype, or,
+    on a CPU, a state that is not finite.
+    """
+    thoughts = list(rollout(model, align, hidden, cache, steps, until))
+    fed = torch.cat([hidden[:, :0], *(thought.embedding for thought in thoughts)], 1)
+    return fed, thoughts[-1].after if thoughts else hidden
+
+
+def rollout(
+    model: Qwen3,
+    align: Align,
+    hidden: Tensor,
+    cache: KVCache,
+    steps: int,
+    until: Until | None = None,
+) -> Iterator[Thought]:
+    """Yield each latent step of `think` when it is done. Parameters and errors as there."""
+    if steps < 0:
+        raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
+    finite_on_cpu(hidden, model.name)
+    running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
+    fed = list[Tensor]()
+    for _ in range(steps):
+        embedding = _checked("align", align(hidden), hidden)
+        fed.append(finite_on_cpu(embedding, "align", "the map has returned it"))
+        if until is not None:
+            running = running & ~_checked("until", until(hidden, torch.cat(fed, 1)), running)
+            if not running.any():
+                return
+        after = finite_on_cpu(model(embedding, cache, until and running), model.name)
+        rows = running[:, None, None]  # (B, 1, 1)
+        step = Thought(hidden, embedding.where(rows, 0), running, after.where(rows, hidden))
+        yield step
+        hidden = step.after
+
+
+def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
+    """Return what a parameter has returned; raises ValueError if its dtype or shape is wrong."""
+    found, expected = (
+        f"{getattr(x, 'dtype', type(x))} of shape {tuple(getattr(x, 'shape', ()))}"
+        for x in (returned, like)
+    )
+    if found != expected:
+        raise ParameterError(parameter, f"found a map to {found}, expected {expected}")
+    return returned  # type: ignore[no-any-return]
+
+
+def entropy_below(model: Qwen3, nats: float) -> Until:
+    """Return a rule that stops a row where the entropy of its next token is below `nats`."""
+    return lambda hidden, _: entropy(model.logits(hidden)[:, 0]).lt(nats)
+
+
+def cosine_above(cosine: float) -> Until:
+    """Return a rule that stops a row before a thought this similar to the one before it."""
+    # Of the first thought there is none before it: (B, 0).
+    return lambda _, thoughts: torch.any(
+        F.cosine_similarity(thoughts[:, -2:-1], thoughts[:, -1:], dim=-1) > cosine, 1
+    )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of scores (…, V), in nats: (…,)."""
+    return torch.sum(torch.special.entr(logits.float().softmax(-1)), -1)

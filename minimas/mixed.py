@@ -1,0 +1,70 @@
+"""Several models in one team: a model prefills again what other models have been fed.
+
+A KV cache belongs to one model. An agent of another model gets the explicit input of the turns
+before its own instead, and fills the slots itself:
+
+    prompt          the same ids, as the models have the same tokenizer
+    thoughts        rescale(h W), where h is the state that the thought was made from, and
+                    W = argmin_W ‖W_out,A W − W_in,B‖² + λ‖W‖² leads from model A to model B
+    rest            generated tokens, and the end of the turn in layout "chat"
+
+If both are the same model, the map makes the same thoughts as in the turn, and the KV cache becomes
+the one that could have been handed over (the paper's theorem, section 3.2). Does not know: prompts,
+or which agent comes next.
+
+    R rows   n thoughts   T tokens   D hidden
+"""
+
+from collections.abc import Sequence
+from operator import add, sub
+from typing import Any
+
+import torch
+
+from .core.cache import KVCache
+from .core.errors import ParameterError
+from .load import text_tokenizer
+from .teams import Team
+from .turns import Run, TurnResult
+
+MAPS = ("ridge", "prenorm")  # there is one between two models too
+
+
+def require_models(run: Run, team: Team) -> None:
+    """Raise ValueError naming the parameter if a team cannot work with the models of a call."""
+    run.models, named = run.models or {}, sorted({a.model for a in team.agents if a.model})
+    if sorted(run.models) != named:
+        problem = f"found {sorted(run.models)}, expected {named}, the models of the team's agents"
+        raise ParameterError("models", problem)
+    if named and (team.parallel or any(run.memory_lengths)):
+        problem = "found some with parallel agents or a memory, expected neither"
+        raise ParameterError("models", problem)
+    for name, lm in run.models.items():
+        if text_tokenizer(lm).backend.get_vocab() != run.tokenizer.backend.get_vocab():
+            problem = f"found {name!r} with another tokenizer, expected that of {run.lm.model.name}"
+            raise ParameterError("models", problem)
+
+
+def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[int]) -> KVCache:
+    """Return the KV cache of the run's model after `turns`, of which `cache` is handed over.
+
+    It is `cache` itself after a turn of the same model. Otherwise the model prefills all turns
+    again, with the same cuts in between, and the run counts its slots and seconds.
+    """
+    if turns and turns[-1].lm is run.lm:
+        return cache
+    began, own, model = run.clock(), run.new_cache(), run.lm.model
+    for turn in turns if any(cache.lengths) else ():
+        _, own = run.prefill(turn.ids, own)
+        if turn.thoughts:
+            hidden = torch.cat([thought.hidden for thought in turn.thoughts], 1)  # (R, n, D)
+            embeddings = turn.lm.aligner(run.align, run.lm)(hidden)
+            counts = list(map(sub, turn.thoughts_end, turn.prompt_end))
+            model(embeddings.to(model.device, model.dtype), own, counts)
+        rest = [out.ids + run.closing * run.closes_turns for out in turn.outputs]
+        if any(rest):
+            run.prefill(rest, own)
+        run.read = list(map(add, run.read, map(sub, own.lengths, turn.start)))
+        own, _ = turn._replace(cache=own).hand_over(run.transfer, head)
+    run.seconds = run.clock() - began
+    return own  # type: ignore[no-any-return]

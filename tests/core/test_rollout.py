@@ -1,0 +1,102 @@
+"""Rows that stop thinking apart, against each row alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minimas import Aligner, Qwen3, think
+from minimas.core.model import take_last
+from minimas.core.rollout import cosine_above, entropy_below, rollout
+
+from ..models import apart, distance, random_ids, remember
+
+LENGTHS = [4, 2, 5]
+
+
+def prefilled(model: Qwen3) -> tuple[Tensor, Any]:
+    hidden, cache = remember(model, random_ids(model, 3, 5), LENGTHS)
+    return take_last(hidden, LENGTHS), cache
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 4], [4, 4, 4], [0, 0, 1], [0, 0, 0], [1, 9, 2]])
+def test_a_row_that_stops_is_as_if_it_had_thought_alone(model: Qwen3, counts: list[int]) -> None:
+    """Its cache and state stay, the others go on, and no embedding is counted that was not fed."""
+    align = Aligner.from_model(model)
+    hidden, cache = prefilled(model)
+    limits = torch.tensor(counts)
+    thoughts, last = think(
+        model, align, hidden, cache, 5, until=lambda _, fed: fed.shape[1] > limits
+    )
+    expected = [min(count, 5) for count in counts]
+    assert cache.lengths == [n + count for n, count in zip(LENGTHS, expected, strict=True)]
+    assert thoughts.shape == (3, max(expected), 16)
+    for row, count in enumerate(expected):
+        start, alone = prefilled(model)
+        alone = alone.select([row])
+        own, end = think(model, align, start[row : row + 1], alone, count)
+        assert distance(cache.select([row]), alone) < 1e-12
+        assert torch.allclose(thoughts[row, :count], own[0], atol=1e-12)
+        assert not thoughts[row, count:].any()
+        assert apart(last[row], end[0]) < 1e-12
+
+
+def test_a_row_that_has_stopped_does_not_start_again(model: Qwen3) -> None:
+    """A rule that says stop once and go on afterwards: slots in between would be missing."""
+    hidden, cache = prefilled(model)
+    align, row = Aligner.from_model(model), torch.tensor([True, False, False])
+    steps = list(rollout(model, align, hidden, cache, 4, lambda _, fed: row & (fed.shape[1] == 2)))
+    assert [step.running.tolist() for step in steps] == [[True] * 3] + [[False, True, True]] * 3
+    assert cache.lengths == [4 + 1, 2 + 4, 5 + 4]
+    assert torch.equal(steps[1].after[0], steps[1].hidden[0])
+
+
+def test_the_entropy_of_the_next_token_stops_a_row(model: Qwen3) -> None:
+    """Against -Σ p ln p, with a bar between the rows' own values."""
+    align, entropies = Aligner.from_model(model), []
+    hidden, cache = prefilled(model)
+    for step in rollout(model, align, hidden, cache, 4):
+        chances = model.logits(step.hidden)[:, 0].softmax(-1)
+        entropies.append(-(chances * chances.log()).sum(-1))
+    values = torch.stack(entropies, 1)  # (B, steps)
+    bar = float(values.median()) - 1e-4  # between two values
+    below = [(row < bar).tolist() for row in values]
+    expected = [row.index(True) if any(row) else 4 for row in below]
+    assert len(set(expected)) > 1
+    hidden, cache = prefilled(model)
+    think(model, align, hidden, cache, 4, until=entropy_below(model, bar))
+    assert [n - old for n, old in zip(cache.lengths, LENGTHS, strict=True)] == expected
+
+
+def test_a_thought_like_the_one_before_it_stops_a_row(model: Qwen3) -> None:
+    """Never the first: there is none before it. The one that resembles is not fed."""
+    flags = torch.tensor([True, False, False])[:, None, None]
+
+    def align(hidden: Tensor) -> Tensor:
+        return torch.where(flags, torch.ones_like(hidden), hidden)
+
+    hidden, cache = prefilled(model)
+    think(model, align, hidden, cache, 3, until=cosine_above(0.999))
+    assert cache.lengths[0] == 4 + 1
+    assert cache.lengths[1:] == [2 + 3, 5 + 3]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda h, t: h[:, 0],
+        lambda h, t: True,
+        lambda h, t: h[:, :1, 0] > 0,
+        lambda h, t: h[:1, 0, 0] > 0,
+    ],
+)
+def test_a_rule_without_a_truth_value_for_each_row_is_named(
+    rule: Callable[[Tensor, Tensor], Any], model: Qwen3
+) -> None:
+    """One value would stop all rows or none, in silence."""
+    hidden, cache = prefilled(model)
+    with pytest.raises(ValueError, match=r"^until: found .*expected torch.bool of shape \(3,\)"):
+        think(model, Aligner(), hidden, cache, 2, until=rule)
+    assert cache.lengths == LENGTHS
