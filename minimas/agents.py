@@ -92,18 +92,21 @@ def latent_mas(
     continues: bool = False,
     models: Mapping[str, LM] | None = None,
 ) -> list[Result]:
-    """Let agents think in latent space and hand their KV cache over; only the last one decodes.
+    """Let agents think in latent space and hand their KV cache over; the last one decodes.
+
+    An earlier agent decodes too if it has `writes`, see `Agent`.
 
     `latent_steps` None is each agent's own number, else the folder's, else 40. With "auto" a row
-    stops by itself after its first thought or a later one, where the likeliest next token would end
-    the turn, and at the agent's own number, else 40. `align` is a kind of map (see `core.latent`),
-    the FILE.safetensors of one, or any callable from hidden states to embeddings.
+    stops where the likeliest next token would end the turn, after one thought at least and the
+    agent's own number, else 40, at most. `align` is a kind of map (see `core.latent`), the
+    FILE.safetensors of one, or any callable from hidden states to embeddings.
 
-    `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or
-    one per question) pick the form and the extraction of the answer. `sampling` None is the
-    model's. `on_event` is called with every event (see `results`); to iterate over them, use
-    `stream`. `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
-    "latents" (thoughts only), "last" (the previous agent's only), and the control arms "none" and
+    `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
+    question) pick the form and the extraction of the answer. `sampling` None is the model's.
+    `on_event` is called with every event (see `results`); to iterate over them, use `stream`.
+    `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
+    "latents" (the shared beginning and all thoughts), "last" (the shared beginning and what the
+    agent before has added; of parallel agents, the last one), and the control arms "none" and
     "shuffled" (question i gets the cache of question i + 1, the last one the first's). `layout` is
     "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns of
     agents who hand over open, as the authors' code does.
@@ -173,10 +176,10 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         if first:
             counts = [layout.head_tokens(i) for i, layout in layouts]
             head = list(map(add, cache.lengths, counts))
-        prompts = [layout.prompt(i, first) for i, layout in layouts]
+        asked = [layout.prompt(i, first) for i, layout in layouts]
         how = {"decodes": agents[0].writes, "closes": run.closes_turns}
         steps = run.steps(agents[0])
-        turn = yield from own.turn(agents, prompts, cache, steps, own.align_map, **how)
+        turn = yield from own.turn(agents, asked, cache, steps, own.align_map, **how)
         cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
         if team.parallel:
@@ -231,7 +234,7 @@ class HandOver(NamedTuple):
 
     run: Run
     cache: KVCache
-    head: list[int]  # slots per row that are the layout's head
+    head: list[int]  # slots per row that all agents share: memory, system message, opening
     turns: list[TurnResult]
 
 

@@ -49,7 +49,7 @@ class TurnResult(NamedTuple):
     def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
         """Return the cache as the next agent gets it, and how many slots per row are its head.
 
-        `head` counts each row's slots that all agents share: system message and opening.
+        `head` counts each row's slots that all agents share: memory, system message and opening.
         """
         cache, start = self.cache, list(map(max, self.start, head))
         if transfer == "none":  # then every turn starts where the call's memory ends

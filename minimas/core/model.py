@@ -1,4 +1,4 @@
-"""Qwen3 as a pure function of embeddings and a KV cache: embed, forward, logits.
+"""Qwen3 from embeddings to hidden states; its only state is the KV cache that it is given.
 
 The model takes embeddings and returns hidden states, so tokens, latent thoughts and mixtures of
 both take one path (paper, section 3.1). The cache is an argument, so any number of caches can be
