@@ -6,6 +6,7 @@ code from a model folder is run. Tokenizer, sampling defaults and teams are read
 Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
+import logging
 import re
 import sys
 from functools import cached_property, partial
@@ -31,6 +32,7 @@ from .text.generate import Sampling
 from .text.tokenizer import Tokenizer
 
 TINY = "weights/tiny"
+log = logging.getLogger("minimas")
 
 
 class LM:
@@ -154,7 +156,8 @@ def load(
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
-    `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
+    `device` "auto" is a CUDA GPU if there is one, never an Apple GPU ("mps"). `dtype` "auto" is the
+    checkpoint's own, or another one, with a warning, if the device cannot compute it. `quantize`
     is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
     Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. On a
     terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
@@ -162,6 +165,8 @@ def load(
     field, what was found and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
+    if target.type == "mps":
+        _check_mps(quantize, compile, asked)
     if quantize is not None:
         check(quantize, target, asked)
     if compile:
@@ -169,7 +174,7 @@ def load(
     path = resolve(name)
     source = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
-    used = asked or getattr(torch, source.config.dtype)
+    used = asked or _default_dtype(source.config.dtype, target)
     replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
     bar = partial(
@@ -240,11 +245,34 @@ def _device(name: str | torch.device) -> torch.device:
     text = str(name)
     if text == "auto":
         text = "cuda" if gpus else "cpu"
-    if not re.fullmatch(r"cpu(:\d+)?", text) and text not in gpus and not (text == "cuda" and gpus):
-        raise ParameterError(
-            "device", f"found {text!r}, expected auto, cpu, or cuda ({len(gpus)} devices here)"
-        )
+    known = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + gpus
+    if not re.fullmatch(r"cpu(:\d+)?", text) and text not in known:
+        expected = f"auto, cpu, or cuda ({len(gpus)} devices here), or mps on an Apple GPU"
+        raise ParameterError("device", f"found {text!r}, expected {expected}")
     return torch.device(text)
+
+
+def _check_mps(quantize: str | None, compile: bool, dtype: torch.dtype | None) -> None:
+    """Refuse what an Apple GPU does not run, and warn of the rest."""
+    wide = dtype if dtype == torch.float64 else None
+    for name, value in {"quantize": quantize, "compile": compile, "dtype": wide}.items():
+        if value:
+            expected = "expected weights of 16 or 32 bits that are not compiled"
+            raise ParameterError(name, f"found {value} with --device mps, {expected}")
+    log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
+
+
+def _default_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a checkpoint, or one that `device` computes in its place."""
+    used = name
+    if name == "bfloat16" and device.type == "cuda":
+        # Older GPUs emulate bf16, which is slow.
+        used = name if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if name == "float64" and device.type == "mps":
+        used = "float32"
+    if used != name:
+        log.warning("--dtype auto: %s does not compute %s, %s is used", device, name, used)
+    return getattr(torch, used)  # type: ignore[no-any-return]
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

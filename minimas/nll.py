@@ -67,5 +67,5 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
         logits = model.logits(hidden[q : q + 1, : len(row)])[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         each = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="none")
-        losses.append(Loss(float(each.double().sum()), len(row)))
+        losses.append(Loss(float(each.cpu().double().sum()), len(row)))
     return losses

@@ -63,7 +63,7 @@ model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf, or FILE.s
 RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
 --dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
---device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
+--device          text=auto  auto, cpu, cuda, cuda:N or mps (not tested) (default: auto)
 --quiet           yes     print only errors on stderr
 --debug           yes     show a traceback with an error
 """

@@ -270,6 +270,8 @@ class Run:
     def _clock(self) -> float:
         if self.lm.model.device.type == "cuda":
             torch.cuda.synchronize(self.lm.model.device)  # a call returns before its kernels end
+        elif self.lm.model.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 

@@ -113,7 +113,7 @@ def floats(
             f"{path}: {name}: found {part.dtype} of shape {tuple(part.shape)}, "
             f"expected floats among {shapes}"
         )
-    part = part.to(model.device, dtype)
+    part = part.to(dtype).to(model.device)  # in this order: an Apple GPU has no float64
     if not part.isfinite().all():
         raise ValueError(f"{path}: {name}: found NaN or infinity, expected finite values")
     return part

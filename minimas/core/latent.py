@@ -26,6 +26,7 @@ from . import files
 from .cache import KVCache
 from .errors import ParameterError
 from .model import Qwen3, finite_on_cpu
+from .rotary import for_float64
 
 LAMBDA = 1e-5  # the paper's
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
@@ -43,7 +44,8 @@ def alignment_matrix(
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
     The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
-    float64 weights and for V ≤ D. Raises ValueError for unequal shapes or weights that are not
+    float64 weights and for V ≤ D. On an Apple GPU's weights everything is done on the CPU, where
+    the map then is. Raises ValueError for unequal shapes or weights that are not
     finite.
     """
     if w_out.ndim != 2 or w_out.shape != w_in.shape:
@@ -55,11 +57,11 @@ def alignment_matrix(
     # With V < D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     # W_outᵀ W_out and W_outᵀ W_in.
-    gram, cross = torch.zeros(2, D, D, dtype=wide, device=w_out.device)
+    gram, cross = torch.zeros(2, D, D, dtype=wide, device=for_float64(w_out[:0]).device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
-        out = out.to(wide)
+        out, into = for_float64(out).to(wide), for_float64(into).to(wide)
         gram += out.T @ out
-        cross += out.T @ into.to(wide)
+        cross += out.T @ into
     gram, cross = gram.double(), cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -115,7 +117,7 @@ class Aligner:
         w_in, w_out = w_in[:rows], w_out[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
         norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # without a whole copy
-        made.norm = torch.cat(norms).double().mean().item()
+        made.norm = for_float64(torch.cat(norms)).double().mean().item()
         if kind == "identity":
             return made
         matrix = alignment_matrix(w_out, w_in)
@@ -124,7 +126,7 @@ class Aligner:
             bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
-        made.matrix = matrix.to(wide)
+        made.matrix = matrix.to(wide).to(w_in.device)
         if kind == "prenorm":
             gain = model.model.norm.weight.to(wide)
             made.scale = torch.where(gain == 0, 0, 1 / gain)  # where the gain is 0, h is 0 too

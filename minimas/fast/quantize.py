@@ -58,7 +58,8 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
 
 def has_kernels(device: torch.device) -> bool:
     """Return whether torch's kernels of 4 and 8 bits run on `device`."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return cuda or device.type == "cpu"
 
 
 def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
