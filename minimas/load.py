@@ -23,7 +23,8 @@ from .core.latent import Aligner
 from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
-from .fast.quantize import check, finish, replacement
+from .fast.parallel import Part, add_shares, join
+from .fast.quantize import check, finish, has_kernels, replacement
 from .formats.gguf import GGUF
 from .formats.gguf_file import read_header
 from .hub import download
@@ -153,6 +154,7 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
     quiet: bool = False,
+    parallel: Any = False,
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
@@ -161,19 +163,19 @@ def load(
     is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's Q4_0,
     Q4_1 and Q8_0 as they are. `compile` makes steps of one position faster, after a warm-up. On a
     terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
-    largest tensor. Raises FileNotFoundError, ImportError or ValueError naming the file or flag, the
-    field, what was found and what was expected.
+    largest tensor. `parallel` True divides the model among all ranks of torchrun, a DeviceMesh
+    among its own (see fast/parallel.py). Raises FileNotFoundError, ImportError or ValueError naming
+    the file or flag, the field, what was found and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
-    if target.type == "mps":
-        _check_mps(quantize, compile, asked)
-    if quantize is not None:
-        check(quantize, target, asked)
-    if compile:
-        check_compiler(target.type)
+    _check(target, asked, quantize, compile, parallel)
+    mesh = join(target, parallel) if parallel else None
     path = resolve(name)
-    source = Folder(path) if path.is_dir() else GGUF(path)
+    source: Any = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
+    if mesh:
+        source = Part(source, mesh)
+        model = empty_model(str(name), source)
     used = asked or _default_dtype(source.config.dtype, target)
     replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
@@ -185,6 +187,8 @@ def load(
     pack(model)
     if compile:
         compile_steps(model)
+    if mesh:
+        add_shares(model, mesh)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
 
 
@@ -252,26 +256,37 @@ def _device(name: str | torch.device) -> torch.device:
     return torch.device(text)
 
 
-def _check_mps(quantize: str | None, compile: bool, dtype: torch.dtype | None) -> None:
-    """Refuse what an Apple GPU does not run, and warn of the rest."""
-    wide = dtype if dtype == torch.float64 else None
-    for name, value in {"quantize": quantize, "compile": compile, "dtype": wide}.items():
-        if value:
-            expected = "expected weights of 16 or 32 bits that are not compiled"
-            raise ParameterError(name, f"found {value} with --device mps, {expected}")
-    log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
+def _check(
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    compile: bool,
+    parallel: Any,
+) -> None:
+    """Refuse what does not run together, before anything is read."""
+    for name, found, flag in (
+        ("quantize", quantize, device.type == "mps" and "--device mps"),
+        ("compile", compile, device.type == "mps" and "--device mps"),
+        ("dtype", dtype == torch.float64, device.type == "mps" and "--device mps"),
+        ("parallel", parallel, device.type == "mps" and "--device mps"),
+        ("compile", compile, parallel and "--parallel"),
+    ):
+        if found and flag:
+            raise ParameterError(name, f"found {found} with {flag}, expected one of them")
+    if quantize is not None:
+        check(quantize, device, dtype)
+    if compile:
+        check_compiler(device.type)
+    if device.type == "mps":
+        log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
 
 
 def _default_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a checkpoint, or one that `device` computes in its place."""
-    used = name
-    if name == "bfloat16" and device.type == "cuda":
-        # Older GPUs emulate bf16, which is slow.
-        used = name if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if name == "float64" and device.type == "mps":
-        used = "float32"
+    """Return a checkpoint's dtype, or another one for a GPU that is slow or wrong in it."""
+    instead = {} if has_kernels(device) else {"bfloat16": "float16", "float64": "float32"}
+    used = instead.get(name, name)
     if used != name:
-        log.warning("--dtype auto: %s does not compute %s, %s is used", device, name, used)
+        log.warning("--dtype auto: %s has no fast %s, %s is used", device, name, used)
     return getattr(torch, used)  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ ASK = """answer a question with a team of agents
 --transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --save-memory     text    write the KV cache after the answer to this file
 --compile         yes     faster steps after a warm-up of up to a minute
+--parallel        yes     divide the model among the ranks of torchrun (docs/design.md)
 """
 CHAT = """talk with one agent or a team: a message per line, the KV cache is kept between turns
 --method          single,latent_mas,text_mas=single  who answers (default: %(default)s)

@@ -26,7 +26,7 @@ from .bench import Bench
 from .feeders import SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet"}  # what to do, not how
+NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet", "parallel"}  # what to do, not how
 NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model"}  # paths: their contents are settings
 Record = dict[str, Any]
 
