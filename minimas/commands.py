@@ -13,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import distributed
 
 from . import __version__, agents
 from .chat import chat
@@ -36,9 +35,8 @@ METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed")
 
 def run(args: Namespace) -> int:
     """Run one of the COMMANDS. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
-    other_rank = getattr(args, "parallel", False) and os.environ.get("RANK", "0") != "0"
-    if other_rank:  # rank 0 alone prints
-        args.quiet = True
+    if getattr(args, "parallel", False) and os.environ.get("RANK", "0") != "0":
+        args.quiet = True  # rank 0 alone prints
         silence(sys.stdout)
     try:
         COMMANDS[args.command](args)
@@ -46,12 +44,7 @@ def run(args: Namespace) -> int:
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
     except ERRORS as error:
-        if other_rank and isinstance(error, ParameterError):  # the same on all ranks
-            return 2
         return report_error(error, args)
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
     return 0
 
 
@@ -60,9 +53,9 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
-    if args.parallel and (args.memory or args.save_memory):
-        problem = "found with a file of a KV cache, expected none: each rank has its own heads"
-        raise ParameterError("parallel", problem)
+    if args.parallel and args.save_memory:
+        problem = "found with --parallel, expected neither: each rank has its own heads"
+        raise ParameterError("save_memory", problem)
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
@@ -132,8 +125,8 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
 def load_model(args: Namespace) -> LM:
     """Return the model of a command line, as `load` does."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
-    how = args.quantize, compiled, args.quiet, getattr(args, "parallel", False)
-    return load(args.model, args.device, args.dtype, *how)
+    divided = getattr(args, "parallel", False)
+    return load(args.model, args.device, args.dtype, args.quantize, compiled, args.quiet, divided)
 
 
 def method_options(args: Namespace) -> Settings:

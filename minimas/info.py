@@ -19,8 +19,8 @@ from .fast.quantize import FORMATS, TORCH_FORMATS
 from .formats.gguf import GGUF
 from .load import resolve
 
-# Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
-RESERVED = 1.5e9
+OVERHEAD = 0.5e9  # bytes besides all tensors: what CUDA, or Python and torch, take
+CHUNK = 512  # prompt tokens that are prefilled at a time
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
 KEPT_BITS = {"Q4_0": 5, "Q4_1": 5, "Q8_0": 10}  # a weight, of the layers that keep a file's blocks
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
@@ -44,12 +44,17 @@ def describe(
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
     cache = batch_size * (context + max_new_tokens) * slot
+    working = working_bytes(c, batch_size, context, max_new_tokens, slot)
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
     count, width = sum(weights.values()), c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
+    peaks = {form: size + working for form, size in sizes.items()}
+    if c.tie_word_embeddings:  # the 8-bit head is unpacked once, when the model is named
+        unpacked = 2 * c.vocab_size * width
+        peaks |= {form: sizes[form] + max(working, unpacked) for form in TORCH_FORMATS}
     fits = []
     for place, total in memories().items():
-        formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
+        formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
@@ -62,6 +67,7 @@ def describe(
         "weights": ", ".join(f"{form} {in_words(size)}" for form, size in sizes.items()),
         "memory": f"{slot / 1024:,.1f} KiB a token; {in_words(cache)} for {batch_size} × "
         f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
+        "peak": ", ".join(f"{form} {in_words(peak)}" for form, peak in peaks.items()),
         "fits": "; ".join(fits),
         "alignment": "tied: W_a is the identity up to λ, only the rescaling is left"
         if c.tie_word_embeddings
@@ -72,6 +78,23 @@ def describe(
             f"{in_words(sizes['as in the file'])}, Q4_0, Q4_1, Q8_0 kept{gguf.needs}"
         )
     return lines
+
+
+def working_bytes(c: Config, rows: int, context: int, new: int, slot: int) -> int:
+    """Return the bytes of all tensors but the weights at their peak, in 16 bits.
+
+    It is reached when W_a is solved, in the last chunk of a prompt, by what an MLP or a rotation
+    of queries holds at a time, or at the end, by the KV cache as it is allocated. tests/rehearsal
+    compares this with the sum of all tensors of a call.
+    """
+    D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
+    each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
+    slots = reading = 0
+    while slots <= context + new:  # as `with_capacity` lets it grow
+        reading = min(context, CHUNK) * each + slots * slot if slots <= context + 1 else reading
+        slots = max(min(slots + CHUNK, context) + 1, slots * 3 // 2 + 64)
+    solving = max(12 * D * D + 2**17 * D, 40 * D * D)
+    return max(solving, rows * max(reading, slots * slot) + 4 * D * D)
 
 
 def memories() -> dict[str, float]:

@@ -175,7 +175,8 @@ def load(
     model = empty_model(str(name), source)
     if mesh:
         source = Part(source, mesh)
-        model = empty_model(str(name), source)
+        with torch.device("meta"):
+            model = Qwen3(source.config, str(name))
     used = asked or _default_dtype(source.config.dtype, target)
     replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
@@ -264,21 +265,18 @@ def _check(
     parallel: Any,
 ) -> None:
     """Refuse what does not run together, before anything is read."""
-    for name, found, flag in (
-        ("quantize", quantize, device.type == "mps" and "--device mps"),
-        ("compile", compile, device.type == "mps" and "--device mps"),
-        ("dtype", dtype == torch.float64, device.type == "mps" and "--device mps"),
-        ("parallel", parallel, device.type == "mps" and "--device mps"),
-        ("compile", compile, parallel and "--parallel"),
-    ):
-        if found and flag:
-            raise ParameterError(name, f"found {found} with {flag}, expected one of them")
+    mps = device.type == "mps"
+    if compile and (mps or parallel):
+        raise ParameterError("compile", "found with --device mps or --parallel, expected neither")
+    if mps and (quantize or parallel or dtype == torch.float64):
+        problem = "found mps with --quantize, --parallel or float64, expected none of them"
+        raise ParameterError("device", problem)
+    if mps:
+        log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
     if quantize is not None:
         check(quantize, device, dtype)
     if compile:
         check_compiler(device.type)
-    if device.type == "mps":
-        log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
 
 
 def _default_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -59,9 +59,9 @@ def alignment_matrix(
     # W_outᵀ W_out and W_outᵀ W_in.
     gram, cross = torch.zeros(2, D, D, dtype=wide, device=for_float64(w_out[:0]).device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
-        out, into = for_float64(out).to(wide), for_float64(into).to(wide)
+        out = for_float64(out).to(wide)
         gram += out.T @ out
-        cross += out.T @ into
+        cross += out.T @ for_float64(into).to(wide)
     gram, cross = gram.double(), cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -13,6 +13,7 @@ added in one order. Does not know: questions, who prints.
     N outputs   K inputs
 """
 
+import atexit
 import os
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,8 @@ from torch import Tensor, distributed
 
 from ..core.errors import ParameterError
 
-DIVIDED = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0}  # dimension of W
-DIVIDED |= {"o_proj": 1, "down_proj": 1}
-COMMAND = "torchrun --nproc-per-node N -m minimas ask --parallel"
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # among the ranks
+BY_INPUTS = ("o_proj", "down_proj")  # of the layers of a block; the others by their outputs
 
 
 def join(device: torch.device, parallel: Any) -> Any:
@@ -36,10 +36,12 @@ def join(device: torch.device, parallel: Any) -> Any:
 
     if parallel is not True:
         return parallel
-    if not distributed.is_initialized() and "RANK" not in os.environ:
-        raise ParameterError("parallel", f"found a process without a rank, expected {COMMAND}")
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or distributed.get_world_size()
-    return init_device_mesh(device.type, (ranks,))
+    if "RANK" not in os.environ:
+        expected = "expected: torchrun --nproc-per-node N -m minimas ask --parallel"
+        raise ParameterError("parallel", f"found a process without a rank, {expected}")
+    mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
+    atexit.register(distributed.destroy_process_group)
+    return mesh
 
 
 class Part:
@@ -48,24 +50,24 @@ class Part:
     def __init__(self, source: Any, mesh: Any) -> None:
         """Raises ValueError if heads or features do not divide by the number of ranks."""
         self.source, self.rank, self.ranks = source, mesh.get_local_rank(), mesh.size()
-        smaller = {}
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            size = getattr(source.config, field)
+        self.config = source.config
+        for name in DIVIDED:
+            size = getattr(self.config, name)
             if size % self.ranks:
-                problem = f"found {self.ranks} ranks, expected a divisor of {field}, {size}"
+                problem = f"found {self.ranks} ranks, expected a divisor of {name}, {size}"
                 raise ParameterError("parallel", problem)
-            smaller[field] = size // self.ranks
-        self.config = replace(source.config, **smaller)
-        whole = {key: torch.empty(shape, device="meta") for key, shape in source.shapes.items()}
-        self.shapes = {key: tuple(self.of(key, tensor).shape) for key, tensor in whole.items()}
+            self.config = replace(self.config, **{name: size // self.ranks})
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)  # path, files, no_tokenizer
+        return getattr(self.source, name)  # path, shapes, files, no_tokenizer
 
     def of(self, key: str, tensor: Tensor) -> Tensor:
         """Return this rank's part of the tensor `key`, (N, K), (N,) or groups (N, K / 32)."""
-        dim = DIVIDED.get(key.split(".")[-2])
-        return tensor if dim is None else tensor.chunk(self.ranks, dim)[self.rank].contiguous()
+        layer = key.split(".")[-2]
+        if not layer.endswith("_proj"):
+            return tensor
+        part: Tensor = tensor.chunk(self.ranks, int(layer in BY_INPUTS))[self.rank]
+        return part.contiguous()
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         """Read this rank's part of a tensor onto the CPU."""
@@ -74,8 +76,9 @@ class Part:
     def blocks(self, key: str) -> Any:
         """Return this rank's part of a tensor's blocks; None if there are none, or they are cut."""
         blocks = self.source.blocks(key)
-        cut = blocks and DIVIDED[key.split(".")[-2]] and blocks[1].shape[1] % self.ranks
-        return None if blocks is None or cut else tuple(self.of(key, part) for part in blocks)
+        if blocks is None or any(size % self.ranks for size in blocks[1].shape):
+            return None
+        return tuple(self.of(key, part) for part in blocks)
 
 
 def add_shares(model: Any, mesh: Any) -> None:
@@ -84,5 +87,4 @@ def add_shares(model: Any, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 
     add_up = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
-    names = ("self_attn.o_proj", "mlp.down_proj")
-    parallelize_module(model, mesh, {f"model.layers.*.{name}": add_up for name in names})
+    parallelize_module(model, mesh, {f"model.layers.*.*.{name}": add_up for name in BY_INPUTS})

@@ -140,7 +140,7 @@ def in_chunks(function: Any, weight: Tensor) -> Any:
     They stay in the cache of a CPU, which makes fitting 3.4 times as fast (AVX2). A GPU gets fewer
     and larger ones.
     """
-    size = 2**18 if weight.is_cpu else 2**26
+    size = 2**18 if weight.is_cpu else 2**24
     parts = map(function, weight.split(size // weight.shape[1]))
     return map(torch.cat, zip(*parts, strict=True))
 
