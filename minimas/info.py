@@ -89,10 +89,8 @@ def working_bytes(c: Config, rows: int, context: int, new: int, slot: int) -> in
     """
     D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
-    slots = reading = 0
-    while slots <= context + new:  # as `with_capacity` lets it grow
-        reading = min(context, CHUNK) * each + slots * slot if slots <= context + 1 else reading
-        slots = max(min(slots + CHUNK, context) + 1, slots * 3 // 2 + 64)
+    reading = min(context, CHUNK) * each + context * slot
+    slots = max(context + new, context * 3 // 2 + 64)  # see `with_capacity`
     solving = max(12 * D * D + 2**17 * D, 40 * D * D)
     return max(solving, rows * max(reading, slots * slot) + 4 * D * D)
 
