@@ -44,14 +44,10 @@ def describe(
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
     cache = batch_size * (context + max_new_tokens) * slot
-    working = working_bytes(c, batch_size, context, max_new_tokens, slot)
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
     count, width = sum(weights.values()), c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
-    peaks = {form: size + working for form, size in sizes.items()}
-    if c.tie_word_embeddings:  # the 8-bit head is unpacked once, when the model is named
-        unpacked = 2 * c.vocab_size * width
-        peaks |= {form: sizes[form] + max(working, unpacked) for form in TORCH_FORMATS}
+    peaks = peak_bytes(sizes, c, slot, batch_size, context, max_new_tokens)
     fits = []
     for place, total in memories().items():
         formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
@@ -80,8 +76,10 @@ def describe(
     return lines
 
 
-def working_bytes(c: Config, rows: int, context: int, new: int, slot: int) -> int:
-    """Return the bytes of all tensors but the weights at their peak, in 16 bits.
+def peak_bytes(
+    sizes: dict[str, float], c: Config, slot: int, rows: int, context: int, new: int
+) -> dict[str, float]:
+    """Return the bytes of all tensors at their peak, for weights of `sizes` in each format.
 
     It is reached when W_a is solved, in the last chunk of a prompt, by what an MLP or a rotation
     of queries holds at a time, or at the end, by the KV cache as it is allocated. tests/rehearsal
@@ -91,8 +89,13 @@ def working_bytes(c: Config, rows: int, context: int, new: int, slot: int) -> in
     each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
     reading = min(context, CHUNK) * each + context * slot
     slots = max(context + new, context * 3 // 2 + 64)  # see `with_capacity`
-    solving = max(12 * D * D + 2**17 * D, 40 * D * D)
-    return max(solving, rows * max(reading, slots * slot) + 4 * D * D)
+    solving = 12 * D * D + 2**17 * D
+    working = max(solving, rows * max(reading, slots * slot) + 4 * D * D)
+    # The 8-bit copy of a tied embedding is unpacked once, for the fingerprint.
+    head = 2 * c.vocab_size * D * c.tie_word_embeddings
+    return {
+        form: size + max(working, head * (form in TORCH_FORMATS)) for form, size in sizes.items()
+    }
 
 
 def memories() -> dict[str, float]:

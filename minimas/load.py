@@ -169,7 +169,7 @@ def load(
     """
     target, asked = _device(device), _dtype(dtype)
     _check(target, asked, quantize, compile, parallel)
-    mesh = join(target, parallel) if parallel else None
+    mesh = join(target, parallel)
     path = resolve(name)
     source: Any = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)

@@ -28,7 +28,7 @@ BY_INPUTS = ("o_proj", "down_proj")  # of the layers of a block; the others by t
 
 
 def join(device: torch.device, parallel: Any) -> Any:
-    """Return the DeviceMesh of the ranks that hold one model: `parallel`, or all if it is True.
+    """Return the DeviceMesh of the ranks that hold one model: all if `parallel` is True, else it.
 
     Raises ValueError if this process is not one of several ranks that torchrun has started.
     """
