@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from minimas import load
 from minimas.core.checkpoint import Folder
 from minimas.fast.parallel import BY_INPUTS, Part
 from minimas.formats.gguf import GGUF
+from tools.evaluation.command import main
 
 from ..formats.test_gguf import write
 from ..models import TINY, apart, random_model, tiny_config, tiny_model, write_folder
@@ -107,10 +109,27 @@ def test_groups_of_ranks_share_the_questions_of_an_evaluation(tmp_path: Path) ->
 
 
 def test_parallel_without_torchrun_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(ValueError, match=r"parallel: found a process without a rank, expected tor"):
+    with pytest.raises(ValueError, match="parallel: found a process without a rank, expected: "):
         load("/nowhere/at/all", device="cpu", parallel=True)
     with pytest.raises(ValueError, match="compile: found with --device mps or --parallel"):
         load("/nowhere/at/all", device="cpu", compile=True, parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--audit"], r"audit \(--audit\): found with --parallel, expected one process"),
+        (["--lens", "3"], r"lens \(--lens\): found with --parallel"),
+        ([], r"parallel \(--parallel\): found 1 of 1 ranks, expected torchrun"),
+    ],
+)
+def test_an_evaluation_refuses_what_one_rank_would_do_alone(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other ranks of the model would wait for it, or it for them, for days."""
+    command = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path), "--parallel"]
+    assert main([*command, *flags]) == 1
+    assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
