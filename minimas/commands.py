@@ -41,6 +41,8 @@ def run(args: Namespace) -> int:
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
     except ERRORS as error:

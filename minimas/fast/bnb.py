@@ -36,7 +36,7 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
         # float16 stays: GPUs that compute no bf16 load models in it.
-        dtype = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
+        dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
         made = bnb.Linear4bit(K, N, False, dtype, quant_type="nf4", device="meta")
         stored = bnb.Params4bit(weight.to(dtype), quant_type="nf4")
     else:

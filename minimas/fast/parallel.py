@@ -13,17 +13,15 @@ added in one order. Does not know: questions, who prints.
     N outputs   K inputs
 """
 
-import atexit
 import os
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ..core.errors import ParameterError
 
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # among the ranks
 BY_INPUTS = ("o_proj", "down_proj")  # of the layers of a block; the others by their outputs
 
 
@@ -39,9 +37,7 @@ def join(device: torch.device, parallel: Any) -> Any:
     if "RANK" not in os.environ:
         expected = "expected: torchrun --nproc-per-node N -m minimas ask --parallel"
         raise ParameterError("parallel", f"found a process without a rank, {expected}")
-    mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
-    atexit.register(distributed.destroy_process_group)
-    return mesh
+    return init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
 
 
 class Part:
@@ -51,7 +47,7 @@ class Part:
         """Raises ValueError if heads or features do not divide by the number of ranks."""
         self.source, self.rank, self.ranks = source, mesh.get_local_rank(), mesh.size()
         self.config = source.config
-        for name in DIVIDED:
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             size = getattr(self.config, name)
             if size % self.ranks:
                 problem = f"found {self.ranks} ranks, expected a divisor of {name}, {size}"
