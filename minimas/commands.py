@@ -35,9 +35,14 @@ METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed", "
 
 def run(args: Namespace) -> int:
     """Run one of the COMMANDS. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    if getattr(args, "parallel", False) and os.environ.get("RANK", "0") != "0":
+        args.quiet = True  # rank 0 alone prints
+        silence(sys.stdout)
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
     except ERRORS as error:
@@ -50,6 +55,9 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
+    if args.parallel and args.save_memory:
+        problem = "found with --parallel, expected neither: each rank has its own heads"
+        raise ParameterError("save_memory", problem)
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
@@ -122,7 +130,9 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
 def load_model(args: Namespace, name: str | None = None) -> LM:
     """Return the model of a command line, or another one with the same settings."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
-    return load(name or args.model, args.device, args.dtype, args.quantize, compiled, args.quiet)
+    divided = getattr(args, "parallel", False)
+    where = args.device, args.dtype, args.quantize, compiled, args.quiet, divided
+    return load(name or args.model, *where)
 
 
 def method_options(args: Namespace) -> Settings:

@@ -19,8 +19,8 @@ from .fast.quantize import FORMATS, TORCH_FORMATS
 from .formats.gguf import GGUF
 from .load import resolve
 
-# Bytes besides the weights and the KV cache: torch's own, W_a, the activations of a prompt.
-RESERVED = 1.5e9
+OVERHEAD = 0.5e9  # bytes besides all tensors: what CUDA, or Python and torch, take
+CHUNK = 512  # prompt tokens that are prefilled at a time
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
 KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by what `GGUF.kept_as` returns
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
@@ -47,9 +47,10 @@ def describe(
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
     count, width = sum(weights.values()), c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
+    peaks = peak_bytes(sizes, c, slot, batch_size, context, max_new_tokens)
     fits = []
     for place, total in memories().items():
-        formats = [form for form, size in sizes.items() if size + RESERVED + cache < total]
+        formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
         fits.append(f"{place}: {', '.join(formats) or 'none'}")
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
@@ -62,6 +63,7 @@ def describe(
         "weights": ", ".join(f"{form} {in_words(size)}" for form, size in sizes.items()),
         "memory": f"{slot / 1024:,.1f} KiB a token; {in_words(cache)} for {batch_size} × "
         f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
+        "peak": ", ".join(f"{form} {in_words(peak)}" for form, peak in peaks.items()),
         "fits": "; ".join(fits),
         "alignment": "tied: W_a is the identity up to λ, only the rescaling is left"
         if c.tie_word_embeddings
@@ -76,6 +78,28 @@ def describe(
         size = in_words(sizes["as in the file"])
         lines["as loaded"] = f"{size}: {', '.join(sorted(kinds))}{gguf.needs}"
     return lines
+
+
+def peak_bytes(
+    sizes: dict[str, float], c: Config, slot: int, rows: int, context: int, new: int
+) -> dict[str, float]:
+    """Return the bytes of all tensors at their peak, for weights of `sizes` in each format.
+
+    It is reached when W_a is solved, in the last chunk of a prompt, by what an MLP or a rotation
+    of queries holds at a time, or at the end, by the KV cache as it is allocated. tests/rehearsal
+    compares this with the sum of all tensors of a call.
+    """
+    D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
+    each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
+    reading = min(context, CHUNK) * each + context * slot
+    slots = max(context + new, context * 3 // 2 + 64)  # see `with_capacity`
+    solving = 12 * D * D + 2**17 * D
+    working = max(solving, rows * max(reading, slots * slot) + 4 * D * D)
+    # The 8-bit copy of a tied embedding is unpacked once, for the fingerprint.
+    head = 2 * c.vocab_size * D * c.tie_word_embeddings
+    return {
+        form: size + max(working, head * (form in TORCH_FORMATS)) for form, size in sizes.items()
+    }
 
 
 def memories() -> dict[str, float]:

@@ -6,6 +6,7 @@ code from a model folder is run. Tokenizer, sampling defaults and teams are read
 Does not know: prompts, agents, the arithmetic of a forward pass.
 """
 
+import logging
 import re
 import sys
 from functools import cached_property, partial
@@ -23,7 +24,8 @@ from .core.latent import Aligner
 from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
-from .fast.quantize import check, finish, replacement
+from .fast.parallel import Part, add_shares, join
+from .fast.quantize import check, finish, has_kernels, replacement
 from .formats.gguf import GGUF
 from .formats.gguf_file import read_header
 from .hub import download
@@ -32,6 +34,7 @@ from .text.generate import Sampling
 from .text.tokenizer import Tokenizer
 
 TINY = "weights/tiny"
+log = logging.getLogger("minimas")
 
 
 class LM:
@@ -154,25 +157,30 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
     quiet: bool = False,
+    parallel: Any = False,
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
-    `device` "auto" is a CUDA GPU if there is one, `dtype` "auto" the checkpoint's own. `quantize`
+    `device` "auto" is a CUDA GPU if there is one, never an Apple GPU ("mps"). `dtype` "auto" is the
+    checkpoint's own, or another one, with a warning, if the device cannot compute it. `quantize`
     is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's types
     of few bits in 4 or 8. `compile` makes steps of one position faster, after a warm-up. On a
     terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
-    largest tensor. Raises FileNotFoundError, ImportError or ValueError naming the file or flag, the
-    field, what was found and what was expected.
+    largest tensor. `parallel` True divides the model among all ranks of torchrun, a DeviceMesh
+    among its own (see fast/parallel.py). Raises FileNotFoundError, ImportError or ValueError naming
+    the file or flag, the field, what was found and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
-    if quantize is not None:
-        check(quantize, target, asked)
-    if compile:
-        check_compiler(target.type)
+    _check(target, asked, quantize, compile, parallel)
+    mesh = join(target, parallel)
     path = resolve(name)
-    source = Folder(path) if path.is_dir() else GGUF(path)
+    source: Any = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
-    used = asked or getattr(torch, source.config.dtype)
+    if mesh:
+        source = Part(source, mesh)
+        with torch.device("meta"):
+            model = Qwen3(source.config, str(name))
+    used = asked or _default_dtype(source.config.dtype, target)
     replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
     bar = partial(
@@ -183,6 +191,8 @@ def load(
     pack(model)
     if compile:
         compile_steps(model)
+    if mesh:
+        add_shares(model, mesh)
     return LM(model.eval(), path, source.files, source.no_tokenizer)
 
 
@@ -243,11 +253,42 @@ def _device(name: str | torch.device) -> torch.device:
     text = str(name)
     if text == "auto":
         text = "cuda" if gpus else "cpu"
-    if not re.fullmatch(r"cpu(:\d+)?", text) and text not in gpus and not (text == "cuda" and gpus):
-        raise ParameterError(
-            "device", f"found {text!r}, expected auto, cpu, or cuda ({len(gpus)} devices here)"
-        )
+    known = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + gpus
+    if not re.fullmatch(r"cpu(:\d+)?", text) and text not in known:
+        expected = f"auto, cpu, or cuda ({len(gpus)} devices here), or mps on an Apple GPU"
+        raise ParameterError("device", f"found {text!r}, expected {expected}")
     return torch.device(text)
+
+
+def _check(
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    compile: bool,
+    parallel: Any,
+) -> None:
+    """Refuse what does not run together, before anything is read."""
+    mps = device.type == "mps"
+    if compile and (mps or parallel):
+        raise ParameterError("compile", "found with --device mps or --parallel, expected neither")
+    if mps and (quantize or parallel or dtype == torch.float64):
+        problem = "found mps with --quantize, --parallel or float64, expected none of them"
+        raise ParameterError("device", problem)
+    if mps:
+        log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
+    if quantize is not None:
+        check(quantize, device, dtype)
+    if compile:
+        check_compiler(device.type)
+
+
+def _default_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return a checkpoint's dtype, or another one for a GPU that is slow or wrong in it."""
+    instead = {} if has_kernels(device) else {"bfloat16": "float16", "float64": "float32"}
+    used = instead.get(name, name)
+    if used != name:
+        log.warning("--dtype auto: %s has no fast %s, %s is used", device, name, used)
+    return getattr(torch, used)  # type: ignore[no-any-return]
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

@@ -20,6 +20,7 @@ ASK = """answer a question with a team of agents
 --save-memory     text    write the KV cache after the answer to this file
 --compile         yes     faster steps after a warm-up of up to a minute
 --models          named   the model that agents of a team file call NAME; repeat the flag
+--parallel        yes     divide the model among the ranks of torchrun (docs/design.md)
 """
 CHAT = """talk with one agent or a team: a message per line, the KV cache is kept between turns
 --method          single,latent_mas,text_mas=single  who answers (default: %(default)s)
@@ -65,7 +66,7 @@ model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf, or FILE.s
 RUNNING = """
 --quantize        q4,q8,nf4,int8  weights in 4 or 8 bits (default: as in the file)
 --dtype           text=auto  auto (as in the file), bfloat16, float16, float32 or float64
---device          text=auto  auto, cpu, cuda or cuda:N (default: %(default)s)
+--device          text=auto  auto, cpu, cuda, cuda:N or mps (not tested) (default: auto)
 --quiet           yes     print only errors on stderr
 --debug           yes     show a traceback with an error
 """

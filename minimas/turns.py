@@ -292,6 +292,8 @@ class Run:
         """Return the time in seconds, after all work that the model's device has been given."""
         if self.lm.model.device.type == "cuda":
             torch.cuda.synchronize(self.lm.model.device)  # a call returns before its kernels end
+        elif self.lm.model.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 

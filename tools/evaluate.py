@@ -3,6 +3,7 @@
     python tools/evaluate.py --data questions.jsonl --latent-steps 0,6 --out runs/tiny
     python tools/evaluate.py --task gsm8k --limit 40 --metric nll --audit --out runs/audit
     torchrun --nproc-per-node 2 tools/evaluate.py … --out runs/tiny    # each rank: whole batches
+    torchrun --nproc-per-node 4 tools/evaluate.py --parallel 2 …       # two ranks hold one model
     python tools/evaluate.py --out runs/tiny --replay q-17             # is the answer the same?
     python tools/evaluate.py --out runs/tiny --regrade                 # grade all texts again
 

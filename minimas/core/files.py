@@ -118,7 +118,7 @@ def floats(
         )
     if rounded:
         part = part * floats(path, tensors, f"scale.{name}", shapes, model, torch.float32).cpu()
-    part = part.to(model.device, dtype)
+    part = part.to(dtype).to(model.device)  # in this order: an Apple GPU has no float64
     if not part.isfinite().all():
         raise ValueError(f"{path}: {name}: found NaN or infinity, expected finite values")
     return part

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import files
 from .errors import ParameterError
 from .model import Qwen3
+from .rotary import for_float64
 
 LAMBDA = 1e-5  # the paper's
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
@@ -44,7 +45,8 @@ def alignment_matrix(
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
     The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
-    float64 weights and for V ≤ D. Raises ValueError for unequal V or weights that are not finite.
+    float64 weights and for V ≤ D. For weights on an Apple GPU the CPU computes the map, and keeps
+    it. Raises ValueError for unequal V or weights that are not finite.
     """
     if w_out.ndim != 2 or w_out.shape[:-1] != w_in.shape[:-1]:
         raise ValueError(
@@ -55,10 +57,11 @@ def alignment_matrix(
     # With V < D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     # W_outᵀ W_out, and to the right of it W_outᵀ W_in.
-    sums = torch.zeros(D, D + w_in.shape[1], dtype=wide, device=w_out.device)
+    device = for_float64(w_out[:0]).device
+    sums = torch.zeros(D, D + w_in.shape[1], dtype=wide, device=device)
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
-        out = out.to(wide)
-        sums += out.T @ torch.cat([out, into.to(sums)], 1)
+        out = for_float64(out).to(wide)
+        sums += out.T @ torch.cat([out, for_float64(into).to(sums)], 1)
     gram, cross = sums.double().tensor_split([D], 1)
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -120,7 +123,7 @@ class Aligner:
         w_in = w_in[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
         norms = torch.linalg.vector_norm(w_in, dim=-1, dtype=wide)
-        made.norm = norms.double().mean().item()
+        made.norm = for_float64(norms).double().mean().item()
         if kind == "identity":
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)
@@ -129,7 +132,7 @@ class Aligner:
             bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
-        made.matrix = matrix.to(wide)
+        made.matrix = matrix.to(wide).to(w_in.device)
         if kind == "prenorm":
             gain = model.model.norm.weight.to(wide)
             made.scale = torch.where(gain == 0, 0, 1 / gain)  # where the gain is 0, h is 0 too

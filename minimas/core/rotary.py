@@ -19,11 +19,17 @@ def angles(
     Computed in float64 and rounded once: to float32 for models of 16 or 32 bits, not at all for
     float64 ones. Angles in float32 are off by 1e-3 at position 10,000.
     """
+    device, positions = positions.device, for_float64(positions)
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
     phase = positions[:, None, :, None] * theta ** -(pairs / head_dim)  # (B, 1, T, d/2)
     phase = torch.cat([phase, phase], dim=-1)  # (B, 1, T, d)
     keep = torch.promote_types(dtype, torch.float32)
-    return phase.cos().to(keep), phase.sin().to(keep)
+    return phase.cos().to(keep).to(device), phase.sin().to(keep).to(device)
+
+
+def for_float64(x: Tensor) -> Tensor:
+    """Return `x`, on the CPU if its device is an Apple GPU, which has no float64."""
+    return x.cpu() if x.is_mps else x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

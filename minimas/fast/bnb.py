@@ -35,8 +35,10 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
     bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
-        made = bnb.Linear4bit(K, N, False, torch.bfloat16, quant_type="nf4", device="meta")
-        stored = bnb.Params4bit(weight.bfloat16(), quant_type="nf4")
+        # float16 stays: GPUs that compute no bf16 load models in it.
+        dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
+        made = bnb.Linear4bit(K, N, False, dtype, quant_type="nf4", device="meta")
+        stored = bnb.Params4bit(weight.to(dtype), quant_type="nf4")
     else:
         made = bnb.Linear8bitLt(K, N, False, has_fp16_weights=False, device="meta")
         stored = bnb.Int8Params(weight.half(), requires_grad=False)

@@ -118,6 +118,7 @@ class Recorded:
     def __init__(self, layers: Callable[..., Tensor]) -> None:
         self.layers = layers
         self.recorded_for: list[Any] = []  # weak references
+        self.replay: Any = None
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
         allocate(cache)
@@ -127,6 +128,7 @@ class Recorded:
         # `self`, because a deep copy of this object is for another model.
         used = (self, cache, *cache.keys, *cache.values)
         if [id(old()) for old in self.recorded_for] != [id(new) for new in used]:
+            self.recorded_for, self.replay = [], None  # its memory is free for the new one
             self.replay = self._record(cache, inputs_embeds, slots)
             self.recorded_for = [weakref.ref(new) for new in used]
         return self.replay(inputs_embeds, slots).clone()  # type: ignore[no-any-return]

@@ -59,7 +59,8 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
 
 def has_kernels(device: torch.device) -> bool:
     """Return whether torch's kernels of 4 and 8 bits run on `device`."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return cuda or device.type == "cpu"
 
 
 def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
@@ -142,7 +143,7 @@ def in_chunks(function: Any, weight: Tensor) -> Any:
     They stay in the cache of a CPU, which makes fitting 3.4 times as fast (AVX2). A GPU gets fewer
     and larger ones.
     """
-    size = 2**18 if weight.is_cpu else 2**26
+    size = 2**18 if weight.is_cpu else 2**24
     parts = map(function, weight.split(size // weight.shape[1]))
     return map(torch.cat, zip(*parts, strict=True))
 
@@ -266,7 +267,8 @@ class Q4Linear(QuantizedLinear):
         if self.order:
             weight = unpack4(self.packed, self.scales, self.order)
         else:  # only the kernel knows the order: multiply W by the unit vectors
-            units = torch.eye(len(self.scales) * GROUP).to(self.scales)
+            K, like = len(self.scales) * GROUP, self.scales
+            units = torch.eye(K, dtype=like.dtype, device=like.device)
             weight = multiply4(units, self.packed, self.scales).T
         return weight[: self.out_features]
 

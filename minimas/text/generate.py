@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.cache import KVCache
 from ..core.errors import ParameterError
 from ..core.model import Qwen3, finite
+from ..core.rotary import for_float64
 from .tokenizer import TextStream, Tokenizer
 
 SHRINK_AT = 0.75  # ended rows leave the batch once this share of its rows, or less, is running
@@ -98,7 +99,7 @@ def sample(
     if sampling.temperature == 0:
         return logits.argmax(-1)
     kept = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    scores, order = logits.double().topk(kept)  # (B, kept), descending
+    scores, order = for_float64(logits).double().topk(kept)  # (B, kept), descending
     # Relative to the largest: near temperature 0 the scores overflow, but their differences do not.
     probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
     # A token stays if the ones before it have less than top_p; the most likely one always stays.
@@ -115,7 +116,7 @@ def sample(
     place = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)  # (B, 1)
     possible = (probabilities > 0).sum(-1, keepdim=True)  # 0 for NaN
     place = place.minimum(possible.clamp_min(1) - 1)
-    return order.gather(1, place)[:, 0]  # (B,)
+    return order.gather(1, place)[:, 0].to(logits.device)  # (B,)
 
 
 def penalize(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:

@@ -7,6 +7,7 @@ import copy
 import gc
 import shutil
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,52 @@ def test_a_recording_does_not_keep_its_cache_alive() -> None:
     assert [reference() for reference in references] == [None, None]
     hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
     recorded(hidden[:, -1:], cache)
+
+
+def test_a_recording_is_freed_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a pool of memory of its own, and two of them were allocated at the same time."""
+    pools: list[weakref.ref[object]] = []
+    alive: list[int] = []
+
+    def record(step: Any, sample: tuple[torch.Tensor, ...]) -> Any:
+        alive.append(sum(pool() is not None for pool in pools))
+        pool = sample[0].clone()
+        pools.append(weakref.ref(pool))
+
+        def replay(*given: torch.Tensor) -> Any:
+            assert pool is not None
+            return step(*given)
+
+        return replay
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", record)
+    recorded = tiny_model()
+    recorded.step = Recorded(Layers(recorded))
+    for rows in (1, 2, 3):
+        hidden, cache = remember(recorded, random_ids(recorded, rows, 7))
+        for _ in range(3):
+            recorded(hidden[:, -1:], cache)
+    assert alive == [0, 0, 0]
+
+
+def test_a_recording_that_fails_leaves_no_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error for want of memory the next step would have replayed another cache's."""
+    recorded = tiny_model()
+    step = recorded.step = Recorded(Layers(recorded))
+    hidden, first = remember(recorded, random_ids(recorded, 2, 7))
+    recorded(hidden[:, -1:], first)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.cuda.make_graphed_callables", fails)
+        _, second = remember(recorded, random_ids(recorded, 2, 7))
+        with pytest.raises(torch.OutOfMemoryError):
+            recorded(hidden[:, -1:], second)
+    assert step.replay is None and not step.recorded_for
+    recorded(hidden[:, -1:], first)
+    assert step.replay is not None
 
 
 def test_a_copy_of_a_recorded_model_does_not_replay_the_recording_of_the_first() -> None:

@@ -1,4 +1,4 @@
-"""A GPU that does not exist: fake CUDA tensors, and a record of what the host waits for."""
+"""A GPU that does not exist: fake tensors of a device, and a record of what the host waits for."""
 
 import contextlib
 import weakref
@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -19,7 +20,7 @@ from minimas.core.checkpoint import fill
 from minimas.core.config import Config
 from minimas.fast.quantize import finish, replacement
 
-CUDA = torch.device("cuda:0")
+CUDA, MPS = torch.device("cuda:0"), torch.device("mps:0")
 # hidden_size, intermediate_size, attention heads of Qwen3-0.6B, 4B and 8B; the rest is the same.
 SHAPES = {"0.6B": (1024, 3072, 16), "4B": (2560, 9728, 32), "8B": (4096, 12288, 32)}
 VALUE = 7  # of every number that is read: as a token, none that ends a text
@@ -80,13 +81,13 @@ class FakeSource:
 
 
 class FakeGPU:
-    """A context in which tensors of CUDA can be made. `waits` names what the host has waited for.
+    """A context in which tensors of `device` can be made. `waits` names what the host waited for.
 
     `peak` is the largest number of bytes that were allocated on the GPU at the same time.
     """
 
-    def __init__(self) -> None:
-        self.waits: list[str] = []
+    def __init__(self, device: torch.device = CUDA) -> None:
+        self.device, self.waits = device, list[str]()
         self.allocated = self.peak = 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.contexts: list[contextlib.ExitStack] = []
@@ -98,6 +99,7 @@ class FakeGPU:
             "cuda.make_graphed_callables": lambda step, sample: step,
             "cuda.device": lambda device: contextlib.nullcontext(),
             "cuda.synchronize": lambda device: None,
+            "mps.synchronize": lambda: None,
             "_C._dispatch_has_kernel_for_dispatch_key": has_kernel,
         }.items():
             stack.enter_context(mock.patch(f"torch.{name}", value))
@@ -113,13 +115,15 @@ class FakeGPU:
     def __exit__(self, *error: Any) -> None:
         self.contexts.pop().close()
 
-    def load(self, config: Config, quantize: str | None = None) -> Qwen3:
-        """Return a model on the GPU, in bf16 or quantized, as `minimas.load` makes it."""
+    def load(
+        self, config: Config, quantize: str | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> Qwen3:
+        """Return a model on the GPU, in 16 bits or quantized, as `minimas.load` makes it."""
         with torch.device("meta"):
             model = Qwen3(config, name="fake")
         source: Any = FakeSource(model)
-        replace = partial(replacement, source, CUDA, torch.bfloat16, quantize)
-        fill(model, source, CUDA, torch.bfloat16, replace)
+        replace = partial(replacement, source, self.device, dtype, quantize)
+        fill(model, source, self.device, dtype, replace)
         finish(model, quantize)
         return model
 
@@ -153,18 +157,22 @@ class Watch(TorchDispatchMode):
         for x in tree_leaves(found):
             if not isinstance(x, Tensor):
                 continue
+            on_mps = {MPS.type} & {other.device.type for other in (x, *given)}
+            if on_mps and torch.float64 in {x.dtype, *dtypes}:  # not even on the way to the CPU
+                raise TypeError(f"{func}: found float64 on {MPS}, which does not have it")
             moved = any(x.device != other.device for other in given) and "copy" in str(func)
             if moved and not kwargs.get("non_blocking", False):
                 self.gpu.waits.append(f"{given[0].device} to {x.device}")
-            if x.device == CUDA and id(x.untyped_storage()) not in storages:
+            if x.device == self.gpu.device and id(x.untyped_storage()) not in storages:
                 self.gpu.allocate(x)
         return found
 
 
 class ByHand(TorchFunctionMode):
-    """Does what a build of torch for CPUs refuses for CUDA tensors, and counts what is read.
+    """Does what a build of torch for CPUs refuses for a GPU's tensors, and counts what is read.
 
     Indexing asks for the device itself, even without values. It is done with tensors on "meta".
+    Attention would be computed by a formula for CPUs, which keeps all scores in memory.
     """
 
     def __init__(self, gpu: FakeGPU) -> None:
@@ -172,23 +180,43 @@ class ByHand(TorchFunctionMode):
         self.gpu = gpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].device == CUDA
+        kwargs, device = kwargs or {}, self.gpu.device
+        on_gpu = bool(args) and isinstance(args[0], Tensor) and args[0].device == device
         name = getattr(func, "__name__", "")
         if name in READS:
             self.gpu.waits.append(name if on_gpu else f"{name} on the host")
             return READS[name](args[0])
+        if on_gpu and func is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs)
         if on_gpu and name in BY_HAND:
             own = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
             for x in own:
                 index = x.dtype in (torch.int64, torch.bool) and name != "copy_"
-                if x.device != CUDA and not index:
-                    raise RuntimeError(f"{name}: a tensor on {x.device} for one on {CUDA}")
-                if x.device != CUDA:
+                if x.device != device and not index:
+                    raise RuntimeError(f"{name}: a tensor on {x.device} for one on {device}")
+                if x.device != device:
                     self.gpu.waits.append(f"index on {x.device}")
             found = func(*tree_map_only(Tensor, on_meta, args), **kwargs)
-            return found if found is None else torch.empty_like(found, device=CUDA)
+            if found is None:
+                return None
+            if not own and (name == "__getitem__" or args[0].is_contiguous()):  # a view
+                offset = args[0].storage_offset() + found.storage_offset()
+                return args[0].as_strided(found.shape, found.stride(), offset)
+            return torch.empty_like(found, device=device)
         return func(*args, **kwargs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Return what a fused kernel does: (B, K, G · T, d), and a mask in the dtype of q meanwhile."""
+    devices, dtypes = ({getattr(x, what) for x in (q, k, v)} for what in ("device", "dtype"))
+    if len(devices) > 1 or len(dtypes) > 1 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        raise RuntimeError(f"attention: {q.shape}, {k.shape}, {v.shape} of {dtypes} on {devices}")
+    if attn_mask is not None:
+        if attn_mask.device != q.device or attn_mask.dtype not in (torch.bool, q.dtype):
+            raise RuntimeError(f"attention: a mask of {attn_mask.dtype} on {attn_mask.device}")
+        attn_mask.expand(*q.shape[:-1], k.shape[2])  # raises for another shape
+        attn_mask = attn_mask.to(q.dtype)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def nested(shape: Sequence[int]) -> Any:

@@ -6,14 +6,18 @@ that `decode` has sampled.
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimas import Aligner, KVCache, Qwen3, Sampling, think
 from minimas.core.model import prefill, take_last
+from minimas.fast import quantize as quantize_module
 from minimas.fast.compiled import Recorded
 from minimas.text.generate import decode, generator
 
@@ -140,12 +144,74 @@ def test_a_long_prompt_is_prefilled_in_chunks_that_bound_the_memory() -> None:
     peaks = []
     for chunk_tokens in (512, 8192):
         with gpu:
-            before = gpu.peak = gpu.allocated
+            gpu.peak = gpu.allocated
             cache = model.new_cache(2)
             prefill(model, [[0] * 8192, [0] * 4000], cache, chunk_tokens)
-            peaks.append(gpu.peak - before)
+            peaks.append(gpu.peak - gpu.allocated)  # without the KV cache, which is the same
             assert cache.lengths == [8192, 4000]
     assert peaks[0] < 0.2 * peaks[1]
+
+
+@pytest.mark.parametrize(("quantize", "most"), [("q4", math.inf), ("q8", 16)])
+def test_layers_hold_what_the_kernels_of_a_gpu_take(quantize: str, most: float) -> None:
+    """q8's kernel got 384 rows, though it computes 16 in the time of one, and its scales were
+    converted at every call.
+    """
+    gpu, model = rehearsed("8B", quantize)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.max_kernel_rows == most
+    scales = getattr(layer, "scale" if quantize == "q8" else "scales")
+    assert scales.dtype == (torch.float32 if quantize == "q8" else torch.bfloat16)
+    for rows in (1, 16, 17, 600):
+        called: list[str] = []
+        with gpu, Called(called):
+            layer(torch.empty(rows, 1, 4096, dtype=torch.bfloat16, device=CUDA))
+        kernels = [name for name in called if name.startswith("_weight_int")]
+        assert len(kernels) == (rows <= most), rows
+        assert ("_to_copy" in called) == (rows > most), "only unpacking converts anything"
+
+
+@pytest.mark.parametrize(("quantize", "function"), [("q4", "fit"), ("q8", "round_rows")])
+def test_a_gpu_quantizes_in_few_pieces(
+    quantize: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces for the cache of a CPU are too small for a GPU: 192 of them for one matrix, and some
+    sixty kernels for each. A matrix in one piece would take gigabytes.
+    """
+    real, shapes = getattr(quantize_module, function), list[torch.Size]()
+
+    def watched(weight: Tensor) -> object:
+        shapes.append(weight.shape)
+        return real(weight)
+
+    monkeypatch.setattr(quantize_module, function, watched)
+    gpu = FakeGPU()
+    with gpu:
+        weight = torch.empty(12288, 4096, dtype=torch.bfloat16, device=CUDA)
+        before = gpu.allocated
+        quantize_module.quantized(quantize, weight, None)
+        assert len(shapes) <= 4 and sum(shape[0] for shape in shapes) == 12288
+        assert gpu.peak - before < 1.5e9
+
+
+def test_naming_a_model_copies_nothing_to_the_gpu() -> None:
+    """To unpack q4, a matrix of unit vectors was made on the host, 600 MB for each layer of 8B."""
+    gpu, model = rehearsed("0.6B", "q4")
+    with gpu:
+        model.fingerprint()
+        assert "cpu to cuda:0" not in gpu.waits
+
+
+class Called(TorchDispatchMode):
+    """Keeps the names of all operators."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 # -- what the rehearsal catches -------------------------------------------------------------------

@@ -97,6 +97,8 @@ def parser() -> Parser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--replay", metavar="ID", help="compute one question of a run again and compare")
     add("--regrade", action="store_true", help="grade the texts of a finished run again")
+    many = "ranks of torchrun that hold one model together (default of N: all ranks)"
+    add("--parallel", nargs="?", const=0, type=whole(1), metavar="N", help=many)
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--quiet", action="store_true", help="no progress on stderr")
     return top
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"evaluate: {changed} grades changed", file=sys.stderr)
         else:
             run.run()
-        return 0 if run.rank or run.report() or args.regrade else 1
+        return 0 if run.process or run.report() or args.regrade else 1
     except KeyboardInterrupt:
         kept = f"{args.out} keeps finished results, and the same command continues"
         print(f"\nevaluate: stopped; {kept}", file=sys.stderr)
@@ -208,14 +210,21 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace) -> None:
         """Load the model and the data. Raises ValueError, OSError, ImportError for wrong input."""
         self.args, self.folder = args, Path(args.out)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.process = int(os.environ.get("RANK", 0))
+        self.processes = int(os.environ.get("WORLD_SIZE", 1))
+        # A rank is one process, or with --parallel a group of them that holds one model.
+        size = 1 if args.parallel is None else args.parallel or self.processes
+        check_parallel(args, size, self.processes)
+        self.rank, self.place = divmod(self.process, size)
+        self.ranks = self.processes // size
         rows, device = load_rows(args), args.device
-        if self.ranks > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        if self.processes > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        how = {"device": device, "dtype": args.dtype, "quantize": args.quantize}
-        lm = minimas.load(args.model, **how)
-        models = {name: minimas.load(folder, **how) for name, folder in args.models or ()}
+        mesh = self.join(device, size) if args.parallel is not None else False
+        how: dict[str, Any] = {"device": device, "dtype": args.dtype, "quantize": args.quantize}
+        lm = minimas.load(args.model, parallel=mesh, **how)
+        named_models = args.models or ()
+        models = {name: minimas.load(path, parallel=mesh, **how) for name, path in named_models}
         sampling = replace(
             lm.sampling,
             temperature=args.temperature,
@@ -250,6 +259,16 @@ class Evaluation:
         if bench.models and (args.lens or args.audit):
             raise ValueError("models (--models): found some with --lens or --audit, expected none")
 
+    def join(self, device: str, size: int) -> Any:
+        """Return the mesh of the processes that hold one model with this one."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        start_processes(torch.device("cpu" if device == "auto" else device))
+        if self.place:
+            self.args.quiet = True
+        kind = device.partition(":")[0].replace("auto", "cpu")
+        return init_device_mesh(kind, (self.ranks, size), mesh_dim_names=("rows", "model"))["model"]
+
     def choose_arms(self) -> list[Arm]:
         """Return the arms of the grid, or of the audit. Raises ValueError naming a wrong flag."""
         args, bench = self.args, self.bench
@@ -281,7 +300,7 @@ class Evaluation:
             for arm in (read_head(path) or {}).get("arms", []):
                 if arm["name"] == VOTE:
                     return int(arm["samples"])
-        if self.ranks > 1:
+        if self.processes > 1:
             expected = "expected a number, because several ranks share the audit"
             raise ValueError(f"samples (--samples): found no number, {expected}")
         return samples_in_same_time(self.bench, full)
@@ -294,12 +313,14 @@ class Evaluation:
     def run(self) -> None:
         """Compute all missing units. With several ranks, each computes those of its own batches."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.ranks == 1:
+        if self.processes == 1:
             done, sizes = take_up(self.folder, self.settings, self.units)
         else:
             done, sizes = self.take_up_on_rank_0()
         name = "results.jsonl" if self.ranks == 1 else f"results-rank{self.rank}.jsonl"
-        ledger = Ledger(self.folder / name, self.head(), sizes.get(name, 0))
+        ledger = None
+        if self.place == 0:  # the others of a group compute the same records
+            ledger = Ledger(self.folder / name, self.head(), sizes.get(name, 0))
         mine = [key for key in self.units if key.batch % self.ranks == self.rank]
         todo = [key for key in mine if key not in done]
         arms, start = {arm.name: arm for arm in self.arms}, time.perf_counter()
@@ -308,25 +329,23 @@ class Evaluation:
         try:
             for count, key in enumerate(todo, start=1):
                 records = self.bench.compute(key.batch, arms[key.arm], key.seed, self.lens)
-                ledger.append(records)
+                if ledger:
+                    ledger.append(records)
                 self.say_if_blind(key.arm, records)
                 seconds = (time.perf_counter() - start) / count * (len(todo) - count)
                 text = f"evaluate: {count} of {len(todo)} units, {seconds:,.0f} s left "
                 self.show(text, ends=count == len(todo))
         finally:
-            ledger.close()
-        if self.ranks > 1:
+            if ledger:
+                ledger.close()
+        if self.processes > 1:
             distributed.barrier()
 
     def take_up_on_rank_0(self) -> tuple[set[Key], dict[str, int]]:
         """Take up all files on rank 0 before any rank opens its own. An error ends all ranks."""
-        on_gpu = self.bench.lm.model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.set_device(self.bench.lm.model.device)
-        # Ranks wait for each other only at the end, and the slowest one may take long.
-        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7))
+        start_processes(self.bench.lm.model.device)
         found: list[Any] = [None]
-        if self.rank == 0:
+        if self.process == 0:
             try:
                 found = [take_up(self.folder, self.settings, self.units)]
             except (OSError, ValueError) as error:
@@ -384,6 +403,30 @@ class Evaluation:
             write_whole(path, json.dumps(found, indent=1) + "\n")
         kept: Record = json.loads(path.read_text(encoding="utf-8"))
         return kept
+
+
+def check_parallel(args: argparse.Namespace, size: int, processes: int) -> None:
+    """Raise ValueError if --parallel does not fit the processes, or what is asked of them."""
+    if args.parallel is None:
+        return
+    for name in ("audit", "lens", "replay", "regrade"):
+        if getattr(args, name):
+            expected = "expected one process for each model: one of several would run alone"
+            raise ValueError(f"{name} (--{name}): found with --parallel, {expected}")
+    if "RANK" not in os.environ or processes % size:
+        expected = "expected torchrun with a multiple of it"
+        raise ValueError(f"parallel (--parallel): found {size} of {processes} ranks, {expected}")
+
+
+def start_processes(device: torch.device) -> None:
+    """Let the processes of torchrun find each other, unless they have."""
+    if distributed.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Ranks wait for each other only at the end, and the slowest may take long.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def load_rows(args: argparse.Namespace) -> list[Row]:

@@ -26,7 +26,8 @@ from .bench import Bench
 from .feeders import SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet"}  # these have no effect on results
+# These have no effect on results.
+NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet", "parallel"}
 # Paths, whose contents are settings.
 NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model", "models"}
 Record = dict[str, Any]

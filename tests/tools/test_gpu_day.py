@@ -1,0 +1,88 @@
+"""The script for a day with a GPU is rehearsed on a CPU, because such a day is short."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.benchmarking import gpu_day
+
+from ..processes import LIMIT
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "tools/gpu_day.sh", *arguments],
+        cwd=ROOT, env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+
+
+def test_every_variant_is_measured_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "day.json"
+    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 0, capsys.readouterr().out
+    day = json.loads(out.read_text())
+    assert day["left_out"] == [] and day["copy_bytes_per_second"] > 0
+    measured = [(r["format"], r["recorded"], r["task"]) for r in day["measured"]]
+    tasks = ("latent", "decode", "prefill")
+    assert measured == [(*variant, task) for variant in gpu_day.VARIANTS for task in tasks]
+    for record in day["measured"]:
+        assert record["per_second"] > 0 and ("share" in record) == (record["task"] != "prefill")
+    assert capsys.readouterr().out.count("of the bandwidth") == 2 * len(gpu_day.VARIANTS)
+
+
+def test_what_fails_or_has_no_time_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day ended with the first variant that did not fit."""
+    real = gpu_day.measure
+
+    def measure(config: object, format: str, *rest: object) -> dict[str, float]:
+        if format == "q4":
+            raise torch.OutOfMemoryError("no memory")
+        if format == "q8":
+            raise RuntimeError("a kernel that is not there")
+        if format == "transformers":
+            return dict.fromkeys(("latent", "decode", "prefill"), 0.5)
+        return real(config, format, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gpu_day, "measure", measure)
+    monkeypatch.setattr(
+        gpu_day, "VARIANTS", [("q4", False), ("q8", False), ("transformers", False)]
+    )
+    out = tmp_path / "day.json"
+    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 1
+    day = json.loads(out.read_text())
+    assert {r["per_second"] for r in day["measured"]} == {2.0}
+    assert day["left_out"] == [
+        "tiny q4 is left out: no memory",
+        "tiny q8 has failed: a kernel that is not there",
+    ]
+    monkeypatch.setattr("time.perf_counter", iter(range(0, 10**6, 1000)).__next__)
+    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 0
+    assert all("no time was left" in line for line in json.loads(out.read_text())["left_out"])
+
+
+@pytest.mark.slow
+def test_the_script_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "day.json"
+    done = script("--rehearse", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_cuda.py" in done.stdout and json.loads(out.read_text())["measured"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_script_says_so_in_one_line(tmp_path: Path) -> None:
+    done = script("--out", str(tmp_path / "day.json"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu_day: found no CUDA GPU") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert gpu_day.main(["--out", str(tmp_path / "day.json")]) == 1

@@ -1,0 +1,292 @@
+"""Speed on a GPU at the shapes of Qwen3-0.6B, 4B and 8B: tools/gpu_day.sh runs it.
+
+    python -m tools.benchmarking.gpu_day --out gpu_day.json
+    python -m tools.benchmarking.gpu_day --rehearse           # tiny shapes on the CPU
+
+Weights are random and made on the device, and the layers are those that `load` makes. One row, 512
+tokens of context. The share of the bandwidth is what a step must read, divided by its time and by
+the speed of a copy. Whatever does not fit into the memory or the time is left out, and said. The
+JSON is written after every measurement. Does not know: prompts, checkpoints, other machines.
+"""
+
+import argparse
+import gc
+import inspect
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimas import Aligner, Config, Qwen3
+from minimas.core.checkpoint import fill
+from minimas.fast.compiled import check_compiler, compile_steps
+from minimas.fast.quantize import check, finish, replacement
+from tools.shared.arguments import Parser, whole
+from tools.shared.files import write_whole
+
+from .contenders import QWEN3_06B, STEPS, Authors, Minimas, weight_bytes
+from .race import say, slot_bytes
+
+SIZES = {  # hidden size, intermediate size, layers, query heads; untied or not
+    "0.6B": (1024, 3072, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+}
+TINY = {"tiny": (128, 192, 2, 16, True)}  # of a rehearsal
+VARIANTS = (  # format, recorded or not; the most important first
+    ("bf16", True),
+    ("transformers", False),
+    ("bf16", False),
+    ("q4", True),
+    ("q8", True),
+    ("q4", False),
+    ("q8", False),
+    ("nf4", False),
+    ("int8", False),
+)
+UNITS = {"latent": "latent steps/s", "decode": "tokens/s", "prefill": "prompt tokens/s"}
+ROUNDS = 7
+Record = dict[str, Any]
+
+
+def shape(size: str) -> Config:
+    """Return the config of one of the sizes."""
+    hidden, intermediate, layers, heads, tied = (SIZES | TINY)[size]
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+    if size in TINY:
+        sizes |= {"vocab_size": 1024, "head_dim": 32}
+    return Config.from_dict(QWEN3_06B | sizes | {"tie_word_embeddings": tied})
+
+
+class RandomWeights:
+    """A checkpoint for `fill`: entries of about 1 / sqrt(fan_in), made on the device."""
+
+    def __init__(self, model: Qwen3, device: torch.device) -> None:
+        self.shapes = {name: tuple(meta.shape) for name, meta in model.state_dict().items()}
+        self.device = device
+
+    def read(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Return the tensor `key`; a vector is a gain of 1."""
+        size = self.shapes[key]
+        if len(size) == 1:
+            return torch.ones(size, dtype=dtype, device=self.device)
+        return torch.randn(size, dtype=dtype, device=self.device).mul_(size[1] ** -0.5)
+
+    def blocks(self, key: str) -> None:
+        """Return None: there are no blocks of four or eight bits."""
+
+
+class OnDevice(Minimas):
+    """minimas with random weights on a device, eager or with recorded steps."""
+
+    def __init__(self, config: Config, format: str, recorded: bool, device: torch.device) -> None:
+        quantize = None if format == "bf16" else format
+        if quantize:
+            check(quantize, device, torch.bfloat16)
+        if recorded:
+            check_compiler(device.type)
+        with torch.device("meta"):
+            model = Qwen3(config, f"random {format}")
+        source = RandomWeights(model, device)
+        replace = partial(replacement, source, device, torch.bfloat16, quantize)
+        fill(model, source, device, torch.bfloat16, replace)
+        finish(model, quantize)
+        if recorded and device.type == "cuda":
+            compile_steps(model)
+        self.model = model.eval()
+        self.align = Aligner.from_model(model)
+
+
+class TransformersOnDevice(Authors):
+    """The authors' method in transformers, with random weights on a device."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM, Qwen3Config
+
+        fields = {name: getattr(config, name) for name in QWEN3_06B if hasattr(config, name)}
+        fields = {k: v for k, v in fields.items() if k not in ("model_type", "dtype")}
+        with device:
+            made = AutoModelForCausalLM.from_config(Qwen3Config(**fields), dtype=torch.bfloat16)
+        self.model: Any = made.eval()
+        identity = torch.eye(config.hidden_size, device=device)
+        self.align = Aligner(identity, 1.0)
+        parameters = inspect.signature(self.model.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+
+    def arguments(self, cache: Any, given: Tensor) -> Record:
+        """As in `Authors`, with the mask on the device."""
+        found = super().arguments(cache, given)
+        return found | {"attention_mask": found["attention_mask"].to(given.device)}
+
+
+def measure(
+    config: Config, format: str, recorded: bool, device: torch.device, tokens: int
+) -> dict[str, float]:
+    """Return the seconds of a latent step, a decode step and a prompt token, and the peak bytes.
+
+    Raises ImportError, ValueError or RuntimeError if the variant cannot run here.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    contender: Any
+    if format == "transformers":
+        contender = TransformersOnDevice(config, device)
+    else:
+        contender = OnDevice(config, format, recorded, device)
+    ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+    contender.start(ids)
+    found = {}
+    for task, count in (("latent", STEPS), ("decode", STEPS), ("prefill", tokens)):
+        seconds = []
+        for turn in range(2 + ROUNDS):  # the first two warm up, compile and record
+            contender.rewind()
+            synchronize(device)
+            started = time.perf_counter()
+            getattr(contender, task)(ids)
+            synchronize(device)
+            if turn > 1:
+                seconds.append((time.perf_counter() - started) / count)
+        found[task] = median(seconds)
+    if device.type == "cuda":
+        found["peak"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all kernels of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copy_speed(device: torch.device) -> float:
+    """Return the bytes per second that a copy reads and writes: the fastest of ten."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(10):
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size / min(seconds)
+
+
+def records(
+    found: dict[str, float], size: str, format: str, recorded: bool, tokens: int, speed: float
+) -> list[Record]:
+    """Return one record per task: its speed, and for steps the share of the bandwidth."""
+    config, made = shape(size), []
+    sizes = weight_bytes(config, "bf16" if format == "transformers" else format)
+    kv_cache = tokens * slot_bytes(config)
+    for task, parts in Minimas.reads.items():
+        record: Record = {"size": size, "format": format, "recorded": recorded, "task": task}
+        record |= {"per_second": 1 / found[task], "milliseconds": found[task] * 1e3}
+        if task != "prefill":
+            read = sum(sizes[part] for part in parts) + kv_cache
+            record |= {"bytes": read, "share": read / found[task] / speed}
+        made.append(record | {"peak_bytes": found.get("peak")})
+    return made
+
+
+def aims(made: Sequence[Record]) -> list[str]:
+    """Return whether the aims were reached: the bandwidth in bf16, and against transformers."""
+    steps = {(r["size"], r["format"], r["recorded"]): r for r in made if r["task"] == "decode"}
+    lines = []
+    for size in ("4B", "8B"):
+        if record := steps.get((size, "bf16", True)):
+            lines.append(f"{size}, bf16, recorded: {record['share']:.0%} of the bandwidth, aim 60%")
+    mine, theirs = (steps.get(("0.6B", *kind)) for kind in VARIANTS[:2])
+    if mine and theirs:
+        ratio = mine["per_second"] / theirs["per_second"]
+        lines.append(f"0.6B, bf16, recorded: {ratio:.1f} × transformers' decode, aim 3")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every variant at every size; returns 0, or 1 if one has failed."""
+    parser = Parser("gpu_day", description="Speed on a GPU at the shapes of Qwen3.")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--seconds", type=whole(1), default=420, help="after which none begins")
+    parser.add_argument("--out", type=Path, default=Path("gpu_day.json"), metavar="FILE.json")
+    args = parser.parse_args(argv)
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    if not args.rehearse and not torch.cuda.is_available():
+        print("gpu_day: found no CUDA GPU, expected one, or --rehearse", file=sys.stderr)
+        return 1
+    return Day(args, device).run()
+
+
+class Day:
+    """One run: what was measured, what was left out, and the file of both."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device, self.began = args, device, time.perf_counter()
+        self.tokens = 16 if args.rehearse else 512
+        self.speed = copy_speed(device)
+        self.made: list[Record] = []
+        self.left_out: list[str] = []
+        self.failed = False
+
+    def run(self) -> int:
+        """Measure all, the most important first; returns 0, or 1 if a measurement has failed."""
+        sizes = TINY if self.args.rehearse else SIZES
+        say(f"a copy reads and writes {self.speed / 1e9:,.0f} GB/s")
+        with torch.no_grad():
+            for format, recorded in VARIANTS:
+                for size in sizes:
+                    self.one(size, format, recorded)
+        for line in (*self.left_out, *aims(self.made)):
+            print(line)
+        return int(self.failed)
+
+    def one(self, size: str, format: str, recorded: bool) -> None:
+        """Measure one variant at one size, print it and write the file."""
+        name = f"{size} {format}{' recorded' * recorded}"
+        try:
+            if time.perf_counter() - self.began > self.args.seconds:
+                raise TimeoutError(f"no time was left of {self.args.seconds} s")
+            found = measure(shape(size), format, recorded, self.device, self.tokens)
+        except (ImportError, TimeoutError, torch.OutOfMemoryError) as error:
+            self.left_out.append(f"{name} is left out: {' '.join(str(error).split()):.200}")
+        except (RuntimeError, ValueError, TypeError) as error:
+            self.failed = True
+            self.left_out.append(f"{name} has failed: {' '.join(str(error).split()):.200}")
+        else:
+            new = records(found, size, format, recorded, self.tokens, self.speed)
+            self.made += new
+            for record in new:
+                share = f", {record['share']:.0%} of the bandwidth" if "share" in record else ""
+                speed = f"{record['per_second']:,.1f} {UNITS[record['task']]}"
+                print(f"{name}: {speed}{share}", flush=True)
+        self.write()
+        gc.collect()  # the model of this variant, before the next is made
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def write(self) -> None:
+        """Write what is known so far."""
+        on_gpu = self.device.type == "cuda"
+        whole_day = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu, rehearsed",
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": time.perf_counter() - self.began,
+            "context": self.tokens,
+            "copy_bytes_per_second": self.speed,
+            "measured": self.made,
+            "left_out": self.left_out,
+        }
+        write_whole(self.args.out, json.dumps(whole_day, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
