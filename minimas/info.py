@@ -48,10 +48,6 @@ def describe(
     count, width = sum(weights.values()), c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
     peaks = peak_bytes(sizes, c, slot, batch_size, context, max_new_tokens)
-    fits = []
-    for place, total in memories().items():
-        formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
-        fits.append(f"{place}: {', '.join(formats) or 'none'}")
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
         + ", with teams.json" * (path / "teams.json").is_file(),
@@ -64,7 +60,7 @@ def describe(
         "memory": f"{slot / 1024:,.1f} KiB a token; {in_words(cache)} for {batch_size} × "
         f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
         "peak": ", ".join(f"{form} {in_words(peak)}" for form, peak in peaks.items()),
-        "fits": "; ".join(fits),
+        "fits": places(peaks),
         "alignment": "tied: W_a is the identity up to λ, only the rescaling is left"
         if c.tie_word_embeddings
         else f"untied: W_a is a {width} × {width} map, {in_words(width**2 * 4)} in float32",
@@ -100,6 +96,15 @@ def peak_bytes(
     return {
         form: size + max(working, head * (form in TORCH_FORMATS)) for form, size in sizes.items()
     }
+
+
+def places(peaks: dict[str, float]) -> str:
+    """Return the formats that fit on each usual GPU and on this machine, in words."""
+    fits = []
+    for place, total in memories().items():
+        formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
+        fits.append(f"{place}: {', '.join(formats) or 'none'}")
+    return "; ".join(fits)
 
 
 def memories() -> dict[str, float]:

@@ -151,7 +151,7 @@ def test_the_parts_of_all_ranks_are_the_whole(tmp_path: Path) -> None:
         assert joined.shape == shape and torch.equal(joined, whole)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_blocks_of_a_gguf_file_are_divided_too(kind: str, tmp_path: Path) -> None:
     """Widened to 16 bits, the parts of a file would take three times its size."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
@@ -165,5 +165,16 @@ def test_blocks_of_a_gguf_file_are_divided_too(kind: str, tmp_path: Path) -> Non
         for own, whole in zip(zip(*parts, strict=True), source.blocks(name), strict=True):
             assert torch.equal(torch.cat(own, dim), whole)
     down = "model.layers.0.mlp.down_proj.weight"  # 192 inputs are six groups of 32
-    assert Part(source, Mesh(0, 2)).blocks(down) is not None
-    assert Part(source, Mesh(0, 4)).blocks(down) is None, "a group of a scale would be cut"
+    kept = [Part(source, Mesh(0, ranks)).kept_as(down) for ranks in (2, 4)]
+    assert kept == ["q4", ""], "a group of a scale would be cut"
+
+
+def test_8_bits_of_a_gguf_file_are_kept_on_every_rank(tmp_path: Path) -> None:
+    """Their scales are those of rows, so that no number of ranks cuts a group."""
+    config = tiny_config(hidden_size=128, intermediate_size=192, vocab_size=99)
+    path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds="Q8_0")
+    source = GGUF(path)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert Part(source, Mesh(1, 2)).kept_as(down) == source.kept_as(down) == "q8"
+    part = Part(source, Mesh(1, 2)).read(down, torch.float32)
+    assert torch.equal(part, source.read(down, torch.float32)[:, 96:])
