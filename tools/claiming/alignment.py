@@ -59,11 +59,11 @@ def measure(setting: Setting) -> Finding:
         )
     )
     sentence = (
-        f"With the {kind} model the ridge map {value(panels[kind]['ridge'], metric)}, {said}; W_a "
+        f"With the {kind} model ridge has {value(panels[kind]['ridge'], metric)}, {said}; W_a "
         f"is {geometry[kind]['from the identity']:.2g} from the identity there and "
         f"{geometry['embeddings tied by hand']['from the identity']:.2g} with tied embeddings. On "
-        f"an untied twin with the same logits it {value(panels['untied twin']['ridge'], metric)}: "
-        f"W_a is not fixed by what a model computes."
+        f"an untied twin with the same logits ridge has "
+        f"{value(panels['untied twin']['ridge'], metric)}: W_a is not fixed by what a model computes."
     )
     figure = {
         "metric": metric,
@@ -161,8 +161,8 @@ def of_map(lm: LM, w_out: Tensor, w_in: Tensor) -> dict[str, float]:
     """Return what the ridge map of two embeddings (V, D) is, and how long it takes to compute.
 
     "residual" is ‖W_out W_a − W_in‖ / ‖W_in‖. "normal equations" is how far the gradient that
-    defines W_a is from 0, relative to W_outᵀ W_in. "bound" is λ / σ², σ the smallest singular
-    value of W_out: of tied embeddings W_a is no farther from the identity.
+    defines W_a is from 0, relative to W_outᵀ W_in. "bound", of tied embeddings only, is λ / σ², σ
+    the smallest singular value: W_a is no farther from the identity.
     """
     start = time.perf_counter()
     matrix = alignment_matrix(w_out, w_in)
@@ -171,10 +171,12 @@ def of_map(lm: LM, w_out: Tensor, w_in: Tensor) -> dict[str, float]:
     gram, cross = out.T @ out, out.T @ into
     gradient = gram @ matrix + LAMBDA * matrix - cross
     one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return {
+    found = {
         "seconds": seconds,
         "residual": float((out @ matrix - into).norm() / into.norm()),
         "normal equations": float(gradient.norm() / cross.norm()),
         "from the identity": float(torch.linalg.matrix_norm(matrix - one, 2)),
-        "bound": LAMBDA / max(float(torch.linalg.eigvalsh(gram)[0]), 1e-300),
     }
+    if w_out is w_in:
+        found["bound"] = LAMBDA / float(torch.linalg.eigvalsh(gram)[0])
+    return found

@@ -81,7 +81,7 @@ def parser() -> Parser:
     add("--out", type=Path, required=True, metavar="DIR", help="gets claims-NAME.json, .svg, .png")
     built_in = "questions with answers (default: of the tiny task for weights/tiny, else six)"
     add("--data", type=Path, metavar="FILE.jsonl", help=built_in)
-    limit = "number of questions or samples (default: each claim's own)"
+    limit = "number of questions, or of 20 sequences of expressiveness (default: each claim's own)"
     add("--limit", type=whole(1), help=limit)
     add("--batch-size", type=whole(1), default=50, help="(default: %(default)s)")
     tokens = "of an answer (default: 24 for weights/tiny, else 256)"
@@ -138,7 +138,7 @@ def measure(name: str, setting: Setting, out: Path) -> None:
     }
     figure = record | finding.figures
     path = out / f"claims-{name}"
-    text = json.dumps(figure, ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(figure, ensure_ascii=False) + "\n"
     write_whole(path.with_name(path.name + ".json"), text)
     print(sentence)
     draw(figure, path, DRAWN)

@@ -1,7 +1,7 @@
 """What thoughts cost: floating-point operations and seconds, by thoughts m and prompt tokens t.
 
-FLOPs are counted by torch on the model's shape without values (device "meta"), so that any size is
-counted in seconds; seconds are measured on the model itself. The paper says that an agent costs
+FLOPs are counted by torch on a model of the same shape: of a large one without values (device
+"meta"), so that any size is counted in a minute. Seconds are measured on the model itself. The paper says that an agent costs
 O((d² m + d m² + d t m) L). The count is fitted twice: with these three terms, and with the two of
 the prefill, d² t and d t², beside them.
 
@@ -11,7 +11,7 @@ the prefill, d² t and d t², beside them.
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def measure(setting: Setting) -> Finding:
     """Return counts, seconds and fitted exponents, of thoughts and of generated text."""
     model = setting.lm.model
     config = model.config
-    with torch.device("meta"):
+    with torch.device("cpu" if setting.is_tiny else "meta"):
         shape = Qwen3(config)
     counts = {name: flops(shape, PROMPTS, name == "text") for name in ("thoughts", "text")}
     repeats = 3 if setting.is_tiny else 1
@@ -83,13 +83,15 @@ def measure(setting: Setting) -> Finding:
     return Finding(sentence, HOLDS if error < 0.05 else FAILS, figures)
 
 
-def work(model: Qwen3, t: int, m: int, text: bool) -> None:
-    """Prefill t positions, then think m thoughts, or generate m tokens greedily."""
+def work(model: Qwen3, t: int, text: bool) -> Iterator[int]:
+    """Prefill t positions, then think, or generate greedily; yields each m of `THOUGHTS`."""
     cache, D = model.new_cache(1), model.config.hidden_size
     x = torch.zeros(1, t, D, dtype=model.dtype, device=model.device)
     matrix = torch.zeros(D, D, dtype=model.dtype, device=model.device)  # in the place of W_a
     hidden = model(x, cache)[:, -1:]
-    for _ in range(m):
+    for done in range(THOUGHTS[-1] + 1):
+        if done in THOUGHTS:
+            yield done
         step = model.embed(model.logits(hidden).argmax(-1)) if text else hidden @ matrix
         hidden = model(step, cache)
 
@@ -98,24 +100,22 @@ def flops(model: Qwen3, prompts: Sequence[int], text: bool) -> Grid:
     """Return the counted FLOPs for each t and each m of `THOUGHTS`."""
     found: Grid = {}
     for t in prompts:
-        for m in THOUGHTS:
-            # The fused attention of a CPU is not counted by torch; its parts are.
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                work(model, t, m, text)
-            found[t, m] = counter.get_total_flops()
+        # The fused attention of a CPU is not counted by torch; its parts are.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            for m in work(model, t, text):
+                found[t, m] = counter.get_total_flops()
         print(f"claims: counted t = {t}", file=sys.stderr)
     return found
 
 
 def timed(model: Qwen3, prompts: Sequence[int], text: bool, repeats: int) -> Grid:
     """Return the shortest seconds of several runs for each t and m, after a warm-up."""
-    work(model, prompts[0], 2, text)
+    next(work(model, prompts[0], text))
     found: Grid = {}
     for _ in range(repeats):
         for t in prompts:
-            for m in THOUGHTS:
-                start = time.perf_counter()
-                work(model, t, m, text)
+            start = time.perf_counter()
+            for m in work(model, t, text):
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)
                 found[t, m] = min(found.get((t, m), math.inf), time.perf_counter() - start)
@@ -158,7 +158,7 @@ def exponent(points: dict[int, float]) -> float:
     xs, ys = zip(*pairs, strict=True)
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in pairs)
-    return slope / sum((x - mean_x) ** 2 for x in xs)
+    return float(slope / sum((x - mean_x) ** 2 for x in xs))
 
 
 def cost_of_tokens(grid: Grid, t: int, m: int, tokens: float) -> float:
@@ -176,6 +176,6 @@ def cost_of_tokens(grid: Grid, t: int, m: int, tokens: float) -> float:
 def listed(grids: dict[str, Grid]) -> dict[str, list[dict[str, float]]]:
     """Return grids as JSON values."""
     return {
-        name: [{"t": t, "m": m, "value": value} for (t, m), value in grid.items()]
+        name: [{"t": t, "m": m, "value": value} for (t, m), value in sorted(grid.items())]
         for name, grid in grids.items()
     }

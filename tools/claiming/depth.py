@@ -32,17 +32,18 @@ def measure(setting: Setting) -> Finding:
     best = max(counts, key=lambda n: sign * means[n])
     figure = figures.steps(records)
     said = f"{means[best]:.1%} right" if setting.is_tiny else f"a gold NLL of {means[best]:.3f}"
-    zero, last = (f"{means[n]:.1%}" if setting.is_tiny else f"{means[n]:.3f}" for n in (0, 80))
-    against_last = paired(by_count[best], by_count[80], exact=setting.is_tiny)
+    most = counts[-1]
+    zero, last = (f"{means[n]:.1%}" if setting.is_tiny else f"{means[n]:.3f}" for n in (0, most))
+    against_last = paired(by_count[best], by_count[most], exact=setting.is_tiny)
     against_zero = paired(by_count[best], by_count[0], exact=setting.is_tiny)
     assert against_last and against_zero
     sentence = (
         f"{best} thoughts of each agent are best, {said}; without thoughts it is {zero} "
-        f"({p_value(against_zero)}), with 80 it is {last} ({p_value(against_last)})."
+        f"({p_value(against_zero)}), with {most} it is {last} ({p_value(against_last)})."
     )
     helps = best > 0 and against_zero["p"] < 0.05
     figure.pop("what")
-    figure |= {"best": best, "means": means, "best − 80": against_last, "best − 0": against_zero}
+    figure |= {"best": best, "means": means, "best − most": against_last, "best − 0": against_zero}
     return Finding(sentence, verdict(best, helps, against_last), figure)
 
 

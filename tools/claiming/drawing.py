@@ -12,13 +12,13 @@ from tools.evaluation.drawing import (
     NOT_FOUND,
     WORSE,
     ZERO,
-    colours,
     draw_steps,
     error_of,
     scale_of_losses,
 )
 from tools.evaluation.figures import Figure
 
+MAPS = {"ridge": BETTER, "identity": WORSE, "none": COLOURS[2], "random": NOT_FOUND}
 SIZE = (6.4, 3.0)  # inches, of two panels
 DOTS = {"linewidths": 0, "rasterized": True}
 PARTS = {"read": "prefilled", "thought": "thoughts", "written": "generated"}
@@ -40,12 +40,12 @@ def draw_lossless(figure: Figure, canvas: Any) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("largest difference to explicit input, relative, float64")
     axes.grid(axis="x", **GRID)
-    axes.legend(loc="center right")
+    axes.legend(loc="upper right")
 
 
 def draw_expressiveness(figure: Figure, canvas: Any) -> None:
     """Draw the tokens that are read over N, with the bound and the controls."""
-    canvas.set_size_inches(4.6, 3.0)
+    canvas.set_size_inches(5.6, 2.8)
     axes = canvas.subplots()
     styles = {"thought": BETTER, "planted": NOT_FOUND, "shuffled": WORSE}
     labels = {"thought": "a thought", "planted": "a linear code", "shuffled": "wrong targets"}
@@ -58,7 +58,7 @@ def draw_expressiveness(figure: Figure, canvas: Any) -> None:
     axes.axhline(figure["bound"], linestyle="--", **ZERO, label=label)
     axes.set(xlabel="random tokens N", ylabel="tokens read by the probe")
     axes.grid(axis="y", **GRID)
-    axes.legend(loc="best")
+    canvas.legend(loc="outside right upper")
 
 
 def draw_complexity(figure: Figure, canvas: Any) -> None:
@@ -94,8 +94,7 @@ def draw_alignment(figure: Figure, canvas: Any) -> None:
     for axes, (kind, points) in zip(grid, figure["panels"].items(), strict=True):
         names = list(points)[::-1]
         for place, name in enumerate(names):
-            colour = colours(names)[name] if name != "no thoughts" else "#222222"
-            style = {"fmt": "o", "color": colour, "markersize": 4, "capsize": 2}
+            style = {"fmt": "o", "color": MAPS.get(name, "#222222"), "markersize": 4, "capsize": 2}
             axes.errorbar([points[name]["y"]], [place], xerr=error_of(points[name], "y"), **style)
         axes.set_yticks(range(len(names)), names)
         if figure["metric"] == "accuracy":
@@ -108,22 +107,24 @@ def draw_alignment(figure: Figure, canvas: Any) -> None:
 
 
 def draw_errors(figure: Figure, canvas: Any) -> None:
-    """Draw the rates of both channels with their intervals."""
-    canvas.set_size_inches(4.8, 2.8)
-    axes = canvas.subplots()
-    kinds = {"flips": "now wrong", "follows": "the wrong plan's answer", "recovers": "still right"}
-    for number, (channel, rates) in enumerate(figure["rates"].items()):
-        for place, name in enumerate(kinds):
-            low, high = rates[f"{name}, 95 %"]
-            line = {"y": rates[name], "low": low, "high": high}
-            at = place + 0.36 * number - 0.18
-            style = {"width": 0.32, "color": COLOURS[number], "capsize": 2}
-            label = f"wrong plan by {channel}" if place == 0 else None
-            axes.bar([at], [line["y"]], yerr=error_of(line, "y"), label=label, **style)
-    axes.set_xticks(range(len(kinds)), kinds.values())
-    axes.set(ylabel="of answers right without it", ylim=(0, 1.05))
-    axes.grid(axis="y", **GRID)
-    axes.legend(loc="best")
+    """Draw the rates of both channels with their intervals, for both teams."""
+    canvas.set_size_inches(*SIZE)
+    kinds = {"flips": "now wrong", "follows": "wrong plan's", "recovers": "still right"}
+    panels = canvas.subplots(1, 2, sharey=True)
+    for axes, (team, found) in zip(panels, figure["teams"].items(), strict=True):
+        for number, (channel, rates) in enumerate(found["rates"].items()):
+            for place, name in enumerate(kinds):
+                low, high = rates[f"{name}, 95 %"]
+                line = {"y": rates[name], "low": low, "high": high}
+                style = {"width": 0.32, "color": COLOURS[number], "capsize": 2}
+                label = f"plan by {channel}" if place == 0 else None
+                at = place + 0.36 * number - 0.18
+                axes.bar([at], [line["y"]], yerr=error_of(line, "y"), label=label, **style)
+        axes.set_xticks(range(len(kinds)), kinds.values())
+        axes.set(title=team, ylim=(0, 1.05))
+        axes.grid(axis="y", **GRID)
+    panels[0].set_ylabel("of answers right without it")
+    panels[1].legend(loc="best")
 
 
 def draw_overlap(figure: Figure, canvas: Any) -> None:
@@ -132,20 +133,19 @@ def draw_overlap(figure: Figure, canvas: Any) -> None:
     places, says = canvas.subplots(1, 2, width_ratios=[3, 2])
     x, y = zip(*figure["tokens"]["places"], strict=True)
     places.scatter(x, y, s=9, color="#BBBBBB", label="tokens of text agents", **DOTS)
-    colour_of = colours(figure["clouds"])
     for name, cloud in figure["clouds"].items():
         x, y = zip(*cloud["places"], strict=True)
-        style = {"s": 5, "color": colour_of[name], "alpha": 0.6, "label": f"thoughts, {name}"}
+        style = {"s": 5, "color": MAPS[name], "alpha": 0.6, "label": f"thoughts, {name}"}
         places.scatter(x, y, **style, **DOTS)
     x, y = zip(*figure["ellipse"], strict=True)
     places.plot(x, y, linestyle="--", **ZERO)
     places.set(title="Plane of the main directions", xticks=[], yticks=[])
-    places.legend(loc="best", fontsize=7)
+    places.legend(loc="best", fontsize=7, markerscale=2)
     bars = {"its own text": "says the token", "another one's": "says the next question's"}
     for number, (name, cloud) in enumerate(figure["clouds"].items()):
         for place, field in enumerate(bars.values()):
             line = cloud[field] | {"y": cloud[field]["share"]}
-            style = {"width": 0.32, "color": colour_of[name], "capsize": 2}
+            style = {"width": 0.32, "color": MAPS[name], "capsize": 2}
             at = place + 0.36 * number - 0.18
             says.bar([at], [line["y"]], yerr=error_of(line, "y"), **style)
     says.set_xticks(range(len(bars)), bars)
@@ -159,7 +159,7 @@ def draw_drift(figure: Figure, canvas: Any) -> None:
     norms, nearest, following = canvas.subplots(1, 3)
     shown: dict[str, Any] = {}
     for number, (name, one) in enumerate(figure["maps"].items()):
-        style = {"color": colours(figure["maps"])[name], "linewidth": 2.4 - 0.5 * number}
+        style = {"color": MAPS[name], "linewidth": 2.4 - 0.5 * number}
         steps = range(1, len(one["norm"]) + 1)
         [shown[name]] = norms.plot(steps, one["norm before rescaling"], **style)
         nearest.plot(steps, one["cosine to the nearest token"], **style)

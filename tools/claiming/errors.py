@@ -9,7 +9,8 @@ the first agent's prompt, is of the right question. So both channels carry the s
     recovers    the share of them that is still answered right
     follows     the share of them whose answer is that of the changed question
 
-Two controls: an agent's own plan, injected in the same way, must change no answer.
+This is done in the whole team, and in a team of the first and the last agent alone, in which nobody
+could repair it. An agent's own plan, injected in the same way, must change no answer: the control.
 
     B questions   n thoughts   D hidden
 """
@@ -36,36 +37,48 @@ from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting
 
 Outcome = dict[str, Any]  # of one question
 ARMS = ("clean", "own plan", "wrong plan")
+CHANNELS = ("text", "thoughts")
+WHOLE, PAIR = "whole team", "first and last agent"
 
 
 def measure(setting: Setting) -> Finding:
     """Return flip and recovery rates of both channels, and McNemar's test between them."""
-    rows = [row for row in setting.rows(tiny=150, other=6) if changed(row["question"])]
-    found: list[Outcome] = []
-    for start in range(0, len(rows), setting.batch_size):
-        found += outcomes(setting, rows[start : start + setting.batch_size])
-    # Where the change does not change the answer, the plan is not wrong.
-    found = [one for one in found if one["wrong answer"] not in (None, one["gold"])]
-    if not found:
-        expected = "expected questions with a number whose change changes the answer"
-        raise ValueError(f"data (--data): found no wrong plan, {expected}")
-    both = [one for one in found if one["text"]["clean"] and one["thoughts"]["clean"]]
-    rates = {channel: rates_of(found, channel) for channel in ("text", "thoughts")}
-    only_text = sum(o["text"]["wrong plan"] and not o["thoughts"]["wrong plan"] for o in both)
-    only_thoughts = sum(o["thoughts"]["wrong plan"] and not o["text"]["wrong plan"] for o in both)
-    p = mcnemar(only_text, only_thoughts)
-    text, thoughts = rates["text"], rates["thoughts"]
-    sentence = (
-        f"A wrong plan of the first agent flips {text['flips']:.1%} of right answers by text and "
-        f"{thoughts['flips']:.1%} by thoughts (recovered {text['recovers']:.1%} and "
-        f"{thoughts['recovers']:.1%}); only text recovers on {only_text} questions, only thoughts "
-        f"on {only_thoughts} of {len(both)} (McNemar p = {p:.2g})."
+    rows = [row for row in setting.rows(tiny=100, other=6) if changed(row["question"])]
+    whole = choose_team(setting.lm, "sequential")
+    pair = Team((whole.agents[0], whole.agents[-1]), False, whole.layout, whole.opening)
+    teams: dict[str, Any] = {}
+    for name, team in ((WHOLE, whole), (PAIR, pair)):
+        found: list[Outcome] = []
+        for start in range(0, len(rows), setting.batch_size):
+            found += outcomes(setting, rows[start : start + setting.batch_size], team)
+        # Where the change does not change the answer, the plan is not wrong.
+        found = [one for one in found if one["wrong answer"] not in (None, one["gold"])]
+        if not found:
+            expected = "expected questions with a number whose change changes the answer"
+            raise ValueError(f"data (--data): found no wrong plan, {expected}")
+        rates = {channel: rates_of(found, channel) for channel in CHANNELS}
+        teams[name] = {"rates": rates, "paired": paired(found)}
+    said = "; ".join(
+        f"{one['rates']['text']['flips']:.1%} by text and {one['rates']['thoughts']['flips']:.1%} "
+        f"by thoughts, only text recovers on {one['paired']['only text']} and only thoughts on "
+        f"{one['paired']['only thoughts']} of {one['paired']['n']} questions (McNemar p = "
+        f"{one['paired']['p']:.2g}), in a team of the {name}"
+        for name, one in teams.items()
     )
-    paired = {"n": len(both), "only text right": only_text, "only thoughts right": only_thoughts}
-    figures: dict[str, Any] = {"questions": len(found), "rates": rates, "paired": paired | {"p": p}}
-    better = only_thoughts > only_text
-    verdict = NOT_SHOWN if p >= 0.05 else HOLDS if better else FAILS
-    return Finding(sentence, verdict, figures)
+    sentence = f"A wrong plan of the first agent flips right answers: {said}."
+    of_whole = teams[WHOLE]["paired"]
+    better = of_whole["only thoughts"] > of_whole["only text"]
+    verdict = NOT_SHOWN if of_whole["p"] >= 0.05 else HOLDS if better else FAILS
+    return Finding(sentence, verdict, {"questions": len(found), "teams": teams})
+
+
+def paired(found: Sequence[Outcome]) -> dict[str, Any]:
+    """Return McNemar's test over the questions that both channels answer right without a plan."""
+    both = [one for one in found if all(one[channel]["clean"] for channel in CHANNELS)]
+    right = [tuple(one[channel]["wrong plan"] for channel in CHANNELS) for one in both]
+    text, thoughts = right.count((True, False)), right.count((False, True))
+    p = mcnemar(text, thoughts)
+    return {"n": len(both), "only text": text, "only thoughts": thoughts, "p": p}
 
 
 def rates_of(found: Sequence[Outcome], channel: str) -> dict[str, Any]:
@@ -96,17 +109,16 @@ def changed(question: str) -> str | None:
     return question[: found.start()] + str(other) + question[found.end() :]
 
 
-def outcomes(setting: Setting, rows: Sequence[Row]) -> list[Outcome]:
+def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]:
     """Return for each question and channel whether the answer is right, with and without a plan."""
     lm, kind = setting.lm, kind_of(rows[0])
-    team = choose_team(lm, "sequential")
     questions = [row["question"] for row in rows]
     wrong = [str(changed(question)) for question in questions]
     shared: dict[str, Any] = {"kind": kind, "sampling": setting.sampling}
     shared["choices"] = [row.get("choices") for row in rows]
     answers = [result.answer for result in single(lm, wrong, **shared)]
 
-    pair = Team((team.agents[0], team.agents[-1]), layout=team.layout, opening=team.opening)
+    pair = Team((team.agents[0], team.agents[-1]), False, team.layout, team.opening)
     plans = [result.agents[0].text for result in text_mas(lm, wrong, team=pair, **shared)]
     clean_text = text_mas(lm, questions, team=team, **shared)
     own_plans = [result.agents[0].text for result in clean_text]

@@ -23,6 +23,7 @@ from tools.evaluation.stats import bootstrap
 
 from .setting import FAILS, HOLDS, Finding, Setting
 
+SEQUENCES = 20  # for each unit of --limit
 ALPHABET = 64  # tokens to draw from: a probe needs many examples of each
 TINY_COUNTS, COUNTS = (1, 2, 4, 8, 16), (1, 2, 4)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of a dimension
@@ -31,7 +32,7 @@ SHARES = (0.7, 0.15)  # of the sequences: to train, and to choose the ridge; the
 
 def measure(setting: Setting) -> Finding:
     """Return how many of N random tokens are read out of a thought, of a code, and by chance."""
-    lm, S = setting.lm, setting.count(4000, 700)
+    lm, S = setting.lm, SEQUENCES * setting.count(tiny=200, other=35)
     counts = TINY_COUNTS if setting.is_tiny else COUNTS
     ids, letters = random_tokens(lm, S, counts[-1], setting.seed)
     states = prefixes(lm, ids, counts)  # N -> (S, D)
@@ -98,7 +99,8 @@ def planted(letters: Tensor, D: int, seed: int) -> Tensor:
     source = torch.Generator().manual_seed(seed)
     N = letters.shape[1]
     table = torch.randn(N, ALPHABET, D, generator=source, dtype=torch.float64)
-    return torch.stack([table[i, letters[:, i]] for i in range(N)]).sum(0)
+    code: Tensor = torch.stack([table[i, letters[:, i]] for i in range(N)]).sum(0)
+    return code
 
 
 def tokens_read(features: Tensor, letters: Tensor) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def tokens_read(features: Tensor, letters: Tensor) -> dict[str, Any]:
     def right(rows: Tensor, ridge: float) -> Tensor:
         weights = products / (values.clamp_min(0) + ridge * values.mean())[:, None]
         scores = x[rows] @ vectors @ weights + shift  # (rows, N · A)
-        return scores.view(len(rows), N, -1).argmax(-1) == letters[rows]  # (rows, N)
+        named: Tensor = scores.view(len(rows), N, -1).argmax(-1)  # (rows, N)
+        return named == letters[rows]
 
     ridge = max(RIDGES, key=lambda value: float(right(choose, value).double().mean()))
     found = right(test, ridge).double()

@@ -4,6 +4,7 @@ B rows   n thoughts   D hidden   V vocabulary
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ class Ellipse:
     def distance(self, points: Tensor) -> Tensor:
         """Return the distances from the middle in units of the axes, (n,)."""
         centred = (points - self.middle).double().T
-        return torch.linalg.solve_triangular(self.axes, centred, upper=False).norm(dim=0)
+        solved: Tensor = torch.linalg.solve_triangular(self.axes, centred, upper=False)
+        return solved.norm(dim=0)
 
     def share(self, points: Tensor) -> float:
         """Return the share of points inside."""
@@ -167,7 +169,8 @@ class Ellipse:
         """Return points of the ellipse, (n, 2)."""
         angle = torch.linspace(0, 2 * torch.pi, 73, dtype=torch.float64)
         circle = self.radius * torch.stack([angle.cos(), angle.sin()])  # (2, n)
-        return (self.axes @ circle).T + self.middle
+        points: Tensor = (self.axes @ circle).T + self.middle
+        return points
 
 
 # -- drift ------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def measure_drift(setting: Setting) -> Finding:
     near = "cosine to the nearest token"
 
     def mean(name: str, what: str) -> float:
-        return sum(maps[name][what]) / len(maps[name][what])
+        return fmean(maps[name][what])
 
     ridge, raw = maps["ridge"], maps["none"]
     sentence = (

@@ -87,7 +87,7 @@ class Setting:
         return Sampling(max_new_tokens=self.limit_of_tokens)
 
     def count(self, tiny: int, other: int) -> int:
-        """Return how many questions or samples a claim takes, by default or by --limit."""
+        """Return how many questions a claim takes, by default or by --limit."""
         return self.limit or (tiny if self.is_tiny else other)
 
     def rows(self, tiny: int, other: int) -> list[Row]:
@@ -103,7 +103,8 @@ class Setting:
 
     def steps(self, most: int = 10) -> int:
         """Return how many thoughts an agent thinks: the model folder's own number, or `most`."""
-        return self.lm.default_steps if self.is_tiny else min(most, self.lm.default_steps)
+        own = self.lm.default_steps
+        return max(1, own if self.is_tiny else min(most, own))
 
     def bench(self, rows: Sequence[Row], lm: LM | None = None) -> Bench:
         """Return the rows with a model, this one if `lm` is None, on which arms can be run."""
