@@ -1,4 +1,4 @@
-"""Every claim has a command whose figures are what its sentence says, and docs/claims.md has all."""
+"""Each claim has a command whose figures its sentence says, and docs/claims.md has all 27."""
 
 import json
 import re
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minimas import KVCache, load
+from minimas import KVCache, latent_mas, load
+from minimas.results import AgentStart, Event
 from tools.claiming import complexity, depth, geometry, lossless
 from tools.claiming.alignment import untied_twin
 from tools.claiming.command import CLAIMS, main
@@ -179,6 +180,45 @@ def test_questions_are_new_ones_for_weights_tiny_and_built_in_ones_for_others(
     assert [row["answer"] for row in other.rows(9, 9)] == ["16", "49", "12", "63", "66", "210"]
     assert len(tiny.rows(7, 1)) == 7 and tiny.rows(7, 1)[0]["question"].endswith("have?")
     assert tiny.rows(7, 1) != Setting(str(TINY), seed=1, device="cpu").rows(7, 1)
+
+
+# -- claims that are tests ---------------------------------------------------------------------------
+
+
+def test_no_weight_changes_and_no_agent_but_the_last_needs_the_lm_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training-free, and thoughts are not decoded: the head is first used after the last start."""
+    lm = load(TINY, device="cpu")
+    before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
+    happened: list[str] = []
+    logits = lm.model.logits
+
+    def watched(hidden: torch.Tensor) -> torch.Tensor:
+        happened.append("head")
+        return logits(hidden)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, AgentStart):
+            happened.append(event.agent)
+
+    monkeypatch.setattr(lm.model, "logits", watched)
+    question = Setting(str(TINY), device="cpu").rows(1, 1)[0]["question"]
+    latent_mas(lm, [question], on_event=listen)
+    assert happened[:5] == ["planner", "critic", "refiner", "judger", "head"]
+    assert all(torch.equal(before[name], now) for name, now in lm.model.state_dict().items())
+
+
+def test_a_working_memory_is_keys_and_values_of_all_layers_for_prompts_and_thoughts() -> None:
+    lm = load(TINY, device="cpu")
+    question = Setting(str(TINY), device="cpu").rows(1, 1)[0]["question"]
+    [result] = latent_mas(lm, [question], keep_memory=True, close=False)
+    c, memory = lm.model.config, result.memory
+    assert memory is not None and len(memory.keys) == len(memory.values) == 3
+    usage, end = result.usage, 2  # <|im_end|> and the line feed after the answer
+    assert memory.lengths == [usage.prompt_tokens + usage.latent_steps + usage.output_tokens + end]
+    by_hand = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
+    assert memory.nbytes == memory.lengths[0] * by_hand == memory.lengths[0] * 768
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def measure(setting: Setting) -> Finding:
     found = {name: answers(setting, rows, metric, one) for name, one in names.items()}
     differences = {name: against_ridge(records, metric) for name, records in found.items()}
     panels = {name: points(records, metric) for name, records in found.items()}
-    own = differences[kind]
+    own, twins = differences[kind], panels["untied twin"]["ridge"]
     said = ", ".join(
         f"{name} {value(panels[kind][name], metric)} ({p_value(own[name])})"
         for name in MAPS[1:]
@@ -62,8 +62,8 @@ def measure(setting: Setting) -> Finding:
         f"With the {kind} model ridge has {value(panels[kind]['ridge'], metric)}, {said}; W_a "
         f"is {geometry[kind]['from the identity']:.2g} from the identity there and "
         f"{geometry['embeddings tied by hand']['from the identity']:.2g} with tied embeddings. On "
-        f"an untied twin with the same logits ridge has "
-        f"{value(panels['untied twin']['ridge'], metric)}: W_a is not fixed by what a model computes."
+        f"an untied twin with the same logits ridge has {value(twins, metric)}: W_a is not fixed by "
+        f"what a model computes."
     )
     figure = {
         "metric": metric,

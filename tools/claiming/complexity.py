@@ -1,9 +1,9 @@
 """What thoughts cost: floating-point operations and seconds, by thoughts m and prompt tokens t.
 
 FLOPs are counted by torch on a model of the same shape: of a large one without values (device
-"meta"), so that any size is counted in a minute. Seconds are measured on the model itself. The paper says that an agent costs
-O((d² m + d m² + d t m) L). The count is fitted twice: with these three terms, and with the two of
-the prefill, d² t and d t², beside them.
+"meta"), so that any size is counted in a minute. Seconds are measured on the model itself. The
+paper says that an agent costs O((d² m + d m² + d t m) L). The count is fitted twice: with these
+three terms, and with the two of the prefill, d² t and d t², beside them.
 
     t prompt tokens   m thoughts or generated tokens   d hidden size   L layers
 """

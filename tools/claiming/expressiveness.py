@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minimas import LM
+from minimas.core.model import prefill
 from minimas.text.tokenizer import Tokenizer
 from tools.evaluation.stats import bootstrap
 
@@ -81,13 +82,14 @@ def prefixes(lm: LM, ids: Tensor, counts: tuple[int, ...], batch: int = 100) -> 
     model, tokenizer = lm.model, lm.tokenizer
     assert isinstance(tokenizer, Tokenizer)
     before = tokenizer.encode_turn(tokenizer.user_turn(["x"])[0])
-    header = torch.tensor(before, dtype=torch.int64)
+    cache = model.new_cache(1)
+    prefill(model, [before], cache)
     kept: dict[int, list[Tensor]] = {N: [] for N in counts}
     for part in ids.split(batch):
-        fed = torch.cat([header.expand(len(part), -1), part], 1).to(model.device)
-        hidden = model(model.embed(fed))  # (batch, header + N, D)
+        own = cache.select([0] * len(part))
+        hidden = model(model.embed(part.to(model.device)), own)  # (batch, N, D)
         for N in counts:
-            kept[N].append(hidden[:, len(header) + N - 1])
+            kept[N].append(hidden[:, N - 1])
     return {N: torch.cat(parts) for N, parts in kept.items()}
 
 
