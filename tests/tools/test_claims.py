@@ -182,7 +182,7 @@ def test_questions_are_new_ones_for_weights_tiny_and_built_in_ones_for_others(
     assert tiny.rows(7, 1) != Setting(str(TINY), seed=1, device="cpu").rows(7, 1)
 
 
-# -- claims that are tests ---------------------------------------------------------------------------
+# -- claims that are tests ------------------------------------------------------------------------
 
 
 def test_no_weight_changes_and_no_agent_but_the_last_needs_the_lm_head(

@@ -62,8 +62,8 @@ def measure(setting: Setting) -> Finding:
         f"With the {kind} model ridge has {value(panels[kind]['ridge'], metric)}, {said}; W_a "
         f"is {geometry[kind]['from the identity']:.2g} from the identity there and "
         f"{geometry['embeddings tied by hand']['from the identity']:.2g} with tied embeddings. On "
-        f"an untied twin with the same logits ridge has {value(twins, metric)}: W_a is not fixed by "
-        f"what a model computes."
+        f"an untied twin with the same logits ridge has {value(twins, metric)}: W_a is not fixed "
+        f"by what a model computes."
     )
     figure = {
         "metric": metric,

@@ -31,7 +31,7 @@ def draw_lossless(figure: Figure, canvas: Any) -> None:
     names = [name for name in figure["by question"][0] if name != "positions"]
     for place, name in enumerate(names[::-1]):
         for part, mark in (("hidden states", "o"), ("logits", "x"), ("KV cache", "+")):
-            found = [one[name][part] for one in figure["by question"] if part in one[name]]
+            found = [one[name][part] for one in figure["by question"]]
             style = {"color": BETTER if name == "hand-over" else WORSE, "markersize": 4}
             label = part if name == "hand-over" else None
             axes.plot(found, [place] * len(found), mark, label=label, **style)
