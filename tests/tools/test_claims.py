@@ -13,7 +13,7 @@ from minimas.results import AgentStart, Event
 from tools.claiming import complexity, depth, geometry, lossless
 from tools.claiming.alignment import untied_twin
 from tools.claiming.command import CLAIMS, main
-from tools.claiming.errors import Forced, changed
+from tools.claiming.errors import PAIR, Forced, changed
 from tools.claiming.expressiveness import planted, tokens_read
 from tools.claiming.setting import Setting
 
@@ -123,7 +123,7 @@ def test_an_injected_plan_of_ones_own_changes_no_answer(tmp_path: Path) -> None:
     found = measured("errors", tmp_path, "--limit", "12")
     for team in found["teams"].values():
         assert [rates["own plan changes"] for rates in team["rates"].values()] == [0, 0]
-    pair = found["teams"]["first and last agent"]["rates"]
+    pair = found["teams"][PAIR]["rates"]
     assert min(rates["flips"] for rates in pair.values()) > 0.3
 
 

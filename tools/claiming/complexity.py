@@ -73,7 +73,7 @@ def measure(setting: Setting) -> Finding:
     )
     figures = {
         "counted FLOPs": listed(counts),
-        "seconds": listed(seconds),
+        "measured seconds": listed(seconds),
         "fits": fits,
         "exponents": exponents,
         "prefill's share": {str(n): grid[n, 0] / grid[n, m] for n in PROMPTS},

@@ -67,7 +67,7 @@ def draw_complexity(figure: Figure, canvas: Any) -> None:
     panels = canvas.subplots(1, 3)
     t = figure["usual"]["t"]
     labels = {"thoughts": "thoughts", "text": "generated tokens"}
-    for axes, what in zip(panels, ("counted FLOPs", "seconds"), strict=False):
+    for axes, what in zip(panels, ("counted FLOPs", "measured seconds"), strict=False):
         for place, (name, points) in enumerate(figure[what].items()):
             chosen = [point for point in points if point["t"] == t]
             x, y = [point["m"] for point in chosen], [point["value"] for point in chosen]
@@ -111,32 +111,34 @@ def draw_errors(figure: Figure, canvas: Any) -> None:
     canvas.set_size_inches(*SIZE)
     kinds = {"flips": "now wrong", "follows": "wrong plan's", "recovers": "still right"}
     panels = canvas.subplots(1, 2, sharey=True)
+    shown: dict[str, Any] = {}
     for axes, (team, found) in zip(panels, figure["teams"].items(), strict=True):
         for number, (channel, rates) in enumerate(found["rates"].items()):
             for place, name in enumerate(kinds):
                 low, high = rates[f"{name}, 95 %"]
                 line = {"y": rates[name], "low": low, "high": high}
                 style = {"width": 0.32, "color": COLOURS[number], "capsize": 2}
-                label = f"plan by {channel}" if place == 0 else None
                 at = place + 0.36 * number - 0.18
-                axes.bar([at], [line["y"]], yerr=error_of(line, "y"), label=label, **style)
+                shown[channel] = axes.bar([at], [line["y"]], yerr=error_of(line, "y"), **style)
         axes.set_xticks(range(len(kinds)), kinds.values())
         axes.set(title=team, ylim=(0, 1.05))
         axes.grid(axis="y", **GRID)
+        axes.set_axisbelow(True)
     panels[0].set_ylabel("of answers right without it")
-    panels[1].legend(loc="best")
+    names = [f"wrong plan by {channel}" for channel in shown]
+    canvas.legend(shown.values(), names, loc="outside lower center", ncols=2)
 
 
 def draw_overlap(figure: Figure, canvas: Any) -> None:
     """Draw thoughts among the tokens of text agents, and what their nearest tokens are."""
     canvas.set_size_inches(*SIZE)
     places, says = canvas.subplots(1, 2, width_ratios=[3, 2])
-    x, y = zip(*figure["tokens"]["places"], strict=True)
-    places.scatter(x, y, s=9, color="#BBBBBB", label="tokens of text agents", **DOTS)
     for name, cloud in figure["clouds"].items():
         x, y = zip(*cloud["places"], strict=True)
         style = {"s": 5, "color": MAPS[name], "alpha": 0.6, "label": f"thoughts, {name}"}
         places.scatter(x, y, **style, **DOTS)
+    x, y = zip(*figure["tokens"]["places"], strict=True)
+    places.scatter(x, y, s=10, color="#222222", marker="s", label="tokens in text", **DOTS)
     x, y = zip(*figure["ellipse"], strict=True)
     places.plot(x, y, linestyle="--", **ZERO)
     places.set(title="Plane of the main directions", xticks=[], yticks=[])
@@ -151,6 +153,7 @@ def draw_overlap(figure: Figure, canvas: Any) -> None:
     says.set_xticks(range(len(bars)), bars)
     says.set(title="Nearest token is that of …", ylim=(0, 1.02))
     says.grid(axis="y", **GRID)
+    says.set_axisbelow(True)
 
 
 def draw_drift(figure: Figure, canvas: Any) -> None:
@@ -199,6 +202,7 @@ def draw_bars(figure: Figure, canvas: Any, fields: dict[str, str], label: str) -
         axes.text(left[name] + 0.02 * most, place, right, va="center", fontsize=7)
     axes.set(xlabel=label, xlim=(0, 1.2 * most))
     axes.grid(axis="x", **GRID)
+    axes.set_axisbelow(True)
     if len(fields) > 1:
         canvas.legend(loc="outside upper center", ncols=len(fields))
 

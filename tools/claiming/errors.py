@@ -38,7 +38,7 @@ from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting
 Outcome = dict[str, Any]  # of one question
 ARMS = ("clean", "own plan", "wrong plan")
 CHANNELS = ("text", "thoughts")
-WHOLE, PAIR = "whole team", "first and last agent"
+WHOLE, PAIR = "the whole team", "a team of the first and last agent"
 
 
 def measure(setting: Setting) -> Finding:
@@ -62,7 +62,7 @@ def measure(setting: Setting) -> Finding:
         f"{one['rates']['text']['flips']:.1%} by text and {one['rates']['thoughts']['flips']:.1%} "
         f"by thoughts, only text recovers on {one['paired']['only text']} and only thoughts on "
         f"{one['paired']['only thoughts']} of {one['paired']['n']} questions (McNemar p = "
-        f"{one['paired']['p']:.2g}), in a team of the {name}"
+        f"{one['paired']['p']:.2g}), in {name}"
         for name, one in teams.items()
     )
     sentence = f"A wrong plan of the first agent flips right answers: {said}."
