@@ -308,3 +308,12 @@ def test_every_command_test_and_page_that_is_named_exists() -> None:
             assert (PAGE.parent / page).exists(), (number, page)
         named |= set(commands)
     assert named == set(CLAIMS), "every command has its row"
+
+
+def test_every_claim_has_its_picture_and_numbers_on_the_page() -> None:
+    """They are read in the repository: 300 KB together, and none of a claim that is gone."""
+    text, files = PAGE.read_text(encoding="utf-8"), list((ROOT / "docs/pictures").glob("claims-*"))
+    expected = {f"claims-{name}{ending}" for name in CLAIMS for ending in (".json", ".png")}
+    assert {path.name for path in files} == expected
+    assert sum(path.stat().st_size for path in files) <= 300_000
+    assert all(f"(pictures/claims-{name}.png)" in text for name in CLAIMS)

@@ -158,8 +158,9 @@ class Ellipse:
     def distance(self, points: Tensor) -> Tensor:
         """Return the distances from the middle in units of the axes, (n,)."""
         centred = (points - self.middle).double().T
-        solved: Tensor = torch.linalg.solve_triangular(self.axes, centred, upper=False)
-        return solved.norm(dim=0)
+        solved = torch.linalg.solve_triangular(self.axes, centred, upper=False)
+        lengths: Tensor = torch.linalg.vector_norm(solved, dim=0)
+        return lengths
 
     def share(self, points: Tensor) -> float:
         """Return the share of points inside."""
