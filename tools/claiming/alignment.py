@@ -5,8 +5,8 @@ its final norm's gain is multiplied by a power of two in each dimension, drawn a
 columns of its LM head are divided by it. Powers of two are exact in floating point, so that logits
 are equal bit by bit. Only thoughts can differ: W_a is not determined by what the model computes.
 
-Beside the answers stands what the map is: how far it is from the identity, for the model, for its
-twin, and for embeddings that are tied by hand.
+Beside the answers stands what the map is: how far it is from the identity, for the model and, if it
+is untied, for its embeddings tied by hand.
 
     V vocabulary   D hidden
 """
@@ -41,29 +41,22 @@ def measure(setting: Setting) -> Finding:
     found = {name: answers(setting, rows, metric, one) for name, one in names.items()}
     differences = {name: against_ridge(records, metric) for name, records in found.items()}
     panels = {name: points(records, metric) for name, records in found.items()}
-    own, twins = differences[kind], panels["untied twin"]["ridge"]
-    said = ", ".join(
-        f"{name} {value(panels[kind][name], metric)} ({p_value(own[name])})"
-        for name in MAPS[1:]
-        if name in own
-    )
-    geometry = {
-        kind: of_map(lm, *embeddings(lm)),
-        "untied twin": of_map(twin, *embeddings(twin)),
-        "embeddings tied by hand": of_map(lm, *[embeddings(lm)[1]] * 2),
-    }
+    w_out, w_in = embeddings(lm)
+    geometry = {kind: of_map(w_out, w_in)}
+    if kind == "untied":
+        geometry["embeddings tied by hand"] = of_map(w_in, w_in)
     same = max(
         abs(first["nll"] - second["nll"])
         for first, second in zip(
             zero_losses(setting, rows, lm), zero_losses(setting, rows, twin), strict=True
         )
     )
+    distances = {name: one["from the identity"] for name, one in geometry.items()}
     sentence = (
-        f"With the {kind} model ridge has {value(panels[kind]['ridge'], metric)}, {said}; W_a "
-        f"is {geometry[kind]['from the identity']:.2g} from the identity there and "
-        f"{geometry['embeddings tied by hand']['from the identity']:.2g} with tied embeddings. On "
-        f"an untied twin with the same logits ridge has {value(twins, metric)}: W_a is not fixed "
-        f"by what a model computes."
+        f"{said(kind, panels, differences, metric)}; W_a is "
+        f"{' and '.join(f'{far:.2g} ({name})' for name, far in distances.items())} from the "
+        f"identity. {said('untied twin', panels, differences, metric)}; the twin has the same "
+        "logits, so W_a is not fixed by what a model computes."
     )
     figure = {
         "metric": metric,
@@ -72,7 +65,17 @@ def measure(setting: Setting) -> Finding:
         "map": geometry,
         "twin's largest difference of a loss without thoughts": same,
     }
-    return Finding(sentence, verdict(own), figure)
+    return Finding(sentence, verdict(differences[kind]), figure)
+
+
+def said(kind: str, panels: Mapping[str, Any], differences: Mapping[str, Any], metric: str) -> str:
+    """Return what was found about the maps on one model, as a sentence without its end."""
+    own = panels[kind]
+    others = ", ".join(
+        f"{name} {value(own[name], metric)} ({p_value(differences[kind][name])})"
+        for name in MAPS[1:]
+    )
+    return f"{kind.capitalize()}: ridge has {value(own['ridge'], metric)}, {others}"
 
 
 def answers(setting: Setting, rows: Sequence[Any], metric: str, lm: LM) -> dict[str, list[Record]]:
@@ -157,7 +160,7 @@ def embeddings(lm: LM, all_rows: bool = False) -> tuple[Tensor, Tensor]:
     return w_out[:rows], w_in[:rows]
 
 
-def of_map(lm: LM, w_out: Tensor, w_in: Tensor) -> dict[str, float]:
+def of_map(w_out: Tensor, w_in: Tensor) -> dict[str, float]:
     """Return what the ridge map of two embeddings (V, D) is, and how long it takes to compute.
 
     "residual" is ‖W_out W_a − W_in‖ / ‖W_in‖. "normal equations" is how far the gradient that
@@ -177,6 +180,6 @@ def of_map(lm: LM, w_out: Tensor, w_in: Tensor) -> dict[str, float]:
         "normal equations": float(gradient.norm() / cross.norm()),
         "from the identity": float(torch.linalg.matrix_norm(matrix - one, 2)),
     }
-    if w_out is w_in:
+    if w_out.data_ptr() == w_in.data_ptr():
         found["bound"] = LAMBDA / float(torch.linalg.eigvalsh(gram)[0])
     return found
