@@ -56,13 +56,14 @@ def alignment_matrix(
     V, D = w_out.shape
     # With V < D only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
-    # W_outᵀ W_out, and to the right of it W_outᵀ W_in.
     device = for_float64(w_out[:0]).device
-    sums = torch.zeros(D, D + w_in.shape[1], dtype=wide, device=device)
+    gram = torch.zeros(D, D, dtype=wide, device=device)  # W_outᵀ W_out
+    cross = torch.zeros(D, w_in.shape[1], dtype=wide, device=device)  # W_outᵀ W_in
     for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         out = for_float64(out).to(wide)
-        sums += out.T @ torch.cat([out, for_float64(into).to(sums)], 1)
-    gram, cross = sums.double().tensor_split([D], 1)
+        gram += out.T @ out
+        cross += out.T @ for_float64(into).to(wide)
+    gram, cross = gram.double(), cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     matrix = torch.cholesky_solve(cross, factor)
@@ -122,8 +123,8 @@ class Aligner:
             return made
         w_in = w_in[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(w_in, dim=-1, dtype=wide)
-        made.norm = for_float64(norms).double().mean().item()
+        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # without a whole copy
+        made.norm = for_float64(torch.cat(norms)).double().mean().item()
         if kind == "identity":
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)

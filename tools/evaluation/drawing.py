@@ -3,7 +3,7 @@
 This module does not compute the numbers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ ORDER = "ridge prenorm fitted token pause random mean soft gumbel identity".spli
 LINEAR_BELOW = 0.1  # differences of losses: linear scale below, logarithmic scale above
 
 
-def draw(figure: Figure, out: Path) -> None:
+def draw(
+    figure: Figure, out: Path, drawn: Mapping[str, Callable[[Figure, Any], None]] | None = None
+) -> None:
     """Write OUT.svg and OUT.png. The same figure always gives the same bytes.
 
-    Raises ImportError with the command that installs matplotlib if it is missing.
+    `drawn` has the function that draws each kind of figure (None: `DRAWN`). Raises ImportError
+    with the command that installs matplotlib if it is missing.
     """
     try:
         from matplotlib import rc_context
@@ -41,7 +44,7 @@ def draw(figure: Figure, out: Path) -> None:
         raise ImportError("matplotlib is missing; pip install matplotlib") from error
     with rc_context(SETTINGS):
         canvas = Canvas(layout="constrained")
-        DRAWN[figure["what"]](figure, canvas)
+        (drawn or DRAWN)[figure["what"]](figure, canvas)
         canvas.savefig(out.with_name(out.name + ".svg"), metadata={"Date": None})
         canvas.savefig(out.with_name(out.name + ".png"), dpi=150)
 

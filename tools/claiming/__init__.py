@@ -1,0 +1,1 @@
+"""The claims of the paper, each measured by one command: see tools/claims.py."""

@@ -1,0 +1,22 @@
+"""Measure a claim of the paper: a picture, the numbers beside it, and one sentence.
+
+    python tools/claims.py --list                               # the names, and what each checks
+    python tools/claims.py lossless --out claims                # on weights/tiny
+    python tools/claims.py depth --model DIR --data FILE.jsonl --limit 40 --out claims
+    python tools/claims.py all --out claims
+
+Writes OUT/claims-NAME.json, .svg and .png and prints the sentence. What the claims are and what was
+found is in docs/claims.md. A claim that does not hold is a result, not a failure. Needs matplotlib:
+pip install matplotlib. Status: 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
+
+from tools.claiming.command import main
+from tools.shared.streams import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("claims", main))
