@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .core.rollout import entropy
+from .depth import entropy
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentTrace, Event, Thought
 

@@ -125,7 +125,8 @@ class Config:
             value: Any = fields.get(field)
             kind = type(most)
             good = type(value) in (int, kind) and 0 < value <= most
-            check(good, field, f"a positive {kind.__name__}, at most {most:,}")
+            number = "integer" if kind is int else "number"
+            check(good, field, f"a positive {number}, at most {most:,}")
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")

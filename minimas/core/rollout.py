@@ -1,4 +1,4 @@
-"""The latent loop, and rules for when a row has thought enough.
+"""The latent loop, in which each row may stop by itself.
 
 A map (see `latent`) makes an embedding of each row's last hidden state. It is fed in place of a
 token, and the state after it is the next one to be mapped. This file does not know tokens, prompts,
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import KVCache
@@ -47,12 +46,11 @@ def think(
     (B, steps, D), and the last hidden state, (B, 1, D), which has not been fed. With 0 steps
     nothing changes.
 
-    `until` makes each row stop by itself, after `steps` thoughts at most: `entropy_below`,
-    `cosine_above`, or any callable. It is called before a thought is fed, with the hidden states
-    (B, 1, D) and the embeddings so far (B, n, D), the new ones last, and returns (B,) bool. Where
-    that is True the new embedding is not fed, the row's state and cache stay as they are from then
-    on, and its further embeddings are zeros. n in the result (B, n, D) is that of the row that
-    stopped last.
+    `until` makes each row stop by itself, after `steps` thoughts at most. It is any callable,
+    called before a thought is fed, with the hidden states (B, 1, D) and the embeddings so far
+    (B, n, D), the new ones last. It returns (B,) bool. Where that is True the new embedding is not
+    fed, the row's state and cache stay as they are from then on, and its further embeddings are
+    zeros. n in the result (B, n, D) is that of the row that stopped last.
 
     Raises ValueError for negative steps, a map or a rule that returns another shape or dtype, or,
     on a CPU, a state that is not finite.
@@ -99,21 +97,3 @@ def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
     if found != expected:
         raise ParameterError(parameter, f"found a map to {found}, expected {expected}")
     return returned  # type: ignore[no-any-return]
-
-
-def entropy_below(model: Qwen3, nats: float) -> Until:
-    """Return a rule that stops a row where the entropy of its next token is below `nats`."""
-    return lambda hidden, _: entropy(model.logits(hidden)[:, 0]).lt(nats)
-
-
-def cosine_above(cosine: float) -> Until:
-    """Return a rule that stops a row before a thought this similar to the one before it."""
-    # Of the first thought there is none before it: (B, 0).
-    return lambda _, thoughts: torch.any(
-        F.cosine_similarity(thoughts[:, -2:-1], thoughts[:, -1:], dim=-1) > cosine, 1
-    )
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of scores (…, V), in nats: (…,)."""
-    return torch.sum(torch.special.entr(logits.float().softmax(-1)), -1)

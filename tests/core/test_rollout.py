@@ -9,7 +9,8 @@ from torch import Tensor
 
 from minimas import Aligner, Qwen3, think
 from minimas.core.model import take_last
-from minimas.core.rollout import cosine_above, entropy_below, rollout
+from minimas.core.rollout import rollout
+from minimas.depth import cosine_above, entropy_below
 
 from ..models import apart, distance, random_ids, remember
 

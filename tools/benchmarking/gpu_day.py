@@ -80,8 +80,9 @@ class RandomWeights:
             return torch.ones(size, dtype=dtype, device=self.device)
         return torch.randn(size, dtype=dtype, device=self.device).mul_(size[1] ** -0.5)
 
-    def blocks(self, key: str) -> None:
-        """Return None: there are no blocks of four or eight bits."""
+    def kept_as(self, key: str) -> str:
+        """Return "": there are no matrices of 4 or 8 bits."""
+        return ""
 
 
 class OnDevice(Minimas):
