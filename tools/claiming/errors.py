@@ -17,17 +17,18 @@ could repair it. An agent's own plan, injected in the same way, must change no a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimas import Result, Team, latent_mas, single, text_mas
-from minimas.agents import answer_text, choose_team
+from minimas.agents import choose_team, hand_over_text
+from minimas.core.rollout import Align
 from minimas.results import Events, finish
 from minimas.text.generate import GeneratedText
-from minimas.turns import Align, Run, TurnResult
+from minimas.turns import Run, TurnResult
 from tools.evaluation.grading import plain_grader
 from tools.evaluation.probe import Tap
 from tools.evaluation.rows import Row, kind_of
@@ -124,8 +125,8 @@ def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]
     own_plans = [result.agents[0].text for result in clean_text]
 
     def by_text(given: Sequence[str]) -> list[Result]:
-        run = ForcedRun(lm, questions, **shared, plans=given)
-        return finish(answer_text(run, team))
+        run = ForcedRun(lm, questions, **shared, plans=list(given))
+        return finish(finish(hand_over_text(run, team)).answer())
 
     steps, align = setting.steps(most=20), lm.aligner("ridge")
     thinking = shared | {"latent_steps": steps}
@@ -156,11 +157,12 @@ def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]
 class ForcedRun(Run):
     """A run of `text_mas` whose first agent generates the given texts, one per question."""
 
-    plans: Sequence[str] = ()
+    plans: list[str] = field(default_factory=list)
 
     def turn(self, *args: Any, **options: Any) -> Events[TurnResult]:
         """Take one turn; the first one ends with the given texts."""
-        plans, self.plans = self.plans, ()
+        plans = list(self.plans)
+        self.plans.clear()  # in place: every agent takes its turn on a copy of the run
         options["decodes"] = not plans
         result = yield from super().turn(*args, **options)
         if not plans:
