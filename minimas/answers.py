@@ -541,8 +541,10 @@ def _program(text: str) -> str | None:
     blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
         lines, names = _parsed(text)
+        # The body of a function may define nothing.
+        code = names or any(isinstance(line, ast.Return | ast.If | ast.While) for line in lines)
         # "Answer: 42" is Python too, an annotation.
-        return text.strip("\n") if names and not isinstance(lines[0], ast.AnnAssign) else None
+        return text.strip("\n") if code and not isinstance(lines[0], ast.AnnAssign) else None
     program = max(reversed(blocks), key=lambda block: (_solves(block), bool(_parsed(block)[0])))
     for earlier in reversed(blocks[: blocks.index(program)]):
         shared = set(re.findall(r"\w+", program)).intersection(re.findall(r"\w+", earlier))

@@ -177,7 +177,7 @@ def test_compiling_is_announced_and_billed_apart(
     """Half a minute of compiling was counted as time of the first agent."""
 
     def loaded(
-        name: str, device: str, dtype: str, quantize: None, compile: bool, quiet: bool
+        name: str, device: str, dtype: str, quantize: None, compile: bool, *rest: bool
     ) -> LM:
         assert compile
         return load(name, device, dtype, quantize)

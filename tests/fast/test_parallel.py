@@ -171,7 +171,8 @@ def test_blocks_of_a_gguf_file_are_divided_too(kind: str, tmp_path: Path) -> Non
 
 def test_8_bits_of_a_gguf_file_are_kept_on_every_rank(tmp_path: Path) -> None:
     """Their scales are those of rows, so that no number of ranks cuts a group."""
-    config = tiny_config(hidden_size=128, intermediate_size=192, vocab_size=99)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    config = tiny_config(**sizes, num_key_value_heads=4, vocab_size=99)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds="Q8_0")
     source = GGUF(path)
     down = "model.layers.0.mlp.down_proj.weight"
