@@ -177,9 +177,10 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
             counts = [layout.head_tokens(i) for i, layout in layouts]
             head = list(map(add, cache.lengths, counts))
         asked = [layout.prompt(i, first) for i, layout in layouts]
-        how = {"decodes": agents[0].writes, "closes": run.closes_turns}
-        steps = run.steps(agents[0])
-        turn = yield from own.turn(agents, asked, cache, steps, own.align_map, **how)
+        steps, decodes = run.steps(agents[0]), agents[0].writes
+        turn = yield from own.turn(
+            agents, asked, cache, steps, own.align_map, decodes, closes=run.closes_turns
+        )
         cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
         if team.parallel:
@@ -277,8 +278,9 @@ class LatentRun(Run):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.transfer not in TRANSFERS:
-            found = f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
-            raise ParameterError("transfer", found)
+            raise ParameterError(
+                "transfer", f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
+            )
         if self.transfer == "shuffled" and len(self.questions) == 1:
             found = "found 'shuffled' with one question, expected two or more of a kind (--file)"
             raise ParameterError("transfer", found)

@@ -40,10 +40,7 @@ class Lens:
 
     def __init__(self, lm: LM, top: int = 3) -> None:
         """`top` is the number of tokens per thought."""
-        tokenizer = text_tokenizer(lm)
-        self.model: Any = lm.model  # that of the agent whose thoughts are read
-        self.backend, self.top = tokenizer.backend, top
-        self.size = tokenizer.size  # rows of the embedding that no token has are not shown
+        self.tokenizer, self.top = text_tokenizer(lm), top
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 
@@ -52,11 +49,13 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            self.model = event.memory.owner
-            self.seen += [(trace, self._views(row)) for row, trace in enumerate(event.traces)]
+            model = event.memory.owner  # that of the agent
+            self.seen += [
+                (trace, self._views(row, model)) for row, trace in enumerate(event.traces)
+            ]
             self._thoughts = []
 
-    def _views(self, row: int) -> list[ThoughtView]:
+    def _views(self, row: int, model: Any) -> list[ThoughtView]:
         """Return what one row's thoughts since the last agent's end say.
 
         The scores of all rows together, (R, n, V), would take gigabytes.
@@ -66,22 +65,21 @@ class Lens:
             return []
         hidden = torch.cat([thought.hidden[row] for thought in own])  # (n, D)
         fed = torch.cat([thought.embedding[row] for thought in own]).float()  # (n, D)
-        logits = self.model.logits(hidden[None])[0, :, : self.size].float()  # (n, V)
-        chances, tokens = logits.softmax(-1).topk(min(self.top, self.size))
+        size = self.tokenizer.size  # rows of the embedding that no token has are not shown
+        logits = model.logits(hidden[None])[0, :, :size].float()  # (n, V)
+        chances, tokens = logits.softmax(-1).topk(min(self.top, size))
         entropies = entropy(logits)  # (n,)
         unit = F.normalize(fed)  # (n, D)
         before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
         # In float32: a CPU without matrix units takes six times as long in bf16.
-        table = self.model.model.embed_tokens.weight[: self.size].split(CHUNK_ROWS)
+        table = model.model.embed_tokens.weight[:size].split(CHUNK_ROWS)
         scores = [unit @ F.normalize(rows.float()).T for rows in table]  # (n, CHUNK_ROWS) each
         cosines, nearest = torch.cat(scores, 1).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):
-            names = [self._text(token) for token in tokens[t].tolist()]
+            ids = [[token] for token in (*tokens[t].tolist(), int(nearest[t]))]
+            *names, near = self.tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
             likely = list(zip(names, chances[t].tolist(), strict=True))
-            near = self._text(int(nearest[t])), float(cosines[t])
-            views.append(ThoughtView(likely, float(entropies[t]), norm, before[t], *near))
+            numbers = float(entropies[t]), norm, before[t]
+            views.append(ThoughtView(likely, *numbers, near, float(cosines[t])))
         return views
-
-    def _text(self, token: int) -> str:
-        return self.backend.decode([token], skip_special_tokens=False)

@@ -113,7 +113,6 @@ def finish(events: Events[T], on_event: OnEvent | None = None) -> T:
         try:
             event = next(events)
         except StopIteration as end:
-            found: T = end.value
-            return found
+            return end.value  # type: ignore[no-any-return]
         if on_event is not None:
             on_event(event)

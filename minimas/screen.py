@@ -155,9 +155,9 @@ class Screen:
                     "question": self.batch[i]["question"],
                 }
                 if self.lens:
-                    own = self.lens.seen[i :: len(self.batch)]
                     record["thoughts"] = [
-                        [one._asdict() for one in thoughts] for _, thoughts in own
+                        [one._asdict() for one in thoughts]
+                        for _, thoughts in self.lens.seen[i :: len(self.batch)]
                     ]
                 print(json.dumps(record, default=str), flush=True)
             elif not self.streams or not result.text:

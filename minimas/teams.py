@@ -75,8 +75,9 @@ class Team:
         if not self.agents:
             raise ParameterError("team", "found no agents, expected at least one")
         if self.layout not in LAYOUTS:
-            problem = f"found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
-            raise ParameterError("layout", problem)
+            raise ParameterError(
+                "layout", f"found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
+            )
         if self.layout == "turn":
             # One user turn has one system message, and no assistant turn before the last agent's.
             needed = {"writes": False, "prefix": "", "system": self.agents[-1].system}
@@ -124,12 +125,7 @@ class Team:
             _build(Agent, fields, f"{source}: agents[{i}]")
             for i, fields in enumerate(raw["agents"])
         ]
-        team: Team = _build(cls, raw | {"agents": agents}, source)
-        try:
-            team.require_question()
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        return team
+        return _build(cls, raw | {"agents": agents}, source)  # type: ignore[no-any-return]
 
 
 def sequential() -> Team:
@@ -175,7 +171,10 @@ def _build(kind: type[Any], raw: Any, where: str) -> Any:
         if hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool)):
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[hint]}")
     try:
-        return kind(**raw)
+        made = kind(**raw)
+        if kind is Team:
+            made.require_question()
+        return made
     except TypeError as error:  # a field is missing or unknown
         expected = f"expected an object of {', '.join(hints)} ({error})"
         raise ValueError(f"{where}: found {raw!r:.80}, {expected}") from error

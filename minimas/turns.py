@@ -97,17 +97,17 @@ class Run:
                     f"question {i}: found {question!r:.80}, expected a text that is not empty"
                 )
         if self.kind not in KINDS:
-            problem = f"found {self.kind!r}, expected one of {', '.join(KINDS)}"
-            raise ParameterError("kind", problem)
-        if self.choices is None or isinstance(self.choices, Mapping):
+            raise ParameterError("kind", f"found {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if isinstance(self.choices, Mapping | None):
             self.choices = [self.choices] * len(self.questions)
         listed = isinstance(self.choices, Sequence) and len(self.choices) == len(self.questions)
         if not listed or not all(
-            options is None or (isinstance(options, Mapping) and options)
-            for options in self.choices
+            isinstance(options, Mapping | None) and options != {} for options in self.choices
         ):
-            found = f"found {self.choices!r:.80}"
-            raise ValueError(f"choices: {found}, expected a dict letter -> text for each question")
+            raise ValueError(
+                f"choices: found {self.choices!r:.80}, "
+                "expected a dict letter -> text for each question"
+            )
         self.used_sampling = self.sampling or self.lm.sampling
         if not isinstance(self.used_sampling, Sampling):
             raise ParameterError("sampling", f"found {self.sampling!r:.80}, expected a Sampling")

@@ -183,7 +183,7 @@ def test_models_pass_text_too(lm: LM, big: LM) -> None:
 def test_models_that_do_not_fit_the_team_are_refused_by_name(
     lm: LM, big: LM, tmp_path: Path, method: Any
 ) -> None:
-    """A name nobody uses, a name without a model, another tokenizer: before any work."""
+    """An unused name, a name without a model and another tokenizer are refused before any work."""
     team = played(CHAIN, None, "big")
     tokens = (TINY / "tokenizer.json").read_text()
     folder = text_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""No test leaves a process behind or waits for ever."""
+"""Every test ends its processes, and no test waits without a limit."""
 
 import re
 import signal

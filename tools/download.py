@@ -249,7 +249,7 @@ def download(task: str, out: Path) -> Path:
     rows = convert(source, paths)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{task}.jsonl"
-    partial = path.with_suffix(".partial")  # an interrupted write leaves no TASK.jsonl behind
+    partial = path.with_suffix(".partial")  # so that an interrupted write leaves no TASK.jsonl
     partial.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )

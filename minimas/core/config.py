@@ -130,10 +130,11 @@ class Config:
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")
-        heads = sizes["num_attention_heads"]
+        heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
         groups = heads % sizes["num_key_value_heads"] == 0
         check(groups, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-        check(sizes["head_dim"] % 2 == 0, "head_dim", "an even number")  # RoPE turns pairs
+        # RoPE turns pairs.
+        check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number")
         return cls(
             **sizes,
             model_type=family,

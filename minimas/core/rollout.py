@@ -73,19 +73,22 @@ def rollout(
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
     finite_on_cpu(hidden, model.name)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
-    fed = list[Tensor]()
+    made = list[Tensor]()
     for _ in range(steps):
         embedding = _checked("align", align(hidden), hidden)
-        fed.append(finite_on_cpu(embedding, "align", "the map has returned it"))
-        if until is not None:
-            running = running & ~_checked("until", until(hidden, torch.cat(fed, 1)), running)
+        finite_on_cpu(embedding, "align", "the map has returned it")
+        if until is None:
+            after = model(embedding, cache)
+        else:
+            made.append(embedding)
+            running = running & ~_checked("until", until(hidden, torch.cat(made, 1)), running)
             if not running.any():
                 return
-        after = finite_on_cpu(model(embedding, cache, until and running), model.name)
-        rows = running[:, None, None]  # (B, 1, 1)
-        step = Thought(hidden, embedding.where(rows, 0), running, after.where(rows, hidden))
-        yield step
-        hidden = step.after
+            rows = running[:, None, None]  # (B, 1, 1)
+            embedding = embedding.where(rows, 0)
+            after = model(embedding, cache, running).where(rows, hidden)
+        yield Thought(hidden, embedding, running, finite_on_cpu(after, model.name))
+        hidden = after
 
 
 def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:

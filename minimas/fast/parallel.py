@@ -73,10 +73,9 @@ class Part:
     def kept_as(self, key: str) -> str:
         """Return the format of the file that a matrix keeps; "" if a group would be cut."""
         kept: str = self.source.kept_as(key)
-        if kept == "q4":
-            N, K = self.source.shapes[key]
-            kept *= not (N % self.ranks or K // GROUP % self.ranks)
-        return kept
+        N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
+        cut = N % self.ranks or K // GROUP % self.ranks
+        return "" if cut else kept
 
     def blocks(self, key: str) -> Any:
         """Return this rank's part of a tensor's blocks."""

@@ -127,9 +127,8 @@ def finish(model: Any, quantize: str | None) -> None:
             *(model.name, plain, quantize),
         )
     if model.lm_head is None and kept:
-        embedding = model.model.embed_tokens
-        shared = isinstance(embedding, Q8Linear)
-        model.lm_head = embedding if shared else Q8Linear(embedding.weight, None)
+        table = model.model.embed_tokens
+        model.lm_head = table if isinstance(table, Q8Linear) else Q8Linear(table.weight, None)
     if kept or plain < len(layers):
         model._apply = refuse_to_move
 

@@ -214,8 +214,20 @@ def stream(
             return
 
 
-def generate(*arguments: Any, **named: Any) -> list[GeneratedText]:
-    """Return the finished text of each row, from hidden (B, 1, D) on. Takes what `stream` takes."""
-    pieces = stream(*arguments, **named)
+def generate(
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    hidden: Tensor,
+    cache: KVCache,
+    sampling: Sampling,
+    end_ids: Collection[int],
+    generators: Sequence[torch.Generator],
+    prompts: Sequence[Sequence[int]],
+    remember: bool = False,
+) -> list[GeneratedText]:
+    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters as in `stream`."""
+    pieces = stream(
+        model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, remember
+    )
     done = {row: text for row, _, text in pieces if text is not None}
     return [done[row] for row in sorted(done)]

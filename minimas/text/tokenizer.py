@@ -345,9 +345,12 @@ def is_text(value: Any) -> bool:
     return bool(text) and not re.search("[\ud800-\udfff]", value)
 
 
-def _to_json(value: Any, ensure_ascii: Any = False, indent: Any = None, **named: Any) -> str:
+def _to_json(
+    value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, **named: Any
+) -> str:
     """Return JSON text, with the parameters that transformers gives to templates."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **named)
+    named |= {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+    return json.dumps(value, **named)
 
 
 def _raise_exception(message: str) -> Any:

@@ -515,7 +515,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_download_prints_revision_and_hash_and_is_read_back(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Otherwise nobody knows on which version of a benchmark a number was measured."""
+    """Without them a number could not be traced to a version of its benchmark."""
     for file in download.SOURCES["aime2025"].files:
         (hub["folder"] / file).write_text('{"question": "a", "answer": "1"}\n')
     assert download.main(["aime2025", "--out", str(tmp_path / "data")]) == 0

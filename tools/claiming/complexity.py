@@ -85,7 +85,7 @@ def work(model: Qwen3, t: int, text: bool) -> Iterator[int]:
     """Prefill t positions, then think, or generate greedily; yields each m of `THOUGHTS`."""
     cache, D = model.new_cache(1), model.config.hidden_size
     x = torch.zeros(1, t, D, dtype=model.dtype, device=model.device)
-    matrix = torch.zeros(D, D, dtype=model.dtype, device=model.device)  # in the place of W_a
+    matrix = torch.zeros(D, D, dtype=model.dtype, device=model.device)  # in place of W_a
     hidden = model(x, cache)[:, -1:]
     for done in range(THOUGHTS[-1] + 1):
         if done in THOUGHTS:

@@ -9,8 +9,9 @@ the first agent's prompt, is of the right question. So both channels carry the s
     recovers    the share of them that is still answered right
     follows     the share of them whose answer is that of the changed question
 
-This is done in the whole team, and in a team of the first and the last agent alone, in which nobody
-could repair it. An agent's own plan, injected in the same way, must change no answer: the control.
+This is done in the whole team, and in a team of the first and the last agent alone, which has no
+agent in between to repair it. As a control, an agent's own plan is injected in the same way; it
+must change no answer.
 
     B questions   n thoughts   D hidden
 """

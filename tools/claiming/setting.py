@@ -78,7 +78,7 @@ class Setting:
 
     @cached_property
     def limit_of_tokens(self) -> int:
-        """At most so many tokens are generated for an answer."""
+        """Return the largest number of tokens that are generated for an answer."""
         return self.max_new_tokens or (24 if self.is_tiny else 256)
 
     @property
