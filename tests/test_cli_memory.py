@@ -14,6 +14,7 @@ import pytest
 
 from minimas import KVCache, Team, latent_mas, load, remember
 from minimas.__main__ import main
+from minimas.lens import Lens, ThoughtView
 
 from .models import TINY, tiny_model, write_folder
 from .text import tiny_tokenizer
@@ -323,7 +324,16 @@ def test_a_wide_or_unencodable_token_neither_fails_nor_overflows(
 ) -> None:
     """A Chinese character has two columns, and an ASCII terminal cannot print it."""
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("minimas.lens.Lens._text", lambda *_: "思考思考\x1b[1m")
+    plain = Lens._views
+
+    def wide(*args: Any) -> list[ThoughtView]:
+        views = plain(*args)
+        return [
+            view._replace(tokens=[("思考思考\x1b[1m", chance) for _, chance in view.tokens])
+            for view in views
+        ]
+
+    monkeypatch.setattr(Lens, "_views", wide)
     lines = thoughts(files.run("ask", ASKED, "--show-thoughts")[2])
     assert lines and all("思考" in line and "\x1b" not in line for line in lines)
     assert max(len(line) + line.count("思") + line.count("考") for line in lines) <= 40
