@@ -26,9 +26,9 @@ from .layout import user_text
 from .load import LM
 from .mixed import MAPS, receive, require_models
 from .results import Event, Events, OnEvent, Result, finish
-from .teams import TEAMS, Agent, Team, single_agent
+from .teams import TEAMS, Agent, Team
 from .text.generate import Sampling
-from .text.tokenizer import Turn
+from .text.tokenizer import PromptText
 from .turns import Run, TurnResult
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
@@ -149,13 +149,10 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         # To get the cache of question i + 1, the agents before the last are asked that question.
         handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
-    elif method == "text_mas":
-        team = settings.pop("team", "sequential")
+    elif method in ("text_mas", "single"):
+        team = "single" if method == "single" else settings.pop("team", "sequential")
         text_run = Run(**settings)
         last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
-    elif method == "single":
-        text_run = Run(**settings)
-        last = yield from hand_over_text(text_run, single_team(text_run.lm))
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())
@@ -200,17 +197,17 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     numbers, turns = range(len(run.questions)), []
     said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question
 
-    def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> Turn:
+    def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
         first = first and not run.continues
         return run.tokenizer.turn(filled, agent.system, agent.prefix, first, last)
 
-    def prompt(agent: Agent, q: int) -> Turn:
+    def prompt(agent: Agent, q: int) -> PromptText:
         if "{context}" in agent.prompt:
             notes = [prompts.WORK.format(name=a.name, text=text.strip()) for a, text in said[q]]
             context = prompts.CONTEXT.format(work="".join(notes)) if notes else ""
             return own_turn(agent, q, context, first=True)
-        talk = Turn("")
+        talk = PromptText("")
         for other, text in said[q]:
             talk += own_turn(other, q, "", first=not talk.text, last=False)
             talk += run.tokenizer.written(text)
@@ -244,7 +241,7 @@ class LastTurn(NamedTuple):
 
     run: Run
     agent: Agent
-    prompts: list[Turn]  # one per question, up to the open assistant turn
+    prompts: list[PromptText]  # one per question, up to the open assistant turn
     cache: KVCache
     steps: int
     align: Align | None
@@ -379,11 +376,6 @@ class LatentRun(Run):
                 added = steps if self.transfer == "latents" else end - max(start, head)
                 kept = head if self.transfer == "last" else max(held, head)
                 held = base if self.transfer == "none" else kept + added
-
-
-def single_team(lm: LM) -> Team:
-    """Return the team of one agent: the folder's own, or the generic one."""
-    return lm.teams.get("single") or single_agent()
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

@@ -87,10 +87,10 @@ def peak_bytes(
     """
     D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
-    reading = min(context, CHUNK) * each + context * slot
+    prefilling = min(context, CHUNK) * each + context * slot
     slots = max(context + new, context * 3 // 2 + 64)  # see `with_capacity`
     solving = 12 * D * D + 2**17 * D
-    working = max(solving, rows * max(reading, slots * slot) + 4 * D * D)
+    working = max(solving, rows * max(prefilling, slots * slot) + 4 * D * D)
     # The 8-bit copy of a tied embedding is unpacked once, for the fingerprint.
     head = 2 * c.vocab_size * D * c.tie_word_embeddings
     return {

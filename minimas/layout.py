@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .teams import Team
-from .text.tokenizer import Tokenizer, Turn
+from .text.tokenizer import PromptText, Tokenizer
 
 SEPARATOR = "\n\n"  # between two paragraphs
 
 
 @dataclass
-class ChatLayout:
-    """Each agent's prompt is a chat turn of its own.
+class Layout:
+    """Where each agent's prompt stands. Here, in layout "chat", it is a chat turn of its own.
 
     `opening` and `prompts` are those of the team for one question, completely filled in. `head` is
     what the prompts of all agents have in common and what hand-overs keep. `continues`: a
@@ -36,9 +36,9 @@ class ChatLayout:
     prompts: Sequence[str]
     continues: bool = False
     closes_turns = True
-    head = Turn("")
+    head = PromptText("")
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         """Return the prompt of agent number `agent`; `first`: no agent comes before it."""
         text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)
@@ -52,7 +52,7 @@ class ChatLayout:
 
 
 @dataclass
-class TurnLayout(ChatLayout):
+class TurnLayout(Layout):
     """All prompts are paragraphs of one user turn; an agent's thoughts follow its paragraph."""
 
     closes_turns = False
@@ -71,7 +71,7 @@ class TurnLayout(ChatLayout):
         self.head = before + first
         self._separators, self._paragraphs = pieces[::2], pieces[1::2]
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         paragraph = self._paragraphs[agent]
         if not first:
             return self._separators[agent] + paragraph
@@ -85,4 +85,4 @@ def user_text(opening: str, prompt: str) -> str:
     return SEPARATOR.join(filter(None, [opening, prompt]))
 
 
-LAYOUTS: dict[str, type[ChatLayout]] = {"chat": ChatLayout, "turn": TurnLayout}
+LAYOUTS: dict[str, type[Layout]] = {"chat": Layout, "turn": TurnLayout}

@@ -118,22 +118,22 @@ class LM:
         path = self.folder / name
         return self.files.get(name) or read_json(path, needed=False), str(path)
 
-    def aligner(self, kind: str, reader: "LM | None" = None) -> Aligner:
+    def aligner(self, kind: str, receiver: "LM | None" = None) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        With a `reader` it maps to the embeddings of that model, which has the same tokenizer. It is
-        computed or read once, and anew for a file that has changed or another tokenizer.
+        With a `receiver` it maps to the embeddings of that model, which has the same tokenizer.
+        It is computed or read once, and anew for a file that has changed or another tokenizer.
         Raises as `Aligner.from_model` and `Aligner.load` do.
         """
         # Rows that no token has, padding to a round number, would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
         file = Path(str(kind))
-        key = file, rows, file.is_file() and file.stat().st_mtime_ns, reader and ref(reader)
+        key = file, rows, file.is_file() and file.stat().st_mtime_ns, receiver and ref(receiver)
         if key not in self._aligners:
             if file.suffix == ".safetensors":
                 self._aligners[key] = Aligner.load(kind, self.model)
             else:
-                other = reader.model if reader else None
+                other = receiver.model if receiver else None
                 self._aligners[key] = Aligner.from_model(self.model, kind, rows, other)
         return self._aligners[key]
 

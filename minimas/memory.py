@@ -11,7 +11,7 @@ from .core.errors import ParameterError
 from .core.model import prefill
 from .core.rollout import Align, think
 from .load import LM, text_tokenizer
-from .text.tokenizer import Turn, is_text
+from .text.tokenizer import PromptText, is_text
 
 
 def remember(
@@ -33,9 +33,9 @@ def remember(
     if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
     if role == "plain":
-        opened, closing = Turn(text, ((0, len(text)),)), Turn("")
+        opened, closing = PromptText.from_user(text), PromptText("")
     elif role == "agent":
-        opened, closing = tokenizer.turn(text, last=False), Turn(tokenizer.turn_end)
+        opened, closing = tokenizer.turn(text, last=False), PromptText(tokenizer.turn_end)
     elif role in ("user", "system"):
         opened, closing = tokenizer.message(text, role)
     else:

@@ -64,7 +64,7 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[in
         rest = [out.ids + run.closing * run.closes_turns for out in turn.outputs]
         if any(rest):
             run.prefill(rest, own)
-        run.read = list(map(add, run.read, map(sub, own.lengths, turn.start)))
+        run.prefilled = list(map(add, run.prefilled, map(sub, own.lengths, turn.start)))
         own, _ = turn._replace(cache=own).hand_over(run.transfer, head)
     run.seconds = run.clock() - began
     return own  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .core.cache import KVCache
-from .text.tokenizer import Turn
+from .text.tokenizer import PromptText
 from .turns import Run
 
 
@@ -44,7 +44,7 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
     model = run.lm.model
     limit = model.config.max_position_embeddings
     # All of a text is untrusted: a control token in a solution stays text.
-    ids = [run.tokenizer.encode_turn(Turn(text, ((0, len(text)),))) for text in texts]
+    ids = [run.tokenizer.encode_turn(PromptText.from_user(text)) for text in texts]
     for q, row in enumerate(ids):
         needed = cache.lengths[q] + len(row)
         if not row or needed > limit:

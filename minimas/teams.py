@@ -148,11 +148,15 @@ def hierarchical(chained: bool = False) -> Team:
 
 
 def single_agent() -> Team:
-    """Return one agent, for `single`, with the teams' question and form of the answer."""
+    """Return one agent, the team of `single`, with the teams' question and form of the answer."""
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
-TEAMS: dict[str, Callable[[], Team]] = {"sequential": sequential, "hierarchical": hierarchical}
+TEAMS: dict[str, Callable[[], Team]] = {
+    "sequential": sequential,
+    "hierarchical": hierarchical,
+    "single": single_agent,
+}
 
 EXPECTED = {
     bool: "true or false",

@@ -24,12 +24,12 @@ from .core.cache import KVCache
 from .core.errors import ContextError, ParameterError
 from .core.model import prefill
 from .core.rollout import Thought, rollout
-from .layout import LAYOUTS, ChatLayout
+from .layout import LAYOUTS, Layout
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentStart, AgentTrace, Events, Piece, Result
 from .teams import Agent, Team
 from .text.generate import GeneratedText, Sampling, generator, stream
-from .text.tokenizer import Turn, is_text
+from .text.tokenizer import PromptText, is_text
 
 
 class TurnResult(NamedTuple):
@@ -114,7 +114,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.read = [0] * len(self.questions)  # slots filled in these `seconds`
+        self.prefilled = [0] * len(self.questions)  # slots that were filled in these `seconds`
         B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
@@ -155,7 +155,7 @@ class Run:
         # The blank lines around an earlier agent's text are not for the start of a prompt.
         return text.lstrip("\n") if prompt.startswith("{context}") else text
 
-    def layouts(self, team: Team) -> list[ChatLayout]:
+    def layouts(self, team: Team) -> list[Layout]:
         """Return where the team's prompts stand in the conversation, for every question."""
         layout = LAYOUTS[team.layout]
         found = []
@@ -190,7 +190,7 @@ class Run:
     def turn(
         self,
         agents: Sequence[Agent],
-        turns: Sequence[Turn],
+        turns: Sequence[PromptText],
         cache: KVCache,
         steps: int = 0,
         align: Any = None,
@@ -211,8 +211,8 @@ class Run:
         for agent, filled, row_ids in zip(workers, start, ids, strict=True):
             self.require_context(agent, filled, len(row_ids), steps, decodes, closes)
         name = " + ".join(agent.name for agent in agents)
-        read = list(map(add, self.read * len(agents), map(len, ids)))
-        yield AgentStart(name, sum(read), steps)
+        prompt_tokens = list(map(add, self.prefilled * len(agents), map(len, ids)))
+        yield AgentStart(name, sum(prompt_tokens), steps)
 
         hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
@@ -232,7 +232,7 @@ class Run:
             unfed = out.finish_reason == "length" and not keeps_cache
             slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
             count = thoughts_end[row] - prompt_end[row]
-            bill = (read[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
+            bill = (prompt_tokens[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
             traces.append(AgentTrace(*bill, workers[row].name, turns[row].text, out.text))
         yield AgentEnd(name, traces, cache)
         ends = start, prompt_end, thoughts_end

@@ -7,8 +7,9 @@
 A table is written between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`.
 NAME is the name of a file in docs/results/, or several names joined with +. The last column
 compares each arm with ARM, question by question. If ARM is "*, REST", the star stands for the name
-of the compared arm up to its first comma. A record is a line of `results.jsonl`, as
-tools/evaluate.py writes it. This module only reads records; it does not make them.
+of the compared arm up to its first comma. With `; common questions` after ARM, only questions that
+all arms have answered count. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+This module only reads records; it does not make them.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from tools.shared.streams import run_command  # noqa: E402
 PAGE, RECORDS = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 Record = dict[str, Any]
 BLOCK = re.compile(
-    r"(<!-- records: (?P<names>[^;]+); base: (?P<base>.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- records: (?P<names>[^;]+); base: (?P<base>[^;]+?)(?P<common>; common questions)? -->\n)"
+    r"(.*?)(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 ANSWER_HEAD = [
     "arm", "n", "right, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
@@ -65,14 +68,36 @@ def values(records: Sequence[Record], field: str) -> dict[tuple[str, int], float
     return {(r["id"], r["seed"]): float(r[field]) for r in records if r.get(field) is not None}
 
 
-def table(records: Sequence[Record], base: str) -> str:
+def label(record: Record) -> str:
+    """Return the name of a record's arm, with all settings that are not those of every team.
+
+    An evaluation names only the settings that differ in its own run. A name that was set by hand
+    stays.
+    """
+    method = record.get("method", "?")
+    if not record["arm"].startswith(method):
+        return str(record["arm"])
+    parts, steps = [method], record["latent_steps"]
+    if steps is not None:
+        parts.append(f"{steps} × {record['align']}" if steps else "prompts only")
+    parts += [f"team {record['team']}"] * (record["team"] not in (None, "sequential"))
+    parts += [f"layout {record['layout']}"] * (record["layout"] is not None)
+    parts += [f"transfer {record['transfer']}"] * (record["transfer"] not in (None, "full"))
+    return ", ".join(parts)
+
+
+def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     """Return a Markdown table with a line for each arm.
 
-    Raises ValueError if no record belongs to the arm `base`.
+    With `common`, only the questions that all arms have count. Raises ValueError if no record
+    belongs to the arm `base`.
     """
     arms: dict[str, list[Record]] = {}
     for record in records:
-        arms.setdefault(record["arm"], []).append(record)
+        arms.setdefault(label(record), []).append(record)
+    if common:
+        shared = set.intersection(*({r["id"] for r in mine} for mine in arms.values()))
+        arms = {name: [r for r in mine if r["id"] in shared] for name, mine in arms.items()}
     # A star in `base` stands for an arm's name up to its first comma.
     bases = {name: base.replace("*", name.partition(",")[0]) for name in arms}
     unknown = [own for own in bases.values() if own not in arms]
@@ -116,9 +141,12 @@ def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) 
 
 def rewritten(page: str) -> str:
     """Return a page in which every table is computed from its records."""
-    return BLOCK.sub(
-        lambda found: found[1] + table(read_records(found["names"]), found["base"]) + found[5], page
-    )
+
+    def block(found: re.Match[str]) -> str:
+        records, common = read_records(found["names"]), found["common"] is not None
+        return found[1] + table(records, found["base"], common) + found["end"]
+
+    return BLOCK.sub(block, page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

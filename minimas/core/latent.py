@@ -101,7 +101,7 @@ class Aligner:
         model: Qwen3,
         kind: str = "ridge",
         rows: int | None = None,
-        reader: Qwen3 | None = None,
+        receiver: Qwen3 | None = None,
     ) -> "Aligner":
         """Compute one kind of map from the unquantized embeddings of a model.
 
@@ -109,13 +109,13 @@ class Aligner:
         state before the gain g of the final norm. "random" has W_a's singular values and random
         directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
         back unchanged. `rows` is the number of embedding rows to use (None: all); the rows after
-        the tokenizer's last id are padding. `reader` is the model whose embeddings W_in are to be
+        the tokenizer's last id are padding. `receiver` is the model whose embeddings W_in are to be
         met (None: the same one). Raises ValueError for another kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
         made = cls(model=model)
-        w_in = (reader or model).model.embed_tokens.weight
+        w_in = (receiver or model).model.embed_tokens.weight
         head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         if rows is not None and not 1 <= rows <= len(w_in):
             raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")

@@ -196,18 +196,14 @@ class Qwen3(nn.Module):
 def finite(
     x: Tensor, name: str, cause: str = "damaged weights or map, or --dtype float32 is needed"
 ) -> Tensor:
-    """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity."""
-    if not x.isfinite().all():
+    """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity.
+
+    On a GPU nothing is checked, because reading a value there waits for all kernels. `decode`
+    checks the scores, which it reads anyway.
+    """
+    if x.is_cpu and not x.isfinite().all():
         raise ValueError(f"{name}: found a state that is not finite: {cause}")
     return x
-
-
-def finite_on_cpu(x: Tensor, *name_and_cause: str) -> Tensor:
-    """Return `x` after the check of `finite`, which is left out on a GPU.
-
-    Reading a value there waits for all kernels. `decode` checks the scores, which it reads anyway.
-    """
-    return finite(x, *name_and_cause) if x.is_cpu else x
 
 
 def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
@@ -239,4 +235,4 @@ def prefill(
         counts = [len(row[chunk]) for row in ids]
         states.append(model(model.embed(padded[:, chunk].to(model.device)), cache, counts))
     last = take_last(torch.cat(states, 1), list(map(len, ids)))  # (B, 1, D)
-    return finite_on_cpu(last, model.name)
+    return finite(last, model.name)

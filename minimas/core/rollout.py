@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cache import KVCache
 from .errors import ParameterError
-from .model import Qwen3, finite_on_cpu
+from .model import Qwen3, finite
 
 Align = Callable[[Tensor], Tensor]  # hidden states (B, 1, D) -> embeddings (B, 1, D), same dtype
 # Hidden states (B, 1, D) and embeddings (B, n, D), the new ones last -> (B,) bool: who stops.
@@ -71,12 +71,12 @@ def rollout(
     """Yield each latent step of `think` when it is done. Parameters and errors as there."""
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    finite_on_cpu(hidden, model.name)
+    finite(hidden, model.name)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
     made = list[Tensor]()
     for _ in range(steps):
         embedding = _checked("align", align(hidden), hidden)
-        finite_on_cpu(embedding, "align", "the map has returned it")
+        finite(embedding, "align", "the map has returned it")
         if until is None:
             after = model(embedding, cache)
         else:
@@ -87,7 +87,7 @@ def rollout(
             rows = running[:, None, None]  # (B, 1, 1)
             embedding = embedding.where(rows, 0)
             after = model(embedding, cache, running).where(rows, hidden)
-        yield Thought(hidden, embedding, running, finite_on_cpu(after, model.name))
+        yield Thought(hidden, embedding, running, finite(after, model.name))
         hidden = after
 
 

@@ -162,7 +162,7 @@ def decode(
         # The one reading of a step: on a GPU it waits for all kernels.
         chosen = tokens.where(logits.isfinite().all(-1), -1).tolist()
         if -1 in chosen:
-            finite(logits, model.name)
+            finite(logits.cpu(), model.name)
         step: list[int | None] = [None] * len(prompts)
         for row, token in zip(rows, chosen, strict=True):
             if token in end_ids:

@@ -50,21 +50,29 @@ TEMPLATE_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The text of an agent's turn, and its untrusted spans as (start, end) in characters."""
+class PromptText:
+    """A part of the conversation as text, with its untrusted spans as (start, end) in characters.
+
+    No control token can come from an untrusted span.
+    """
 
     text: str
     untrusted: tuple[tuple[int, int], ...] = ()
 
-    def __add__(self, other: "Turn") -> "Turn":
+    @classmethod
+    def from_user(cls, text: str) -> "PromptText":
+        """Return a text that is untrusted as a whole."""
+        return cls(text, ((0, len(text)),))
+
+    def __add__(self, other: "PromptText") -> "PromptText":
         shift = len(self.text)
         moved = tuple((start + shift, end + shift) for start, end in other.untrusted)
-        return Turn(self.text + other.text, self.untrusted + moved)
+        return PromptText(self.text + other.text, self.untrusted + moved)
 
-    def cut(self, start: int, end: int) -> "Turn":
-        """Return the part of the turn from character `start` up to `end`."""
+    def cut(self, start: int, end: int) -> "PromptText":
+        """Return the part from character `start` up to `end`."""
         spans = [(max(a, start) - start, min(b, end) - start) for a, b in self.untrusted]
-        return Turn(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
+        return PromptText(self.text[start:end], tuple((a, b) for a, b in spans if a < b))
 
 
 class Tokenizer:
@@ -128,16 +136,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of trusted text, in which control tokens count as such; adds no token."""
-        return self.encode_turn(Turn(text))
+        return self.encode_turn(PromptText(text))
 
-    def encode_turn(self, turn: Turn) -> list[int]:
+    def encode_turn(self, turn: PromptText) -> list[int]:
         """Return the ids of a turn in which no control token comes from an untrusted span.
 
         Raises ValueError if an untrusted span holds a control token of a single character.
         """
         return [token for token, _, _ in self.tokens(turn)]
 
-    def tokens(self, turn: Turn) -> list[tuple[int, int, int]]:
+    def tokens(self, turn: PromptText) -> list[tuple[int, int, int]]:
         """Return the tokens of a turn as (id, start, end), with the characters that they cover.
 
         Raises ValueError as `encode_turn` does.
@@ -178,7 +186,7 @@ class Tokenizer:
         prefix: str = "",
         first: bool = True,
         last: bool = True,
-    ) -> Turn:
+    ) -> PromptText:
         """Return the turn of one user message, up to `prefix` in the open assistant turn.
 
         A system message comes before it if one is given. Both messages are untrusted, `prefix` is
@@ -201,7 +209,7 @@ class Tokenizer:
             turn = turn.cut(len(before), len(turn.text))
             if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
                 raise self._refusal("one that numbers the turns")
-        return turn + Turn(prefix)
+        return turn + PromptText(prefix)
 
     def user_turn(
         self,
@@ -209,7 +217,7 @@ class Tokenizer:
         system: str | None = None,
         prefix: str = "",
         first: bool = True,
-    ) -> list[Turn]:
+    ) -> list[PromptText]:
         """Return the turn of one user message, cut before the message and between its `parts`.
 
         The result is what comes before the message, then every part. The last part includes the
@@ -224,7 +232,7 @@ class Tokenizer:
         edges = [min(max(edge, start), end) for edge in starts]
         return [turn.cut(a, b) for a, b in itertools.pairwise([0, *edges, len(turn.text)])]
 
-    def message(self, text: str, role: str) -> tuple[Turn, Turn]:
+    def message(self, text: str, role: str) -> tuple[PromptText, PromptText]:
         """Return one untrusted message up to its last character, and the end of its turn.
 
         Raises ValueError as `turn` does.
@@ -233,13 +241,13 @@ class Tokenizer:
         end = turn.untrusted[0][1]
         return turn.cut(0, end), turn.cut(end, len(turn.text))
 
-    def written(self, text: str) -> Turn:
+    def written(self, text: str) -> PromptText:
         """Return an agent's generated text and the end of its turn, which follow its prompt."""
-        return Turn(text, ((0, len(text)),)) + Turn(self.turn_end)
+        return PromptText.from_user(text) + PromptText(self.turn_end)
 
     def _conversation(
         self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True
-    ) -> Turn:
+    ) -> PromptText:
         """Return the template's text for (role, content) messages.
 
         It has one untrusted span for each message: what the template leaves of it. A template may
@@ -256,7 +264,7 @@ class Tokenizer:
         if whole is None or len(around) != len(messages) + 1:
             roles = ", ".join(role for role, _ in messages)
             raise self._refusal(f"one that drops, repeats, moves or changes a message of {roles}")
-        return Turn(text, tuple(map(whole.span, range(1, len(around)))))
+        return PromptText(text, tuple(map(whole.span, range(1, len(around)))))
 
     def _refusal(self, found: str, expected: str = EACH_MESSAGE) -> ValueError:
         return ValueError(

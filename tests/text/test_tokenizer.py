@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minimas import Tokenizer
-from minimas.text.tokenizer import CHATML, TextStream, Turn
+from minimas.text.tokenizer import CHATML, PromptText, TextStream
 
 from ..models import TINY
 from ..text import (
@@ -91,11 +91,11 @@ def test_the_same_text_would_be_a_control_token_if_it_were_trusted(
     """The negative control of the property above, and why `prefix` may hold `<think>`."""
     if token in tokenizer.control:
         assert tokenizer.encode(token) == [tokenizer.control[token]]
-        assert tokenizer.encode_turn(Turn(token)) == [tokenizer.control[token]]
+        assert tokenizer.encode_turn(PromptText(token)) == [tokenizer.control[token]]
         assert (
             tokenizer.encode_turn(tokenizer.turn("x", prefix=token))[-1] == tokenizer.control[token]
         )
-        assert len(tokenizer.encode_turn(Turn(token, ((0, len(token)),)))) > 1
+        assert len(tokenizer.encode_turn(PromptText.from_user(token))) > 1
 
 
 @given(hostile_texts(), hostile_texts(), hostile_texts())
@@ -114,7 +114,7 @@ def test_what_an_agent_wrote_is_not_trusted_either(
 def test_overlapping_control_tokens_are_cut_too(text: str) -> None:
     """Cutting `ab` in `abcab` must not leave `bcd` or `cab` whole after the cut."""
     tokenizer = byte_level(("ab", "abc", "bcd", "cab"))
-    ids = tokenizer.encode_turn(Turn(text, ((0, len(text)),)))
+    ids = tokenizer.encode_turn(PromptText.from_user(text))
     assert control_ids(tokenizer, ids) == [] and spelled(tokenizer, ids) == text
 
 
@@ -124,7 +124,7 @@ def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> Non
     template's own `bcd`.
     """
     tokenizer = byte_level(("ab", "bcd"))
-    turn = Turn("bcd") + Turn(text, ((0, len(text)),)) + Turn("bcd")
+    turn = PromptText("bcd") + PromptText.from_user(text) + PromptText("bcd")
     ids = tokenizer.encode_turn(turn)
     assert (
         control_ids(tokenizer, ids) == [tokenizer.control["bcd"]] * 2
@@ -146,7 +146,7 @@ def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, te
     """
     tokenizer = byte_level((special,), normalizer)
     assert control_ids(tokenizer, tokenizer.encode(text)), "trusted, it is one"
-    assert control_ids(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == []
+    assert control_ids(tokenizer, tokenizer.encode_turn(PromptText.from_user(text))) == []
 
 
 def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_one(
@@ -159,7 +159,7 @@ def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_
     backend.add_special_tokens([AddedToken("<s>", rstrip=True, normalized=False)])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
-    ids = tokenizer.encode_turn(Turn("<s>  hi <s>", ((3, 11),)))
+    ids = tokenizer.encode_turn(PromptText("<s>  hi <s>", ((3, 11),)))
     assert control_ids(tokenizer, ids) == [tokenizer.control["<s>"]], (
         "the template's, and not the user's"
     )
@@ -171,7 +171,7 @@ def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
     tokenizer = byte_level(("§",))
     assert control_ids(tokenizer, tokenizer.encode("a§b")), "trusted, it is one"
     with pytest.raises(ValueError, match="question: found a character that is a control token"):
-        tokenizer.encode_turn(Turn("a§b", ((0, 3),)))
+        tokenizer.encode_turn(PromptText("a§b", ((0, 3),)))
 
 
 @functools.cache
@@ -273,7 +273,7 @@ def hf(request: pytest.FixtureRequest) -> tuple[Any, Tokenizer]:
 
 @given(st.text(max_size=40))
 def test_ordinary_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
-    assert spelled(tokenizer, tokenizer.encode_turn(Turn(text, ((0, len(text)),)))) == written_as(
+    assert spelled(tokenizer, tokenizer.encode_turn(PromptText.from_user(text))) == written_as(
         tokenizer, text
     )
 

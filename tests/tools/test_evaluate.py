@@ -23,7 +23,7 @@ import torch
 
 from minimas import LM, Sampling, latent_mas, load
 from minimas.lens import Lens
-from minimas.text.tokenizer import Turn
+from minimas.text.tokenizer import PromptText
 from tools.evaluation import ledger
 from tools.evaluation.arms import Arm, grid
 from tools.evaluation.bench import Bench, same_mark, vote
@@ -763,7 +763,7 @@ def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
         turn = tokenizer.turn(last.prompt.replace("{question}", question))
         x = torch.cat([x, model.embed(torch.tensor(tokenizer.encode_turn(turn)))])
         for text, loss in zip(texts[q], found[q], strict=True):
-            ids = tokenizer.encode_turn(Turn(text, ((0, len(text)),)))
+            ids = tokenizer.encode_turn(PromptText.from_user(text))
             hidden = reference(model, torch.cat([x, model.embed(torch.tensor(ids))]))[
                 len(x) - 1 : -1
             ]

@@ -66,3 +66,28 @@ def test_what_is_stored_is_what_the_run_wrote(
     results.store("one", [run])
     assert (tmp_path / "results" / "one.jsonl.gz").read_bytes() == first
     assert results.read_records("one") == [{"id": "a", "arm": "single", "seed": 0}]
+
+
+def test_an_arm_is_named_by_all_of_its_settings() -> None:
+    """Two runs of one arm each both call it latent_mas; in one table they would merge."""
+    settings = {"method": "latent_mas", "team": "sequential", "layout": None, "transfer": "full"}
+    record = {"arm": "latent_mas", "latent_steps": 20, "align": "ridge"} | settings
+    changes = {"latent_steps": 0, "layout": "chat", "team": "hierarchical", "transfer": "shuffled"}
+    names = {results.label(record | {field: value}) for field, value in changes.items()}
+    assert len(names | {results.label(record)}) == 5
+    assert results.label(record) == "latent_mas, 20 × ridge"
+    assert results.label({"arm": "set by hand", "method": "latent_mas"}) == "set by hand"
+
+
+def test_arms_of_other_runs_are_compared_on_common_questions() -> None:
+    """An arm with 140 questions and one with 40 of them differ by their questions too."""
+    asked = {"a": ["q", "r"], "b": ["r", "s"]}
+    records = [
+        {"id": name, "seed": 0, "arm": arm, "nll": float(name == "r")}
+        for arm, names in asked.items()
+        for name in names
+    ]
+    lines = results.table(records, "a", common=True).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["1", "1"]
+    lines = results.table(records, "a").splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["2", "2"]

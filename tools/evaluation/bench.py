@@ -232,7 +232,7 @@ class Bench:
                 "options": by_letter,
             }
             prompt = last.prompts[q]
-            read = len(last.tokenizer.encode_turn(prompt)) + last.turn.run.read[q]
+            read = len(last.tokenizer.encode_turn(prompt)) + last.turn.run.prefilled[q]
             own = AgentTrace(read, last.latent_steps, name=last.agent.name, prompt=prompt.text)
             total = bill([*traces, own], marks.of(q, len(traces)))
             records.append(record | total | {"seconds": seconds})

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from minimas import LM, KVCache, Qwen3, Tokenizer
-from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
+from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text
 from minimas.agents import LastTurn as MethodsLastTurn
-from minimas.layout import ChatLayout
+from minimas.layout import Layout
 from minimas.nll import Loss, losses_after
 from minimas.results import AgentTrace, OnEvent, Result, finish
 from minimas.teams import Agent, Team
-from minimas.text.tokenizer import Turn
+from minimas.text.tokenizer import PromptText
 from minimas.turns import Run
 
 from .layouts import Variant
@@ -57,7 +57,7 @@ class VariantRun(LatentRun, SharingRun):
 
     variant: Variant | None = None
 
-    def layouts(self, team: Team) -> list[ChatLayout]:
+    def layouts(self, team: Team) -> list[Layout]:
         """Return the layout of the team's prompts in the conversation, one per question."""
         library = super().layouts(team)
         if self.variant is None:
@@ -97,7 +97,7 @@ def text_turn(
 ) -> "LastTurn":
     """Run every agent except the last one, as `text_mas` does, or as `single` if `team` is None."""
     run = SharingRun(lm, questions, **settings)
-    chosen = choose_team(lm, team) if team else single_team(lm)
+    chosen = choose_team(lm, team or "single")
     return LastTurn(finish(hand_over_text(run, chosen), on_event), None, on_event)
 
 
@@ -119,7 +119,7 @@ class LastTurn:
         self.closing_tokens = len(turn.run.closing)  # of the text that closes a turn
         self.memory: KVCache = turn.cache
         self.held = slots(turn.cache)  # per question, before the turn
-        self.prompts: list[Turn] = turn.prompts
+        self.prompts: list[PromptText] = turn.prompts
         self.agent: Agent = turn.agent
         # The run whose agents made the KV cache. In the shuffled arm it has other questions.
         self.handed_by = given.run if given and isinstance(given.run, LatentRun) else None

@@ -19,39 +19,39 @@ or files.
 
 from dataclasses import dataclass, replace
 
-from minimas.layout import LAYOUTS, ChatLayout
+from minimas.layout import LAYOUTS, Layout
 from minimas.teams import Team
-from minimas.text.tokenizer import Turn
+from minimas.text.tokenizer import PromptText
 
 SENTENCE = "I have worked it out."
 LEAD = "Let's solve this step by step."
 HEADINGS = ("Plan:", "\nCheck of the plan:", "\nBetter plan:", "\nSolution, step by step:")
 
 
-class Systems(ChatLayout):
+class Systems(Layout):
     """Chat turns that are rendered separately, each with the system message of the template."""
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         return super().prompt(agent, first=True)
 
 
-class Sentence(ChatLayout):
+class Sentence(Layout):
     """Chat turns with a fixed sentence after the thoughts."""
 
     closes_turns = False
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         turn = super().prompt(agent, first)
-        return turn if first else Turn(SENTENCE + self.tokenizer.turn_end) + turn
+        return turn if first else PromptText(SENTENCE + self.tokenizer.turn_end) + turn
 
 
-class UserEnd(ChatLayout):
+class UserEnd(Layout):
     """Chat turns with the thoughts at the end of the user's text, then an empty assistant turn."""
 
     closes_turns = False
     assistant_turns = True
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         turn = super().prompt(agent, first)
         end = turn.untrusted[-1][1]
         rest = turn.text[end:]  # the end of the user turn and the assistant header
@@ -59,8 +59,8 @@ class UserEnd(ChatLayout):
         if first:
             return own
         if self.assistant_turns:
-            return Turn(rest + self.tokenizer.turn_end) + own
-        return Turn(self.tokenizer.turn_end) + own
+            return PromptText(rest + self.tokenizer.turn_end) + own
+        return PromptText(self.tokenizer.turn_end) + own
 
 
 class Users(UserEnd):
@@ -69,22 +69,22 @@ class Users(UserEnd):
     assistant_turns = False
 
 
-class OneAssistantTurn(ChatLayout):
+class OneAssistantTurn(Layout):
     """One assistant turn after the prompt of the last agent, with a heading for each agent."""
 
     closes_turns = False
 
-    def prompt(self, agent: int, first: bool) -> Turn:
+    def prompt(self, agent: int, first: bool) -> PromptText:
         turn = super().prompt(-1, first)
         heading = HEADINGS[agent]
-        return turn + Turn(heading) if first else Turn(heading)
+        return turn + PromptText(heading) if first else PromptText(heading)
 
 
 @dataclass(frozen=True)
 class Variant:
     """A layout for measurements: its class, the library's layout, and the start of the answer."""
 
-    form: type[ChatLayout]
+    form: type[Layout]
     base: str = "chat"
     lead: str = ""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minimas import KVCache
 from minimas.lens import Lens, ThoughtView
-from minimas.text.tokenizer import Turn
+from minimas.text.tokenizer import PromptText
 
 from .attention import attention_weights
 from .last_turn import LastTurn
@@ -78,7 +78,7 @@ def attention_by_head(
     The weights are means over these tokens and over the query heads that share a key-value head.
     """
     encode = last.tokenizer.encode_turn
-    ids = encode(last.prompts[question]) + encode(Turn(text, ((0, len(text)),)))[:limit]
+    ids = encode(last.prompts[question]) + encode(PromptText.from_user(text))[:limit]
     return attention_weights(last.model, ids, memory.select([question]))
 
 

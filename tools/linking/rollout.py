@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from minimas import LM, Agent, Result, Sampling, Team
 from minimas.agents import LastTurn, LatentRun, hand_over
 from minimas.answers import grade
-from minimas.layout import ChatLayout
+from minimas.layout import Layout
 from minimas.results import finish
-from minimas.text.tokenizer import Turn
+from minimas.text.tokenizer import PromptText
 from tools.evaluation.last_turn import PrefillOnce, SharingRun
 from tools.evaluation.rows import Row, kind_of
 
@@ -57,7 +57,7 @@ class TeamsRun(LatentRun, SharingRun):
 
     teams: Sequence[Team] | None = None
 
-    def layouts(self, team: Team) -> list[ChatLayout]:
+    def layouts(self, team: Team) -> list[Layout]:
         """Return where the prompts of each question's team stand in the conversation."""
         if self.teams is None:
             return super().layouts(team)
@@ -145,7 +145,7 @@ def solution_scores(turn: LastTurn, texts: Sequence[str]) -> Iterator[Scores]:
     model = turn.run.lm.model
     encode = turn.run.tokenizer.encode_turn
     # All of a text is untrusted: a control token in a solution stays text.
-    ids = [torch.tensor(encode(Turn(text, ((0, len(text)),)))).to(model.device) for text in texts]
+    ids = [torch.tensor(encode(PromptText.from_user(text))).to(model.device) for text in texts]
     fed = [row[:-1] for row in ids]  # the last token predicts nothing
     padded = pad_sequence(fed, batch_first=True)  # (B, T - 1)
     if padded.numel():
