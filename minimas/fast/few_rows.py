@@ -20,7 +20,7 @@ Does not know: layers.
 import torch
 from torch import Tensor
 
-MAX_ROWS = 12  # at sixteen rows, widening the matrix is as fast (docs/design.md)
+MAX_ROWS = 12  # at sixteen rows, widening the matrix is as fast (docs/quantization.md)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
