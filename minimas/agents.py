@@ -9,7 +9,6 @@ attention, how a thought is made, printing.
 """
 
 import copy
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
@@ -163,17 +162,12 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     team, B = run.resolved_team, len(run.questions)
     cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
-    experts: list[tuple[KVCache, list[int]]] = []  # what each parallel agent hands over
+    experts: list[tuple[KVCache, list[int]]] = []  # per parallel agent: its cache and the head
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
         own = run.played_by(agents[0])
         cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, head)
-        first = run.is_new(cache)
-        layouts = [(i, layout) for i in numbers for layout in run.layouts_per_question]
-        if first:
-            counts = [layout.head_tokens(i) for i, layout in layouts]
-            head = list(map(add, cache.lengths, counts))
-        asked = [layout.prompt(i, first) for i, layout in layouts]
+        asked, head = run.prompts(numbers, cache, head)
         steps, decodes = run.steps(agents[0]), agents[0].writes
         turn = yield from own.turn(
             agents, asked, cache, steps, own.align_map, decodes, closes=run.closes_turns
@@ -183,12 +177,15 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         if team.parallel:
             for at in range(0, len(head), B):
                 experts.append((cache.select(range(at, at + B)), head[at : at + B]))
-    if experts:  # the head that all have in common is kept once
-        (first_cache, head), *others = experts[-1:] if run.transfer == "last" else experts
-        cache = KVCache.concat(
-            [first_cache, *(other.drop(0, own_head) for other, own_head in others)]
-        )
+    if experts:
+        cache, head = join(experts[-1:] if run.transfer == "last" else experts)
     return HandOver(run, cache, head, turns)
+
+
+def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
+    """Return the KV caches of parallel agents as one. The head that all have is kept once."""
+    (first, head), *others = experts
+    return KVCache.concat([first, *(cache.drop(0, own_head) for cache, own_head in others)]), head
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
@@ -199,8 +196,8 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
 
     def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
-        first = first and not run.continues
-        return run.tokenizer.turn(filled, agent.system, agent.prefix, first, last)
+        starts = first and not run.continues  # the conversation
+        return run.tokenizer.turn(filled, agent.system, agent.prefix, starts, last)
 
     def prompt(agent: Agent, q: int) -> PromptText:
         if "{context}" in agent.prompt:
@@ -216,15 +213,15 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in side_by_side:
-        asked = [(agent, q) for agent in agents for q in numbers]  # of each row
-        rows = [prompt(agent, q) for agent, q in asked]
         own = run.played_by(agents[0])
+        rows = [prompt(agent, q) for agent in agents for q in numbers]
         turn = yield from own.turn(agents, rows, own.new_cache(len(agents)))
         turns.append(turn)
-        for (agent, q), out in zip(asked, turn.outputs, strict=True):
-            said[q].append((agent, out.text))
-    own, asked_last = run.played_by(last), [prompt(last, q) for q in numbers]
-    return LastTurn(own, last, asked_last, own.new_cache(), 0, None, turns)
+        for row, out in enumerate(turn.outputs):
+            i, q = divmod(row, len(numbers))
+            said[q].append((agents[i], out.text))
+    own, asked = run.played_by(last), [prompt(last, q) for q in numbers]
+    return LastTurn(own, last, asked, own.new_cache(), 0, None, turns)
 
 
 class HandOver(NamedTuple):
@@ -308,22 +305,34 @@ class LatentRun(Run):
         """Return how many thoughts an agent thinks; the last one only if it says so itself."""
         if final and agent.latent_steps is None:
             return 0
-        given = [self.latent_steps, agent.latent_steps, self.lm.default_steps]
-        if self.stops_itself:
-            given = [agent.latent_steps, AUTO_STEPS]
+        default = AUTO_STEPS if self.stops_itself else self.lm.default_steps
+        given = [self.latent_steps, agent.latent_steps, default]
         return next(number for number in given if isinstance(number, int))
 
     def stages(self) -> list[list[int]]:
         """Return the numbers of the agents of each batch, all but the last agent's.
 
-        Experts of a parallel team share a batch as long as they think and generate alike.
+        The experts of a parallel team share a batch if all of them think and generate alike.
         """
         *earlier, _ = self.resolved_team.agents
-        if not self.resolved_team.parallel:
-            return [[i] for i in range(len(earlier))]
-        how = [(self.steps(agent), agent.writes) for agent in earlier]
-        groups = itertools.groupby(range(len(earlier)), how.__getitem__)
-        return [list(numbers) for _, numbers in groups]
+        how = {(self.steps(agent), agent.writes) for agent in earlier}
+        if self.resolved_team.parallel and len(how) == 1:
+            return [list(range(len(earlier)))]
+        return [[i] for i in range(len(earlier))]
+
+    def prompts(
+        self, numbers: Sequence[int], cache: KVCache, head: list[int]
+    ) -> tuple[list[PromptText], list[int]]:
+        """Return the prompts of a batch of agents after `cache`, and the slots of the head per row.
+
+        In an empty KV cache the head comes from the prompts themselves; else it is `head`.
+        """
+        first = self.is_new(cache)
+        rows = [(layout, i) for i in numbers for layout in self.layouts_per_question]
+        if first:
+            counts = [layout.head_tokens(i) for layout, i in rows]
+            head = list(map(add, cache.lengths, counts))
+        return [layout.prompt(i, first) for layout, i in rows], head
 
     def rotated(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
@@ -386,7 +395,8 @@ def choose_team(lm: LM, team: str | Team) -> Team:
     if isinstance(team, Team):
         team.require_question()
         return team
-    if not isinstance(team, str) or team not in lm.teams.keys() | TEAMS.keys():
+    teams = TEAMS | lm.teams
+    if not isinstance(team, str) or team not in teams:
         found = f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
         raise ParameterError("team", found)
-    return lm.teams.get(team) or TEAMS[team]()
+    return teams[team]

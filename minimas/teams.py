@@ -5,7 +5,6 @@ This file does not know models, or how a team works.
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -152,10 +151,10 @@ def single_agent() -> Team:
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
-TEAMS: dict[str, Callable[[], Team]] = {
-    "sequential": sequential,
-    "hierarchical": hierarchical,
-    "single": single_agent,
+TEAMS = {
+    "sequential": sequential(),
+    "hierarchical": hierarchical(),
+    "single": single_agent(),
 }
 
 EXPECTED = {

@@ -66,7 +66,7 @@ def tiny() -> LM:
 
 def how(**changes: Any) -> How:
     """Return three agents who think four steps each, before a fourth one."""
-    return How(TEAMS["sequential"](), 4)._replace(**changes)
+    return How(TEAMS["sequential"], 4)._replace(**changes)
 
 
 def loss(lm: LM, aligner: Any, how: How, rows: Sequence[Any] = ROWS) -> Tensor:
@@ -106,7 +106,7 @@ CASES = [
     how(layout=layout, transfer=transfer)
     for layout, transfer in itertools.product(("turn", "chat"), ("full", "latents", "last"))
 ]
-CASES += [how(team=TEAMS["hierarchical"](), layout=layout) for layout in ("turn", "chat")]
+CASES += [how(team=TEAMS["hierarchical"], layout=layout) for layout in ("turn", "chat")]
 
 
 @pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.layout}-{how.transfer}")

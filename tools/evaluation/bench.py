@@ -167,7 +167,7 @@ class Bench:
         elif name.endswith(".json"):
             team = Team.from_json(name)
         else:
-            team = self.lm.teams.get(name) or TEAMS[name]()
+            team = self.lm.teams.get(name) or TEAMS[name]
         if arm.prefix is not None:
             *before, last = team.agents
             prefixed = (replace(agent, prefix=arm.prefix) for agent in before)

@@ -292,7 +292,7 @@ def thoughts(
     All are projected onto the first two principal directions of embeddings and thoughts together.
     The measures of `walk` are means over the questions, per step.
     """
-    planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]()).agents
+    planner, *_, last = (lm.teams.get("sequential") or TEAMS["sequential"]).agents
     pair, feeders = Team((planner, last)), Feeders(lm)
     w_in = lm.model.model.embed_tokens.weight  # (V, D)
     if lm.tokenizer:
