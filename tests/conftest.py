@@ -20,9 +20,9 @@ settings.register_profile(
 )
 settings.load_profile("minimas")
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # As in a background job of a shell: the processes that tests start would ignore Ctrl-C too.
+    # A background job of a shell ignores Ctrl-C, and processes that tests start inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -30,9 +30,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run all tests in two processes if pytest-xdist is installed.
 
-    If files are given, one process is used, because it starts sooner. A given `-n` is not changed.
-    Each process gets neighbouring tests ("worksteal"), so that fixtures of a module are rarely made
-    twice.
+    If files are given, one process is used, because it starts sooner. A given `-n` is kept. Each
+    process gets neighbouring tests ("worksteal"), so that module fixtures are rarely set up twice.
     """
     option, everything = config.option, config.ArgsSource.TESTPATHS
     if not hasattr(option, "numprocesses") or hasattr(config, "workerinput"):

@@ -21,7 +21,7 @@ from minimas.core.config import FAMILIES
 
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 # (num_attention_heads, num_key_value_heads, head_dim): grouped heads, one key-value head per query
-# head, one for all. hidden_size is 16, so head_dim is hidden_size // heads in the second only.
+# head, and one for all. hidden_size is 16, so only the second has head_dim = hidden_size // heads.
 LAYOUTS = ((4, 2, 6), (4, 4, 4), (4, 1, 8))
 
 
@@ -64,12 +64,12 @@ def random_model(config: Config, seed: int = 0, dtype: torch.dtype = torch.float
     model = Qwen3(config, name=f"{config.model_type}-{seed}").to(torch.float64)
     source = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        drawn = torch.randn(weight.shape, generator=source, dtype=torch.float64)
+        values = torch.randn(weight.shape, generator=source, dtype=torch.float64)
         if name.endswith("norm.weight"):
-            drawn = 0.5 + torch.rand(weight.shape, generator=source, dtype=torch.float64)
+            values = 0.5 + torch.rand(weight.shape, generator=source, dtype=torch.float64)
         elif weight.ndim == 2 and "embed" not in name:
-            drawn /= weight.shape[1] ** 0.5
-        weight.data.copy_(drawn)
+            values /= weight.shape[1] ** 0.5
+        weight.data.copy_(values)
     return model.to(dtype).eval()
 
 
@@ -127,9 +127,9 @@ def random_ids(model: Qwen3, rows: int, length: int, seed: int = 0) -> Tensor:
 def remember(
     model: Qwen3, ids: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Return hidden states and KV cache of ids (B, T), starting from an empty cache.
+    """Return the hidden states and the KV cache of ids (B, T), starting from an empty cache.
 
-    `lengths` has the numbers of valid ids of right-padded rows.
+    `lengths` has the number of valid ids in each right-padded row.
     """
     cache = model.new_cache(len(ids))
     counts = None if lengths is None else torch.tensor(lengths)
@@ -137,7 +137,10 @@ def remember(
 
 
 def filled(cache: KVCache) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (row, keys, values) of the filled slots, each (layers, K, lengths[row], d)."""
+    """Yield (row, keys, values) of the filled slots.
+
+    Keys and values have the shape (layers, K, lengths[row], d).
+    """
     for row, length in enumerate(map(int, cache.lengths)):
         pair = [
             torch.stack([store[row, :, :length] for store in stores])
@@ -189,14 +192,14 @@ def reference(
 ) -> Tensor:
     """Return the hidden states of one row x (T, D), from an independent implementation.
 
-    It is written from the papers with complex rotations and a dense softmax. `positions` (T,) and
-    `visible` (T, T) can be given, for block masks and shifted positions.
+    It is written from the papers, with complex rotations and a dense softmax. `positions` (T,) and
+    `visible` (T, T) can be given to test block masks and shifted positions.
     """
     c, weights, length = model.config, model.state_dict(), len(x)
     positions = torch.arange(length) if positions is None else positions
     visible = torch.ones(length, length, dtype=torch.bool).tril() if visible is None else visible
     frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
-    turn = torch.exp(1j * positions[:, None] * frequency)  # (T, d/2)
+    rotation = torch.exp(1j * positions[:, None] * frequency)  # (T, d/2)
 
     def norm(y: Tensor, name: str) -> Tensor:
         return (
@@ -208,32 +211,32 @@ def reference(
     def linear(y: Tensor, name: str) -> Tensor:
         return y @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
-    def heads(y: Tensor, name: str, turned: bool) -> Tensor:
+    def heads(y: Tensor, name: str, rotated: bool) -> Tensor:
         z = linear(y, f"{name}_proj").view(length, -1, c.head_dim).transpose(0, 1)  # (heads, T, d)
-        if turned:
+        if rotated:
             z = norm(z, f"{name}_norm") if c.model_type == "qwen3" else z
-            half = torch.complex(*z.chunk(2, -1)) * turn
+            half = torch.complex(*z.chunk(2, -1)) * rotation
             z = torch.cat([half.real, half.imag], -1)
         return z.repeat_interleave(c.num_attention_heads // len(z), 0)  # (H, T, d)
 
     for layer in range(c.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        y = norm(x, f"{at}.input_layernorm")
-        q, k, v = (heads(y, f"{at}.self_attn.{name}", name != "v") for name in "qkv")
+        prefix = f"model.layers.{layer}"
+        y = norm(x, f"{prefix}.input_layernorm")
+        q, k, v = (heads(y, f"{prefix}.self_attn.{name}", name != "v") for name in "qkv")
         scores = (q @ k.transpose(1, 2) / c.head_dim**0.5).masked_fill(
             ~visible, -torch.inf
         )  # (H, T, T)
         x = x + linear(
-            (scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{at}.self_attn.o_proj"
+            (scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{prefix}.self_attn.o_proj"
         )
-        y = norm(x, f"{at}.post_attention_layernorm")
-        gate = linear(y, f"{at}.mlp.gate_proj")
+        y = norm(x, f"{prefix}.post_attention_layernorm")
+        gate = linear(y, f"{prefix}.mlp.gate_proj")
         x = x + linear(
-            gate * gate.sigmoid() * linear(y, f"{at}.mlp.up_proj"), f"{at}.mlp.down_proj"
+            gate * gate.sigmoid() * linear(y, f"{prefix}.mlp.up_proj"), f"{prefix}.mlp.down_proj"
         )
     return norm(x, "model.norm")
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two tensors, relative to the largest entry of the second."""
+    """Return the largest difference between two tensors, relative to the largest entry of `b`."""
     return float((a - b).abs().max() / b.abs().max())

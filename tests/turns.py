@@ -1,4 +1,4 @@
-"""The last agent's turn after all others have finished, for tests of what it gets."""
+"""Run a team up to its last agent, for tests of what that agent receives."""
 
 from collections.abc import Sequence
 from typing import Any

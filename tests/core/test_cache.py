@@ -1,5 +1,6 @@
-"""A memory is a value, and slot = position. The first half needs no model: random keys, rotated for
-their slots.
+"""A KV cache behaves like a value, and each slot's index is its position.
+
+The first half needs no model: its keys are random and rotated for their slots.
 """
 
 import copy
@@ -28,10 +29,10 @@ seeds = st.integers(0, 99)
 row_lengths = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 
-def memory(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
+def random_cache(lengths: list[int], seed: int = 0, chunks: int = 1) -> KVCache:
     """Return a cache of random keys and values, appended in chunks.
 
-    The padding is large, so it shows wherever it leaks.
+    The padding has large values, so any leak shows.
     """
     source = torch.Generator().manual_seed(seed)
     shape = (
@@ -62,36 +63,41 @@ def lengths_of(cache: KVCache) -> list[int]:
     return [int(n) for n in cache.lengths]
 
 
-def test_the_repr_of_a_memory_says_what_it_holds() -> None:
-    """The default one is an address, which says nothing in a notebook."""
+def test_the_repr_of_a_cache_says_what_it_holds() -> None:
+    """The default repr is an address, which says nothing in a notebook."""
     said = "lengths=[3, 1], 1,536 bytes, 2 layers, torch.float64, cpu"
-    assert repr(memory([3, 1])) == f"KVCache({said})"
+    assert repr(random_cache([3, 1])) == f"KVCache({said})"
 
 
 @given(row_lengths, st.integers(1, 4), seeds)
-def test_a_memory_does_not_know_how_it_was_cut(lengths: list[int], chunks: int, seed: int) -> None:
-    """Ragged rows have their first free slot each; transformers pads them all to the longest and
-    then sees the pads.
+def test_appending_in_chunks_gives_the_same_cache(
+    lengths: list[int], chunks: int, seed: int
+) -> None:
+    """Each ragged row has its own first free slot.
+
+    transformers pads all rows to the longest, and then attends to the padding.
     """
-    assert distance(memory(lengths, seed, chunks), memory(lengths, seed)) == 0
+    assert distance(random_cache(lengths, seed, chunks), random_cache(lengths, seed)) == 0
     assert (
-        memory(lengths, seed, chunks).nbytes == sum(lengths) * 2 * 2 * 2 * 6 * 8
+        random_cache(lengths, seed, chunks).nbytes == sum(lengths) * 2 * 2 * 2 * 6 * 8
     )  # k, v; layers; heads; d; float64
 
 
-def test_growing_keeps_what_is_there() -> None:
-    """Room is taken by half of what there is: a step that crosses the edge must not lose or shift a
-    slot.
+def test_growing_a_cache_keeps_its_slots() -> None:
+    """A cache grows by half of its size.
+
+    A step that triggers this must not lose or shift a slot.
     """
-    assert distance(memory([300, 1, 170], chunks=300), memory([300, 1, 170])) == 0
+    assert distance(random_cache([300, 1, 170], chunks=300), random_cache([300, 1, 170])) == 0
 
 
 @given(row_lengths, st.data(), seeds)
-def test_selected_rows_are_those_rows(lengths: list[int], data: st.DataObject, seed: int) -> None:
-    """Repeated, reordered or alone: questions keep their own memory (control arms shuffle it on
-    purpose).
+def test_select_returns_the_given_rows(lengths: list[int], data: st.DataObject, seed: int) -> None:
+    """Rows may be repeated, reordered or alone. Each question must keep its own cache.
+
+    Control arms shuffle the caches on purpose.
     """
-    cache = memory(lengths, seed)
+    cache = random_cache(lengths, seed)
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=4))
     chosen, whole = cache.select(rows), list(filled(cache))
     assert lengths_of(chosen) == [lengths[row] for row in rows]
@@ -102,45 +108,53 @@ def test_selected_rows_are_those_rows(lengths: list[int], data: st.DataObject, s
 
 
 @given(row_lengths, st.data(), seeds)
-def test_cutting_undoes_joining(lengths: list[int], data: st.DataObject, seed: int) -> None:
-    """truncate gives back what came first and keep_last what came last, at slot 0, with its keys
-    turned back.
+def test_truncate_and_keep_last_undo_concat(
+    lengths: list[int], data: st.DataObject, seed: int
+) -> None:
+    """truncate returns the first cache, and keep_last the last one.
+
+    The keys of the last one are rotated back to slot 0.
     """
     others = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
-    first, second = memory(lengths, seed), memory(others, seed + 1)
+    first, second = random_cache(lengths, seed), random_cache(others, seed + 1)
     joined = KVCache.concat([first, second])
     assert distance(joined.truncate(first.lengths), first) == 0
     assert distance(joined.keep_last(second.lengths), second) <= 1e-12
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=3), seeds)
-def test_joining_is_associative_and_has_a_unit(rows: list[tuple[int, int, int]], seed: int) -> None:
-    """(a + b) + c = a + (b + c), and an empty memory changes nothing: teams of any size, agents of
-    any length.
-    """
-    a, b, c = (memory([row[i] for row in rows], seed + i) for i in range(3))
-    together = KVCache.concat([a, b, c])
-    assert distance(KVCache.concat([KVCache.concat([a, b]), c]), together) <= 1e-12
-    assert distance(KVCache.concat([a, KVCache.concat([b, c])]), together) <= 1e-12
-    assert distance(KVCache.concat([memory([0] * len(rows)), a]), KVCache.concat([a])) == 0
+def test_concat_is_associative_and_an_empty_cache_changes_nothing(
+    rows: list[tuple[int, int, int]], seed: int
+) -> None:
+    """(a + b) + c = a + (b + c), for teams of any size and caches of any length."""
+    a, b, c = (random_cache([row[i] for row in rows], seed + i) for i in range(3))
+    joined = KVCache.concat([a, b, c])
+    assert distance(KVCache.concat([KVCache.concat([a, b]), c]), joined) <= 1e-12
+    assert distance(KVCache.concat([a, KVCache.concat([b, c])]), joined) <= 1e-12
+    assert distance(KVCache.concat([random_cache([0] * len(rows)), a]), KVCache.concat([a])) == 0
     assert distance(KVCache.concat([a]), a) == 0
 
 
 @given(row_lengths, st.integers(0, 6), st.integers(0, 6), seeds)
-def test_cutting_twice_is_cutting_once(lengths: list[int], one: int, two: int, seed: int) -> None:
-    """Rows shorter than the cut stay as they are, whichever end is kept."""
-    cache, least = memory(lengths, seed), min(one, two)
+def test_truncating_twice_equals_truncating_once_to_the_smaller_length(
+    lengths: list[int], one: int, two: int, seed: int
+) -> None:
+    """Rows shorter than the cut stay as they are. The same holds for keep_last."""
+    cache, least = random_cache(lengths, seed), min(one, two)
     assert distance(cache.truncate(one).truncate(two), cache.truncate(least)) == 0
     assert distance(cache.keep_last(one).keep_last(two), cache.keep_last(least)) <= 1e-12
     assert lengths_of(cache.keep_last(one)) == [min(one, n) for n in lengths]
 
 
 @given(row_lengths, st.integers(0, 6), st.integers(0, 6), seeds)
-def test_dropping_is_joining_what_is_left(
+def test_drop_equals_joining_what_is_left(
     lengths: list[int], start: int, more: int, seed: int
 ) -> None:
-    """A span inside, at an end, empty or after a row's end: later keys must close the gap."""
-    cache, stop = memory(lengths, seed), start + more
+    """The span may be inside a row, at an end, empty or after the row's end.
+
+    Later keys must close the gap.
+    """
+    cache, stop = random_cache(lengths, seed), start + more
     rest = [max(n - stop, 0) for n in lengths]
     joined = KVCache.concat([cache.truncate(start), cache.keep_last(rest)])
     assert distance(cache.drop(start, stop), joined) <= 1e-12
@@ -151,9 +165,9 @@ def test_dropping_is_joining_what_is_left(
 
 
 def test_each_row_drops_its_own_span() -> None:
-    """The spans of a ragged batch, one agent's share for example, differ per row."""
+    """The spans of a ragged batch differ per row, for example if they are one agent's share."""
     lengths, starts, stops = [5, 2, 4], [1, 0, 4], [3, 2, 9]
-    cache = memory(lengths)
+    cache = random_cache(lengths)
     dropped = cache.drop(starts, stops)
     assert lengths_of(dropped) == [3, 0, 4]
     for row in range(3):
@@ -173,10 +187,10 @@ def test_each_row_drops_its_own_span() -> None:
     ],
     ids=["fork", "select", "truncate", "keep_last", "drop", "concat"],
 )
-def test_what_comes_of_a_memory_does_not_write_into_it(
+def test_a_derived_cache_does_not_share_storage(
     change: Callable[[KVCache], KVCache], model: Qwen3
 ) -> None:
-    """Two continuations that share storage overwrite each other's thoughts (a view passed for a
+    """Two continuations that share storage overwrite each other's thoughts (a view in place of a
     copy).
     """
     _, cache = remember(model, random_ids(model, 2, 4), [4, 2])
@@ -189,10 +203,10 @@ def test_what_comes_of_a_memory_does_not_write_into_it(
     assert lengths_of(other) == [7, 5]
 
 
-def test_a_forward_that_fails_leaves_the_memory_as_it_was(
+def test_a_failed_forward_leaves_the_cache_unchanged(
     model: Qwen3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Out of memory in layer 2: the same memory is tried again with a smaller batch of steps."""
+    """After an out-of-memory error in layer 2, the same cache is used again with fewer steps."""
     ids = random_ids(model, 2, 4)
     _, cache = remember(model, ids, [4, 2])
     before, expected = cache.fork(), model(model.embed(ids), cache.fork())
@@ -209,45 +223,52 @@ def test_a_forward_that_fails_leaves_the_memory_as_it_was(
     ("wrong", "kind", "said"),
     [
         (lambda: KVCache(CONFIG, 0), ValueError, "batch_size: found 0"),
-        (lambda: memory([2]).select([]), IndexError, "rows: found"),
-        (lambda: memory([2]).select([1]), IndexError, "rows: found"),
-        (lambda: memory([2]).select([-1]), IndexError, "rows: found"),
-        (lambda: memory([2, 2]).select([True, False]), IndexError, "rows: found"),
-        (lambda: memory([2]).select([0.0]), IndexError, "rows: found"),  # type: ignore[list-item]
+        (lambda: random_cache([2]).select([]), IndexError, "rows: found"),
+        (lambda: random_cache([2]).select([1]), IndexError, "rows: found"),
+        (lambda: random_cache([2]).select([-1]), IndexError, "rows: found"),
+        (lambda: random_cache([2, 2]).select([True, False]), IndexError, "rows: found"),
+        (lambda: random_cache([2]).select([0.0]), IndexError, "rows: found"),  # type: ignore[list-item]
         (
-            lambda: memory([2]).truncate(-1),
+            lambda: random_cache([2]).truncate(-1),
             ValueError,
             r"lengths: found \[-1\], expected 1 numbers",
         ),
         (
-            lambda: memory([2]).keep_last(-1),
+            lambda: random_cache([2]).keep_last(-1),
             ValueError,
             r"lengths: found \[-1\], expected 1 numbers",
         ),
-        (lambda: memory([2]).drop(-1, 2), ValueError, r"lengths: found \[-1\], expected 1"),
-        (lambda: memory([2]).drop([0, 0], 1), ValueError, r"lengths: found \[0, 0\], expected 1"),
+        (lambda: random_cache([2]).drop(-1, 2), ValueError, r"lengths: found \[-1\], expected 1"),
+        (
+            lambda: random_cache([2]).drop([0, 0], 1),
+            ValueError,
+            r"lengths: found \[0, 0\], expected 1",
+        ),
         (lambda: KVCache.concat([]), ValueError, "caches: found "),
-        (lambda: KVCache.concat([memory([2]), memory([2, 2])]), ValueError, "2 rows"),
-        (lambda: KVCache.concat([memory([2]), KVCache(CONFIG, 1)]), ValueError, "float32"),
+        (lambda: KVCache.concat([random_cache([2]), random_cache([2, 2])]), ValueError, "2 rows"),
+        (lambda: KVCache.concat([random_cache([2]), KVCache(CONFIG, 1)]), ValueError, "float32"),
         (
-            lambda: KVCache.concat([memory([2]), KVCache(tiny_config("llama"), 1, torch.float64)]),
+            lambda: KVCache.concat(
+                [random_cache([2]), KVCache(tiny_config("llama"), 1, torch.float64)]
+            ),
             ValueError,
             "model",
         ),
-        (lambda: memory([2, 2]).next_positions(3, 1), ValueError, "found 3 rows, expected 2"),
+        (lambda: random_cache([2, 2]).next_positions(3, 1), ValueError, "found 3 rows, expected 2"),
     ],
 )
-def test_a_wrong_request_is_refused(
+def test_invalid_arguments_are_refused(
     wrong: Callable[[], Any], kind: type[Exception], said: str
 ) -> None:
-    """Each names what was found and what was expected."""
+    """Each error says what was found and what was expected."""
     with pytest.raises(kind, match=said):
         wrong()
 
 
-def test_memories_of_different_weights_are_not_joined() -> None:
-    """Equal shapes are not an equal model: keys mean nothing to other weights, in memory as in a
-    file.
+def test_caches_of_different_weights_are_not_joined() -> None:
+    """Keys mean nothing to other weights, even if the shapes are equal.
+
+    This holds in memory as in a file.
     """
     one, two = (
         remember(m, random_ids(m, 1, 3))[1] for m in (tiny_model(seed=0), tiny_model(seed=1))
@@ -260,11 +281,12 @@ def test_memories_of_different_weights_are_not_joined() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 2], [1, 4, 3]])
-def test_a_saved_memory_goes_on_as_if_it_had_stayed(
+def test_a_loaded_cache_continues_like_the_saved_one(
     lengths: list[int], model: Qwen3, tmp_path: Path
 ) -> None:
-    """mlx-lm's test of this is `assertTrue(len(a), len(b))`, which cannot fail: here the loaded
-    memory is *used*.
+    """mlx-lm's test of this is `assertTrue(len(a), len(b))`, which cannot fail.
+
+    Here the loaded cache is *used*.
     """
     hidden, cache = remember(model, random_ids(model, len(lengths), 5), lengths)
     last, path = take_last(hidden, cache.lengths), tmp_path / "memory.safetensors"
@@ -281,7 +303,7 @@ def test_a_saved_memory_goes_on_as_if_it_had_stayed(
 
 
 def test_padding_is_not_written_to_a_memory_file(model: Qwen3, tmp_path: Path) -> None:
-    """Room taken in advance would make every file 1.5 times as long."""
+    """Otherwise preallocated slots would make every file 1.5 times as long."""
     _, cache = remember(model, random_ids(model, 1, 5))
     cache.save(tmp_path / "m")
     with safe_open(tmp_path / "m", framework="pt") as file:
@@ -291,8 +313,8 @@ def test_padding_is_not_written_to_a_memory_file(model: Qwen3, tmp_path: Path) -
         )
 
 
-def test_a_memory_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
-    """Saved in float32, used in bf16: the same weights by their fingerprint."""
+def test_a_saved_cache_loads_in_another_dtype_of_its_model(tmp_path: Path) -> None:
+    """A cache saved in float32 is used in bf16: the weights have the same fingerprint."""
     wide, narrow = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.bfloat16)
     _, cache = remember(wide, random_ids(wide, 1, 5))
     cache.save(tmp_path / "m")
@@ -305,10 +327,10 @@ def test_a_memory_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"family": "llama"}, {"rope_theta": 1e6}, {"rms_norm_eps": 1e-5}]
 )
-def test_another_models_memory_is_refused_by_name(
+def test_the_cache_of_another_model_is_refused(
     other: dict[str, Any], model: Qwen3, tmp_path: Path
 ) -> None:
-    """The same shapes and another meaning: no error would ever show, only nonsense."""
+    """With the same shapes and other weights, the output would be nonsense without any error."""
     remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m")
     stranger = tiny_model(**other)
     stranger.name = "stranger"
@@ -380,7 +402,7 @@ def rewritten(
 def test_a_damaged_or_foreign_memory_file_is_refused(
     damage: Callable[[Path], None], kind: type[Exception], said: str, model: Qwen3, tmp_path: Path
 ) -> None:
-    """One line with the file's name, and nothing is ever unpickled."""
+    """The error is one line with the file's name, and nothing is ever unpickled."""
     path = tmp_path / "memory"
     remember(model, random_ids(model, 1, 3))[1].save(path)
     damage(path)
@@ -391,20 +413,20 @@ def test_a_damaged_or_foreign_memory_file_is_refused(
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr
 )
-def test_a_full_disk_leaves_the_older_memory(
+def test_a_failed_save_keeps_the_older_file(
     failure: BaseException, model: Qwen3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written in place, a full disk would cost both memories, the old and the new."""
+    """If the file were written in place, a full disk would destroy the old and the new cache."""
     path = tmp_path / "memory"
     _, cache = remember(model, random_ids(model, 1, 3))
     cache.save(path)
     before = path.read_bytes()
 
-    def half(tensors: Any, partial: Path, metadata: Any) -> None:
+    def write_half(tensors: Any, partial: Path, metadata: Any) -> None:
         partial.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr("minimas.core.files.save_file", half)
+    monkeypatch.setattr("minimas.core.files.save_file", write_half)
     with pytest.raises(
         type(failure), match=f"{path}: cannot write" if isinstance(failure, OSError) else None
     ):
@@ -413,24 +435,24 @@ def test_a_full_disk_leaves_the_older_memory(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_memory_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
-    """Nobody's memory has no fingerprint; a folder that is not there is named."""
+def test_a_cache_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
+    """A cache without a model has no fingerprint. A missing folder is named."""
     with pytest.raises(ValueError, match="found memory of no model, expected"):
-        memory([2]).save(tmp_path / "m")
+        random_cache([2]).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")
 
 
-def test_an_lm_in_place_of_its_model_is_named(model: Qwen3, tmp_path: Path) -> None:
-    """The command line's object has the same attributes as far as `.model`."""
+def test_an_lm_passed_as_the_model_is_named(model: Qwen3, tmp_path: Path) -> None:
+    """An LM has a `.model` attribute as its model does, so the two are easily confused."""
     path = tmp_path / "m"
     remember(model, random_ids(model, 1, 3))[1].save(path)
     with pytest.raises(ValueError, match=r"^model: found SimpleNamespace, .*lm\.model"):
         KVCache.load(path, SimpleNamespace(model=model))
 
 
-def test_a_memory_of_nan_is_not_read(tmp_path: Path) -> None:
-    """On a GPU nothing looks at a state before it is saved: the reader must not go on from it."""
+def test_a_file_with_nan_is_refused(tmp_path: Path) -> None:
+    """On a GPU, states are not checked before they are saved, so NaN must be found on loading."""
     model, path = tiny_model(), tmp_path / "m"
     model.model.norm.weight.data[0] = torch.nan
     model.model.layers[1].self_attn.v_proj.weight.data[0] = torch.nan
@@ -439,8 +461,8 @@ def test_a_memory_of_nan_is_not_read(tmp_path: Path) -> None:
         KVCache.load(path, model)
 
 
-def test_two_live_memories_do_not_disturb_each_other(model: Qwen3) -> None:
-    """A position stored in the model, not in the cache, corrupts the other one (as in gpt-fast)."""
+def test_two_caches_of_one_model_do_not_affect_each_other(model: Qwen3) -> None:
+    """With the position stored in the model, one cache corrupts the other (as in gpt-fast)."""
     ids, other = random_ids(model, 2, 6).split(1)
     expected = remember(model, ids)[1]
     one, two = model.new_cache(1), model.new_cache(1)
@@ -452,12 +474,12 @@ def test_two_live_memories_do_not_disturb_each_other(model: Qwen3) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_a_memory_in_8_bits_is_off_by_half_a_step_at_most(
+def test_a_cache_in_8_bits_is_off_by_at_most_half_a_step(
     data: st.DataObject, model: Qwen3, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Each vector has 255 steps of its own; with a shared scale the small vectors would be lost."""
+    """Each vector has its own 255 steps. With a shared scale, small vectors would be lost."""
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    cache = memory(lengths)
+    cache = random_cache(lengths)
     size = data.draw(st.floats(1e-6, 1e6))
     cache.keys = [keys * size for keys in cache.keys]
     cache.sign(model)
@@ -465,16 +487,16 @@ def test_a_memory_in_8_bits_is_off_by_half_a_step_at_most(
     cache.save(path, bits=8)
     loaded = KVCache.load(path, model)
     assert loaded.lengths == cache.lengths and loaded.dtype == cache.dtype
-    filled = max(lengths)
+    length = max(lengths)
     pairs = zip(cache.keys + cache.values, loaded.keys + loaded.values, strict=True)
-    for exact, found in pairs:
-        exact = exact[:, :, :filled]
-        step = exact.abs().amax(-1, keepdim=True) / 127
-        assert ((found - exact).abs() <= step * 0.501).all()
-        assert not torch.equal(found, exact)  # it was rounded
+    for original, found in pairs:
+        original = original[:, :, :length]
+        step = original.abs().amax(-1, keepdim=True) / 127
+        assert ((found - original).abs() <= step * 0.501).all()
+        assert not torch.equal(found, original)  # it was rounded
 
 
-def test_a_memory_in_8_bits_takes_a_quarter_of_the_float32_file(
+def test_a_cache_in_8_bits_takes_a_quarter_of_the_float32_file(
     model: Qwen3, tmp_path: Path
 ) -> None:
     small = copy.deepcopy(model).float()
@@ -488,9 +510,7 @@ def test_a_memory_in_8_bits_takes_a_quarter_of_the_float32_file(
 
 
 @pytest.mark.parametrize("bits", [4, 16, 0, True, "8"])
-def test_other_bits_of_a_memory_are_refused_by_name(
-    bits: Any, model: Qwen3, tmp_path: Path
-) -> None:
+def test_other_numbers_of_bits_are_refused(bits: Any, model: Qwen3, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^bits: found .*expected 8 or None"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m", bits)
     assert not (tmp_path / "m").exists()
@@ -505,10 +525,10 @@ def test_other_bits_of_a_memory_are_refused_by_name(
         ("keys.0", torch.zeros(1, 2, 3, 7, dtype=torch.int8)),
     ],
 )
-def test_a_damaged_memory_in_8_bits_is_refused(
+def test_a_damaged_file_in_8_bits_is_refused(
     name: str, wrong: Tensor | None, model: Qwen3, tmp_path: Path
 ) -> None:
-    """Without its scales int8 means nothing, and a scale of another shape would broadcast."""
+    """int8 values mean nothing without scales, and a scale of another shape would broadcast."""
     path = tmp_path / "m"
     remember(model, random_ids(model, 1, 3))[1].save(path, bits=8)
     rewritten(lambda t, m: t.pop(name) if wrong is None else t.update({name: wrong}))(path)

@@ -1,5 +1,6 @@
-"""What transformers loads with equal logits loads here too: one name for two matrices, an index
-that disagrees with its files.
+"""Checkpoints that transformers loads must load here too, with equal logits.
+
+Examples are a tied matrix under either name, and an index that disagrees with its files.
 """
 
 import json
@@ -23,7 +24,7 @@ SECOND = "model-00002-of-00002.safetensors"
 
 
 def their_logits(folder: Path, ids: Tensor) -> Tensor:
-    """The logits of transformers for the same folder."""
+    """Return the logits of transformers for the same folder."""
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -38,10 +39,8 @@ def our_logits(folder: Path, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tied_matrix_that_is_stored_as_the_lm_head_only_is_found(
-    family: str, tmp_path: Path
-) -> None:
-    """It was refused: tensor model.embed_tokens.weight: found nothing."""
+def test_a_tied_matrix_stored_only_as_the_lm_head_is_found(family: str, tmp_path: Path) -> None:
+    """It was refused with: tensor model.embed_tokens.weight: found nothing."""
     model = tiny_model(family, dtype=torch.float32, tie_word_embeddings=True)
     folder = write_folder(tmp_path, model)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -54,7 +53,7 @@ def test_a_tied_matrix_that_is_stored_as_the_lm_head_only_is_found(
 
 
 def test_an_untied_model_needs_both_matrices(tmp_path: Path) -> None:
-    """The LM head is no embedding where config.json does not say so."""
+    """The LM head must not be used as the embedding unless config.json says so."""
     model = tiny_model(dtype=torch.float32)
     tensors = dict(model.state_dict())
     del tensors[EMBEDDING]
@@ -71,10 +70,10 @@ FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_index_that_disagrees_with_its_files_is_a_warning(
+def test_an_index_that_disagrees_with_its_files_only_warns(
     fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tensors are all there, and transformers loads them; it was refused."""
+    """It was refused, although all tensors are there and transformers loads them."""
     model = tiny_model(dtype=torch.float32)
     folder = write_folder(tmp_path, model, shards=2)
     path = folder / INDEX
@@ -91,10 +90,10 @@ def test_an_index_that_disagrees_with_its_files_is_a_warning(
     assert apart(our_logits(folder, ids), their_logits(folder, ids)) < 1e-5
 
 
-def test_a_right_index_is_no_warning_and_a_missing_tensor_no_trifle(
+def test_a_correct_index_does_not_warn_and_a_missing_tensor_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else the warning would say nothing."""
+    """If a correct index warned too, the warning would mean nothing."""
     model = tiny_model(dtype=torch.float32)
     folder = write_folder(tmp_path, model, shards=3)
     with caplog.at_level(logging.WARNING):

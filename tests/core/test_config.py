@@ -1,5 +1,6 @@
-"""A config.json is read whole or refused by field: a field that changes the mathematics is not
-passed over.
+"""A config.json is read completely, or refused with the name of the field.
+
+No field that changes the mathematics is ignored.
 """
 
 import dataclasses
@@ -41,9 +42,9 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_says_what_its_json_says(family: str) -> None:
-    """Every field has one place to come from; head_dim overwritten by hidden_size // heads is
-    gpt-fast's bug.
+def test_a_config_equals_its_json(family: str) -> None:
+    """Each field has one source: gpt-fast has a bug that overwrites head_dim with hidden_size //
+    heads.
     """
     config = tiny_config(family, tie_word_embeddings=True, eos_token_ids=(3, 5))
     assert Config.from_dict(config_dict(config)) == config
@@ -51,9 +52,9 @@ def test_a_config_says_what_its_json_says(family: str) -> None:
 
 
 @given(st.sampled_from(FIELDS), json_values)
-def test_any_value_is_read_or_refused_by_its_field(field: str, value: Any) -> None:
-    """A traceback from deep inside torch, or a number read as another, is what a wrong-typed field
-    gave elsewhere.
+def test_any_value_is_read_or_refused_with_its_field_name(field: str, value: Any) -> None:
+    """Elsewhere a field of the wrong type gave a wrong number, or a traceback from deep inside
+    torch.
     """
     try:
         config = Config.from_dict(QWEN3 | {field: value})
@@ -61,7 +62,7 @@ def test_any_value_is_read_or_refused_by_its_field(field: str, value: Any) -> No
         assert str(error).startswith("config.json: ")
         assert (
             field in str(error) or field == "num_attention_heads"
-        )  # whose divisor is then num_key_value_heads
+        )  # num_attention_heads must be divisible by num_key_value_heads, which is named then
     else:
         assert all(
             type(value) is type(getattr(tiny_config(), name))
@@ -73,15 +74,15 @@ def test_any_value_is_read_or_refused_by_its_field(field: str, value: Any) -> No
 @pytest.mark.parametrize(
     "value", [None, 0, -4, "16", True, float("nan"), float("inf"), [16], {}], ids=repr
 )
-def test_a_size_that_is_no_positive_number_is_refused(field: str, value: Any) -> None:
-    """`"16"` and true are numbers to Python's int(), and nan to every comparison but one."""
+def test_a_size_that_is_not_a_positive_number_is_refused(field: str, value: Any) -> None:
+    """Python's int() accepts `"16"` and true, and nearly every comparison with nan is false."""
     with pytest.raises(ValueError, match=rf"^here: {field}: found .*, expected a positive"):
         Config.from_dict(QWEN3 | {field: value}, "here")
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "rms_norm_eps", "rope_theta"])
-def test_a_number_beyond_floating_point_is_refused(field: str) -> None:
-    """JSON writes integers of any length, and math.isfinite raises OverflowError for one that no
+def test_a_number_too_large_for_a_float_is_refused(field: str) -> None:
+    """JSON allows integers of any length. math.isfinite raises OverflowError for those that no
     float can hold.
     """
     with pytest.raises(ValueError, match=f"{field}: found"):
@@ -90,7 +91,7 @@ def test_a_number_beyond_floating_point_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("field", [*NUMBERS, "model_type"])
 def test_a_missing_field_is_named(field: str) -> None:
-    """A default in its place would be another model."""
+    """A default in its place would make it another model."""
     with pytest.raises(ValueError, match=rf"{field}: found (nothing|None), expected"):
         Config.from_dict({name: value for name, value in QWEN3.items() if name != field})
 
@@ -127,10 +128,8 @@ def test_a_missing_field_is_named(field: str) -> None:
         ("eos_token_id", [-1]),
     ],
 )
-def test_what_would_change_the_mathematics_is_refused_by_name(field: str, value: Any) -> None:
-    """mlx-lm drops keys it does not know, an unknown RoPE type among them, and computes something
-    else.
-    """
+def test_a_field_that_changes_the_mathematics_is_refused(field: str, value: Any) -> None:
+    """mlx-lm ignores unknown keys, such as an unknown RoPE type, and computes something else."""
     raw = QWEN3 | {field: value}
     if field == "torch_dtype":
         del raw["dtype"]
@@ -146,8 +145,8 @@ def test_what_would_change_the_mathematics_is_refused_by_name(field: str, value:
         {"rope_scaling": {"type": "default"}, "mlp_bias": False, "partial_rotary_factor": 1.0},
     ],
 )
-def test_what_is_switched_off_is_not_refused(off: dict[str, Any]) -> None:
-    """Qwen2.5 says sliding_window 32768 and does not use it."""
+def test_a_feature_that_is_switched_off_is_not_refused(off: dict[str, Any]) -> None:
+    """Qwen2.5 sets sliding_window to 32768 and does not use it."""
     assert Config.from_dict(QWEN3 | off) == tiny_config()
 
 
@@ -162,10 +161,10 @@ def test_what_is_switched_off_is_not_refused(off: dict[str, Any]) -> None:
         ({"decoder": {"hidden_act": "gelu"}}, "hidden_act 'gelu'"),
     ],
 )
-def test_what_would_change_the_mathematics_is_refused_wherever_it_is_nested(
+def test_a_nested_field_that_changes_the_mathematics_is_refused(
     raw: dict[str, Any], named: str
 ) -> None:
-    """A scaling for each type of layer was passed over, because only the outer object was read."""
+    """A scaling per layer type was ignored, because only the outer object was read."""
     [field] = raw
     with pytest.raises(ValueError, match=f"^config.json: {field}: found .*{named}.*, expected "):
         Config.from_dict(QWEN3 | raw)
@@ -174,41 +173,41 @@ def test_what_would_change_the_mathematics_is_refused_wherever_it_is_nested(
 @pytest.mark.parametrize(
     "field", ["logits_scaling", "attn_logit_softcapping", "rope_interleaved", "rope_ratio"]
 )
-def test_relatives_fields_that_scale_are_refused(field: str) -> None:
-    """They were unknown fields: a warning, and other logits."""
+def test_scaling_fields_of_related_families_are_refused(field: str) -> None:
+    """As unknown fields they gave only a warning, and other logits."""
     with pytest.raises(ValueError, match=f"^config.json: {field}: found 8, expected"):
         Config.from_dict(QWEN3 | {field: 8})
 
 
-def test_of_two_rotary_objects_the_one_counts_that_transformers_reads() -> None:
-    """The base of the other one gives other logits."""
+def test_of_two_rotary_objects_the_one_that_transformers_reads_is_used() -> None:
+    """The base of the other object gives other logits."""
     both = {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 5e5}}
     assert Config.from_dict(QWEN3 | both).rope_theta == 10000.0
     assert Config.from_dict(QWEN3 | both | {"rope_scaling": {}}).rope_theta == 5e5
 
 
-def test_null_is_as_good_as_absent() -> None:
+def test_null_means_the_same_as_a_missing_field() -> None:
     """Exporters write null for every field that they do not set."""
     raw = QWEN3 | {"tie_word_embeddings": None, "dtype": None, "torch_dtype": "float32"}
     assert Config.from_dict(raw) == tiny_config()
 
 
-def test_swish_is_another_name_of_silu() -> None:
+def test_swish_is_another_name_for_silu() -> None:
     """transformers has both names for one function."""
     assert Config.from_dict(QWEN3 | {"hidden_act": "swish"}) == tiny_config()
 
 
 def test_the_rotary_base_is_read_where_transformers_5_writes_it() -> None:
-    """Read at the top level only, a base of 1,000,000 silently becomes 10,000."""
+    """If it is read only at the top level, a base of 1,000,000 silently becomes 10,000."""
     raw = {name: value for name, value in QWEN3.items() if name != "rope_theta"}
     block = {"rope_type": "default", "rope_theta": 1e6}
     assert Config.from_dict(raw | {"rope_parameters": block}).rope_theta == 1e6
     assert Config.from_dict(raw | {"model_type": "llama"}).rope_theta == 10000.0
 
 
-def test_defaults_of_the_older_families_are_theirs() -> None:
-    """Llama checkpoints may leave out the number of key-value heads, and Qwen2 and Llama the size
-    of a head.
+def test_fields_that_older_families_leave_out_have_their_defaults() -> None:
+    """Llama checkpoints may leave out num_key_value_heads, and Qwen2 and Llama checkpoints
+    head_dim.
     """
     raw = {
         name: value
@@ -223,25 +222,25 @@ def test_defaults_of_the_older_families_are_theirs() -> None:
 @pytest.mark.parametrize(
     ("value", "said"), [(True, True), ({"a": 1}, True), (None, False), (0, False)]
 )
-def test_an_unknown_field_is_said_unless_it_is_off(
+def test_an_unknown_field_gives_a_warning_unless_it_is_off(
     value: Any, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A field of next year's models is no reason to refuse, nor one to keep quiet."""
+    """Fields of future models should be neither refused nor ignored silently."""
     with caplog.at_level(logging.WARNING):
         assert Config.from_dict(QWEN3 | {"hyper_connection": value}) == tiny_config()
     assert ("hyper_connection" in caplog.text) is said
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '"config"', "3"])
-def test_json_that_is_no_object_is_refused(content: str, tmp_path: Path) -> None:
+def test_json_that_is_not_an_object_is_refused(content: str, tmp_path: Path) -> None:
     """`[]` is valid JSON."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: found .*, expected a JSON object"):
         read_json(tmp_path / "config.json")
 
 
-def test_a_config_is_a_value() -> None:
-    """A config that changes under a live memory changes what its slots mean."""
+def test_a_config_is_hashable_and_frozen() -> None:
+    """If a config could change, the slots of a live cache would change their meaning."""
     assert len({tiny_config(), tiny_config(), tiny_config(rope_theta=1e6)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny_config().head_dim = 8  # type: ignore[misc]
@@ -249,7 +248,9 @@ def test_a_config_is_a_value() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b"{} {}"])
 def test_a_broken_json_file_is_named(content: bytes, tmp_path: Path) -> None:
-    """Half a download is half a JSON; 100,000 brackets are a RecursionError in Python's parser."""
+    """A partial download is invalid JSON, and 100,000 brackets raise a RecursionError in Python's
+    parser.
+    """
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
@@ -259,8 +260,8 @@ def test_a_broken_json_file_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10**6) | st.lists(st.integers(0, 10**6)) | st.none())
-def test_end_tokens_are_one_or_many(value: Any) -> None:
-    """Llama 3 lists three end tokens; reading the first only never stops."""
+def test_a_model_may_have_one_or_many_end_tokens(value: Any) -> None:
+    """Llama 3 has three end tokens. With only the first one, generation never stops."""
     assert list(token_ids(value, "x")) == (
         [] if value is None else value if isinstance(value, list) else [value]
     )

@@ -1,6 +1,4 @@
-"""W_a is the ridge solution, its relatives are what they say, and thinking is feeding thoughts by
-hand.
-"""
+"""W_a is the ridge solution, other maps match their equations, and `think` feeds thoughts back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +50,9 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.floats(1e-5, 10), seeds)
 def test_the_map_is_the_ridge_solution(rows: int, size: int, ridge: float, seed: int) -> None:
-    """Against least squares on the rows stacked with sqrt(λ) I, which has the same minimum and no
-    normal equations.
+    """The reference is least squares on the rows stacked with sqrt(λ) I.
+
+    It has the same minimum and needs no normal equations.
     """
     w_out, w_in = gaussian(2, rows, size, seed=seed)
     left = torch.cat([w_out, ridge**0.5 * torch.eye(size, dtype=torch.float64)])
@@ -61,22 +60,23 @@ def test_the_map_is_the_ridge_solution(rows: int, size: int, ridge: float, seed:
         left, torch.cat([w_in, torch.zeros(size, size, dtype=torch.float64)])
     ).solution
     found = alignment_matrix(w_out, w_in, ridge)
-    assert apart(found, expected) <= 1e-6  # fewer rows than columns: conditioned by λ alone
+    assert apart(found, expected) <= 1e-6  # with fewer rows than columns, only λ conditions it
     residual = w_out.T @ (w_out @ found - w_in) + ridge * found
     assert float(residual.abs().max()) <= 1e-9 * float((w_out.T @ w_in).abs().max() + 1)
 
 
 @given(models(), seeds)
 def test_tied_embeddings_make_the_map_an_identity(model: Qwen3, seed: int) -> None:
-    """Up to λ, by exactly λ / (σ² + λ): so on Qwen3-0.6B to 4B only the rescaling is left
-    (LatentMAS #31).
+    """With tied embeddings W_a differs from the identity by exactly λ / (σ² + λ).
+
+    On Qwen3-0.6B to 4B, only the rescaling has an effect (LatentMAS #31).
     """
     w_in = gaussian(30, 8, seed=seed)
     smallest = float(torch.linalg.svdvals(w_in).min())
-    off = torch.linalg.matrix_norm(
+    difference = torch.linalg.matrix_norm(
         alignment_matrix(w_in, w_in) - torch.eye(8, dtype=torch.float64), 2
     )
-    assert float(off) <= LAMBDA / smallest**2 * 1.01
+    assert float(difference) <= LAMBDA / smallest**2 * 1.01
     assert (
         float(
             torch.linalg.matrix_norm(
@@ -88,9 +88,11 @@ def test_tied_embeddings_make_the_map_an_identity(model: Qwen3, seed: int) -> No
 
 
 @given(st.integers(1, 60), st.integers(1, 70), seeds)
-def test_the_sum_over_the_vocabulary_may_be_cut_anywhere(rows: int, chunk: int, seed: int) -> None:
-    """The last chunk is shorter; forgetting it drops the rarest tokens only and would pass
-    by eye.
+def test_the_chunk_size_of_the_sum_over_the_vocabulary_does_not_matter(
+    rows: int, chunk: int, seed: int
+) -> None:
+    """A bug that skips the last, shorter chunk only loses the rarest tokens, so it is easily
+    overlooked.
     """
     w_out, w_in = gaussian(2, rows, 4, seed=seed)
     assert (
@@ -100,8 +102,8 @@ def test_the_sum_over_the_vocabulary_may_be_cut_anywhere(rows: int, chunk: int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_sums_of_16_bit_weights_are_wide(dtype: torch.dtype) -> None:
-    """Summed in bf16, 5,000 squares stop growing at 256."""
+def test_16_bit_weights_are_summed_in_higher_precision(dtype: torch.dtype) -> None:
+    """In bf16, a sum of 5,000 squares stops growing at 256."""
     w_out, w_in = gaussian(2, 5000, 6, dtype=dtype)
     assert (
         apart(alignment_matrix(w_out, w_in), alignment_matrix(w_out.double(), w_in.double()))
@@ -110,9 +112,10 @@ def test_the_sums_of_16_bit_weights_are_wide(dtype: torch.dtype) -> None:
 
 
 @given(models(), st.integers(1, 41))
-def test_rows_beyond_the_tokenizer_do_not_count(model: Qwen3, rows: int) -> None:
-    """Qwen3 pads 151,669 rows to 151,936; the authors cut them in one backend and not in the
-    other.
+def test_embedding_rows_beyond_the_tokenizer_are_ignored(model: Qwen3, rows: int) -> None:
+    """Qwen3 pads 151,669 rows to 151,936.
+
+    The authors cut the padding in only one of their backends.
     """
     full = {kind: Aligner.from_model(model, kind, rows) for kind in ALIGNMENTS}
     for weight in weights(model):
@@ -124,13 +127,14 @@ def test_rows_beyond_the_tokenizer_do_not_count(model: Qwen3, rows: int) -> None
         assert apart(Aligner.from_model(model, "identity")(h), full["identity"](h)) > 1
 
 
-# -- its relatives ---------------------------------------------------------------------------------
+# -- other kinds -----------------------------------------------------------------------------------
 
 
 @given(models(), seeds)
-def test_each_kind_is_what_it_says(model: Qwen3, seed: int) -> None:
-    """The map, then the mean norm of the embeddings; "none" is the state itself, "prenorm" starts
-    before the gain.
+def test_each_kind_of_map_matches_its_equation(model: Qwen3, seed: int) -> None:
+    """Each kind applies its map and rescales to the mean norm of the embeddings.
+
+    "none" returns the state itself. "prenorm" starts before the gain of the final norm.
     """
     w_out, w_in = weights(model)
     w_a, norm = alignment_matrix(w_out, w_in), w_in.norm(dim=-1).mean()
@@ -143,9 +147,10 @@ def test_each_kind_is_what_it_says(model: Qwen3, seed: int) -> None:
 
 
 @given(models())
-def test_the_random_map_has_the_ridges_singular_values(model: Qwen3) -> None:
-    """A control arm of another gain would say nothing about the directions; the same at every call,
-    or runs differ.
+def test_the_random_map_has_the_singular_values_of_the_ridge(model: Qwen3) -> None:
+    """A control with another gain would say nothing about the directions.
+
+    It must be the same at every call, or runs would differ.
     """
     ridge, control, again = (
         Aligner.from_model(model, kind) for kind in ("ridge", "random", "random")
@@ -163,11 +168,12 @@ def test_the_random_map_has_the_ridges_singular_values(model: Qwen3) -> None:
 @pytest.mark.parametrize("kind", ALIGNMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 0, 16), (2, 3, 1, 16)])
-def test_any_leading_shape_and_dtype_come_back(
+def test_a_map_keeps_the_shape_and_the_dtype(
     kind: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    """Mapped in float32 at least, handed back as it came: a float32 thought promotes every layer of
-    a bf16 model.
+    """The map is computed in float32 or wider.
+
+    A float32 result would promote every layer of a bf16 model.
     """
     embedding = Aligner.from_model(tiny_model(dtype=dtype), kind)(gaussian(*shape, dtype=dtype))
     assert embedding.shape == shape
@@ -175,16 +181,16 @@ def test_any_leading_shape_and_dtype_come_back(
 
 
 @pytest.mark.parametrize("kind", ALIGNMENTS)
-def test_a_state_of_zeros_is_no_division_by_zero(kind: str, model: Qwen3) -> None:
-    """0 / 0 is NaN, and one NaN in a memory is in all that is read after it."""
+def test_a_state_of_zeros_stays_zero(kind: str, model: Qwen3) -> None:
+    """0 / 0 is NaN, and one NaN in a KV cache spreads to all later states."""
     assert torch.equal(
         Aligner.from_model(model, kind)(torch.zeros(1, 1, 16).double()),
         torch.zeros(1, 1, 16).double(),
     )
 
 
-def test_a_gain_of_zero_is_not_divided_by() -> None:
-    """Such a channel holds 0 behind the norm whatever it held before it: nothing to restore."""
+def test_prenorm_does_not_divide_by_a_gain_of_zero() -> None:
+    """Such a channel is always 0 after the norm, so there is nothing to restore."""
     model = tiny_model()
     model.model.norm.weight.data[3] = 0
     hidden = model(model.embed(random_ids(model, 1, 3)))
@@ -220,9 +226,12 @@ def test_a_gain_of_zero_is_not_divided_by() -> None:
         ),
     ],
 )
-def test_a_wrong_request_is_refused(wrong: Callable[[Qwen3], Any], said: str, model: Qwen3) -> None:
-    """By the name of the flag where there is one; a damaged input embedding as much as a damaged
-    head.
+def test_invalid_arguments_are_refused(
+    wrong: Callable[[Qwen3], Any], said: str, model: Qwen3
+) -> None:
+    """The error names the flag if there is one.
+
+    Damaged input embeddings are refused like a damaged head.
     """
     with pytest.raises(ValueError, match=said):
         wrong(model)
@@ -234,7 +243,7 @@ PARTS = ("matrix", "norm", "scale", "shift")
 
 
 def whole_map(model: Qwen3) -> Aligner:
-    """A map with all parts, in the dtype that maps of this model have."""
+    """Return a map with all parts, in the dtype of this model's maps."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     scale, shift = gaussian(2, 16, seed=1, dtype=dtype).unbind()
     return Aligner(gaussian(16, 16, dtype=dtype), 0.1, scale, shift, model)
@@ -242,8 +251,11 @@ def whole_map(model: Qwen3) -> Aligner:
 
 @pytest.mark.parametrize("kind", [*ALIGNMENTS, "all parts"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_saved_map_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """All parts, and no others: a scale that is lost makes prenorm the paper's map."""
+def test_a_loaded_map_equals_the_saved_one(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """All parts and no others are restored.
+
+    If the scale were lost, prenorm would become the paper's map.
+    """
     model = tiny_model(dtype=dtype)
     made = whole_map(model) if kind == "all parts" else Aligner.from_model(model, kind)
     made.save(tmp_path / "m.safetensors")
@@ -256,12 +268,12 @@ def test_a_saved_map_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) -
             assert found == expected, name
     assert loaded.made_for == made.made_for
     hidden = gaussian(2, 3, 16, dtype=dtype)
-    # A matrix that is stored by rows may round otherwise in a product.
+    # A product may round differently if the matrix is stored by rows.
     torch.testing.assert_close(loaded(hidden), made(hidden))
 
 
-def test_the_parts_of_a_map_are_its_equation(model: Qwen3) -> None:
-    """rescale((h · scale) W) + shift, row by row."""
+def test_the_parts_of_a_map_give_its_equation(model: Qwen3) -> None:
+    """The equation is rescale((h · scale) W) + shift, row by row."""
     align, h = whole_map(model), gaussian(2, 3, 16, seed=5)
     assert align.matrix is not None
     assert align.scale is not None
@@ -270,8 +282,10 @@ def test_the_parts_of_a_map_are_its_equation(model: Qwen3) -> None:
     assert apart(align(h).flatten(0, 1), expected) <= 1e-12
 
 
-def test_a_map_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
-    """Saved in bf16, used in float64 and back: two dtypes cannot be multiplied."""
+def test_a_saved_map_loads_in_another_dtype_of_its_model(tmp_path: Path) -> None:
+    """Mixed dtypes cannot be multiplied, so a map saved in bf16 must be converted to float64 and
+    back.
+    """
     narrow, wide = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.float64)
     for maker, reader, dtype in ((narrow, wide, torch.float64), (wide, narrow, torch.float32)):
         made = Aligner.from_model(maker, "prenorm")
@@ -285,10 +299,10 @@ def test_a_map_follows_its_model_into_another_dtype(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"family": "llama"}, {"rms_norm_eps": 1e-5}])
-def test_another_models_map_is_refused_by_name(
+def test_the_map_of_another_model_is_refused(
     other: dict[str, Any], model: Qwen3, tmp_path: Path
 ) -> None:
-    """The same shapes and another meaning: no error would ever show, only worse thoughts."""
+    """With the same shapes and other weights, thoughts would get worse without any error."""
     Aligner.from_model(model).save(tmp_path / "m.safetensors")
     stranger = tiny_model(**other)
     stranger.name = "stranger"
@@ -330,7 +344,7 @@ def put(**tensors: Tensor) -> Callable[[Path], None]:
 def test_a_damaged_or_foreign_map_file_is_refused(
     damage: Callable[[Path], Any], kind: type[Exception], said: str, model: Qwen3, tmp_path: Path
 ) -> None:
-    """One line with the file's name, what was found and what was expected."""
+    """The error is one line with the file's name, what was found and what was expected."""
     path = tmp_path / "map.safetensors"
     Aligner.from_model(model, "prenorm").save(path)
     damage(path)
@@ -339,8 +353,8 @@ def test_a_damaged_or_foreign_map_file_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) -> None:
-    """Finite in the file's float64, infinite in float32: the first thought would be NaN."""
+def test_a_value_too_large_for_the_dtype_of_the_model_is_refused(tmp_path: Path) -> None:
+    """1e300 is finite in float64 and infinite in float32, where the first thought would be NaN."""
     model = tiny_model(dtype=torch.float32)
     Aligner(scale=torch.full((16,), 1e300, dtype=torch.float64), model=model).save(tmp_path / "m")
     with pytest.raises(ValueError, match="scale: found NaN or infinity"):
@@ -348,7 +362,7 @@ def test_a_value_too_large_for_the_models_dtype_is_not_finite(tmp_path: Path) ->
 
 
 def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
-    """Nobody's map has no fingerprint; a folder that is not there is named."""
+    """A map without a model has no fingerprint. A missing folder is named."""
     with pytest.raises(ValueError, match="/m: found aligner of no model, expected"):
         Aligner(norm=1.0).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the aligner"):
@@ -363,7 +377,9 @@ def test_a_map_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> No
 def test_thinking_is_feeding_each_thought_by_hand(
     model: Qwen3, lengths: list[int], steps: int, kind: str, seed: int
 ) -> None:
-    """Row by row and without any memory: the whole sequence is read again for every thought."""
+    """The reference has one row and no KV cache: for each thought it computes the whole sequence
+    again.
+    """
     align, ids = (
         Aligner.from_model(model, kind),
         random_ids(model, len(lengths), max(lengths), seed),
@@ -384,7 +400,10 @@ def test_thinking_is_feeding_each_thought_by_hand(
 def test_a_rollouts_first_thoughts_are_a_shorter_rollout(
     model: Qwen3, lengths: list[int], first: int, more: int, seed: int
 ) -> None:
-    """Bit for bit, and going on from where it stopped is going on: steps are not planned ahead."""
+    """A rollout of n + m steps equals n steps and then m more, bit for bit.
+
+    No step depends on the planned number of steps.
+    """
     align = Aligner.from_model(model)
     hidden, cache = remember(model, random_ids(model, len(lengths), max(lengths), seed), lengths)
     last, other = take_last(hidden, cache.lengths), cache.fork()
@@ -396,10 +415,8 @@ def test_a_rollouts_first_thoughts_are_a_shorter_rollout(
     assert distance(other, cache) == 0
 
 
-def test_zero_steps_leave_everything(model: Qwen3) -> None:
-    """The authors' default of 0 steps throws the memory away (#13); here nothing is thought and
-    nothing is lost.
-    """
+def test_zero_steps_keep_the_cache_and_the_state(model: Qwen3) -> None:
+    """The authors' default of 0 steps discards the working memory (#13)."""
     hidden, cache = remember(model, random_ids(model, 2, 4), [4, 2])
     before, last = cache.fork(), take_last(hidden, cache.lengths)
     thoughts, same = think(model, Aligner.from_model(model), last, cache, 0)
@@ -408,8 +425,8 @@ def test_zero_steps_leave_everything(model: Qwen3) -> None:
     assert distance(cache, before) == 0
 
 
-def test_any_callable_may_take_the_aligners_place(model: Qwen3) -> None:
-    """A learned map, a control, a tap that records: `think` asks for no class."""
+def test_any_callable_can_replace_the_aligner(model: Qwen3) -> None:
+    """`think` needs no class, so a learned map, a control or a recording function works too."""
     seen: list[Tensor] = []
 
     def tap(hidden: Tensor) -> Tensor:
@@ -426,10 +443,8 @@ def test_any_callable_may_take_the_aligners_place(model: Qwen3) -> None:
     "weight", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "norm.weight"]
 )
 @pytest.mark.parametrize("steps", [0, 2])
-def test_damaged_weights_are_noticed_at_the_first_state(weight: str, steps: int) -> None:
-    """With the model's name, and with 0 steps too: an agent that only reads must not hand
-    NaN on.
-    """
+def test_damaged_weights_are_detected_at_the_first_state(weight: str, steps: int) -> None:
+    """The error names the model. With 0 steps too, an agent must not hand on NaN."""
     model = tiny_model()
     model.model.get_parameter(weight).data[0] = torch.nan
     hidden, cache = remember(model, torch.zeros(1, 3, dtype=torch.int64))
@@ -437,8 +452,8 @@ def test_damaged_weights_are_noticed_at_the_first_state(weight: str, steps: int)
         think(model, Aligner(), hidden[:, -1:], cache, steps)
 
 
-def test_left_padding_is_not_taken_for_right_padding(model: Qwen3) -> None:
-    """A row that is padded on the left is another text here: nothing guesses the side."""
+def test_left_padding_counts_as_tokens(model: Qwen3) -> None:
+    """Rows are padded on the right. A row that is padded on the left is another text."""
     ids = random_ids(model, 1, 3)
     left = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], 1)
     found = []
@@ -459,10 +474,10 @@ MAPS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize(("align", "said"), MAPS.values(), ids=MAPS)
-def test_a_map_to_something_else_is_named(
+def test_a_map_with_a_wrong_result_is_named(
     align: Callable[[Tensor], Any], said: str, model: Qwen3
 ) -> None:
-    """By the parameter, before the model: one row would be broadcast over all in silence."""
+    """It is refused before the model runs, as one row would silently be broadcast over all rows."""
     hidden, cache = remember(model, random_ids(model, 2, 3))
     with pytest.raises(ValueError, match=f"^align: .*{said}"):
         think(model, align, hidden[:, -1:], cache, 2)
@@ -470,8 +485,8 @@ def test_a_map_to_something_else_is_named(
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_map_that_returns_nan_is_not_the_weights_fault(bad: float, model: Qwen3) -> None:
-    """Noticed in the state after it, it was called a damaged weight of the model."""
+def test_nan_from_a_map_is_not_blamed_on_the_weights(bad: float, model: Qwen3) -> None:
+    """NaN was detected one state later, and reported as a damaged weight of the model."""
     hidden, cache = remember(model, random_ids(model, 2, 3))
     seen: list[Tensor] = []
 
@@ -485,8 +500,8 @@ def test_a_map_that_returns_nan_is_not_the_weights_fault(bad: float, model: Qwen
     assert len(seen) == 3
 
 
-def test_an_lm_in_place_of_its_model_is_named(model: Qwen3, tmp_path: Path) -> None:
-    """It has a `.model` and no embedding: Python's own error names neither."""
+def test_an_lm_passed_as_the_model_is_named(model: Qwen3, tmp_path: Path) -> None:
+    """An LM has a `.model` and no embedding, and Python's own error names neither."""
     path, lm = tmp_path / "m.safetensors", SimpleNamespace(model=model)
     Aligner.from_model(model).save(path)
     for wrong in (
@@ -504,7 +519,7 @@ def test_an_lm_in_place_of_its_model_is_named(model: Qwen3, tmp_path: Path) -> N
 def rollout(align: Callable[[Tensor], Tensor]) -> KVCache:
     """Prefill, think, cut and join ragged rows on "meta", where tensors have shapes and no values.
 
-    It stands for a GPU: what reads a value there waits for it, and fails here.
+    It stands in for a GPU. Code that would wait for a value there raises an error here.
     """
     with torch.device("meta"):
         model = Qwen3(tiny_config())
@@ -519,7 +534,7 @@ def rollout(align: Callable[[Tensor], Tensor]) -> KVCache:
 
 
 def test_no_step_waits_for_a_value() -> None:
-    """One `bool(tensor)` per step, and a GPU idles while Python prepares the next kernels."""
+    """With one `bool(tensor)` per step, a GPU idles while Python prepares the next kernels."""
     assert rollout(Aligner()).lengths == [2 + 2 + 5 + 8 + 5 + 2, 5 + 2 + 2 + 5 + 8 + 2]
 
 
@@ -527,15 +542,15 @@ def test_no_step_waits_for_a_value() -> None:
     "reads",
     [lambda h: h * float(h.norm()), lambda h: h[h > 0], lambda h: h if h.isfinite().all() else -h],
 )
-def test_a_step_that_reads_a_value_is_noticed(reads: Callable[[Tensor], Tensor]) -> None:
-    """The negative control of the test above."""
+def test_a_step_that_reads_a_value_is_detected(reads: Callable[[Tensor], Tensor]) -> None:
+    """This is the negative control of the test above."""
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         rollout(reads)
 
 
 @pytest.mark.cuda
 def test_no_step_waits_for_a_gpu() -> None:
-    """PyTorch itself reports what waits, a copy from the host included."""
+    """PyTorch reports every operation that waits, including copies from the host."""
     model = tiny_model().to("cuda")
     hidden, cache = remember(model, random_ids(model, 2, 4).cuda(), [4, 2])
     last, align = take_last(hidden, [4, 2]), Aligner.from_model(model)

@@ -1,5 +1,6 @@
-"""The forward pass against a second one written from the papers (tests/models.py), and what else a
-model promises.
+"""The forward pass, compared with a second one written from the papers (tests/models.py).
+
+Other guarantees of a model are tested too.
 """
 
 import copy
@@ -23,10 +24,10 @@ seeds = st.integers(0, 99)
 
 
 @given(models(), ragged, seeds)
-def test_a_row_is_what_the_papers_say_whatever_stands_beside_it(
+def test_each_row_equals_the_papers_whatever_else_is_in_the_batch(
     model: Qwen3, lengths: list[int], seed: int
 ) -> None:
-    """Padding that leaks cost LatentMAS two thirds of its accuracy at batch 8 (#25: 0.621 became
+    """Leaking padding cost LatentMAS two thirds of its accuracy at batch 8 (#25: 0.621 became
     0.219).
     """
     x = model.embed(random_ids(model, len(lengths), max(lengths), seed))
@@ -36,8 +37,11 @@ def test_a_row_is_what_the_papers_say_whatever_stands_beside_it(
 
 
 @given(models(), ragged, seeds)
-def test_what_padding_holds_does_not_matter(model: Qwen3, lengths: list[int], seed: int) -> None:
-    """Bit for bit, now and after the next append: slots after a row's length are never used."""
+def test_the_values_of_padding_do_not_matter(model: Qwen3, lengths: list[int], seed: int) -> None:
+    """States are equal bit for bit, now and after the next append.
+
+    Slots after a row's length are never used.
+    """
     x = model.embed(random_ids(model, len(lengths), max(lengths), seed))
     padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
     results = []
@@ -49,9 +53,10 @@ def test_what_padding_holds_does_not_matter(model: Qwen3, lengths: list[int], se
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_grouped_heads_are_repeated_heads(family: str) -> None:
-    """Query heads folded in the wrong order meet another group's keys: only more than one group
-    shows it.
+def test_grouped_heads_equal_repeated_heads(family: str) -> None:
+    """If query heads are folded in the wrong order, they use the keys of another group.
+
+    Only a model with more than one group shows this.
     """
     grouped = tiny_model(family)
     full = tiny_model(family, num_key_value_heads=4)
@@ -67,8 +72,8 @@ def test_grouped_heads_are_repeated_heads(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_have_hugging_faces_names(family: str, tied: bool) -> None:
-    """So that safetensors load with no weight map, and what is saved here loads there."""
+def test_parameters_have_the_names_of_hugging_face(family: str, tied: bool) -> None:
+    """Checkpoints then load here and in transformers without a weight map."""
     attention = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
     attention += [f"self_attn.{name}_proj.bias" for name in "qkv" if family == "qwen2"]
     attention += [f"self_attn.{name}_norm.weight" for name in "qk" if family == "qwen3"]
@@ -82,8 +87,8 @@ def test_parameters_have_hugging_faces_names(family: str, tied: bool) -> None:
 
 
 @given(models(), seeds)
-def test_logits_are_read_off_the_right_matrix(model: Qwen3, seed: int) -> None:
-    """A tied model that reads an untrained lm_head says noise."""
+def test_logits_come_from_the_right_matrix(model: Qwen3, seed: int) -> None:
+    """A tied model that uses an untrained lm_head generates noise."""
     hidden = model(model.embed(random_ids(model, 2, 3, seed)))
     state = model.state_dict()
     head = state[
@@ -93,9 +98,10 @@ def test_logits_are_read_off_the_right_matrix(model: Qwen3, seed: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_asks_for_no_gradients_until_told(family: str) -> None:
-    """40 thoughts with gradients hold 40 graphs; a trainer says so, and then every parameter gets
-    one.
+def test_gradients_are_off_until_they_are_switched_on(family: str) -> None:
+    """With gradients, 40 thoughts hold 40 graphs.
+
+    A trainer switches them on, and then every parameter gets one.
     """
     model = tiny_model(family)
     assert not any(weight.requires_grad for weight in model.parameters())
@@ -103,8 +109,8 @@ def test_a_model_asks_for_no_gradients_until_told(family: str) -> None:
     with torch.enable_grad():
         model.logits(model(model.embed(random_ids(model, 2, 4)))).square().sum().backward()
     for name, weight in model.named_parameters():
-        # A bias on the keys shifts all scores of a query alike without RoPE, and hardly with it:
-        # not zero, but small.
+        # Without RoPE, a bias on the keys shifts all scores of a query equally. With RoPE, its
+        # gradient is small, but not zero.
         assert weight.grad is not None, name
         assert bool(weight.grad.abs().max() > 1e-12), name
 
@@ -112,22 +118,24 @@ def test_a_model_asks_for_no_gradients_until_told(family: str) -> None:
 WIDE = (
     torch.float32,
     torch.float64,
-)  # which float16 rounds otherwise than bf16 does: a model of its own
+)  # float16 rounds these differently than bf16, so it makes another model
 
 
 @pytest.mark.parametrize(
     ("stored", "loaded"),
     [(a, b) for a in DTYPES for b in DTYPES if not (a in WIDE and b == torch.float16)],
 )
-def test_a_fingerprint_does_not_know_the_dtype(stored: torch.dtype, loaded: torch.dtype) -> None:
-    """A memory saved under --dtype float32 is the same model's under --dtype bfloat16."""
+def test_a_fingerprint_does_not_depend_on_the_dtype(
+    stored: torch.dtype, loaded: torch.dtype
+) -> None:
+    """A cache saved with --dtype float32 belongs to the same model with --dtype bfloat16."""
     checkpoint = tiny_model(dtype=stored, vocab_size=400, hidden_size=64)
     assert copy.deepcopy(checkpoint).to(loaded).fingerprint() == checkpoint.fingerprint()
 
 
 @given(models(), st.data())
-def test_a_fingerprint_knows_every_parameter(model: Qwen3, data: st.DataObject) -> None:
-    """Sampling the first tensor only, a fine-tuned model passes for its base."""
+def test_a_fingerprint_depends_on_every_parameter(model: Qwen3, data: st.DataObject) -> None:
+    """If only the first tensor were sampled, a fine-tuned model would pass for its base model."""
     name = data.draw(st.sampled_from(sorted(dict(model.named_parameters()))))
     before = model.fingerprint()
     weight = model.get_parameter(name)
@@ -138,8 +146,8 @@ def test_a_fingerprint_knows_every_parameter(model: Qwen3, data: st.DataObject) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-def test_a_lower_precision_stays_near_and_in_its_dtype(family: str, dtype: torch.dtype) -> None:
-    """A norm or rotation that leaves float32 behind it doubles every activation after it."""
+def test_a_lower_precision_keeps_its_dtype_and_is_close(family: str, dtype: torch.dtype) -> None:
+    """A norm or rotation that returns float32 doubles the size of every later activation."""
     exact, low = tiny_model(family), tiny_model(family, dtype=dtype)
     ids = random_ids(exact, 2, 6)
     hidden, cache = remember(low, ids, [6, 3])
@@ -149,8 +157,8 @@ def test_a_lower_precision_stays_near_and_in_its_dtype(family: str, dtype: torch
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_state_that_is_no_number_is_refused_with_the_models_name(bad: float) -> None:
-    """NaN weights otherwise end as an empty answer: argmax of NaN is token 0."""
+def test_a_state_that_is_not_finite_is_refused_with_the_name_of_the_model(bad: float) -> None:
+    """Otherwise NaN weights give an empty answer, because argmax of NaN is token 0."""
     with pytest.raises(ValueError, match="some model: found a state that is not finite"):
         finite(torch.tensor([1.0, bad]), "some model")
     assert torch.equal(finite(torch.ones(2), "some model"), torch.ones(2))
@@ -160,13 +168,13 @@ def test_a_state_that_is_no_number_is_refused_with_the_models_name(bad: float) -
 def test_inputs_for_another_number_of_rows_are_refused(
     shape: tuple[int, ...], model: Qwen3
 ) -> None:
-    """One row would be broadcast over all memories in silence."""
+    """One row would silently be broadcast over all rows of the cache."""
     with pytest.raises(ValueError, match="expected 2 as in the memory"):
         model(torch.zeros(shape, dtype=torch.float64), model.new_cache(2))
 
 
-def test_random_models_are_not_so_small_that_nothing_shows() -> None:
-    """With weights of 0.02 an attention adds 1e-4 to its residual, below many tolerances."""
+def test_random_models_are_large_enough_to_show_bugs() -> None:
+    """With weights of 0.02, attention adds 1e-4 to its residual, which is below many tolerances."""
     model = tiny_model()
     one, two = (remember(model, random_ids(model, 1, 5, seed))[0] for seed in (0, 1))
     assert apart(one, two) > 0.1
@@ -175,14 +183,17 @@ def test_random_models_are_not_so_small_that_nothing_shows() -> None:
     assert apart(alone[1:], reference(model, x)[1:]) > 0.05
 
 
-def test_head_size_is_the_configs() -> None:
-    """It is not hidden_size // heads in Qwen3; gpt-fast overwrites it with that."""
+def test_head_dim_comes_from_the_config() -> None:
+    """In Qwen3, head_dim is not hidden_size // heads, but gpt-fast overwrites it with that."""
     model = tiny_model(hidden_size=16, num_attention_heads=4, head_dim=10)
     assert tuple(model.model.layers[0].self_attn.q_proj.weight.shape) == (40, 16)
 
 
-def test_a_shard_of_a_layer_is_still_a_layer(model: Qwen3) -> None:
-    """The number of heads comes from the weights: shards by key-value heads have a partial sum."""
+def test_shards_of_an_attention_layer_sum_to_the_layer(model: Qwen3) -> None:
+    """The number of heads comes from the weights.
+
+    A shard by key-value heads returns a partial sum.
+    """
     x = model.embed(random_ids(model, 2, 5))
     layer = model.model.layers[0].self_attn
     parts = []

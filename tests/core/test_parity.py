@@ -1,8 +1,7 @@
-"""transformers as an oracle, in float64: the same states and logits to 1e-12, on the three
-families.
+"""transformers as a reference in float64: equal states and logits to 1e-12, for all three families.
 
-transformers keeps RMSNorm and RoPE in float32 whatever the dtype, so unpatched it agrees to 1e-6
-only; two methods of each family are replaced here, by float64 versions of the same lines.
+transformers keeps RMSNorm and RoPE in float32 whatever the dtype, so unpatched it agrees only to
+1e-6. Two methods of each family are replaced here by float64 versions of the same lines.
 """
 
 from typing import Any
@@ -35,8 +34,9 @@ def _rope(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function from a model of ours to the same one in transformers, patched unless told
-    otherwise.
+    """Return a function that builds the same model in transformers.
+
+    It is patched unless told otherwise.
     """
     transformers = pytest.importorskip("transformers")
 
@@ -72,9 +72,7 @@ def ours(request: pytest.FixtureRequest) -> Qwen3:
 
 
 def test_states_and_logits_agree_with_transformers(ours: Qwen3, oracle: Any) -> None:
-    """Order of QK-norm and RoPE, head_dim, biases, eps: whatever is wrong in one of them shows
-    here.
-    """
+    """Any error in the order of QK-norm and RoPE, in head_dim, biases or eps shows here."""
     ids = random_ids(ours, 2, 17)
     theirs = oracle(ours)(ids, output_hidden_states=True)
     hidden, _ = remember(ours, ids)
@@ -86,8 +84,9 @@ def test_states_and_logits_agree_with_transformers(ours: Qwen3, oracle: Any) -> 
 def test_ragged_rows_agree_with_transformers_padded_on_either_side(
     ours: Qwen3, oracle: Any, side: str
 ) -> None:
-    """There the padding needs a mask and positions, here neither; then both go on with two more
-    tokens.
+    """transformers needs a mask and positions for padding, and this package needs neither.
+
+    Both then continue with two more tokens.
     """
     lengths, ids, more = [7, 3, 5], random_ids(ours, 3, 7), random_ids(ours, 3, 2, seed=1)
     rows = [
@@ -102,11 +101,13 @@ def test_ragged_rows_agree_with_transformers_padded_on_either_side(
     theirs = oracle(ours)(
         padded, attention_mask=mask, position_ids=positions, output_hidden_states=True
     )
-    read, cache = remember(ours, ids, lengths)
-    hidden = torch.cat([take_last(read, torch.tensor(lengths)), ours(ours.embed(more), cache)], 1)
+    prefilled, cache = remember(ours, ids, lengths)
+    hidden = torch.cat(
+        [take_last(prefilled, torch.tensor(lengths)), ours(ours.embed(more), cache)], 1
+    )
     for i, row in enumerate(rows):
         expected = theirs.hidden_states[-1][i][mask[i].bool()]
-        assert apart(read[i, : lengths[i]], expected[: lengths[i]]) <= CLOSE
+        assert apart(prefilled[i, : lengths[i]], expected[: lengths[i]]) <= CLOSE
         assert apart(hidden[i], expected[-3:]) <= CLOSE
         assert apart(ours.logits(hidden[i]), theirs.logits[i][mask[i].bool()][-3:]) <= CLOSE
         assert len(row) == len(expected)
@@ -114,7 +115,10 @@ def test_ragged_rows_agree_with_transformers_padded_on_either_side(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpatched_transformers_agrees_less(family: str, oracle: Any) -> None:
-    """The negative control of the patch: without it the bar could not be told from float32's."""
+    """The negative control of the patch.
+
+    Without it, the bound could not be told from float32 precision.
+    """
     model, ids = tiny_model(family, seed=3), random_ids(tiny_model(family), 1, 30)
     difference = apart(
         oracle(model, patched=False)(ids).logits, model.logits(remember(model, ids)[0])

@@ -1,4 +1,4 @@
-"""Rows that stop thinking apart, against each row alone."""
+"""Rows that stop thinking at different steps, compared with each row alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +23,8 @@ def prefilled(model: Qwen3) -> tuple[Tensor, Any]:
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 4], [4, 4, 4], [0, 0, 1], [0, 0, 0], [1, 9, 2]])
-def test_a_row_that_stops_is_as_if_it_had_thought_alone(model: Qwen3, counts: list[int]) -> None:
-    """Its cache and state stay, the others go on, and no embedding is counted that was not fed."""
+def test_a_row_that_stops_early_equals_the_same_row_alone(model: Qwen3, counts: list[int]) -> None:
+    """Its cache and state stay unchanged, other rows continue, and only fed embeddings count."""
     align = Aligner.from_model(model)
     hidden, cache = prefilled(model)
     limits = torch.tensor(counts)
@@ -45,7 +45,7 @@ def test_a_row_that_stops_is_as_if_it_had_thought_alone(model: Qwen3, counts: li
 
 
 def test_a_row_that_has_stopped_does_not_start_again(model: Qwen3) -> None:
-    """A rule that says stop once and go on afterwards: slots in between would be missing."""
+    """If a rule says stop once and then go on, slots in between would be missing."""
     hidden, cache = prefilled(model)
     align, row = Aligner.from_model(model), torch.tensor([True, False, False])
     steps = list(rollout(model, align, hidden, cache, 4, lambda _, fed: row & (fed.shape[1] == 2)))
@@ -55,24 +55,24 @@ def test_a_row_that_has_stopped_does_not_start_again(model: Qwen3) -> None:
 
 
 def test_the_entropy_of_the_next_token_stops_a_row(model: Qwen3) -> None:
-    """Against -Σ p ln p, with a bar between the rows' own values."""
+    """The reference is -Σ p ln p, with a threshold between the values of the rows."""
     align, entropies = Aligner.from_model(model), []
     hidden, cache = prefilled(model)
     for step in rollout(model, align, hidden, cache, 4):
-        chances = model.logits(step.hidden)[:, 0].softmax(-1)
-        entropies.append(-(chances * chances.log()).sum(-1))
+        probabilities = model.logits(step.hidden)[:, 0].softmax(-1)
+        entropies.append(-(probabilities * probabilities.log()).sum(-1))
     values = torch.stack(entropies, 1)  # (B, steps)
-    bar = float(values.median()) - 1e-4  # between two values
-    below = [(row < bar).tolist() for row in values]
+    threshold = float(values.median()) - 1e-4  # between two values
+    below = [(row < threshold).tolist() for row in values]
     expected = [row.index(True) if any(row) else 4 for row in below]
     assert len(set(expected)) > 1
     hidden, cache = prefilled(model)
-    think(model, align, hidden, cache, 4, until=entropy_below(model, bar))
+    think(model, align, hidden, cache, 4, until=entropy_below(model, threshold))
     assert [n - old for n, old in zip(cache.lengths, LENGTHS, strict=True)] == expected
 
 
-def test_a_thought_like_the_one_before_it_stops_a_row(model: Qwen3) -> None:
-    """Never the first: there is none before it. The one that resembles is not fed."""
+def test_a_thought_similar_to_the_previous_one_stops_a_row(model: Qwen3) -> None:
+    """The first thought has no previous one, so it never stops. The similar thought is not fed."""
     flags = torch.tensor([True, False, False])[:, None, None]
 
     def align(hidden: Tensor) -> Tensor:
@@ -93,10 +93,10 @@ def test_a_thought_like_the_one_before_it_stops_a_row(model: Qwen3) -> None:
         lambda h, t: h[:1, 0, 0] > 0,
     ],
 )
-def test_a_rule_without_a_truth_value_for_each_row_is_named(
+def test_a_rule_without_one_bool_per_row_is_named(
     rule: Callable[[Tensor, Tensor], Any], model: Qwen3
 ) -> None:
-    """One value would stop all rows or none, in silence."""
+    """A single value would silently stop all rows or none."""
     hidden, cache = prefilled(model)
     with pytest.raises(ValueError, match=r"^until: found .*expected torch.bool of shape \(3,\)"):
         think(model, Aligner(), hidden, cache, 2, until=rule)

@@ -1,4 +1,4 @@
-"""Positions are rotations: R(Δ) R(p) = R(p + Δ). The whole memory algebra stands on this line."""
+"""Positions are rotations: R(Δ) R(p) = R(p + Δ). All operations on a KV cache depend on this."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def keys(
 
 
 def at(x: Tensor, position: int, theta: float) -> Tensor:
-    """x with every slot rotated for one position."""
+    """Return x with every slot rotated to one position."""
     return rotate(x, *angles(torch.full((1, 1), position), x.shape[-1], theta, x.dtype))
 
 
 def move(x: Tensor, delta: Tensor, theta: float) -> Tensor:
-    """x (B, K, S, d) moved by delta (B,) positions."""
+    """Return x (B, K, S, d) moved by delta (B,) positions."""
     return rotate(x, *angles(delta[:, None], x.shape[-1], theta, x.dtype))
 
 
@@ -36,19 +36,20 @@ def move(x: Tensor, delta: Tensor, theta: float) -> Tensor:
 def test_a_rotation_is_a_complex_multiplication(
     position: int, d: int, theta: float, seed: int
 ) -> None:
-    """Pairs are (i, i + d/2) as in Hugging Face's files, not (2i, 2i + 1) as in the paper and in
-    GGUF's llama.
+    """Pairs are (i, i + d/2) as in Hugging Face's files.
+
+    They are not (2i, 2i + 1) as in the paper and in GGUF's llama.
     """
     x = keys(1, 3, d, seed)
     frequency = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    turned = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * position * frequency)
+    rotated = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * position * frequency)
     torch.testing.assert_close(
-        at(x, position, theta), torch.cat([turned.real, turned.imag], -1), rtol=0, atol=1e-10
+        at(x, position, theta), torch.cat([rotated.real, rotated.imag], -1), rtol=0, atol=1e-10
     )
 
 
 @given(st.lists(st.tuples(positions, positions), min_size=1, max_size=3), heads, bases, seeds)
-def test_moving_a_key_is_rotating_it_for_the_new_position(
+def test_moving_a_key_equals_rotating_it_to_the_new_position(
     moves: list[tuple[int, int]], d: int, theta: float, seed: int
 ) -> None:
     """Each row moves by its own Δ, forwards or backwards."""
@@ -66,8 +67,9 @@ def test_moving_a_key_is_rotating_it_for_the_new_position(
 def test_scores_depend_on_the_distance_only(
     p: int, q: int, shift: int, theta: float, seed: int
 ) -> None:
-    """That is why shifting every position changes nothing, and a negative control must shift the
-    new tokens only.
+    """Shifting every position therefore changes nothing.
+
+    A negative control must shift only the new tokens.
     """
     x, y = keys(2, 1, 8, seed).split(1)
     scores = (at(x, p, theta) * at(y, q, theta)).sum(-1)
@@ -77,8 +79,9 @@ def test_scores_depend_on_the_distance_only(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_angles_are_rounded_once(dtype: torch.dtype) -> None:
-    """Computed in float32 they are off by 1e-3 at position 10,000; a bf16 position table cannot
-    even count to 257.
+    """In float32, angles are off by 1e-3 at position 10,000.
+
+    A bf16 table of positions cannot even represent 257.
     """
     places = torch.tensor([[0, 1, 257, 10_001, 40_000]])
     frequency = 1e4 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
@@ -90,13 +93,13 @@ def test_angles_are_rounded_once(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             found.double(), expected, rtol=0, atol=1e-11 if dtype == torch.float64 else 6e-8
         )
-    hasty = (places.float()[0, :, None] * frequency.float()).repeat(1, 2)[None, None].cos()
-    assert float((hasty - exact.cos()).abs().max()) > 1e-4, (
+    narrow = (places.float()[0, :, None] * frequency.float()).repeat(1, 2)[None, None].cos()
+    assert float((narrow - exact.cos()).abs().max()) > 1e-4, (
         "the negative control: this is what float32 gives"
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_rotation_keeps_the_dtype(dtype: torch.dtype) -> None:
-    """Promoted to float32 by the angles, keys would fill a bf16 memory with twice its bytes."""
+    """If the angles promoted keys to float32, a bf16 cache would take twice the memory."""
     assert move(keys(1, 2, 4, dtype=dtype), torch.tensor([3]), 1e4).dtype == dtype

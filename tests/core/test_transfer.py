@@ -1,9 +1,9 @@
-"""The paper's theorem (section 3.2): a memory handed over equals feeding the same tokens and
-thoughts explicitly.
+"""The paper's theorem (section 3.2): a working memory that is handed over equals feeding the same
+tokens and thoughts explicitly.
 
-Whole tensors in float64, on any family, for ragged batches and any number of agents, against a
-forward without any memory (tests/models.py). Every equality has a negative control that it would
-not survive.
+The tests compare whole tensors in float64, for any family, ragged batches and any number of agents,
+with a forward pass without a KV cache (tests/models.py). Every equality has a negative control that
+breaks it.
 """
 
 import itertools
@@ -25,7 +25,7 @@ CLOSE, FAR = 1e-9, 1e-3
 
 
 class Turn(NamedTuple):
-    """What one agent reads, right-padded, and how often it thinks."""
+    """One agent's prompt tokens, right-padded, and its number of latent steps."""
 
     ids: Tensor  # (B, T)
     lengths: list[int]
@@ -34,7 +34,7 @@ class Turn(NamedTuple):
 
 @st.composite
 def turns(draw: st.DrawFn, model: Qwen3, most: int = 3) -> list[Turn]:
-    """One to `most` agents' turns for the same rows."""
+    """Draw the turns of one to `most` agents for the same rows."""
     rows, agents = draw(st.integers(1, 3)), draw(st.integers(1, most))
     drawn = []
     for agent in range(agents):
@@ -45,8 +45,9 @@ def turns(draw: st.DrawFn, model: Qwen3, most: int = 3) -> list[Turn]:
 
 
 def take(model: Qwen3, align: Aligner, turn: Turn, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """One agent's turn on a memory, as the methods do it: its hidden states (B, T, D) and thoughts
-    (B, steps, D).
+    """Run one agent's turn on a cache, as the methods do.
+
+    Returns its hidden states (B, T, D) and its thoughts (B, steps, D).
     """
     hidden = model(model.embed(turn.ids), cache, torch.tensor(turn.lengths))
     thoughts, _ = think(
@@ -55,12 +56,13 @@ def take(model: Qwen3, align: Aligner, turn: Turn, cache: KVCache) -> tuple[Tens
     return hidden, thoughts
 
 
-def explicit(model: Qwen3, align: Aligner, told: list[Turn], row: int) -> Tensor:
-    """The inputs (T, D) of one row alone, tokens and thoughts, each thought from a forward over all
-    before it.
+def explicit(model: Qwen3, align: Aligner, all_turns: list[Turn], row: int) -> Tensor:
+    """Return the inputs (T, D) of one row alone: tokens and thoughts.
+
+    Each thought comes from a forward pass over everything before it.
     """
     x = torch.empty(0, model.config.hidden_size, dtype=torch.float64)
-    for turn in told:
+    for turn in all_turns:
         x = torch.cat([x, model.embed(turn.ids[row, : turn.lengths[row]])])
         for _ in range(turn.steps):
             x = torch.cat([x, align(reference(model, x)[-1:])])
@@ -69,21 +71,19 @@ def explicit(model: Qwen3, align: Aligner, told: list[Turn], row: int) -> Tensor
 
 @given(models(), st.data())
 def test_memory_equals_feeding_the_inputs(model: Qwen3, data: st.DataObject) -> None:
-    """Sequential: whatever the last agent reads gives the states it would have after reading
-    everything itself.
-    """
-    told, align, question = (
+    """Sequential: the last agent's states equal those after feeding it everything before them."""
+    all_turns, align, question = (
         data.draw(turns(model)),
         Aligner.from_model(model),
         random_ids(model, 1, 4, seed=999),
     )
-    rows = len(told[0].lengths)
+    rows = len(all_turns[0].lengths)
     cache = model.new_cache(rows)
-    for turn in told:
+    for turn in all_turns:
         take(model, align, turn, cache)
     hidden = model(model.embed(question.expand(rows, -1)), cache)
     for row in range(rows):
-        x = torch.cat([explicit(model, align, told, row), model.embed(question[0])])
+        x = torch.cat([explicit(model, align, all_turns, row), model.embed(question[0])])
         expected = reference(model, x)[-4:]
         assert apart(hidden[row], expected) <= CLOSE
         assert apart(model.logits(hidden[row]), model.logits(expected)) <= CLOSE
@@ -95,9 +95,10 @@ def test_memory_equals_feeding_the_inputs(model: Qwen3, data: st.DataObject) -> 
 
 
 @given(models(), st.data())
-def test_any_split_of_the_reading_gives_the_same_states(model: Qwen3, data: st.DataObject) -> None:
-    """Chunks of 512 bound the mask of a long prompt; is_causal aligned to the wrong corner shows
-    only when T ≠ S.
+def test_prefill_in_any_chunks_gives_the_same_states(model: Qwen3, data: st.DataObject) -> None:
+    """Chunks of 512 limit the mask of a long prompt.
+
+    An is_causal aligned to the wrong corner shows only if T ≠ S.
     """
     ids = random_ids(model, 2, 9, data.draw(st.integers(0, 99)))
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, 8), max_size=4))), 9]
@@ -108,23 +109,27 @@ def test_any_split_of_the_reading_gives_the_same_states(model: Qwen3, data: st.D
 
 
 @given(models(), st.data())
-def test_joined_memories_equal_the_block_masked_forward(model: Qwen3, data: st.DataObject) -> None:
-    """Hierarchical: no expert sees another one, their caches follow each other, and the summarizer
-    sees all of them.
+def test_joined_caches_equal_the_block_masked_forward(model: Qwen3, data: st.DataObject) -> None:
+    """Hierarchical: no expert sees another one.
+
+    Their caches follow each other, and the summarizer sees all of them.
     """
-    told, align, question = (
+    all_turns, align, question = (
         data.draw(turns(model)),
         Aligner.from_model(model),
         random_ids(model, 1, 4, seed=999),
     )
-    rows = len(told[0].lengths)
-    memories = [model.new_cache(rows) for _ in told]
-    for turn, memory in zip(told, memories, strict=True):
-        take(model, align, turn, memory)
-    joined = KVCache.concat(memories)
+    rows = len(all_turns[0].lengths)
+    caches = [model.new_cache(rows) for _ in all_turns]
+    for turn, cache in zip(all_turns, caches, strict=True):
+        take(model, align, turn, cache)
+    joined = KVCache.concat(caches)
     hidden = model(model.embed(question.expand(rows, -1)), joined)
     for row in range(rows):
-        blocks = [*(explicit(model, align, [turn], row) for turn in told), model.embed(question[0])]
+        blocks = [
+            *(explicit(model, align, [turn], row) for turn in all_turns),
+            model.embed(question[0]),
+        ]
         visible = torch.block_diag(*(torch.ones(len(b), len(b)) for b in blocks)).bool()
         visible[-4:] = True
         expected = reference(model, torch.cat(blocks), visible=visible.tril())[-4:]
@@ -132,11 +137,12 @@ def test_joined_memories_equal_the_block_masked_forward(model: Qwen3, data: st.D
 
 
 @given(models(), st.data())
-def test_cut_memories_equal_the_forward_that_reads_what_is_left(
+def test_a_truncated_cache_equals_a_forward_over_what_is_left(
     model: Qwen3, data: st.DataObject
 ) -> None:
-    """truncate: as if the rest had never been read. The cut may fall inside the prompt or the
-    thoughts.
+    """truncate: as if the rest had never been fed.
+
+    The cut may fall inside the prompt or the thoughts.
     """
     [turn], align = data.draw(turns(model, most=1)), Aligner.from_model(model)
     cache = model.new_cache(len(turn.lengths))
@@ -150,12 +156,10 @@ def test_cut_memories_equal_the_forward_that_reads_what_is_left(
 
 
 @given(models(), st.data())
-def test_kept_thoughts_equal_the_forward_that_hides_what_was_dropped(
+def test_kept_thoughts_equal_a_forward_that_masks_the_prompt(
     model: Qwen3, data: st.DataObject
 ) -> None:
-    """keep_last (transfer="latents"): thoughts keep what they took in from the prompt, which itself
-    is gone.
-    """
+    """keep_last (transfer="latents"): thoughts keep their information from the removed prompt."""
     [turn], align = data.draw(turns(model, most=1)), Aligner.from_model(model)
     cache = model.new_cache(len(turn.lengths))
     take(model, align, turn, cache)
@@ -169,10 +173,10 @@ def test_kept_thoughts_equal_the_forward_that_hides_what_was_dropped(
 
 
 @given(models(layers=1), st.data())
-def test_a_dropped_span_of_one_layer_equals_feeding_what_is_left(
+def test_dropping_a_span_in_a_model_of_one_layer_equals_feeding_what_is_left(
     model: Qwen3, data: st.DataObject
 ) -> None:
-    """Keys and values of the first layer know their own input only: nothing of the span is left."""
+    """Keys and values of the first layer depend only on their own input, so no trace is left."""
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
     start = data.draw(st.integers(0, 7))
     stop = start + data.draw(st.integers(0, 7))
@@ -186,10 +190,8 @@ def test_a_dropped_span_of_one_layer_equals_feeding_what_is_left(
 
 
 @given(models(), st.data())
-def test_a_dropped_part_that_nobody_saw_equals_not_joining_it(
-    model: Qwen3, data: st.DataObject
-) -> None:
-    """Experts do not see each other: without one of them, its memory is as if it had never been."""
+def test_dropping_one_expert_equals_not_joining_it(model: Qwen3, data: st.DataObject) -> None:
+    """Experts do not see each other, so dropping one leaves no trace of it."""
     rows = data.draw(st.integers(1, 3))
     parts = []
     for seed in range(3):
@@ -205,7 +207,7 @@ def test_a_dropped_part_that_nobody_saw_equals_not_joining_it(
     assert apart(dropped, kept) <= CLOSE
 
 
-# -- negative controls: what these equalities would not survive ------------------------------------
+# -- negative controls: changes that break these equalities ----------------------------------------
 
 
 @pytest.fixture(params=[(family, layout) for family in FAMILIES for layout in LAYOUTS], ids=str)
@@ -217,8 +219,9 @@ def any_model(request: pytest.FixtureRequest) -> Qwen3:
 
 
 def test_moving_only_the_new_tokens_changes_the_output(any_model: Qwen3) -> None:
-    """And moving all of them changes nothing: a control that shifts everything passes with any bug
-    in positions.
+    """Moving all tokens changes nothing.
+
+    A control that shifts all of them would pass with any bug in positions.
     """
     x, positions = any_model.embed(random_ids(any_model, 1, 9))[0], torch.arange(9)
     right = reference(any_model, x)
@@ -226,23 +229,24 @@ def test_moving_only_the_new_tokens_changes_the_output(any_model: Qwen3) -> None
     assert apart(reference(any_model, x, positions + (positions >= 6)), right) > FAR
 
 
-def test_joining_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
-    """The second memory would stand where the first one stands."""
+def test_joining_without_rotating_the_keys_changes_the_output(any_model: Qwen3) -> None:
+    """The second cache would have the positions of the first one."""
     ids = random_ids(any_model, 2, 5)
-    memories = [remember(any_model, part)[1] for part in ids.split(1)]
-    right, wrong = KVCache.concat(memories), any_model.new_cache(1)
-    for memory in memories:
+    caches = [remember(any_model, part)[1] for part in ids.split(1)]
+    right, wrong = KVCache.concat(caches), any_model.new_cache(1)
+    for cache in caches:
         positions = wrong.next_positions(1, 5)
-        for layer, (keys, values) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
             wrong.append(layer, keys[:, :, :5], values[:, :, :5], positions)
-        wrong.advance(memory.lengths, most=5)
+        wrong.advance(cache.lengths, most=5)
     x = any_model.embed(ids[:1])
     assert apart(any_model(x, wrong), any_model(x, right)) > FAR
 
 
-def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
-    """The authors truncate a cache whose later positions follow its length: its keys then come from
-    the future.
+def test_cutting_without_rotating_the_keys_changes_the_output(any_model: Qwen3) -> None:
+    """The authors truncate a cache whose later positions follow its length.
+
+    Its keys then have positions in the future.
     """
     ids = random_ids(any_model, 1, 8)
     _, cache = remember(any_model, ids)
@@ -253,8 +257,8 @@ def test_cutting_without_turning_the_keys_changes_the_output(any_model: Qwen3) -
     assert apart(any_model(x, wrong), any_model(x, right)) > FAR
 
 
-def test_dropping_without_turning_the_keys_changes_the_output(any_model: Qwen3) -> None:
-    """The gap would stay in the distances: later slots would come after the new tokens."""
+def test_dropping_without_rotating_the_keys_changes_the_output(any_model: Qwen3) -> None:
+    """The gap would remain in the distances, so later slots would come after the new tokens."""
     ids = random_ids(any_model, 1, 8)
     _, cache = remember(any_model, ids)
     right, wrong = cache.drop(1, 6), cache.drop(1, 6)
@@ -263,8 +267,8 @@ def test_dropping_without_turning_the_keys_changes_the_output(any_model: Qwen3) 
     assert apart(any_model(x, wrong), any_model(x, right)) > FAR
 
 
-def test_a_dropped_span_that_was_seen_is_an_approximation(any_model: Qwen3) -> None:
-    """With two layers, later slots have taken the span in: it is not as if it had not been read."""
+def test_dropping_a_span_that_later_slots_attended_to_is_an_approximation(any_model: Qwen3) -> None:
+    """With two layers, later slots contain information from the span, so a trace of it remains."""
     ids, new = random_ids(any_model, 1, 8), any_model.embed(random_ids(any_model, 1, 2, seed=1))
     dropped = remember(any_model, ids)[1].drop(2, 5)
     left = remember(any_model, torch.cat([ids[:, :2], ids[:, 5:]], 1))[1]
@@ -273,9 +277,10 @@ def test_a_dropped_span_that_was_seen_is_an_approximation(any_model: Qwen3) -> N
     assert apart(*first) <= 1e-12  # the first layer of both is the same
 
 
-def test_joined_is_not_chained(any_model: Qwen3) -> None:
-    """An expert on another's memory is the authors' "hierarchical" (#32): the prompts change, the
-    cache is chained.
+def test_joined_caches_differ_from_chained_ones(any_model: Qwen3) -> None:
+    """In the authors' "hierarchical" (#32), only the prompts change.
+
+    Each expert continues another's cache, so the caches are chained.
     """
     first, second, question = random_ids(any_model, 3, 5).split(1)
     chained = remember(any_model, torch.cat([first, second], 1))[1]
@@ -285,8 +290,9 @@ def test_joined_is_not_chained(any_model: Qwen3) -> None:
 
 
 def test_another_prompt_gives_another_output(any_model: Qwen3) -> None:
-    """Tiny initialisations hide bugs below the tolerance: here, what one agent reads decides the
-    next one's states.
+    """The prompt of one agent must change the next one's states.
+
+    With tiny initial weights, bugs would be below the tolerance.
     """
     first, second, question = random_ids(any_model, 3, 5).split(1)
     x, align = any_model.embed(question), Aligner.from_model(any_model)
@@ -298,9 +304,10 @@ def test_another_prompt_gives_another_output(any_model: Qwen3) -> None:
     assert min(apart(outputs[0], outputs[1]), apart(outputs[0], outputs[2])) > FAR
 
 
-def test_padding_that_is_seen_changes_the_output(any_model: Qwen3) -> None:
-    """The same rows with the pads counted as read, as ones over past caches do in the authors'
-    code.
+def test_attending_to_padding_changes_the_output(any_model: Qwen3) -> None:
+    """The same rows, with padding counted as tokens.
+
+    In the authors' code, a mask of ones over past caches does that.
     """
     ids, x = random_ids(any_model, 2, 6), any_model.embed(random_ids(any_model, 2, 2, seed=1))
     hidden, seen = (
@@ -310,10 +317,10 @@ def test_padding_that_is_seen_changes_the_output(any_model: Qwen3) -> None:
     assert apart(seen[1], hidden[1]) > FAR
 
 
-def test_a_causal_mask_is_aligned_to_the_memorys_end(model: Qwen3) -> None:
-    """is_causal=True aligns its triangle to the top left, which is right for T = S only.
+def test_a_causal_mask_is_aligned_to_the_end_of_the_cache(model: Qwen3) -> None:
+    """is_causal=True aligns its triangle to the top left, which is right only for T = S.
 
-    T new tokens on a memory would then see too few slots.
+    T new tokens on a cache would then see too few slots.
     """
     ids = random_ids(model, 1, 9)
     whole, _ = remember(model, ids)

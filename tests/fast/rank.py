@@ -1,4 +1,4 @@
-"""What one rank of torchrun does in the tests of parallel.py: `python -m tests.fast.rank OUT`."""
+"""The program of one torchrun rank in the tests of parallel.py: `python -m tests.fast.rank OUT`."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ QUESTIONS = [
 
 
 def run(folder: Path, quantize: str | None, parallel: bool) -> dict[str, torch.Tensor | list[str]]:
-    """Prefill ragged rows, think, cut and join, and answer. Returns states and texts."""
+    """Prefill ragged rows, think, cut, join and answer. Returns states and texts."""
     dtype = "bfloat16" if quantize else "float32"
     lm = load(folder, device="cpu", dtype=dtype, quantize=quantize, parallel=parallel)
     model = lm.model

@@ -1,5 +1,6 @@
-"""Compiled and recorded steps compute what plain ones do, whatever the memory, and are compiled
-once.
+"""Compiled and recorded steps compute what plain steps do, for any KV cache.
+
+They are compiled only once.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from minimas.fast.packed import pack
 
 from ..models import TINY, apart, random_ids, remember, tiny_model
 
-# torch's own compiler imports what torch deprecates
+# torch's compiler imports deprecated parts of torch
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
@@ -32,12 +33,15 @@ needs_compiler = pytest.mark.skipif(
 def steps(
     model: Qwen3, count: int, lengths: list[int] | None = None, rows: int = 2
 ) -> torch.Tensor:
-    """Thoughts of `count` steps behind two rows or one, ragged if `lengths` says so."""
+    """Return the thoughts of `count` steps after a prompt.
+
+    There are two rows or one, ragged if `lengths` says so.
+    """
     hidden, cache = remember(model, random_ids(model, rows, 7), lengths)
     return think(model, Aligner.from_model(model, "identity"), hidden[:, -1:], cache, count)[0]
 
 
-# -- recorded (what a GPU replays; elsewhere the same function, called) --------------------------
+# -- recorded steps (replayed on a GPU, and called elsewhere) --------------------------------------
 
 
 class Layers:
@@ -54,15 +58,16 @@ class Layers:
 
 @pytest.fixture(autouse=True)
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU a recorded step is the step itself."""
+    """Without a GPU, a recorded step is the step itself."""
     monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda step, sample: step)
     monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("lengths", [None, [7, 3]])
 def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
-    """Over the whole room behind a mask, at positions that are a tensor, and beyond the room it was
-    recorded for.
+    """It uses all allocated slots with a mask, and positions in a tensor.
+
+    The steps go beyond the slots that it was recorded for.
     """
     model, recorded = tiny_model(), tiny_model()
     recorded.step = Recorded(Layers(recorded))
@@ -74,32 +79,34 @@ def test_a_recorded_step_equals_a_plain_one(lengths: list[int] | None) -> None:
     assert apart(found[:1], expected[1:]) > 0.1
 
 
-def test_memories_taking_turns_are_recorded_anew() -> None:
-    """A recording holds addresses: replayed for another memory, it would write into the first one's
-    slots.
+def test_caches_used_in_turn_are_recorded_again() -> None:
+    """A recording contains addresses.
+
+    Replayed for another cache, it would write into the slots of the first one.
     """
     model, recorded = tiny_model(), tiny_model()
     recorded.step = Recorded(Layers(recorded))
     results = []
-    for which in (model, recorded):
-        memories = [remember(which, random_ids(which, 2, 5, seed=seed)) for seed in (1, 2)]
-        states = [hidden[:, -1:] for hidden, _ in memories]
+    for current in (model, recorded):
+        caches = [remember(current, random_ids(current, 2, 5, seed=seed)) for seed in (1, 2)]
+        states = [hidden[:, -1:] for hidden, _ in caches]
         for _ in range(3):
             states = [
-                which(state, cache) for state, (_, cache) in zip(states, memories, strict=True)
+                current(state, cache) for state, (_, cache) in zip(states, caches, strict=True)
             ]
         results.append(torch.cat(states))
     assert apart(results[1], results[0]) <= 1e-9
     assert apart(results[0][:2], results[0][2:]) > 0.1
 
 
-def test_a_new_cache_in_the_place_of_an_old_one_is_recorded_anew() -> None:
-    """A recording was found by addresses. A cache of another size that got the memory of the one
-    before was read in that one's layout.
+def test_a_new_cache_at_the_address_of_an_old_one_is_recorded_again() -> None:
+    """Recordings were identified by addresses.
+
+    A cache of another size at the address of an older one was read with the older one's layout.
     """
     model, recorded = tiny_model(), tiny_model()
     recorded.step = Recorded(Layers(recorded))
-    memory = torch.zeros(4, 2, 2 * 2 * 400 * 6, dtype=torch.float64)  # of keys and values, by layer
+    memory = torch.zeros(4, 2, 2 * 2 * 400 * 6, dtype=torch.float64)  # keys and values per layer
     for rows, slots in ((2, 400), (2, 300), (1, 400)):
         hidden, cache = remember(recorded, random_ids(recorded, rows, 7, seed=rows))
         _, other = remember(model, random_ids(model, rows, 7, seed=rows))
@@ -114,7 +121,7 @@ def test_a_new_cache_in_the_place_of_an_old_one_is_recorded_anew() -> None:
 
 
 def test_a_recording_does_not_keep_its_cache_alive() -> None:
-    """The memory of the last question stayed allocated until the next one."""
+    """The KV cache of the last question stayed allocated until the next question."""
     recorded = tiny_model()
     recorded.step = Recorded(Layers(recorded))
     hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
@@ -128,7 +135,7 @@ def test_a_recording_does_not_keep_its_cache_alive() -> None:
 
 
 def test_a_recording_is_freed_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has a pool of memory of its own, and two of them were allocated at the same time."""
+    """Each recording has its own pool of memory, and two of them were allocated at once."""
     pools: list[weakref.ref[object]] = []
     alive: list[int] = []
 
@@ -153,8 +160,8 @@ def test_a_recording_is_freed_before_the_next_one_is_made(monkeypatch: pytest.Mo
     assert alive == [0, 0, 0]
 
 
-def test_a_recording_that_fails_leaves_no_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error for want of memory the next step would have replayed another cache's."""
+def test_a_failed_recording_removes_the_previous_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an out-of-memory error, the next step would have replayed another cache's recording."""
     recorded = tiny_model()
     step = recorded.step = Recorded(Layers(recorded))
     hidden, first = remember(recorded, random_ids(recorded, 2, 7))
@@ -173,15 +180,15 @@ def test_a_recording_that_fails_leaves_no_older_one(monkeypatch: pytest.MonkeyPa
     assert step.replay is not None
 
 
-def test_a_copy_of_a_recorded_model_does_not_replay_the_recording_of_the_first() -> None:
+def test_a_copy_of_a_model_does_not_replay_the_recording_of_the_original() -> None:
     recorded = tiny_model()
     recorded.step = Recorded(Layers(recorded))
     hidden, cache = remember(recorded, random_ids(recorded, 2, 7))
     expected = recorded(hidden[:, -1:], cache.fork())
     recorded(hidden[:, -1:], cache)
-    twin = copy.deepcopy(recorded)
-    twin.model.norm.weight.data.mul_(2)
-    found = twin.step(hidden[:, -1:], cache.truncate(7))  # type: ignore[misc]
+    copied = copy.deepcopy(recorded)
+    copied.model.norm.weight.data.mul_(2)
+    found = copied.step(hidden[:, -1:], cache.truncate(7))  # type: ignore[misc]
     assert apart(found, 2 * expected) <= 1e-9
 
 
@@ -192,22 +199,23 @@ def test_a_copy_of_a_recorded_model_does_not_replay_the_recording_of_the_first()
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
-    """For all layers, while the memory grows, for any number of rows: a recompilation at every step
-    would cost more.
+    """One compilation serves all layers, any number of rows, and a growing cache.
+
+    Compiling at every step would cost more than it saves.
     """
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     plain = load(TINY, device="cpu", quantize=quantize).model
     fast = load(TINY, device="cpu", quantize=quantize, compile=True).model
-    steps(fast, 90)  # past the room that the memory began with
+    steps(fast, 90)  # beyond the slots that the cache starts with
     counters.clear()
     steps(fast, 200)
     assert counters["stats"]["unique_graphs"] == 0
     for lengths in (
         None,
         [3, 7],
-    ):  # two thoughts: bf16 rounds at other places, and later ones amplify it
+    ):  # two thoughts: bf16 rounds at other places, and later thoughts amplify that
         assert apart(steps(fast, 2, lengths).double(), steps(plain, 2, lengths).double()) <= 0.05
 
 
@@ -215,8 +223,9 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | N
 @needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q8"])
 def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> None:
-    """It multiplies by code of its own, as long as the weights are plain; after a step of two rows
-    they may not be.
+    """One row has its own product code, as long as the weights are plain.
+
+    After a step of two rows they may not be.
     """
     torch._dynamo.reset()
     plain = load(TINY, device="cpu", quantize=quantize).model
@@ -232,11 +241,12 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
+def test_compiled_steps_of_few_rows_use_their_own_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nothing is packed. One compilation for all layers: another layout in a later layer
-    would be one more.
+    """This applies if nothing is packed.
+
+    All layers share one compilation. Another layout in a later layer would need one more.
     """
     from torch._dynamo.utils import counters
 
@@ -266,7 +276,7 @@ def test_compiled_steps_of_few_rows_multiply_in_a_loop_of_their_own(
     assert not called, "few rows went to torch's product"
 
 
-def test_a_model_that_compiling_makes_no_faster_is_not_compiled(
+def test_a_model_that_would_not_get_faster_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The compiler cannot read a packed weight, and float16 has no loop for few rows."""
@@ -285,17 +295,17 @@ def test_a_model_that_compiling_makes_no_faster_is_not_compiled(
 
 
 @needs_compiler
-def test_a_copy_of_a_compiled_model_multiplies_by_its_own_weights() -> None:
-    """The compiled code found a layer by a number that the copy had too."""
+def test_a_copy_of_a_compiled_model_uses_its_own_weights() -> None:
+    """The compiled code found a layer by a number, and the copy had the same number."""
     torch._dynamo.reset()
     fast = load(TINY, device="cpu", compile=True).model
     steps(fast, 2)
-    twin = copy.deepcopy(fast)
-    assert twin.step is not None and twin.step is not fast.step
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in twin.state_dict().items()}
-    twin.load_state_dict(zeros | {"model.embed_tokens.weight": fast.model.embed_tokens.weight})
-    _, cache = remember(twin, random_ids(twin, 2, 7))
-    assert not bool(twin(twin.embed(random_ids(twin, 2, 1)), cache).any())
+    copied = copy.deepcopy(fast)
+    assert copied.step is not None and copied.step is not fast.step
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in copied.state_dict().items()}
+    copied.load_state_dict(zeros | {"model.embed_tokens.weight": fast.model.embed_tokens.weight})
+    _, cache = remember(copied, random_ids(copied, 2, 7))
+    assert not bool(copied(copied.embed(random_ids(copied, 2, 1)), cache).any())
     assert apart(steps(fast, 2).double(), steps(load(TINY, device="cpu").model, 2).double()) <= 0.05
 
 
@@ -308,7 +318,7 @@ def test_compiled_steps_are_exact_in_float64() -> None:
     assert apart(steps(fast, 5), steps(plain, 5)) <= 1e-12
 
 
-def test_without_a_compiler_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise RuntimeError("no compiler")
 
@@ -321,7 +331,7 @@ def test_without_a_compiler_nothing_is_started(monkeypatch: pytest.MonkeyPatch) 
         check_compiler("cpu")
 
 
-def test_without_triton_a_gpu_is_told_so_before_anything_is_read(
+def test_missing_triton_is_reported_before_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It failed at the first step, with a traceback from inside the compiler."""

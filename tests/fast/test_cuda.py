@@ -1,5 +1,6 @@
-"""What only a GPU can break: devices mixed up, kernels that need another layout. Run with `pytest
--m cuda`.
+"""Bugs that only a GPU shows: mixed devices, and kernels that need another layout.
+
+Run with `pytest -m cuda`.
 """
 
 from pathlib import Path
@@ -23,8 +24,9 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
-    """Ragged rows, thoughts, cuts and joins in float64: a mask or a rotation left on the CPU would
-    fail or differ.
+    """Ragged rows, thoughts, cuts and joins are compared in float64.
+
+    A mask or a rotation that stayed on the CPU would fail or differ.
     """
     states = []
     for device in ("cpu", "cuda"):
@@ -39,7 +41,7 @@ def test_a_rollout_is_the_same_on_both_devices(family: str) -> None:
 
 @pytest.mark.parametrize("method", [single, text_mas, latent_mas])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_answers_are_the_cpus(method: object, temperature: float) -> None:
+def test_answers_equal_those_of_the_cpu(method: object, temperature: float) -> None:
     """Draws come from a CPU generator, so even sampled text must not depend on the device
     (float32).
     """
@@ -51,8 +53,8 @@ def test_the_answers_are_the_cpus(method: object, temperature: float) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_memory_file_travels_between_devices(tmp_path: Path) -> None:
-    """Saved on a GPU, read on a laptop."""
+def test_a_cache_saved_on_a_gpu_loads_on_a_cpu(tmp_path: Path) -> None:
+    """A cache may be saved on a GPU and loaded on a laptop."""
     model = load(TINY, device="cuda", dtype="float32").model
     cache = model.new_cache(1)
     prefill(model, [[1, 2, 3]], cache)
@@ -64,8 +66,11 @@ def test_a_memory_file_travels_between_devices(tmp_path: Path) -> None:
     )
 
 
-def test_bf16_answers_on_a_gpu() -> None:
-    """The default dtype of every checkpoint, on the kernels that take a mask."""
+def test_a_bf16_model_answers_on_a_gpu() -> None:
+    """bf16 is the default dtype of every checkpoint.
+
+    It uses the kernels that take a mask.
+    """
     lm = load(TINY, device="cuda")
     assert [r.answer for r in latent_mas(lm, QUESTIONS, sampling=Sampling(max_new_tokens=8))] == [
         "6",
@@ -74,8 +79,8 @@ def test_bf16_answers_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["q4", "q8", "nf4", "int8"])
-def test_quantized_layers_compute_what_they_store_on_a_gpu(name: str) -> None:
-    """Packed for the wrong device, values are silently wrong numbers."""
+def test_quantized_layers_match_their_stored_weights_on_a_gpu(name: str) -> None:
+    """Values that are packed for another device are silently wrong numbers."""
     lm = load(TINY, device="cuda", quantize=name)
     for layer in lm.model.modules():
         if isinstance(layer, QuantizedLinear):
@@ -89,10 +94,8 @@ def test_quantized_layers_compute_what_they_store_on_a_gpu(name: str) -> None:
     ]
 
 
-def test_a_recorded_step_is_a_plain_one_on_a_gpu() -> None:
-    """A replay that reads stale positions or another memory's slots would differ from the second
-    step on.
-    """
+def test_a_recorded_step_equals_a_plain_one_on_a_gpu() -> None:
+    """A replay with old positions or slots of another cache would differ from step 2 on."""
     states = []
     for compile in (False, True):
         model = load(TINY, device="cuda", dtype="float32", compile=compile).model

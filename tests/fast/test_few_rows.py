@@ -1,5 +1,6 @@
-"""Few rows times a matrix, word by word, are that product; the compiled loop is tested in
-test_compiled.py.
+"""The product of few rows and a matrix, read as words, equals the plain product.
+
+The compiled loop is tested in test_compiled.py.
 """
 
 import pytest
@@ -13,9 +14,12 @@ from minimas.fast.few_rows import fits, product
 @given(
     st.integers(1, 9), st.integers(1, 18), st.integers(1, 4), st.integers(0, 99)
 )  # fmt: skip
-def test_rows_times_a_matrix_taken_from_its_words(N: int, pairs: int, R: int, seed: int) -> None:
-    """Signs, both halves of a word, an odd number of outputs: exact, for whole numbers have no
-    rounding to hide behind.
+def test_the_product_of_rows_and_a_matrix_read_as_words_is_exact(
+    N: int, pairs: int, R: int, seed: int
+) -> None:
+    """It must be right for signs, both halves of a word and an odd number of outputs.
+
+    Products of integers have no rounding that could hide a bug.
     """
     torch.manual_seed(seed)
     K = 2 * pairs
@@ -41,9 +45,9 @@ def test_rows_times_a_matrix_taken_from_its_words(N: int, pairs: int, R: int, se
         ((1, 1), torch.zeros(4, 8, dtype=torch.bfloat16, device="meta")),
     ],
 )
-def test_many_rows_and_half_words_are_left_alone(
+def test_many_rows_and_half_words_are_not_handled(
     rows: tuple[int, int], weight: torch.Tensor
 ) -> None:
-    """float16 is not the upper half of a float32, and half a word would be the next row's."""
+    """float16 is not the upper half of a float32, and half a word would belong to the next row."""
     assert not fits(torch.zeros(*rows, weight.shape[1]), weight)
     assert fits(torch.zeros(12, 1, 8), torch.zeros(4, 8, dtype=torch.bfloat16, device="cpu"))

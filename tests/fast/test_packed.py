@@ -1,5 +1,6 @@
-"""16-bit products on a CPU: packing changes no bit, and a CPU without matrix units multiplies in 32
-bits.
+"""16-bit products on a CPU: packing changes no bit.
+
+CPUs without matrix units multiply in 32 bits.
 """
 
 import copy
@@ -28,19 +29,19 @@ packing = pytest.mark.skipif(
 
 @pytest.fixture
 def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU of most laptops, on any machine."""
+    """Simulate the CPU of most laptops on any machine."""
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
     monkeypatch.setattr(packed, "can_pack", lambda: False)
 
 
-# -- in the order of the matrix units ----------------------------------------------------------
+# -- packed for matrix units -----------------------------------------------------------------------
 
 
 @packing
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 33])
 def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
-    """Packing is a reordering: whatever it changed would be a change of the model."""
+    """Packing only reorders weights. Any difference would be a change of the model."""
     torch.manual_seed(0)
     plain = nn.Linear(48, 80, bias).to(torch.bfloat16).requires_grad_(False)
     packed = CPULinear(plain)
@@ -52,16 +53,17 @@ def test_a_packed_layer_gives_the_same_bits(bias: bool, rows: int) -> None:
 
 @packing
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: Path) -> None:
-    """state_dict, fingerprint, W_a and another dtype: packed weights given as they are would be
-    silent nonsense.
+def test_a_packed_model_behaves_like_the_plain_one(family: str, tmp_path: Path) -> None:
+    """state_dict, fingerprint, W_a and other dtypes must not use the packed weights as they are.
+
+    The result would silently be nonsense.
     """
     plain = tiny_model(family, dtype=torch.bfloat16)
     model = load(write_folder(tmp_path, plain)).model
     layers = [module for module in model.modules() if isinstance(module, CPULinear)]
     assert len(layers) == 7 * 2 + 1
 
-    def the_same(other: Qwen3) -> None:
+    def check_equal(other: Qwen3) -> None:
         x = other.embed(random_ids(other, 2, 5))
         assert torch.equal(model.logits(model(x)), other.logits(other(x)))
         assert all(
@@ -74,20 +76,20 @@ def test_a_packed_model_is_the_plain_one_to_all_who_ask(family: str, tmp_path: P
         assert torch.equal(align(x), theirs(x))
 
     assert model.fingerprint() == plain.fingerprint()
-    the_same(plain)
-    for layer in layers:  # never two copies
+    check_equal(plain)
+    for layer in layers:  # there is only one copy of the weights
         assert layer.packed is not None
         assert "weight" not in layer._parameters
-    the_same(copy.deepcopy(plain))
+    check_equal(copy.deepcopy(plain))
     model.to(torch.float32)
-    the_same(copy.deepcopy(plain).to(torch.float32))
+    check_equal(copy.deepcopy(plain).to(torch.float32))
     model.to(torch.bfloat16)
-    the_same(plain)
+    check_equal(plain)
 
 
 @packing
-def test_other_weights_may_follow_packed_ones() -> None:
-    """A packed layer has no parameter named weight: load_state_dict must find it all the same."""
+def test_load_state_dict_works_on_packed_layers() -> None:
+    """A packed layer has no parameter named weight, and load_state_dict must still find it."""
     model, other = (tiny_model("qwen2", seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
     pack(model)
     ids = random_ids(model, 2, 5)
@@ -98,7 +100,7 @@ def test_other_weights_may_follow_packed_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
-    """The operators are for bf16."""
+    """The operators are only for bf16."""
     model = tiny_model(dtype=dtype)
     pack(model)
     remember(model, random_ids(model, 2, 5))
@@ -107,9 +109,10 @@ def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
     )
 
 
-def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
-    """The packed operator has none: an optimized thought moved by the residuals and norms alone,
-    without a word.
+def test_a_packed_layer_has_the_gradient_of_the_plain_one(tmp_path: Path) -> None:
+    """The packed operator has no gradient.
+
+    An optimized thought silently got gradients only through residuals and norms.
     """
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -117,7 +120,7 @@ def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
             write_folder(tmp_path / str(dtype), tiny_model(dtype=torch.bfloat16)), dtype=dtype
         ).model
         ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
-        model(model.embed(ids))  # packs the bf16 one
+        model(model.embed(ids))  # packs the bf16 model
         inputs = model.embed(ids).float().requires_grad_(True)
         model(inputs.to(dtype)).float().square().sum().backward()
         assert inputs.grad is not None
@@ -125,12 +128,13 @@ def test_a_packed_layer_has_the_plain_ones_gradient(tmp_path: Path) -> None:
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1
 
 
-# -- without units -----------------------------------------------------------------------------
+# -- without matrix units --------------------------------------------------------------------------
 
 
-def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has the operator everywhere; on a laptop without AVX-512 it raised at the first forward
-    of every model.
+def test_packing_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has the operator everywhere.
+
+    On a laptop without AVX-512 it raised an error at the first forward pass of every model.
     """
 
     def refuses(*args: Any) -> None:
@@ -156,8 +160,9 @@ def test_what_a_cpu_cannot_do_is_tried_before_it_is_used(monkeypatch: pytest.Mon
 def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     size: tuple[int, ...], dtype: torch.dtype, biased: bool, piece: int
 ) -> None:
-    """Pieces in another order, or a bias added twice, would be fluent nonsense on machines that CI
-    seldom has.
+    """Pieces in another order, or a bias added twice, give fluent nonsense.
+
+    This happens on machines that CI seldom has.
     """
     B, T, N, K, seed = size
     torch.manual_seed(seed)
@@ -171,7 +176,7 @@ def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
     assert found.shape == (B, T, N) and found.dtype == dtype
     if B * T <= MAX_NARROW_ROWS:
         assert torch.equal(found, plain)
-    else:  # one rounding of the sum, and those of 32 bits within it
+    else:  # one rounding of the sum, and those in 32 bits within it
         within = (
             F.linear(x.abs().double(), weight.abs().double(), bias.abs().double())
             * torch.finfo(torch.float32).eps
@@ -187,7 +192,7 @@ def test_many_rows_are_multiplied_in_32_bits_piece_by_piece(
 def test_on_a_gpu_or_in_32_bits_nothing_is_widened(
     no_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", None)  # whoever widens stumbles
+    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", None)  # widening raises a TypeError
     for x in (
         torch.ones(9, 8),
         torch.ones(9, 8).double(),
@@ -200,11 +205,12 @@ def test_on_a_gpu_or_in_32_bits_nothing_is_widened(
 
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_without_units_no_product_of_many_rows_is_left_to_torch(
+def test_without_units_torch_computes_no_16_bit_product_of_many_rows(
     quantize: str | None, tied: bool, no_units: None, tmp_path: Path
 ) -> None:
-    """Torch multiplies 512 rows in 512 times the time of one: a prompt would be read at a sixth of
-    the speed.
+    """torch multiplies 512 rows in 512 times the time of one.
+
+    A prefill would run at a sixth of the speed.
     """
     plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
     folder, ids = write_folder(tmp_path, plain), random_ids(plain, 2, 300)
@@ -215,7 +221,7 @@ def test_without_units_no_product_of_many_rows_is_left_to_torch(
 
 
 class NarrowProducts(TorchDispatchMode):
-    """The rows of each product of many rows in 16 bits."""
+    """Records the number of rows of each 16-bit product of many rows."""
 
     def __enter__(self) -> "NarrowProducts":
         self.rows: list[int] = []
@@ -235,23 +241,21 @@ class NarrowProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_widening_model_is_the_plain_one_to_all_who_ask(
+def test_a_widening_model_behaves_like_the_plain_one(
     tied: bool, no_units: None, tmp_path: Path
 ) -> None:
-    """state_dict, fingerprint, a copy and another dtype: nothing but the sums' rounding may tell
-    them apart.
-    """
+    """state_dict, fingerprint, copies and other dtypes may differ only in the rounding of sums."""
     plain = tiny_model("qwen2", dtype=torch.bfloat16, tie_word_embeddings=tied)
     model = load(write_folder(tmp_path, plain)).model
     assert sum(isinstance(module, CPULinear) for module in model.modules()) == 7 * 2 + (not tied)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert model.fingerprint() == plain.fingerprint()
     ids = random_ids(plain, 2, 5)
-    same = copy.deepcopy(model)
-    same.load_state_dict(
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(
         {name: torch.zeros_like(tensor) for name, tensor in plain.state_dict().items()}
     )
-    assert not bool(same.logits(same(same.embed(ids))).any()), (
+    assert not bool(copied.logits(copied(copied.embed(ids))).any()), (
         "a copy that multiplies by the first one's weights"
     )
     wide, narrow = (m.to(torch.float32) for m in (model, plain))

@@ -1,4 +1,4 @@
-"""A model divided among ranks computes what a whole one does, with half of it on each of two."""
+"""A model divided among two ranks computes what a whole one does, with half of it on each rank."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Mesh:
-    """A rank of several, without processes."""
+    """One rank of several, without processes."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -49,7 +49,7 @@ def torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
-    """Heads and features are divided, and every share is added up once, in every format."""
+    """Heads and features are divided, and each partial sum is added once, in every format."""
     (tmp_path / "model").symlink_to(TINY)
     done = torchrun(2, "-m", "tests.fast.rank", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rank_0_alone_prints() -> None:
+def test_only_rank_0_prints() -> None:
     ask = ("-m", "minimas", "ask", "--device", "cpu", "--dtype", "float32", QUESTIONS[0])
     done = torchrun(2, *ask, "--parallel")
     alone = subprocess.run(
@@ -85,7 +85,7 @@ def test_rank_0_alone_prints() -> None:
 
 @pytest.mark.slow
 def test_groups_of_ranks_share_the_questions_of_an_evaluation(tmp_path: Path) -> None:
-    """Four processes, two models of two ranks each: the records of a single process."""
+    """Four processes with two models of two ranks each give the records of a single process."""
     data = tmp_path / "data.jsonl"
     rows = [{"id": str(i), "question": text, "answer": "6"} for i, text in enumerate(QUESTIONS * 2)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +108,7 @@ def test_groups_of_ranks_share_the_questions_of_an_evaluation(tmp_path: Path) ->
     assert not list((tmp_path / "many").glob("results-rank[23]*"))
 
 
-def test_parallel_without_torchrun_is_refused_before_anything_is_read() -> None:
+def test_parallel_without_torchrun_is_refused_before_loading() -> None:
     with pytest.raises(ValueError, match="parallel: found a process without a rank, expected: "):
         load("/nowhere/at/all", device="cpu", parallel=True)
     with pytest.raises(ValueError, match="compile: found with --device mps or --parallel"):
@@ -123,25 +123,27 @@ def test_parallel_without_torchrun_is_refused_before_anything_is_read() -> None:
         ([], r"parallel \(--parallel\): found 1 of 1 ranks, expected torchrun"),
     ],
 )
-def test_an_evaluation_refuses_what_one_rank_would_do_alone(
+def test_an_evaluation_refuses_work_of_a_single_rank(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The other ranks of the model would wait for it, or it for them, for days."""
+    """One rank would wait for the others, or they for it, for days."""
     command = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path), "--parallel"]
     assert main([*command, *flags]) == 1
     assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_heads_that_do_not_divide_are_refused_by_name(ranks: int, tmp_path: Path) -> None:
+def test_a_number_of_ranks_that_does_not_divide_the_heads_is_refused(
+    ranks: int, tmp_path: Path
+) -> None:
     source = Folder(write_folder(tmp_path, tiny_model()))  # 4 query and 2 key-value heads
     field = {3: "num_attention_heads, 4", 4: "num_key_value_heads, 2"}[ranks]
     with pytest.raises(ValueError, match=f"parallel: found {ranks} ranks, .* divisor of {field}"):
         Part(source, Mesh(0, ranks))
 
 
-def test_the_parts_of_all_ranks_are_the_whole(tmp_path: Path) -> None:
-    """Of a Qwen2 model, which has biases: one of them is divided, none is added twice."""
+def test_the_parts_of_all_ranks_add_up_to_the_whole_model(tmp_path: Path) -> None:
+    """A Qwen2 model has biases: they are divided or added once, never twice."""
     source = Folder(write_folder(tmp_path, tiny_model("qwen2")))
     parts = [Part(source, Mesh(rank, 2)) for rank in (0, 1)]
     for key, shape in source.shapes.items():
@@ -152,8 +154,8 @@ def test_the_parts_of_all_ranks_are_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
-def test_blocks_of_a_gguf_file_are_divided_too(kind: str, tmp_path: Path) -> None:
-    """Widened to 16 bits, the parts of a file would take three times its size."""
+def test_blocks_of_a_gguf_file_are_divided_without_widening(kind: str, tmp_path: Path) -> None:
+    """If they were widened to 16 bits, the parts of a file would take three times its size."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     sizes["num_key_value_heads"] = 4
     config = tiny_config(**sizes, vocab_size=99)
@@ -169,8 +171,8 @@ def test_blocks_of_a_gguf_file_are_divided_too(kind: str, tmp_path: Path) -> Non
     assert kept == ["q4", ""], "a group of a scale would be cut"
 
 
-def test_8_bits_of_a_gguf_file_are_kept_on_every_rank(tmp_path: Path) -> None:
-    """Their scales are those of rows, so that no number of ranks cuts a group."""
+def test_8_bit_weights_of_a_gguf_file_stay_in_8_bits_on_every_rank(tmp_path: Path) -> None:
+    """Their scales are per row, so no number of ranks splits a group."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     config = tiny_config(**sizes, num_key_value_heads=4, vocab_size=99)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds="Q8_0")

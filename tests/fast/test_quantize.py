@@ -1,6 +1,4 @@
-"""Four and eight bits: what is stored, what the kernels compute, what a quantized model promises
-and refuses.
-"""
+"""Weights of 4 and 8 bits: what is stored, what the kernels compute, and what a model refuses."""
 
 import copy
 import importlib
@@ -35,7 +33,7 @@ from ..models import TINY, random_ids, random_model, remember, tiny_config, writ
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 needs_bnb = pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
 NAMES = ["q4", "q8", *(pytest.param(name, marks=needs_bnb) for name in ("nf4", "int8"))]
-# Of Gaussian weights, relative: what each format's rounding loses, with a little room.
+# Relative rounding errors of each format for Gaussian weights, with a small margin.
 LOSS = {"q4": 0.08, "q8": 0.012, "nf4": 0.11, "int8": 0.015}
 SIZES = st.tuples(
     st.integers(1, 150), st.integers(1, 6).map(lambda groups: groups * GROUP), st.integers(0, 99)
@@ -61,7 +59,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_fitting_is_never_worse_than_rounding_between_the_extremes(
     size: tuple[int, int, int],
 ) -> None:
-    """By the error that it minimizes, of what is stored, in every group."""
+    """The compared error is the one that it minimizes, for the stored values of every group."""
     weight = gaussian(*size)
     x = weight.float().view(-1, GROUP)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -84,14 +82,12 @@ def test_fitting_is_never_worse_than_rounding_between_the_extremes(
 
 
 @given(SIZES)
-def test_values_that_are_on_a_grid_are_found(size: tuple[int, int, int]) -> None:
-    """Weights that came out of four bits go back into them without loss: what GGUF files and AWQ
-    folders hold.
-    """
+def test_weights_on_a_4_bit_grid_are_quantized_without_loss(size: tuple[int, int, int]) -> None:
+    """GGUF files and AWQ folders hold weights that came from four bits."""
     N, K, seed = size
     source = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 16, (N, K // GROUP, GROUP), generator=source)
-    values[..., 0], values[..., 1] = 0, 15  # both ends of every grid are in use
+    values[..., 0], values[..., 1] = 0, 15  # both ends of every grid are used
     scale = torch.randint(1, 9, (N, K // GROUP, 1), generator=source) / 64
     weight = ((values - 8) * scale).view(N, K).bfloat16()
     found = quantized("q4", weight, None)
@@ -101,7 +97,7 @@ def test_values_that_are_on_a_grid_are_found(size: tuple[int, int, int]) -> None
 
 
 def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
-    """A range of zero is no reason to divide by it."""
+    """A range of zero must not cause a division by zero."""
     weight = torch.zeros(64, 64, dtype=torch.bfloat16)
     weight[1], weight[2] = 0.5, -3
     for name in ("q4", "q8"):
@@ -125,8 +121,9 @@ logging.getLogger("bitsandbytes.cextension").error("an error")
 @needs_bnb
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """bitsandbytes warns at every product of int8: 84 lines a token between a question and its
-    answer.
+    """bitsandbytes warns at every int8 product.
+
+    That printed 84 lines per token between a question and its answer.
     """
     layer = quantized(name, gaussian(64, 64, 0), None)
     assert layer is not None
@@ -135,8 +132,8 @@ def test_a_step_logs_nothing(name: str, caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == []
 
 
-def test_bitsandbytes_says_nothing_but_errors() -> None:
-    """It warns at its import, of kernels that it does not find for a CPU or a GPU."""
+def test_only_errors_of_bitsandbytes_are_shown() -> None:
+    """On import it warns about missing kernels for a CPU or a GPU."""
     done = subprocess.run(
         [sys.executable, "-c", WARNS], capture_output=True, text=True, check=False
     )
@@ -145,22 +142,23 @@ def test_bitsandbytes_says_nothing_but_errors() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 3, 200])
-def test_a_layer_is_near_the_matrix_it_was_made_of(name: str, count: int) -> None:
+def test_a_quantized_layer_is_close_to_its_matrix(name: str, count: int) -> None:
     weight, bias, x = gaussian(96, 128, 0), rows(1, 96, seed=2)[0], rows(count, 128)
     layer = quantized(name, weight, bias)
     assert layer is not None
     found, expected = layer(x[None]), F.linear(x.float(), weight.float(), bias.float())
     assert found.shape == (1, count, 96) and found.dtype == torch.bfloat16
     assert apart(found[0].float() - bias.float(), expected - bias.float()) < LOSS[name]
-    assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input is another output
+    assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input gives another output
 
 
 @given(SIZES, st.sampled_from(["q4", "q8"]))
-def test_the_kernel_for_few_rows_computes_what_is_stored(
+def test_the_kernel_for_few_rows_matches_the_stored_weights(
     size: tuple[int, int, int], name: str
 ) -> None:
-    """A packed order read wrongly gives fluent nonsense, and only behind a long prompt, or only
-    behind a short one.
+    """A packed order that is misread gives fluent nonsense.
+
+    It may show only after a long prompt, or only after a short one.
     """
     layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
     assert isinstance(layer, QuantizedLinear)
@@ -175,10 +173,10 @@ def test_the_kernel_for_few_rows_computes_what_is_stored(
 @pytest.mark.parametrize(
     "shape", [(1, 32), (65, 64), (1000, 1056), (130, 16384), (70, 2**17), (3, 2**16 + 32)]
 )
-def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
+def test_matrices_in_several_chunks_may_have_any_number_of_rows(
     name: str, shape: tuple[int, int]
 ) -> None:
-    """The rows that were missing in the last tile were added to every chunk."""
+    """The padding rows of the last tile were added to every chunk."""
     N, K = shape
     weight, bias = gaussian(N, K, 0), rows(1, N, seed=2)[0]
     layer = quantized(name, weight, bias)
@@ -191,8 +189,8 @@ def test_matrices_of_more_than_one_chunk_need_no_round_number_of_rows(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_that_are_not_contiguous_are_multiplied(name: str) -> None:
-    """The 4-bit kernels refuse them: the last states of a batch are such rows."""
+def test_rows_need_not_be_contiguous(name: str) -> None:
+    """The 4-bit kernels refuse such rows, and the last states of a batch are not contiguous."""
     layer, x = quantized(name, gaussian(64, 64, 0), None), rows(15, 64).view(3, 5, 64)
     assert layer is not None
     assert torch.equal(layer(x[:, -1:]), layer(x[:, -1:].contiguous()))
@@ -200,13 +198,13 @@ def test_rows_that_are_not_contiguous_are_multiplied(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_copy_of_a_quantized_layer_is_a_layer_of_its_own(name: str) -> None:
-    """Its state dict was the first one's."""
+def test_a_copy_of_a_quantized_layer_is_independent(name: str) -> None:
+    """The copy had the state dict of the original."""
     layer, x = quantized(name, gaussian(64, 64, 0), None), rows(3, 64)
     assert layer is not None
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), layer(x))
-    stored = twin.state_dict()["weight"]
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), layer(x))
+    stored = copied.state_dict()["weight"]
     assert torch.equal(stored, layer.state_dict()["weight"])
     assert stored.data_ptr() != layer.state_dict()["weight"].data_ptr()
 
@@ -227,10 +225,8 @@ print(torch.backends.cpu.get_cpu_capability(), layer.order.tile, same)
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="these are x86's"
 )
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_cpus_orders_are_known(capability: str) -> None:
-    """A CPU that packs otherwise than the one at hand would read every long prompt through another
-    matrix.
-    """
+def test_the_packing_orders_of_other_x86_cpus_are_known(capability: str) -> None:
+    """With another packing order, a CPU would compute every long prompt with a wrong matrix."""
     variables = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run(
         [sys.executable, "-c", ORDER], env=variables, capture_output=True, text=True, check=False
@@ -242,8 +238,9 @@ def test_other_cpus_orders_are_known(capability: str) -> None:
 def test_each_order_is_unpacked_by_its_formula(
     order: Order, tiles: int, groups: int, seed: int
 ) -> None:
-    """ARM's and others', which no machine of ours has, from the order that torch's source gives
-    them.
+    """No machine of this project has the orders of ARM and others.
+
+    They are taken from torch's source.
     """
     N, K, source = 64 * tiles, GROUP * groups, torch.Generator().manual_seed(seed)
     values = torch.randint(0, 16, (N, K), generator=source, dtype=torch.uint8)
@@ -260,8 +257,8 @@ def test_each_order_is_unpacked_by_its_formula(
     assert apart(unpack4(packed.view(N, K // 2), scales, order), expected) < 0.004
 
 
-def test_an_order_that_is_not_known_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new kernel in a later torch: slower, but the same matrix."""
+def test_an_unknown_packing_order_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new kernel in a later torch is then slower, but computes with the same matrix."""
     known = quantized("q4", gaussian(150, 96, 0), None)
     monkeypatch.setattr("minimas.fast.quantize.order_of_this_cpu", lambda: None)
     unknown = quantized("q4", gaussian(150, 96, 0), None)
@@ -283,37 +280,38 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
     x = rows(2, K)
     weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
     weight = (weight + offset.double()[..., None]).view(N, K)
-    assert apart(layer.weight, weight) < 0.004  # bf16's own rounding
+    assert apart(layer.weight, weight) < 0.004  # the rounding of bf16
     assert apart(layer(x), F.linear(x.double(), weight)) < 0.01
 
 
-def test_a_layer_of_8_bits_looks_up_its_rows() -> None:
-    """It is an embedding too: bit for bit what `weight` says, any shape of ids, none at all."""
+def test_an_8_bit_layer_works_as_an_embedding() -> None:
+    """It returns the rows of `weight`, bit for bit, for ids of any shape, even an empty one."""
     layer = quantized("q8", gaussian(50, 64, 0), None)
     assert isinstance(layer, Q8Linear)
     ids = torch.tensor([[[3, 49]], [[0, 3]]])
     assert torch.equal(layer(ids), layer.weight[ids])
     assert layer(ids[:0]).shape == (0, 1, 2, 64) and layer(ids).dtype == torch.bfloat16
     assert not torch.equal(layer(ids), layer.weight[ids + torch.tensor([0, -1])])
-    wide = Q8Linear(gaussian(50, 64, 0).half(), None)  # of a float16 model
+    wide = Q8Linear(gaussian(50, 64, 0).half(), None)  # in a float16 model
     assert wide(ids).dtype == torch.float16 and torch.equal(wide(ids), wide.weight[ids].half())
 
 
-def test_a_loud_row_does_not_coarsen_its_neighbours() -> None:
-    """With one scale for the whole batch, as the operator takes it, the answer to a question
-    depends on the others.
+def test_a_row_with_large_values_does_not_change_its_neighbours() -> None:
+    """The operator takes one scale for the whole batch.
+
+    The answer to a question would then depend on the others.
     """
-    weight, quiet = gaussian(64, 64, 0), rows(1, 64)
+    weight, small_row = gaussian(64, 64, 0), rows(1, 64)
     layer = quantized("q8", weight, None)
     assert isinstance(layer, QuantizedLinear)
-    both = torch.cat([quiet, 3000 * rows(1, 64, seed=5)])
-    assert apart(layer(both)[:1], layer(quiet)) < 0.003
+    both = torch.cat([small_row, 3000 * rows(1, 64, seed=5)])
+    assert apart(layer(both)[:1], layer(small_row)) < 0.003
     coarse = (both / (both.abs().amax() / 127)).round() * (both.abs().amax() / 127)
-    assert apart(F.linear(coarse[:1], weight), F.linear(quiet, weight)) > 0.5
+    assert apart(F.linear(coarse[:1], weight), F.linear(small_row, weight)) > 0.5
 
 
-def test_one_large_activation_does_not_drown_the_small_ones() -> None:
-    """Real models have outliers of a thousand times the rest."""
+def test_one_large_activation_does_not_round_the_others_to_zero() -> None:
+    """Real models have outliers a thousand times as large as the rest."""
     weight, x = gaussian(64, 256, 0), rows(1, 256)
     x[0, 7] = 1000
     layer = quantized("q8", weight, None)
@@ -325,30 +323,30 @@ def test_one_large_activation_does_not_drown_the_small_ones() -> None:
         apart(found, F.linear(small.double(), layer.weight.double())) < 0.6
     )  # bf16 rounds the sum
     unit = 1000 / 127
-    assert bool(((small / unit).round() == 0).all())  # rounded once, nothing of them is left
+    assert bool(((small / unit).round() == 0).all())  # with one scale, all of them become zero
 
 
 def test_many_rows_with_outliers_are_as_exact_as_few() -> None:
-    """An outlier must drown neither its own row's small activations nor another row's."""
+    """An outlier must not round small activations to zero, in its own row or another one."""
     weight, many = gaussian(64, 256, 0), rows(192, 256)
     many[5::7, 3] = 1000
     layer = quantized("q8", weight, None)
     assert isinstance(layer, Q8Linear)
     expected = F.linear(many.double(), layer.weight.double())
     found = layer(many).double()
-    loud, quiet = many[:, 3] == 1000, many[:, 3] != 1000
+    with_outlier, without_outlier = many[:, 3] == 1000, many[:, 3] != 1000
     small = many.clone()
     small[:, 3] = 0
     rest = found - many[:, 3:4].double() @ layer.weight[:, 3:4].double().T
-    small_alone = F.linear(small[loud].double(), layer.weight.double())
-    assert apart(rest[loud], small_alone) < 0.6  # bf16 rounds the sum
-    assert apart(found[quiet], expected[quiet]) < 0.006
+    small_alone = F.linear(small[with_outlier].double(), layer.weight.double())
+    assert apart(rest[with_outlier], small_alone) < 0.6  # bf16 rounds the sum
+    assert apart(found[without_outlier], expected[without_outlier]) < 0.006
 
 
 def test_a_gradient_through_many_rows_unpacks_a_matrix_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not once for every piece of the rows: unpacking takes longer than the product."""
+    """Unpacking takes longer than the product, so it must not be repeated per chunk of rows."""
     layer, x = quantized("q8", gaussian(64, 64, 0), None), rows(320, 64).requires_grad_()
     assert isinstance(layer, Q8Linear)
     calls, unpack = [], layer.unpack
@@ -359,8 +357,8 @@ def test_a_gradient_through_many_rows_unpacks_a_matrix_once(
 
 
 @pytest.mark.parametrize("K", [33, 40, 48])
-def test_rows_of_any_length_are_multiplied(K: int) -> None:
-    """The 8-bit kernel crashes the process for rows that are not a multiple of its vectors."""
+def test_rows_may_have_any_length(K: int) -> None:
+    """The 8-bit kernel crashes the process if a row is not a multiple of its vectors."""
     layer, x = quantized("q8", gaussian(7, K, 0), None), rows(3, K)
     assert isinstance(layer, Q8Linear)
     assert apart(layer(x), F.linear(x.double(), layer.weight.double())) < 0.006
@@ -368,7 +366,7 @@ def test_rows_of_any_length_are_multiplied(K: int) -> None:
 
 @pytest.mark.parametrize("name", ["q4", "q8"])
 def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
-    """Through two layers: what the first one unpacked must not lie where the second one unpacks."""
+    """With two layers: the second one must not unpack into the memory used by the first one."""
     first, second = (quantized(name, gaussian(64, 64, seed), None) for seed in (0, 1))
     assert first is not None and second is not None
     for count in (2, 200):
@@ -386,7 +384,7 @@ def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied model in bf16 whose sizes divide into groups."""
+    """Write a tied bf16 model whose sizes divide into groups."""
     config = tiny_config(
         hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=True, vocab_size=97
     )
@@ -396,8 +394,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["q4", "q8"])
-def test_a_quantized_model_is_the_model_of_its_unpacked_weights(folder: Path, name: str) -> None:
-    """Every matrix is at its own place, in the right order; states agree to what bf16 rounds."""
+def test_a_quantized_model_equals_the_model_of_its_unpacked_weights(
+    folder: Path, name: str
+) -> None:
+    """Every matrix is in its place and in the right order, and states agree up to bf16 rounding."""
     model = load(folder, device="cpu", quantize=name).model
     plain = random_model(model.config, dtype=torch.float64)
     state = model.state_dict()
@@ -411,8 +411,9 @@ def test_a_quantized_model_is_the_model_of_its_unpacked_weights(folder: Path, na
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_matrix_is_quantized_and_the_embedding_is_not(folder: Path, name: str) -> None:
-    """W_a comes from exact embeddings, or a quantized model would think other thoughts by another
-    map.
+    """W_a comes from exact embeddings.
+
+    Otherwise a quantized model would use another map for its thoughts.
     """
     exact, lm = load(folder, device="cpu"), load(folder, device="cpu", quantize=name)
     assert not [key for key, module in lm.model.named_modules() if type(module) is torch.nn.Linear]
@@ -425,8 +426,8 @@ def test_every_matrix_is_quantized_and_the_embedding_is_not(folder: Path, name: 
     )
 
 
-def test_an_untied_head_keeps_its_bits() -> None:
-    """W_a needs W_out as it is, too."""
+def test_an_untied_head_is_not_quantized() -> None:
+    """W_a also needs the exact W_out."""
     exact, lm = load(TINY, device="cpu"), load(TINY, device="cpu", quantize="q4")
     assert torch.equal(lm.model.lm_head.weight, exact.model.lm_head.weight)
     assert torch.equal(lm.aligner("ridge").matrix, exact.aligner("ridge").matrix)  # type: ignore[arg-type]
@@ -434,7 +435,7 @@ def test_an_untied_head_keeps_its_bits() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_agents_answer_in_every_format(name: str) -> None:
-    """The embedded model survives any of them, thoughts included."""
+    """The embedded model answers correctly in each format, after latent thoughts."""
     lm = load(TINY, device="cpu", quantize=name)
     eva = "Eva has 2 cards. She finds 7 more. She loses 3. She doubles the cards. "
     eva += "How many cards does Eva have?"
@@ -444,7 +445,7 @@ def test_agents_answer_in_every_format(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4", "q8"])
-def test_the_names_of_a_state_dict_are_still_hugging_faces(folder: Path, name: str) -> None:
+def test_a_quantized_state_dict_has_the_names_of_hugging_face(folder: Path, name: str) -> None:
     exact = load(folder, device="cpu").model.state_dict()
     found = load(folder, device="cpu", quantize=name).model.state_dict()
     assert {key: value.shape for key, value in found.items() if key != "lm_head.weight"} == {
@@ -453,9 +454,10 @@ def test_the_names_of_a_state_dict_are_still_hugging_faces(folder: Path, name: s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_memory_file_belongs_to_its_format(folder: Path, tmp_path: Path, name: str) -> None:
-    """A fingerprint is the same before and after the first step, in the next process, and another
-    format's is not.
+def test_a_saved_cache_belongs_to_its_format(folder: Path, tmp_path: Path, name: str) -> None:
+    """The fingerprint is the same after a step and in the next process.
+
+    Another format has another fingerprint.
     """
     model = load(folder, device="cpu", quantize=name).model
     before = model.fingerprint()
@@ -468,10 +470,10 @@ def test_a_memory_file_belongs_to_its_format(folder: Path, tmp_path: Path, name:
         KVCache.load(tmp_path / "memory.safetensors", load(folder, device="cpu").model)
 
 
-def test_a_matrix_that_does_not_divide_into_groups_keeps_its_bits(
+def test_a_matrix_that_does_not_divide_into_groups_is_not_quantized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Said once, with the number of them, and not a failure."""
+    """One warning gives the number of such matrices, and loading does not fail."""
     config = tiny_config(hidden_size=64, intermediate_size=80, head_dim=16)
     model = load(
         write_folder(tmp_path, random_model(config, dtype=torch.bfloat16)),
@@ -491,8 +493,9 @@ def test_a_matrix_that_does_not_divide_into_groups_keeps_its_bits(
     "move", [lambda m: m.to("meta"), lambda m: m.float(), lambda m: m.to(torch.float64)]
 )
 def test_a_packed_model_cannot_be_moved(folder: Path, name: str, move: Any) -> None:
-    """Values packed for one device are silently wrong numbers on another; nothing may be half moved
-    either.
+    """Values that are packed for one device are silently wrong on another.
+
+    The model must not be partly moved either.
     """
     model = load(folder, device="cpu", quantize=name).model
     before = model.fingerprint()
@@ -517,7 +520,7 @@ def test_a_packed_model_cannot_be_overwritten(folder: Path) -> None:
         ("q4", torch.float64, r"found 'q4' with float64, expected 16 or 32 bits"),
     ],
 )
-def test_a_format_that_cannot_run_is_refused_before_anything_is_read(
+def test_a_format_that_cannot_run_is_refused_before_loading(
     name: str, dtype: Any, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
@@ -531,7 +534,7 @@ def test_a_format_that_cannot_run_is_refused_before_anything_is_read(
         ("0.41.3", "bitsandbytes 0.41.3, expected 0.46 or newer: pip install -U bitsandbytes$"),
     ],
 )
-def test_a_missing_or_old_package_is_named_with_its_command(
+def test_a_missing_or_old_package_is_named_with_its_install_command(
     monkeypatch: pytest.MonkeyPatch, version: str | None, said: str
 ) -> None:
     from minimas.fast import bnb
@@ -546,8 +549,8 @@ def test_a_missing_or_old_package_is_named_with_its_command(
         check("nf4", torch.device("cpu"), torch.bfloat16)
 
 
-def test_the_table_says_what_is_stored() -> None:
-    """`minimas info` computes sizes from it: bits a weight of what a layer really holds."""
+def test_the_table_of_formats_has_the_stored_bits_per_weight() -> None:
+    """`minimas info` computes sizes from this table."""
     weight = gaussian(256, 256, 0)
     q4, q8 = quantized("q4", weight, None), quantized("q8", weight, None)
     assert isinstance(q4, QuantizedLinear) and isinstance(q8, QuantizedLinear)

@@ -1,4 +1,4 @@
-"""Blocks of a .gguf file against the definition of their type, one weight at a time."""
+"""Blocks of a .gguf file, compared weight by weight with the definition of their type."""
 
 import struct
 from collections.abc import Callable
@@ -49,14 +49,17 @@ def q8_0(b: bytes) -> list[float]:
 
 
 def six_bits(b: bytes, j: int) -> tuple[int, int]:
-    """Scale and minimum of group j of eight, from the twelve bytes of a K-quant of 4 or 5 bits."""
+    """Return scale and minimum of group j (of eight) of a K-quant of 4 or 5 bits.
+
+    They are stored in twelve bytes.
+    """
     if j < 4:
         return b[j] & 63, b[j + 4] & 63
     return (b[j + 4] & 15) | (b[j - 4] >> 6 << 4), (b[j + 4] >> 4) | (b[j] >> 6 << 4)
 
 
 def q4_k(b: bytes, fifth: bytes = bytes(32)) -> list[float]:
-    """Also Q5_K, whose weight i has bit i // 32 of byte i % 32 of `fifth`."""
+    """Decode Q4_K, and also Q5_K, whose weight i has bit i // 32 of byte i % 32 of `fifth`."""
     weights = []
     for i in range(256):
         scale, minimum = six_bits(b[4:16], i // 32)
@@ -80,7 +83,7 @@ def q6_k(b: bytes) -> list[float]:
     return weights
 
 
-# Weights and bytes of a block, the bytes that hold exponents of float16 numbers, the definition.
+# Weights per block, bytes per block, positions of the float16 exponents, and the definition.
 TYPES: dict[str, tuple[int, int, tuple[int, ...], Decode]] = {
     "Q4_0": (32, 18, (1,), q4_0),
     "Q4_1": (32, 20, (1, 3), q4_1),
@@ -94,7 +97,7 @@ TYPES: dict[str, tuple[int, int, tuple[int, ...], Decode]] = {
 
 
 def finite(data: bytes, kind: str) -> bytes:
-    """Blocks of any bytes whose float16 numbers are finite: exponents of 15 and less."""
+    """Make the float16 numbers of any blocks finite, with exponents of at most 15."""
     _, size, exponents, _ = TYPES[kind]
     content = bytearray(data)
     for at in exponents:
@@ -104,7 +107,7 @@ def finite(data: bytes, kind: str) -> bytes:
 
 
 def stored(path: Path, kind: str, rows: int, data: bytes) -> StoredTensor:
-    """A matrix of a type, after 32 bytes of something else."""
+    """Store a matrix of a type, after 32 bytes of other data."""
     path.write_bytes(bytes(32) + data)
     weights, size, *_ = TYPES[kind]
     row_bytes = len(data) // rows
@@ -128,10 +131,10 @@ def some_blocks(kind: str, count: int) -> bytes:
 
 @given(data=st.data(), kind=st.sampled_from(sorted(TYPES)))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_every_weight_is_the_one_of_the_types_definition(
+def test_every_weight_matches_the_definition_of_its_type(
     data: st.DataObject, kind: str, tmp_path: Path
 ) -> None:
-    """Bits in another order, a factor of another group: no tolerance, any rows and blocks."""
+    """Bits in another order or a factor of another group must show, so there is no tolerance."""
     rows, blocks = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     count = rows * blocks * TYPES[kind][1]
     content = finite(data.draw(st.binary(min_size=count, max_size=count)), kind)
@@ -144,7 +147,7 @@ def test_every_weight_is_the_one_of_the_types_definition(
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_package_gguf_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
-    """A second reader, which could agree with a definition that is misread here and there."""
+    """A second reader guards against a definition that is misread both here and in the code."""
     gguf = pytest.importorskip("gguf")
     import numpy
     from gguf.quants import dequantize
@@ -157,8 +160,8 @@ def test_the_package_gguf_reads_the_same_weights(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_byte_of_a_block_counts(kind: str, tmp_path: Path) -> None:
-    """A byte that is passed over, such as one of the fifth bits, would change nothing."""
+def test_every_byte_of_a_block_is_used(kind: str, tmp_path: Path) -> None:
+    """If a byte, such as one of the fifth bits, were skipped, changing it would change nothing."""
     content = some_blocks(kind, 1)
     expected = stored(tmp_path / "x", kind, 1, content).read(0, 1)
     for at in range(len(content)):
@@ -178,8 +181,8 @@ def test_a_file_that_ends_inside_a_block_is_refused(kind: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
-def test_four_bits_come_as_values_scales_and_minimums(kind: str, tmp_path: Path) -> None:
-    """They are the layout of q4: any other value would be rounded twice."""
+def test_4_bit_blocks_are_read_as_values_scales_and_minimums(kind: str, tmp_path: Path) -> None:
+    """This is the layout of q4, so the weights are not rounded twice."""
     content = some_blocks(kind, 6)
     values, scale, minimum = stored(tmp_path / "x", kind, 3, content).read_blocks(0, 3)
     assert values.dtype == torch.uint8 and int(values.max()) == 15 and values.shape[-1] == 32

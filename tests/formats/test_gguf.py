@@ -1,6 +1,4 @@
-"""A .gguf file gives the model, the tokenizer and the settings it was made of, or one line that
-says what is wrong.
-"""
+"""A .gguf file gives the model, tokenizer and settings it was made from, or a one-line error."""
 
 import copy
 import json
@@ -42,7 +40,7 @@ from gguf.quants import dequantize, quantize  # noqa: E402
 
 Kind = gguf.GGMLQuantizationType
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")  # which the package gguf reads but does not write
+K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")  # the gguf package reads these but does not write them
 BACK = {theirs: ours for ours, theirs in (TOP | LAYER).items()}
 
 
@@ -50,7 +48,7 @@ BACK = {theirs: ours for ours, theirs in (TOP | LAYER).items()}
 
 
 def permute(weight: Tensor, heads: int) -> Tensor:
-    """LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py."""
+    """Return what LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py returns."""
     return (
         weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
     )
@@ -63,7 +61,10 @@ def gguf_name(name: str) -> str:
 
 
 def fields_of(model: Qwen3) -> dict[str, Any]:
-    """A model's metadata, by name without the architecture, as llama.cpp's converter writes it."""
+    """Return a model's metadata as llama.cpp's converter writes it.
+
+    The names lack the prefix of the architecture.
+    """
     c = model.config
     return {
         "embedding_length": c.hidden_size,
@@ -94,7 +95,7 @@ def tensors_of(model: Qwen3, permuted: bool = True) -> dict[str, Tensor]:
 
 
 def random_blocks(kind: str, rows: int, width: int) -> Any:
-    """Rows of a K-quant with any values, and weights below 1."""
+    """Return rows of a K-quant with random values and weights below 1."""
     block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
     source = torch.Generator().manual_seed(rows)
     blocks = torch.randint(256, (rows, width // block, size), generator=source).byte().numpy()
@@ -111,8 +112,9 @@ def write(
     extra: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """A file of a model by gguf's own writer; `kinds` by tensor or for all matrices, `extra`
-    tensors and metadata.
+    """Write a model with gguf's own writer.
+
+    `kinds` gives the type per tensor or of all matrices, and `extra` more tensors and metadata.
     """
     permuted = options.pop("permuted", True)
     writer = gguf.GGUFWriter(path, model.config.model_type, **options)
@@ -151,7 +153,7 @@ def write(
 
 
 def filled(file: GGUF, dtype: torch.dtype = torch.float32) -> Qwen3:
-    """The model of a file, as load fills it."""
+    """Return the model of a file, filled as load fills it."""
     model = Qwen3(file.config).to(dtype)
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == file.shapes
     model.load_state_dict({name: file.read(name, dtype) for name in file.shapes})
@@ -163,7 +165,7 @@ def text(value: str) -> bytes:
 
 
 def field(name: str, value: Any) -> bytes:
-    """One metadata entry, whatever it says: bytes are taken as they are."""
+    """Return one metadata entry with any content. Bytes are used as they are."""
     if isinstance(value, bytes):
         return text(name) + value
     number, form = {bool: (7, "?"), int: (4, "I"), float: (6, "f"), str: (8, "")}[type(value)]
@@ -183,8 +185,9 @@ def raw_file(
     head: tuple[bytes, int, int | None, int | None] = (b"GGUF", 3, None, None),
     data: int = 41 * 16 * 4,
 ) -> bytes:
-    """Any file at all, byte by byte: tensors are name -> (shape in the file's order, type,
-    offset).
+    """Return any file, byte by byte.
+
+    Tensors are name -> (shape in the file's order, type, offset).
     """
     entries = {
         key: value for key, value in (TINY_FIELDS | (fields or {})).items() if value is not None
@@ -213,14 +216,17 @@ def opened(path: Path, content: bytes) -> GGUF:
     return GGUF(path)
 
 
-# -- what comes out --------------------------------------------------------------------------------
+# -- what a file gives -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_file_becomes_the_model_it_was_made_of(family: str, tied: bool, tmp_path: Path) -> None:
-    """Q and K rows in the file's order give fluent nonsense: every tensor, its states, and a file
-    read without that.
+def test_a_file_gives_the_model_that_it_was_made_from(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    """Q and K rows in the file's order give fluent nonsense.
+
+    All tensors and states are compared, also those of a file without the permutation.
     """
     model = tiny_model(
         family, dtype=torch.float32, tie_word_embeddings=tied, rope_theta=5e4, rms_norm_eps=1e-5
@@ -239,8 +245,8 @@ def test_a_file_becomes_the_model_it_was_made_of(family: str, tied: bool, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
-def test_the_dtype_says_how_the_matrices_are_stored(kind: str, tmp_path: Path) -> None:
-    """Norms are float32 in every file: asking them would load every model in float32."""
+def test_the_dtype_comes_from_the_matrices(kind: str, tmp_path: Path) -> None:
+    """Norms are float32 in every file. If they decided, every model would be loaded in float32."""
     model = tiny_model(dtype=torch.float32, hidden_size=32, intermediate_size=32, head_dim=8)
     file = GGUF(write(tmp_path / "a.gguf", model, kind))
     assert file.config.dtype == {"F32": "float32", "F16": "float16"}.get(kind, "bfloat16")
@@ -250,7 +256,7 @@ def test_the_dtype_says_how_the_matrices_are_stored(kind: str, tmp_path: Path) -
     assert apart(half.float(), model.state_dict()["model.layers.0.mlp.up_proj.weight"]) < 0.2
 
 
-def test_metadata_that_old_files_leave_out_has_llamas_defaults(tmp_path: Path) -> None:
+def test_metadata_missing_from_old_files_has_the_defaults_of_llama(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32, head_dim=4, num_key_value_heads=4)
     old = {
         f"llama.{name}": None
@@ -266,10 +272,10 @@ def test_metadata_that_old_files_leave_out_has_llamas_defaults(tmp_path: Path) -
     )
 
 
-def test_no_field_of_the_config_is_foreign(
+def test_the_config_of_a_file_has_no_unknown_fields(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A field of ours that Config does not know would warn at every load."""
+    """A field that Config does not know would give a warning at every load."""
     with caplog.at_level(logging.WARNING):
         opened(tmp_path / "a.gguf", raw_file())
     assert not caplog.records
@@ -278,7 +284,7 @@ def test_no_field_of_the_config_is_foreign(
 def stored(
     path: Path, name: str, data: Any, kind: str, family: str = "qwen3", **fields: Any
 ) -> GGUF:
-    """A file that holds one more matrix, given as bytes (rows, bytes)."""
+    """Return a file with one additional matrix, given as bytes (rows, bytes)."""
     model = tiny_model(family, dtype=torch.float32)
     writer = gguf.GGUFWriter(path, family)
     for key, value in fields_of(model).items():
@@ -295,8 +301,9 @@ def stored(
 
 
 def finite_blocks(draw_bytes: bytes, rows: int, kind: str, at: tuple[int, ...]) -> Any:
-    """Random blocks of a type whose float16 numbers, at those bytes, are small: exponents of 15
-    and less.
+    """Return random blocks of a type whose float16 numbers, at the given bytes, are small.
+
+    Their exponents are at most 15.
     """
     data = (
         numpy.frombuffer(draw_bytes, numpy.uint8)
@@ -315,11 +322,12 @@ def finite_blocks(draw_bytes: bytes, rows: int, kind: str, at: tuple[int, ...]) 
     family=st.sampled_from(FAMILIES),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_blocks_are_the_files_own_numbers(
+def test_blocks_contain_the_numbers_of_the_file(
     data: st.DataObject, kind: str, rows: int, family: str, tmp_path: Path
 ) -> None:
-    """Halves swapped, a minimum of the wrong sign: each weight as the package gguf has it, no
-    tolerance.
+    """Swapped halves or a minimum of the wrong sign must show.
+
+    Each weight is compared with the gguf package, without a tolerance.
     """
     rows = 24 if family == "llama" else rows
     content = data.draw(
@@ -328,7 +336,7 @@ def test_blocks_are_the_files_own_numbers(
     raw = finite_blocks(content, rows, kind, (1, 3) if kind == "Q4_1" else (1,))
     file = stored(tmp_path / "a.gguf", "blk.0.attn_q.weight", raw, kind, family)
     expected = torch.from_numpy(dequantize(raw, Kind[kind]))
-    if family == "llama":  # 4 heads of 6: undone by the rule itself, not by ours
+    if family == "llama":  # 4 heads of 6: undone by the definition, not by this package
         expected = torch.stack(
             [expected[(row // 6) * 6 + 2 * (row % 3) + (row % 6) // 3] for row in range(24)]
         )
@@ -351,10 +359,10 @@ def test_blocks_are_the_files_own_numbers(
     ("kind", "at"),
     {"Q2_K": (81, 83), "Q3_K": (109,), "IQ4_NL": (1,), "IQ4_XS": (1,)}.items(),
 )
-def test_other_types_come_through_the_package(
+def test_other_types_are_decoded_by_the_gguf_package(
     kind: str, at: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """In slabs as in one piece, in llama's order of rows too."""
+    """They are decoded in slabs as in one piece, also with llama's order of rows."""
     block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
     content = torch.randint(256, (24 * 2 * size,), generator=torch.Generator().manual_seed(0))
     raw = finite_blocks(bytes(content.tolist()), 24, kind, at)
@@ -368,9 +376,12 @@ def test_other_types_come_through_the_package(
         assert torch.equal(permute(read, 4) if family == "llama" else read, expected)
 
 
-def test_slabs_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slab smaller than a row, slabs that do not divide the rows; a slab of everything would
-    double the memory.
+def test_reading_in_slabs_equals_reading_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slabs may be smaller than a row or not divide the rows.
+
+    A single slab would double the memory.
     """
     sizes: list[int] = []
     raw = StoredTensor.read_bytes
@@ -391,8 +402,11 @@ def test_slabs_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert max(sizes) <= max(slab, 24)
 
 
-def test_a_vocabulary_is_read_at_once(tmp_path: Path) -> None:
-    """gguf's own reader takes 7 seconds for the header of a Qwen file; this is one of that size."""
+def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
+    """gguf's own reader takes 7 seconds for the header of a Qwen file.
+
+    The header here has the same size.
+    """
     tokens = struct.pack("<IIQ", 9, 8, 300_000) + b"".join(text(f"t{i}") for i in range(300_000))
     types = struct.pack("<IIQ", 9, 5, 300_000) + struct.pack("<300000i", *[1] * 300_000)
     content = raw_file({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
@@ -400,8 +414,8 @@ def test_a_vocabulary_is_read_at_once(tmp_path: Path) -> None:
         assert opened(tmp_path / "a.gguf", content).shapes
 
 
-def test_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path: Path) -> None:
-    """Behind a mapping it would be a bus error that ends the process."""
+def test_a_file_that_shrinks_raises_an_error_and_does_not_crash(tmp_path: Path) -> None:
+    """With a memory mapping it would be a bus error, which ends the process."""
     file = GGUF(write(tmp_path / "a.gguf", tiny_model(dtype=torch.float32)))
     (tmp_path / "a.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"a\.gguf: found the end of the file inside a tensor"):
@@ -410,7 +424,7 @@ def test_a_file_that_shrinks_is_an_error_not_a_crash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
-    """A second reader of the same file, Q and K rows included."""
+    """transformers is a second reader of the same file, including the Q and K rows."""
     transformers = pytest.importorskip("transformers")
     sizes = {"head_dim": 8, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 96}
     model = tiny_model(family, dtype=torch.float32, **sizes)
@@ -446,10 +460,10 @@ def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("embedding", "head"), [("Q4_0", "Q8_0"), ("Q8_0", "Q4_1"), ("F16", "Q5_0"), ("F32", "F32")]
 )
-def test_two_copies_of_one_matrix_are_tied_and_the_finer_one_counts(
+def test_two_copies_of_one_matrix_are_tied_and_the_finer_one_is_used(
     embedding: str, head: str, tmp_path: Path
 ) -> None:
-    """Taken as two matrices they would make W_a something else than the identity."""
+    """As two matrices, they would make W_a differ from the identity."""
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=True, hidden_size=32)
     weight = model.model.embed_tokens.weight.data
     kinds = {"token_embd.weight": embedding, "output.weight": head}
@@ -466,7 +480,10 @@ def test_two_copies_of_one_matrix_are_tied_and_the_finer_one_counts(
 
 
 def coarse(weight: Tensor) -> Tensor:
-    """The matrix as Q2_K keeps it: sixteen weights at a time on four levels, 3 of 10 off."""
+    """Return the matrix with the precision of Q2_K.
+
+    Each group of sixteen weights has four levels, with an error of about 3/10.
+    """
     groups = weight.view(len(weight), -1, 16)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (high - low) / 3
@@ -474,10 +491,10 @@ def coarse(weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("Q2_K", True), ("Q4_K", False)])
-def test_a_copy_may_be_as_far_off_as_its_type_is_coarse(
+def test_a_coarser_type_may_differ_more_and_still_be_a_copy(
     kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tied model's Q2_K embedding beside a Q8_0 head was taken for another matrix."""
+    """A tied model's Q2_K embedding was treated as another matrix than its Q8_0 head."""
     model = random_model(
         tiny_config(hidden_size=256, intermediate_size=32, tie_word_embeddings=True),
         dtype=torch.float32,
@@ -505,8 +522,8 @@ def apart_by_norm(a: Tensor, b: Tensor) -> float:
     return float(torch.dist(a, b) / b.norm())
 
 
-def test_a_head_of_its_own_is_not_taken_for_a_copy(tmp_path: Path) -> None:
-    """Also where it began as one and was trained on."""
+def test_an_untied_head_is_not_treated_as_a_copy(tmp_path: Path) -> None:
+    """This holds even if it was initialized as a copy and then trained."""
     model = tiny_model(dtype=torch.float32)
     near = model.model.embed_tokens.weight.data + 0.4 * torch.randn(
         41, 16, generator=torch.Generator().manual_seed(1)
@@ -525,7 +542,7 @@ def sharded(path: Path, model: Qwen3) -> list[Path]:
     return sorted(path.glob("m-*.gguf"))
 
 
-def test_any_shard_stands_for_all(tmp_path: Path) -> None:
+def test_any_shard_loads_all_shards(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     paths = sharded(tmp_path, model)
     assert len(paths) == 3
@@ -537,7 +554,7 @@ def test_any_shard_stands_for_all(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_missing_or_foreign_is_named(tmp_path: Path) -> None:
-    """Tensors of a shard that nobody read would stay as they were allocated."""
+    """Tensors of a missing shard would keep their uninitialized values."""
     first, second, third = sharded(tmp_path, tiny_model("llama", dtype=torch.float32))
     content = second.read_bytes()
     second.write_bytes(third.read_bytes())
@@ -568,7 +585,7 @@ CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def trained(pre: str) -> Backend:
-    """A small tokenizer cut as `pre` says, written with the library's own classes."""
+    """Return a small tokenizer that splits as `pre` says, made of the library's own classes."""
     tokenizer, byte_level = (
         Backend(models.BPE(ignore_merges=pre == "llama-bpe")),
         pre_tokenizers.ByteLevel,
@@ -605,7 +622,10 @@ def trained(pre: str) -> Backend:
 
 
 def words_of(tokenizer: Backend, cut: str, **changes: Any) -> dict[str, Any]:
-    """The metadata that llama.cpp's converter makes of a tokenizer, with three padding tokens."""
+    """Return the tokenizer's metadata as llama.cpp's converter writes it.
+
+    It has three padding tokens.
+    """
     raw, added = json.loads(tokenizer.to_str()), tokenizer.get_added_tokens_decoder()
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens = [by_id[i] for i in range(len(by_id))] + [f"[PAD{i}]" for i in range(3)]
@@ -634,11 +654,12 @@ def with_words(path: Path, words: dict[str, Any], family: str = "qwen3") -> GGUF
 
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_the_tokenizer_is_the_one_the_file_was_made_of(
+def test_a_file_gives_the_tokenizer_that_it_was_made_from(
     pre: str, family: str, tmp_path: Path
 ) -> None:
-    """Added tokens inside the vocabulary (SmolLM) or behind it (Qwen): same ids, same text, same
-    control tokens.
+    """Ids, text and control tokens are equal.
+
+    Added tokens may be inside the vocabulary (SmolLM) or after it (Qwen).
     """
     original = trained(pre)
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -672,8 +693,8 @@ def test_the_tokenizer_is_the_one_the_file_was_made_of(
     )
 
 
-def test_the_cuts_tell_tokenizers_apart() -> None:
-    """If every text were cut alike, the test above could not see a wrong cut."""
+def test_pre_tokenizers_split_a_text_differently() -> None:
+    """If all of them split a text alike, the test above could not detect a wrong one."""
     cuts = []
     for pre in sorted(PRE_TOKENIZERS):
         backend = Backend.from_str(json.dumps({"version": "1.0", "added_tokens": [],
@@ -710,12 +731,10 @@ def test_the_cuts_tell_tokenizers_apart() -> None:
         ),
     ],
 )
-def test_a_tokenizer_that_would_be_a_guess_is_left_out_with_a_reason(
+def test_a_tokenizer_that_is_not_fully_specified_is_left_out_with_a_reason(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Nearly right ids give a model that reads badly and nobody knows why; the model itself still
-    loads.
-    """
+    """With nearly correct ids, a model silently performs badly. The model itself still loads."""
     file = with_words(
         tmp_path, words_of(trained("gpt-2"), "gpt-2", **{"eos_token_id": 7} | changes)
     )
@@ -916,8 +935,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_is_one_line(what: str, tmp_path: Path) -> None:
-    """A damaged or foreign file that gets through is a model of noise, or an exhausted memory."""
+def test_a_bad_file_gives_an_error_of_one_line(what: str, tmp_path: Path) -> None:
+    """Otherwise a damaged or foreign file gives a model of noise, or exhausts the memory."""
     content, message = BAD[what]
     with within(30), pytest.raises(ValueError, match=message) as caught:
         opened(tmp_path / "bad.gguf", content())
@@ -938,7 +957,7 @@ def test_a_bad_file_is_one_line(what: str, tmp_path: Path) -> None:
 def test_a_tensor_that_the_model_does_not_have_is_refused(
     name: str, key: str, tmp_path: Path
 ) -> None:
-    """An expert or an adapter that is ignored leaves another model than the file's."""
+    """If an expert or an adapter is ignored, the model is not that of the file."""
     model = tiny_model(dtype=torch.float32)
     path = write(tmp_path / "a.gguf", model, extra={name: torch.ones(4)})
     with pytest.raises(ValueError, match=rf"a\.gguf: tensor {key} belongs to nothing"):
@@ -947,15 +966,15 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(
 
 @pytest.mark.parametrize("shape", [(16,), (16, 40, 1), (8, 82)])
 def test_embeddings_of_another_shape_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
-    """Read as rows of another length they would be a model of noise."""
+    """Rows of another length would give a model of noise."""
     path = tmp_path / "a.gguf"
     path.write_bytes(raw_file(tensors=[("token_embd.weight", (shape, 0, 0))]))
     with pytest.raises(ValueError, match=r"a\.gguf: tensor model\.embed_tokens\.weight: found"):
         load(path, device="cpu")
 
 
-def test_the_file_that_all_bad_ones_are_made_of_is_good(tmp_path: Path) -> None:
-    """Else they could all be refused for the same wrong reason."""
+def test_the_file_that_all_bad_files_are_based_on_is_valid(tmp_path: Path) -> None:
+    """Otherwise all of them could be refused for the same wrong reason."""
     ones = tiny_model("llama", dtype=torch.float32)
     assert (
         opened(tmp_path / "a.gguf", raw_file({"qwen3.rope.scaling.type": "none"})).config.vocab_size
@@ -984,10 +1003,8 @@ def test_common_types_need_no_package_and_others_name_it(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small file with everything in it: three types of tensor, two copies of the embedding, a
-    tokenizer.
-    """
+def complete_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return a small file with a tokenizer, three tensor types and two copies of the embedding."""
     model = random_model(
         tiny_config("llama", num_hidden_layers=1, hidden_size=32, vocab_size=64), 0, torch.float32
     )
@@ -1010,20 +1027,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_is_an_error_or_another_model_never_a_crash(
-    data: st.DataObject, whole: bytes, tmp_path: Path
+def test_a_damaged_file_gives_an_error_or_another_model_but_no_crash(
+    data: st.DataObject, complete_file: bytes, tmp_path: Path
 ) -> None:
-    """Bytes changed or cut off anywhere, most of them in the header."""
-    content = bytearray(whole)
-    header = whole.index(b"output.weight") + 400
+    """Bytes are changed or cut off anywhere, mostly in the header."""
+    content = bytearray(complete_file)
+    header = complete_file.index(b"output.weight") + 400
     for _ in range(data.draw(st.integers(0, 4))):
-        at = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(whole) - 1)))
+        at = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(complete_file) - 1)))
         content[at] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))]
     try:
-        with within():  # a vast count that is believed would take minutes
+        with within():  # a huge count that is accepted would take minutes
             file = opened(tmp_path / "a.gguf", bytes(content))
-            with torch.device("meta"):  # as `load` does: damaged sizes may be vast
+            with torch.device("meta"):  # as in `load`: damaged sizes may be huge
                 wanted = Qwen3(file.config).state_dict()
             expected = {name: tuple(weight.shape) for name, weight in wanted.items()}
             if file.shapes == expected:
@@ -1038,19 +1055,17 @@ def test_damage_is_an_error_or_another_model_never_a_crash(
 @pytest.mark.parametrize(
     "field", ["final_logit_softcapping", "rope.dimension_sections", "attention.temperature_scale"]
 )
-def test_metadata_that_scales_is_refused_by_name(field: str, tmp_path: Path) -> None:
-    """It was passed over, and the logits were others."""
+def test_scaling_metadata_is_refused(field: str, tmp_path: Path) -> None:
+    """It was ignored, so the logits were wrong."""
     with pytest.raises(ValueError, match=rf"qwen3\.{field}: found 2\.0, expected 0"):
         opened(tmp_path / "a.gguf", raw_file({f"qwen3.{field}": 2.0}))
 
 
-# -- loaded ----------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
-def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
-    """Config, tokenizer, template, end tokens and weights all come from one file, with nothing
-    beside it.
-    """
+def test_a_file_gives_the_same_answers_as_its_folder(tmp_path: Path) -> None:
+    """Config, tokenizer, template, end tokens and weights all come from the one file."""
     model = random_model(tiny_config(vocab_size=500, tie_word_embeddings=True), dtype=torch.float32)
     template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
@@ -1062,11 +1077,11 @@ def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
         if name != "config.json":
             (folder / name).write_text(json.dumps(content))
     results = []
-    for where in (path, folder):
-        lm = load(where, device="cpu")
-        how = {"sampling": Sampling(max_new_tokens=12), "kind": "free"}
+    for source in (path, folder):
+        lm = load(source, device="cpu")
+        options = {"sampling": Sampling(max_new_tokens=12), "kind": "free"}
         results.append([lm.end_ids, lm.model.fingerprint(), *(
-            [(r.text, r.agents[0].prompt) for r in method(lm, ["What is two and two?"], **how)]
+            [(r.text, r.agents[0].prompt) for r in method(lm, ["What is two and two?"], **options)]
             for method in (single, latent_mas)
         )])  # fmt: skip
     assert results[0] == results[1]
@@ -1075,8 +1090,9 @@ def test_agents_answer_from_a_file_as_from_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_keeps_its_size_when_loaded(kind: str, family: str, tmp_path: Path) -> None:
-    """Types that are not q4's layout were widened to 16 bits, and all embeddings were. Llama's
-    queries and keys are in order; 32-bit weights, or 4 bits, where asked.
+    """Types with another layout than q4 were widened to 16 bits, and so were all embeddings.
+
+    Llama's queries and keys are in order. 32-bit weights and 4 bits are used on request.
     """
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
     model = random_model(tiny_config(family, **sizes), dtype=torch.float32)
@@ -1084,28 +1100,29 @@ def test_a_file_keeps_its_size_when_loaded(kind: str, family: str, tmp_path: Pat
     exact = load(path, device="cpu", dtype="float32").model
     assert not any(isinstance(module, QuantizedLinear) for module in exact.modules())
     model = load(path, device="cpu").model
-    assert not [name for name, x in model.named_parameters() if x.ndim > 1]  # nothing is wide
-    four = kind.startswith("Q4")
+    assert not [name for name, x in model.named_parameters() if x.ndim > 1]  # no matrix is wide
+    four_bits = kind.startswith("Q4")
     for name, module in model.named_modules():
         if name.endswith(("_proj", "embed_tokens", "lm_head")):
-            form = "Q4Linear" if four and name.endswith("_proj") else "Q8Linear"
+            form = "Q4Linear" if four_bits and name.endswith("_proj") else "Q8Linear"
             assert type(module).__name__ == form
     for name, weight in exact.state_dict().items():
-        # Of q4 the scales are rounded, to bf16.
-        most = 0.005 if four and name.endswith("_proj.weight") else 0.015
+        # The scales of q4 are rounded to bf16.
+        most = 0.005 if four_bits and name.endswith("_proj.weight") else 0.015
         assert apart(model.state_dict()[name].double(), weight.double()) <= most, name
     ids = random_ids(model, 1, 6)
-    # Not nonsense.
+    # The states are close.
     assert apart(remember(model, ids)[0].double(), remember(exact, ids)[0].double()) <= 0.2
     for asked in ("q8", "q4"):
         layer = load(path, device="cpu", quantize=asked).model.model.layers[0].self_attn.q_proj
-        assert type(layer).__name__ == ("Q4Linear" if four or asked == "q4" else "Q8Linear")
+        assert type(layer).__name__ == ("Q4Linear" if four_bits or asked == "q4" else "Q8Linear")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_tied_file_has_one_matrix_for_embedding_and_head(dtype: str, tmp_path: Path) -> None:
-    """It had two, of 16 and 8 bits. What looks up, what multiplies and what W_a is made of are the
-    same numbers, in a copy of the model too.
+    """There were two matrices, of 16 and 8 bits.
+
+    The look-up, the product and W_a must use the same numbers, in a copy of the model too.
     """
     sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
     config = tiny_config(**sizes, tie_word_embeddings=True)
@@ -1127,8 +1144,8 @@ def test_a_tied_file_has_one_matrix_for_embedding_and_head(dtype: str, tmp_path:
         lm.model.to(torch.float32)
 
 
-def test_a_head_of_8_bits_alone_keeps_a_model_from_moving(tmp_path: Path) -> None:
-    """The layers before it would have moved already."""
+def test_a_model_with_only_an_8_bit_head_refuses_to_move(tmp_path: Path) -> None:
+    """The layers before the head would already have moved."""
     model = random_model(tiny_config(hidden_size=32, head_dim=8), dtype=torch.float32)
     kinds = dict.fromkeys(tensors_of(model), "F16") | {"output.weight": "Q8_0"}
     lm = load(write(tmp_path / "a.gguf", model, kinds), device="cpu")
@@ -1139,7 +1156,7 @@ def test_a_head_of_8_bits_alone_keeps_a_model_from_moving(tmp_path: Path) -> Non
 
 
 def test_a_file_without_a_known_tokenizer_says_why_when_it_is_needed(tmp_path: Path) -> None:
-    """The model can still be fed ids; a question cannot be read."""
+    """The model still accepts ids, but it cannot be asked a question."""
     words = words_of(trained("qwen2"), "qwen2", model="llama")
     lm = load(
         write(tmp_path / "a.gguf", tiny_model(dtype=torch.float32, vocab_size=500), extra=words)

@@ -1,4 +1,4 @@
-"""A GPU that does not exist: fake tensors of a device, and a record of what the host waits for."""
+"""A simulated GPU: fake tensors of a device, and a record of what the host waits for."""
 
 import contextlib
 import weakref
@@ -23,15 +23,15 @@ from minimas.fast.quantize import finish, replacement
 CUDA, MPS = torch.device("cuda:0"), torch.device("mps:0")
 # hidden_size, intermediate_size, attention heads of Qwen3-0.6B, 4B and 8B; the rest is the same.
 SHAPES = {"0.6B": (1024, 3072, 16), "4B": (2560, 9728, 32), "8B": (4096, 12288, 32)}
-VALUE = 7  # of every number that is read: as a token, none that ends a text
-READS = {  # what reads a tensor's values on the host, and what it reads here
+VALUE = 7  # the result of every read of a number; as a token, it does not end a text
+READS = {  # functions that read a tensor's values on the host, and their results here
     "item": lambda x: VALUE,
     "tolist": lambda x: nested(x.shape),
-    "__bool__": lambda x: x.dtype == torch.bool,  # all is finite, and no error code
+    "__bool__": lambda x: x.dtype == torch.bool,  # all values are finite, with no error code
     "__int__": lambda x: VALUE,
     "__float__": lambda x: float(VALUE),
 }
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # kernels want one dtype, fake ones do not check
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # kernels need equal dtypes, fake tensors do not
 KERNELS = {  # the dtypes of the tensors that CUDA's kernels take without a conversion
     "_weight_int4pack_mm": [torch.bfloat16, torch.int32, torch.bfloat16],
     "_weight_int8pack_mm": [torch.bfloat16, torch.int8, torch.float32],
@@ -62,12 +62,15 @@ def qwen3(size: str, layers: int = 2) -> Config:
 def has_kernel(
     name: str, key: str, ask: Any = torch._C._dispatch_has_kernel_for_dispatch_key
 ) -> bool:
-    """Whether torch has a kernel. A build for CPUs has none for CUDA, a build for CUDA does."""
+    """Return whether torch has a kernel.
+
+    A build for CPUs has none for CUDA, and a build for CUDA does.
+    """
     return name == "aten::_weight_int8pack_mm" or ask(name, key)
 
 
 class FakeSource:
-    """Tensors without values, as a checkpoint that `fill` reads."""
+    """Tensors without values, in place of a checkpoint that `fill` reads."""
 
     def __init__(self, model: Qwen3) -> None:
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -140,7 +143,7 @@ class FakeGPU:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operator: copies between devices that block, and what is allocated."""
+    """Watches every operator for blocking copies between devices, and counts what is allocated."""
 
     def __init__(self, gpu: FakeGPU) -> None:
         super().__init__()
@@ -169,9 +172,9 @@ class Watch(TorchDispatchMode):
 
 
 class ByHand(TorchFunctionMode):
-    """Does what a build of torch for CPUs refuses for a GPU's tensors, and counts what is read.
+    """Does what a CPU build of torch refuses for GPU tensors, and counts values that are read.
 
-    Indexing asks for the device itself, even without values. It is done with tensors on "meta".
+    Indexing asks for the device itself, even without values, so it is done with tensors on "meta".
     Attention would be computed by a formula for CPUs, which keeps all scores in memory.
     """
 
@@ -207,7 +210,10 @@ class ByHand(TorchFunctionMode):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Return what a fused kernel does: (B, K, G · T, d), and a mask in the dtype of q meanwhile."""
+    """Return a tensor with the shape of a fused kernel's result, (B, K, G · T, d).
+
+    A mask is converted to the dtype of q meanwhile.
+    """
     devices, dtypes = ({getattr(x, what) for x in (q, k, v)} for what in ("device", "dtype"))
     if len(devices) > 1 or len(dtypes) > 1 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise RuntimeError(f"attention: {q.shape}, {k.shape}, {v.shape} of {dtypes} on {devices}")

@@ -1,9 +1,9 @@
 """The formats of bitsandbytes on a GPU without values, as far as they can be rehearsed.
 
-Run are its layers' own forward passes, its functions, and the shapes and dtypes that its operators
-declare. Not run are its kernels and the classes of its weights: a subclass of a tensor cannot be
-made of a fake one, so two functions that quantize as the classes do take their place. Whether a
-build of the package has kernels for a GPU can be seen on a GPU only.
+The forward passes of its layers, its functions, and the shapes and dtypes that its operators
+declare are run. Its kernels and the classes of its weights are not: a tensor subclass cannot be
+made from a fake tensor, so two functions that quantize like the classes replace them. Whether a
+build of the package has kernels for a GPU can only be seen on a GPU.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,10 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
 def stored(quantize: Any) -> Any:
-    """Return a maker of parameters that are quantized when they are moved, but not to "meta"."""
+    """Return a function that makes parameters.
+
+    They are quantized when they are moved, but not to "meta".
+    """
 
     def make(data: Tensor, requires_grad: bool = False, **settings: Any) -> Any:
         made: Any = nn.Parameter(data, requires_grad=False)
@@ -34,7 +37,7 @@ def stored(quantize: Any) -> Any:
 
 
 def four_bits(data: Tensor, quant_type: str) -> Any:
-    """Return what `Params4bit.to` does."""
+    """Return what `Params4bit.to` returns."""
     values, state = bitsandbytes.functional.quantize_4bit(
         data, blocksize=64, compress_statistics=True, quant_type=quant_type
     )
@@ -44,7 +47,10 @@ def four_bits(data: Tensor, quant_type: str) -> Any:
 
 
 def eight_bits(data: Tensor) -> Any:
-    """Return what `Int8Params.to` does with a tensor of a GPU: nothing. The first call does it."""
+    """Return what `Int8Params.to` returns for a GPU tensor.
+
+    It does not quantize it. The first call does.
+    """
     made: Any = nn.Parameter(data, requires_grad=False)
     made.CB = made.SCB = None
     return made
@@ -52,7 +58,10 @@ def eight_bits(data: Tensor) -> Any:
 
 @pytest.fixture(autouse=True)
 def fake_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makers in place of the classes. The package's tables of values must not stay fake."""
+    """Replace the classes of weights by functions.
+
+    The package's tables of values must not stay fake.
+    """
     for place in (bitsandbytes.nn, bitsandbytes.nn.modules):
         monkeypatch.setattr(place, "Params4bit", stored(four_bits))
         monkeypatch.setattr(place, "Int8Params", stored(eight_bits))

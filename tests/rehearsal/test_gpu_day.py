@@ -1,4 +1,7 @@
-"""What tools/gpu_day.sh measures, on a GPU without values: a day with a GPU is too short to fix."""
+"""The measurements of tools/gpu_day.sh, on a GPU without values.
+
+A day with a GPU is too short to fix bugs.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whole calls of the methods on a GPU without values: every team, layout and transfer."""
+"""Complete calls of the methods on a GPU without values, for every team, layout and transfer."""
 
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ STEPS = 2
 
 @functools.cache
 def rehearsed() -> tuple[FakeGPU, LM]:
-    """A small model with the tokenizer and the teams of weights/tiny."""
+    """Return a small model with the tokenizer and the teams of weights/tiny."""
     gpu = FakeGPU()
     with gpu:
         lm = LM(gpu.load(tiny_config(vocab_size=tiny_tokenizer().size)), TINY)
@@ -64,11 +64,11 @@ def test_text_agents_and_a_memory_stay_on_the_gpu() -> None:
     team = Team((writer, Agent("last", "Answer: {question}")), layout="chat")
     with gpu:
         memory = remember(lm, "Eva has 2 cards.", latent_steps=STEPS)
-        how: dict[str, Any] = {"sampling": SAMPLING, "memory": memory, "keep_memory": True}
+        options: dict[str, Any] = {"sampling": SAMPLING, "memory": memory, "keep_memory": True}
         for results in (
-            single(lm, QUESTIONS, **how),
-            text_mas(lm, QUESTIONS, **how),
-            latent_mas(lm, QUESTIONS, team, latent_steps=STEPS, **how),
+            single(lm, QUESTIONS, **options),
+            text_mas(lm, QUESTIONS, **options),
+            latent_mas(lm, QUESTIONS, team, latent_steps=STEPS, **options),
         ):
             for result in results:
                 assert result.memory is not None and result.memory.device == CUDA

@@ -1,4 +1,4 @@
-"""An Apple GPU without an Apple GPU: no number of 64 bits may be put on it, or be made there."""
+"""An Apple GPU without an Apple GPU: no float64 may be moved to it or created on it."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ LENGTHS = [5, 17, 9]
 
 @functools.cache
 def rehearsed() -> tuple[FakeGPU, LM]:
-    """A small model with the tokenizer and the teams of weights/tiny."""
+    """Return a small model with the tokenizer and the teams of weights/tiny."""
     gpu = FakeGPU(MPS)
     with gpu:
         return gpu, LM(gpu.load(tiny_config(vocab_size=tiny_tokenizer().size)), TINY)
@@ -31,7 +31,7 @@ def rehearsed() -> tuple[FakeGPU, LM]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_model_thinks_and_decodes_without_float64(dtype: torch.dtype) -> None:
-    """Angles were computed in float64 where the positions are, and so were draws of a token."""
+    """Angles were computed in float64 on the device, and so were the draws of tokens."""
     gpu = FakeGPU(MPS)
     with gpu:
         model = gpu.load(qwen3("4B", layers=1), dtype=dtype)
@@ -57,7 +57,7 @@ def test_a_model_thinks_and_decodes_without_float64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ALIGNMENTS)
 def test_a_map_is_solved_on_the_cpu_and_moved_afterwards(kind: str) -> None:
-    """Also for more dimensions than tokens, where even the sums are made in float64."""
+    """This includes more dimensions than tokens, where even the sums are computed in float64."""
     gpu = FakeGPU(MPS)
     with gpu:
         for size in (64, 8):
@@ -80,7 +80,10 @@ def test_a_team_and_a_memory_run_on_an_apple_gpu() -> None:
 
 
 def test_planted_float64_is_refused() -> None:
-    """What the tests above rely on: made there, computed there, or on its way from or to it."""
+    """The tests above rely on this check.
+
+    It covers float64 that is created or computed on the device, or is on its way from or to it.
+    """
     with FakeGPU(MPS):
         wide = torch.zeros(3, dtype=torch.float64)
         narrow = torch.zeros(3, device=MPS)
@@ -106,10 +109,13 @@ def test_planted_float64_is_refused() -> None:
         ({"name": "/nowhere/at/all"}, "no such folder"),
     ],
 )
-def test_what_an_apple_gpu_does_not_run_is_refused_by_its_flag(
+def test_options_that_an_apple_gpu_does_not_support_are_refused(
     asked: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before anything is read, and one line says that the rest was not tested."""
+    """They are refused before anything is read.
+
+    A warning says that the rest was not tested.
+    """
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         load(**({"name": TINY, "device": "mps"} | asked))
@@ -117,10 +123,10 @@ def test_what_an_apple_gpu_does_not_run_is_refused_by_its_flag(
     assert len(warned) == ("name" in asked) and all("nothing was tested" in text for text in warned)
 
 
-def test_an_apple_gpu_is_never_chosen_and_gets_no_packed_weights(
+def test_an_apple_gpu_is_not_chosen_by_auto_and_gets_no_packed_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A GGUF file keeps its blocks where q4's kernels run. They do not run there."""
+    """A GGUF file keeps its blocks only where q4's kernels run, and Apple GPUs do not run them."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"expected auto, cpu, or cuda .*, or mps on"):
         _device("mps")
@@ -141,7 +147,7 @@ def test_an_apple_gpu_is_never_chosen_and_gets_no_packed_weights(
         ("float64", "mps", (7, 5), "float32"),
     ],
 )
-def test_auto_is_a_dtype_that_the_device_computes(
+def test_auto_chooses_a_dtype_that_the_device_supports(
     name: str,
     device: str,
     capability: tuple[int, int],
@@ -149,7 +155,7 @@ def test_auto_is_a_dtype_that_the_device_computes(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A GPU before compute capability 8.0 emulated bf16, many times slower than float16."""
+    """GPUs before compute capability 8.0 emulated bf16, many times slower than float16."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert _default_dtype(name, torch.device(device)) == getattr(torch, used)
     explained = f"--dtype auto: {device} has no fast {name}, {used} is used"

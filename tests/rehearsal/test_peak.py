@@ -1,4 +1,4 @@
-"""What `info` says that a model needs, against the sum of everything that is allocated."""
+"""The memory that `info` reports for a model, compared with the sum of all allocations."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ CONTEXT, NEW = 960, 256
 
 
 def allocated(size: str, quantize: str | None, rows: int) -> int:
-    """Load, solve W_a, prefill, think and decode; the peak of the bytes of all tensors."""
+    """Load, solve W_a, prefill, think and decode. Returns the peak of the bytes of all tensors."""
     gpu = FakeGPU()
     with gpu:
         model = gpu.load(qwen3(size), quantize)
@@ -36,11 +36,12 @@ def allocated(size: str, quantize: str | None, rows: int) -> int:
 
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize(("quantize", "rows"), [(None, 1), (None, 8), ("q4", 1), ("q8", 8)])
-def test_info_tells_the_peak_of_a_call(
+def test_info_reports_the_peak_memory_of_a_call(
     size: str, quantize: str | None, rows: int, tmp_path: Path
 ) -> None:
-    """It added a constant, the same for all models and batches. Two layers are the hard case: of a
-    whole model the weights are a larger share.
+    """`info` added the same constant for all models and batches.
+
+    Two layers are the hard case: in a complete model the weights have a larger share.
     """
     (tmp_path / "config.json").write_text(json.dumps(config_dict(qwen3(size))))
     peaks = describe(tmp_path, rows, CONTEXT, NEW)["peak"].split(", ")

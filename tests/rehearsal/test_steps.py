@@ -1,8 +1,8 @@
 """Prefill, latent steps, decoding and hand-overs at Qwen3's sizes, on a GPU without values.
 
-A tensor on the wrong device or of the wrong dtype raises. Whatever reads a value from the GPU, or
-copies to it and waits, is counted: within a step the host waits for nothing, except for the token
-that `decode` has sampled.
+A tensor on the wrong device or of the wrong dtype raises an error. Everything that reads a value
+from the GPU, or copies to it and waits, is counted. Within a step the host waits for nothing except
+the token that `decode` has sampled.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ..fast.test_compiled import Layers
 from .gpu import CUDA, SHAPES, VALUE, FakeGPU, qwen3
 
 FORMATS = (None, "q4", "q8")
-LENGTHS = [5, 17, 9]  # of a ragged batch
+LENGTHS = [5, 17, 9]  # a ragged batch
 every_model = pytest.mark.parametrize("quantize", FORMATS)
 every_size = pytest.mark.parametrize("size", SHAPES)
 
@@ -47,13 +47,13 @@ def start(model: Qwen3) -> tuple[Tensor, KVCache]:
 
 
 def ridge(model: Qwen3) -> Aligner:
-    """A map of the paper's form. `from_model` reads values."""
+    """Return a map of the paper's form. `from_model` would read values."""
     size = model.config.hidden_size
     return Aligner(matrix=torch.empty(size, size, device=CUDA), norm=1.0)
 
 
 def on_gpu(model: Qwen3, cache: KVCache) -> bool:
-    """Whether every key and value has the model's device and dtype, and enough slots."""
+    """Return whether all keys and values have the model's device and dtype, and enough slots."""
     stores = [*cache.keys, *cache.values]
     kinds = {(x.device, x.dtype) for x in stores}
     return kinds == {(CUDA, model.dtype)} and min(x.shape[2] for x in stores) >= max(cache.lengths)
@@ -62,7 +62,7 @@ def on_gpu(model: Qwen3, cache: KVCache) -> bool:
 @every_size
 @every_model
 def test_a_latent_step_waits_for_nothing(size: str, quantize: str | None) -> None:
-    """Ragged rows copied a tensor to the GPU twice per layer and step."""
+    """For ragged rows, a tensor was copied to the GPU twice per layer and step."""
     gpu, model = rehearsed(size, quantize)
     with gpu:
         hidden, cache = start(model)
@@ -77,7 +77,7 @@ def test_a_latent_step_waits_for_nothing(size: str, quantize: str | None) -> Non
 @every_size
 @every_model
 def test_a_decode_step_waits_only_for_its_token(size: str, quantize: str | None) -> None:
-    """The check of the scores waited a second time in every step."""
+    """The check of the logits waited a second time in every step."""
     gpu, model = rehearsed(size, quantize)
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.9)):
         with gpu:
@@ -93,7 +93,7 @@ def test_a_decode_step_waits_only_for_its_token(size: str, quantize: str | None)
 
 @every_model
 def test_a_recorded_step_waits_for_nothing(quantize: str | None) -> None:
-    """Its bookkeeping runs in every step: positions, and whether it has to be recorded anew."""
+    """Every step updates positions and checks whether it must be recorded again."""
     gpu, model = rehearsed("0.6B", quantize)
     with gpu:
         hidden, cache = start(model)
@@ -108,8 +108,8 @@ def test_a_recorded_step_waits_for_nothing(quantize: str | None) -> None:
 
 
 @every_size
-def test_memories_are_cut_and_joined_on_the_gpu(size: str) -> None:
-    """Not a copy of a cache may pass through the host: it has gigabytes."""
+def test_caches_are_cut_and_joined_on_the_gpu(size: str) -> None:
+    """No copy of a cache may pass through the host, because a cache has gigabytes."""
     gpu, model = rehearsed(size, None)
     with gpu:
         _, cache = start(model)
@@ -138,7 +138,7 @@ def test_memories_are_cut_and_joined_on_the_gpu(size: str) -> None:
         )
 
 
-def test_a_long_prompt_is_prefilled_in_chunks_that_bound_the_memory() -> None:
+def test_prefill_in_chunks_limits_the_memory_for_a_long_prompt() -> None:
     """The mask of all positions, (T, S) for every row, would be larger than the model."""
     gpu, model = rehearsed("0.6B", None)
     peaks = []
@@ -147,15 +147,16 @@ def test_a_long_prompt_is_prefilled_in_chunks_that_bound_the_memory() -> None:
             gpu.peak = gpu.allocated
             cache = model.new_cache(2)
             prefill(model, [[0] * 8192, [0] * 4000], cache, chunk_tokens)
-            peaks.append(gpu.peak - gpu.allocated)  # without the KV cache, which is the same
+            peaks.append(gpu.peak - gpu.allocated)  # without the KV cache, which is equal in both
             assert cache.lengths == [8192, 4000]
     assert peaks[0] < 0.2 * peaks[1]
 
 
 @pytest.mark.parametrize(("quantize", "most"), [("q4", math.inf), ("q8", 16)])
-def test_layers_hold_what_the_kernels_of_a_gpu_take(quantize: str, most: float) -> None:
-    """q8's kernel got 384 rows, though it computes 16 in the time of one, and its scales were
-    converted at every call.
+def test_layers_have_the_format_that_gpu_kernels_take(quantize: str, most: float) -> None:
+    """q8's kernel got 384 rows, although it computes only 16 in the time of one.
+
+    Its scales were converted at every call.
     """
     gpu, model = rehearsed("8B", quantize)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
@@ -172,19 +173,21 @@ def test_layers_hold_what_the_kernels_of_a_gpu_take(quantize: str, most: float) 
 
 
 @pytest.mark.parametrize(("quantize", "function"), [("q4", "fit"), ("q8", "round_rows")])
-def test_a_gpu_quantizes_in_few_pieces(
+def test_a_gpu_quantizes_in_few_chunks(
     quantize: str, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces for the cache of a CPU are too small for a GPU: 192 of them for one matrix, and some
-    sixty kernels for each. A matrix in one piece would take gigabytes.
+    """Chunks for the cache of a CPU are too small for a GPU.
+
+    There were 192 of them for one matrix, with some sixty kernels each. A matrix in one chunk would
+    take gigabytes.
     """
     real, shapes = getattr(quantize_module, function), list[torch.Size]()
 
-    def watched(weight: Tensor) -> object:
+    def recorded(weight: Tensor) -> object:
         shapes.append(weight.shape)
         return real(weight)
 
-    monkeypatch.setattr(quantize_module, function, watched)
+    monkeypatch.setattr(quantize_module, function, recorded)
     gpu = FakeGPU()
     with gpu:
         weight = torch.empty(12288, 4096, dtype=torch.bfloat16, device=CUDA)
@@ -194,7 +197,7 @@ def test_a_gpu_quantizes_in_few_pieces(
         assert gpu.peak - before < 1.5e9
 
 
-def test_naming_a_model_copies_nothing_to_the_gpu() -> None:
+def test_a_fingerprint_copies_nothing_to_the_gpu() -> None:
     """To unpack q4, a matrix of unit vectors was made on the host, 600 MB for each layer of 8B."""
     gpu, model = rehearsed("0.6B", "q4")
     with gpu:
@@ -203,7 +206,7 @@ def test_naming_a_model_copies_nothing_to_the_gpu() -> None:
 
 
 class Called(TorchDispatchMode):
-    """Keeps the names of all operators."""
+    """Records the names of all operators that are called."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -218,7 +221,7 @@ class Called(TorchDispatchMode):
 
 
 def wrong_map(name: str, model: Qwen3) -> Callable[[Tensor], Tensor]:
-    """A map with one planted fault."""
+    """Return a map with one planted fault."""
     size = model.config.hidden_size
 
     def elsewhere(hidden: Tensor) -> Tensor:

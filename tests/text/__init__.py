@@ -1,7 +1,7 @@
 """Tokenizers and models with a tokenizer, shared by the tests that use text.
 
-The tokenizer is that of weights/tiny; the weights are random, so that nothing depends on how it
-was trained.
+The tokenizer is that of weights/tiny. The weights are random, so that nothing depends on its
+training.
 """
 
 import functools
@@ -31,19 +31,20 @@ def tiny_tokenizer() -> Tokenizer:
 
 @functools.cache
 def plain_tokenizer(folder: Path) -> Backend:
-    """The tokenizer of a folder as anybody would open it."""
+    """Return the tokenizer of a folder as the tokenizers library opens it."""
     return Backend.from_file(str(folder / "tokenizer.json"))
 
 
 @functools.cache
 def text_model(family: str = "qwen3", dtype: torch.dtype = torch.float64) -> Qwen3:
-    """A random model of weights/tiny's vocabulary; nobody may change it."""
+    """Return a random model with the vocabulary of weights/tiny. Tests must not change it."""
     return tiny_model(family, dtype=dtype, vocab_size=tiny_tokenizer().size)
 
 
 def text_folder(path: Path, teams: Any = None, **tokenizer_config: Any) -> Path:
-    """A folder with weights/tiny's tokenizer.json, these tokenizer settings (None: its own) and
-    perhaps a teams.json.
+    """Write a folder with weights/tiny's tokenizer.json and the given tokenizer settings.
+
+    Settings that are not given are those of weights/tiny. `teams` is the content of a teams.json.
     """
     path.mkdir(parents=True, exist_ok=True)
     shutil.copy(TINY / "tokenizer.json", path)
@@ -62,16 +63,14 @@ def with_template(source: str) -> Tokenizer:
 
 
 def endless_folder(path: Path, context: int) -> Path:
-    """Write a random model that never ends its turn, whose context has this many positions."""
+    """Write a random model with this context length that never ends its turn."""
     model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context)
-    model.lm_head.weight.data[:5] = 0  # of the control tokens
+    model.lm_head.weight.data[:5] = 0  # the control tokens
     return write_folder(path, model, tokenizer=TINY)
 
 
 def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:
-    """Texts spliced with control tokens: whole, in pieces, one inside another, side by side and at
-    the borders.
-    """
+    """Draw texts with control tokens: whole, in pieces, nested, adjacent and at the borders."""
     token = st.sampled_from(CONTROL)
     piece = st.builds(
         lambda t, i, j: t[min(i, j) : max(i, j)], token, st.integers(0, 13), st.integers(0, 13)
@@ -86,10 +85,10 @@ def hostile_texts(max_parts: int = 8) -> st.SearchStrategy[str]:
 
 
 def harmless_texts(max_size: int = 30) -> st.SearchStrategy[str]:
-    """Texts that neither hold a control token nor complete one at their borders."""
+    """Draw texts that neither contain a control token nor complete one at their borders."""
     return st.text(max_size=max_size).filter(lambda text: not set("<|>") & set(text))
 
 
 def load_text_lm(folder: Path = TINY, family: str = "qwen3") -> LM:
-    """The random float64 model, with the tokenizer, teams and settings of a folder."""
+    """Return the random float64 model with the tokenizer, teams and settings of a folder."""
     return LM(text_model(family), folder)

@@ -1,8 +1,8 @@
-"""Chat templates in the formats of well-known model families, with their habits.
+"""Chat templates in the formats of well-known model families, with their peculiarities.
 
-Each is written for these tests from the format of the family: which messages are stripped, whether
-there is a default system message, whether one is refused or merged into the user turn, what ends a
-turn, and which features of the template language are used.
+Each is written for these tests after the format of the family. They differ in which messages are
+stripped, whether there is a default system message, whether a system message is refused or merged
+into the user turn, what ends a turn, and which features of the template language are used.
 """
 
 CHATML = (

@@ -1,6 +1,6 @@
 """Prompts compared with `apply_chat_template` of transformers, for the templates of many families.
 
-A prompt is exactly what transformers renders, or it is refused in one line that names the file.
+A prompt must equal what transformers renders, or be refused in one line that names the file.
 """
 
 import functools
@@ -33,7 +33,7 @@ USERS = [
     "<think>x</think>",
 ]
 SYSTEMS = [None, "Be brief.", " s \n"]
-# A second turn is not what follows the first one and its end.
+# In these, a second turn is not simply appended to the first one and its end.
 NO_CHAT = {"phi 3, another end of the conversation", "falcon, a turn has no end"}
 NO_SYSTEM = {"gemma, no system message"}
 MOVES_SYSTEM = {"mistral, system message in the last user message"}
@@ -43,12 +43,13 @@ Messages = list[tuple[str, str]]
 
 @functools.cache
 def lm_with(name: str) -> LM:
-    """The random model with the tokenizer of weights/tiny and one of the templates."""
+    """Return the random model with the tokenizer of weights/tiny and one of the templates."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         special = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES[name]}
         lm = load_text_lm(text_folder(path, **special))
-        assert lm.tokenizer and lm.sampling and lm.end_ids and lm.teams == {}  # read now
+        # Load them before the folder is deleted.
+        assert lm.tokenizer and lm.sampling and lm.end_ids and lm.teams == {}
         return lm
 
 
@@ -67,7 +68,7 @@ def theirs() -> Any:
 
 
 def rendered(name: str, messages: Messages) -> str:
-    """What transformers renders, up to the open assistant turn."""
+    """Return what transformers renders, up to the open assistant turn."""
     conversation = [{"role": role, "content": text} for role, text in messages]
     options = {"chat_template": TEMPLATES[name], "tokenize": False, "add_generation_prompt": True}
     return str(theirs().apply_chat_template(conversation, **options))
@@ -79,10 +80,8 @@ def with_system(system: str | None, *messages: tuple[str, str]) -> Messages:
 
 @names
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_turn_of_any_family_is_what_transformers_renders(name: str, system: str | None) -> None:
-    """Templates strip a message on one side or both, merge a system message into the user's, and
-    add one of their own.
-    """
+def test_a_turn_of_any_family_equals_the_one_of_transformers(name: str, system: str | None) -> None:
+    """Templates may strip messages, merge a system message into the user's, or add one."""
     tokenizer = tokenizer_with(name)
     if system is not None and name in NO_SYSTEM:
         with pytest.raises(ValueError, match=r"^\S+/tokenizer_config\.json: the chat template .*"):
@@ -98,7 +97,7 @@ def test_a_turn_of_any_family_is_what_transformers_renders(name: str, system: st
 
 
 def chat_prompts(name: str, users: list[str], system: str | None) -> tuple[list[str], str]:
-    """The prompts of agents in chat turns, and the conversation of which they are parts."""
+    """Return the prompts of agents in chat turns, and the conversation that they are part of."""
     agents = [Agent(str(i), "{question} " + user) for i, user in enumerate(users)]
     agents[0] = replace(agents[0], system=system)
     run: Any = {"latent_steps": 1, "sampling": Sampling(max_new_tokens=1), "layout": "chat"}
@@ -111,10 +110,10 @@ def chat_prompts(name: str, users: list[str], system: str | None) -> tuple[list[
 
 @names
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_chat_turns_add_up_to_the_conversation_that_transformers_renders(
+def test_chat_turns_add_up_to_the_conversation_of_transformers(
     name: str, system: str | None
 ) -> None:
-    """The second agent's turn began with `<s>`, or the default system message, once more."""
+    """The second agent's turn repeated `<s>` or the default system message."""
     refused = NO_CHAT | (set() if system is None else NO_SYSTEM | MOVES_SYSTEM)
     for users in itertools.islice(itertools.product(USERS, repeat=2), 0, None, 13):
         if name in refused:
@@ -127,10 +126,10 @@ def test_chat_turns_add_up_to_the_conversation_that_transformers_renders(
 
 @names
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_the_paragraphs_of_one_turn_add_up_to_what_transformers_renders(
+def test_the_paragraphs_of_one_turn_add_up_to_the_turn_of_transformers(
     name: str, system: str | None
 ) -> None:
-    """With and without an opening, whatever the template strips at both ends of the message."""
+    """This holds with and without an opening, whatever the template strips from the message."""
     run: Any = {"latent_steps": 1, "sampling": Sampling(max_new_tokens=1)}
     pairs = list(zip(USERS, USERS[::-1], strict=True))
     for opening, (first, last) in itertools.product(["", "{question}"], pairs):
@@ -151,8 +150,8 @@ def test_the_paragraphs_of_one_turn_add_up_to_what_transformers_renders(
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - NO_CHAT))
-def test_a_conversation_of_text_agents_is_what_transformers_renders(name: str) -> None:
-    """`<s>`, or a default system message, stood before every turn of it."""
+def test_a_conversation_of_text_agents_equals_the_one_of_transformers(name: str) -> None:
+    """`<s>` or a default system message was inserted before every turn."""
     agents = tuple(Agent(str(i), text) for i, text in enumerate([" {question}", "b\n", "c"]))
     [result] = text_mas(lm_with(name), ["Q?"], Team(agents), sampling=Sampling(max_new_tokens=3))
     first, second, last = result.agents
@@ -166,8 +165,8 @@ def test_a_conversation_of_text_agents_is_what_transformers_renders(name: str) -
 
 
 @pytest.mark.parametrize("name", sorted(NO_CHAT))
-def test_a_template_without_a_second_turn_serves_all_other_methods(name: str) -> None:
-    """It is refused for the prompts that need one, not before."""
+def test_a_template_without_a_second_turn_works_for_all_other_methods(name: str) -> None:
+    """It is refused only for prompts that need a second turn."""
     lm, run = lm_with(name), dict[str, Any](sampling=Sampling(max_new_tokens=1))
     alone = Team((Agent("a", "{question}"),))
     notes = Team((Agent("a", "{question}"), Agent("b", "{question}{context}")))
@@ -182,10 +181,10 @@ SPACES = st.text(" \n\tab", max_size=6)
 
 @given(st.sampled_from(sorted(SIDES)), st.sampled_from(["", "'\\n'", "' '"]), SPACES, SPACES)
 @settings(max_examples=200)
-def test_a_template_may_strip_either_side_and_any_space(
+def test_a_template_may_strip_either_side_and_any_whitespace(
     side: str, characters: str, user: str, system: str
 ) -> None:
-    """Only both sides at once were known: `lstrip` or `strip('\\n')` was refused."""
+    """Only stripping both sides was supported: `lstrip` or `strip('\\n')` was refused."""
     call = f".{side}({characters})"
     tokenizer = stripping(call)
     stripped = [
@@ -216,14 +215,14 @@ def stripping(call: str) -> Tokenizer:
 def test_a_template_that_repeats_moves_or_changes_a_message_is_refused(
     tmp_path: Path, template: str
 ) -> None:
-    """What is the user's and what the template's cannot be told apart any more."""
+    """The user's part and the template's part of the text can no longer be told apart."""
     folder = text_folder(tmp_path, chat_template=template)
     with pytest.raises(ValueError, match=r"^\S+/tokenizer_config\.json: chat_template: found"):
         Tokenizer(folder).turn("a  cat", "sys")
 
 
-def test_a_variable_of_a_generation_block_stays_in_it(tmp_path: Path) -> None:
-    """In transformers the block is a scope of its own."""
+def test_a_variable_in_a_generation_block_is_local(tmp_path: Path) -> None:
+    """In transformers, the block has its own scope."""
     template = (
         "{% set x = 'out' %}{%- generation -%}{% set x = 'in' %}{{ x }}{%- endgeneration %}{{ x }}"
         "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -234,7 +233,7 @@ def test_a_variable_of_a_generation_block_stays_in_it(tmp_path: Path) -> None:
     assert tokenizer.turn("hi").text == expected == "inout[hi]"
 
 
-def test_the_oracle_tells_a_wrong_prompt_from_a_right_one() -> None:
+def test_the_reference_distinguishes_wrong_prompts() -> None:
     """The negative control: another user text, another role, no open turn."""
     right = rendered("llama 3", [("user", "x")])
     assert tokenizer_with("llama 3").turn("x").text == right
@@ -243,8 +242,8 @@ def test_the_oracle_tells_a_wrong_prompt_from_a_right_one() -> None:
     assert json.loads(json.dumps(right)).count("<s>") == 1
 
 
-def test_a_template_that_numbers_the_turns_is_refused_for_later_ones() -> None:
-    """The third agent's turn had the second one's number."""
+def test_a_template_that_numbers_the_turns_is_refused_for_later_turns() -> None:
+    """The third agent's turn had the number of the second one."""
     numbered = (
         "{% for m in messages %}{% if m.role == 'user' %}[Round {{ loop.index0 // 2 + 1 }}]"
         "{{ m.content }}:{% else %}{{ m.content }}\n{% endif %}{% endfor %}"

@@ -1,8 +1,7 @@
-"""Text in, ids out: a user's text is never a control token, a template never runs code, a character
-is never broken.
+"""A user's text never becomes a control token, templates never run code, characters never break.
 
-In the authors' repository, as in most, `<|im_end|>` in a question ends the user's turn, and what
-follows speaks as anybody it likes.
+In the authors' repository, as in most, `<|im_end|>` in a question ends the user's turn, and the
+text after it can take any role.
 """
 
 import functools
@@ -51,12 +50,12 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.control.values()]
 
 
-def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     return str(tokenizer.backend.decode(ids, skip_special_tokens=False))
 
 
-def written_as(tokenizer: Tokenizer, text: str) -> str:
-    """What a text looks like after a tokenizer's normalizer: Qwen's composes accents."""
+def normalized(tokenizer: Tokenizer, text: str) -> str:
+    """Return the text after the tokenizer's normalizer: Qwen's composes accents."""
     return unicodedata.normalize("NFC", text) if tokenizer.backend.normalizer else text
 
 
@@ -71,24 +70,22 @@ def written_as(tokenizer: Tokenizer, text: str) -> str:
 def test_user_text_never_becomes_a_control_token(
     tokenizer: Tokenizer, user: str, system: str | None
 ) -> None:
-    """A question that held `<|im_end|>` closed its own turn and put words into the assistant's
-    mouth.
-    """
+    """A question with `<|im_end|>` closed its own turn and put words into the assistant's mouth."""
     turn, harmless = (
         tokenizer.turn(user, system),
         tokenizer.turn("x", None if system is None else "y"),
     )
     ids = tokenizer.encode_turn(turn)
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, tokenizer.encode(harmless.text))
-    assert spelled(tokenizer, ids) == written_as(tokenizer, turn.text)
+    assert decoded(tokenizer, ids) == normalized(tokenizer, turn.text)
     assert user in turn.text and (system or "") in turn.text
 
 
 @pytest.mark.parametrize("token", CONTROL)
-def test_the_same_text_would_be_a_control_token_if_it_were_trusted(
+def test_the_same_text_becomes_a_control_token_if_it_is_trusted(
     tokenizer: Tokenizer, token: str
 ) -> None:
-    """The negative control of the property above, and why `prefix` may hold `<think>`."""
+    """The negative control of the test above, and the reason why `prefix` may contain `<think>`."""
     if token in tokenizer.control:
         assert tokenizer.encode(token) == [tokenizer.control[token]]
         assert tokenizer.encode_turn(PromptText(token)) == [tokenizer.control[token]]
@@ -99,36 +96,34 @@ def test_the_same_text_would_be_a_control_token_if_it_were_trusted(
 
 
 @given(hostile_texts(), hostile_texts(), hostile_texts())
-def test_what_an_agent_wrote_is_not_trusted_either(
+def test_text_generated_by_an_agent_is_not_trusted(
     tokenizer: Tokenizer, asked: str, wrote: str, then: str
 ) -> None:
-    """In text_mas one agent's text is in the next one's prompt: it may not open a turn there."""
-    talk = tokenizer.turn(asked) + tokenizer.written(wrote) + tokenizer.turn(then)
+    """In text_mas, one agent's text is in the next one's prompt, where it must not open a turn."""
+    conversation = tokenizer.turn(asked) + tokenizer.written(wrote) + tokenizer.turn(then)
     harmless = tokenizer.turn("x") + tokenizer.written("y") + tokenizer.turn("z")
-    ids = tokenizer.encode_turn(talk)
+    ids = tokenizer.encode_turn(conversation)
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, tokenizer.encode(harmless.text))
-    assert spelled(tokenizer, ids) == written_as(tokenizer, talk.text)
+    assert decoded(tokenizer, ids) == normalized(tokenizer, conversation.text)
 
 
 @given(st.lists(st.sampled_from(["ab", "abc", "bcd", "cab", "b", "x"]), max_size=8).map("".join))
-def test_overlapping_control_tokens_are_cut_too(text: str) -> None:
-    """Cutting `ab` in `abcab` must not leave `bcd` or `cab` whole after the cut."""
+def test_overlapping_control_tokens_are_split_too(text: str) -> None:
+    """Splitting `ab` in `abcab` must not leave `bcd` or `cab` whole."""
     tokenizer = byte_level(("ab", "abc", "bcd", "cab"))
     ids = tokenizer.encode_turn(PromptText.from_user(text))
-    assert control_ids(tokenizer, ids) == [] and spelled(tokenizer, ids) == text
+    assert control_ids(tokenizer, ids) == [] and decoded(tokenizer, ids) == text
 
 
 @given(st.lists(st.sampled_from(["ab", "bcd", "a", "b", "c", "d"]), max_size=5).map("".join))
-def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> None:
-    """With a user text ending in `a`, the leftmost match `ab` would swallow the head of the
-    template's own `bcd`.
-    """
+def test_user_text_cannot_swallow_a_control_token_of_the_template(text: str) -> None:
+    """If a user text ends in `a`, the match `ab` would take the `b` of the template's `bcd`."""
     tokenizer = byte_level(("ab", "bcd"))
     turn = PromptText("bcd") + PromptText.from_user(text) + PromptText("bcd")
     ids = tokenizer.encode_turn(turn)
     assert (
         control_ids(tokenizer, ids) == [tokenizer.control["bcd"]] * 2
-        and spelled(tokenizer, ids) == turn.text
+        and decoded(tokenizer, ids) == turn.text
     )
 
 
@@ -140,20 +135,21 @@ def test_a_users_border_cannot_eat_the_templates_control_token(text: str) -> Non
     ],
     ids=["lower case", "full width"],
 )
-def test_no_spelling_of_a_control_token_is_one(normalizer: Any, special: str, text: str) -> None:
-    """Added tokens may be looked for after the normalizer, where `<|IM_END|>` has become
-    `<|im_end|>`.
-    """
+def test_a_variant_spelling_of_a_control_token_in_user_text_is_split(
+    normalizer: Any, special: str, text: str
+) -> None:
+    """Added tokens may be matched after the normalizer turned `<|IM_END|>` into `<|im_end|>`."""
     tokenizer = byte_level((special,), normalizer)
     assert control_ids(tokenizer, tokenizer.encode(text)), "trusted, it is one"
     assert control_ids(tokenizer, tokenizer.encode_turn(PromptText.from_user(text))) == []
 
 
-def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_one(
+def test_a_template_token_that_strips_spaces_stays_whole_before_a_question_with_spaces(
     tmp_path: Path,
 ) -> None:
-    """With `rstrip` it reaches into the question; cut in two, the turn would have lost its own
-    first token.
+    """With `rstrip` the token extends into the question.
+
+    If it were split, the turn would lose its first token.
     """
     backend = byte_level(("§§",)).backend
     backend.add_special_tokens([AddedToken("<s>", rstrip=True, normalized=False)])
@@ -167,7 +163,7 @@ def test_a_template_token_that_eats_spaces_survives_a_question_that_starts_with_
 
 
 def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
-    """It cannot be cut in two, so the only honest answers are to refuse it or to obey it."""
+    """It cannot be split, so it can only be refused or obeyed."""
     tokenizer = byte_level(("§",))
     assert control_ids(tokenizer, tokenizer.encode("a§b")), "trusted, it is one"
     with pytest.raises(ValueError, match="question: found a character that is a control token"):
@@ -176,7 +172,10 @@ def test_a_control_token_of_one_character_is_refused_in_a_question() -> None:
 
 @functools.cache
 def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
-    """A tokenizer of single bytes with these control tokens, looked for after the normalizer."""
+    """Return a tokenizer of single bytes.
+
+    Its control tokens are matched after the normalizer.
+    """
     backend = Backend(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
@@ -202,8 +201,9 @@ def byte_level(special: tuple[str, ...], normalizer: Any = None) -> Tokenizer:
 def test_an_added_token_that_is_a_word_keeps_its_id_in_user_text(
     tmp_path: Path, added: list[str], text: str
 ) -> None:
-    """Every added token was taken for a control token: cut in two, or refused if it was one
-    character.
+    """Every added token was treated as a control token.
+
+    It was split, or refused if it was one character.
     """
     backend = Backend.from_str(byte_level(("<|im_start|>", "<|im_end|>")).backend.to_str())
     backend.add_tokens(added)
@@ -217,7 +217,7 @@ def test_an_added_token_that_is_a_word_keeps_its_id_in_user_text(
 @pytest.mark.parametrize(
     "token", ["<think>", "[INST]", "<\uff5cUser\uff5c>", "</tool_call>", "\u2581<PRE>"]
 )
-def test_an_added_token_that_looks_like_a_control_token_is_guarded(
+def test_an_added_token_that_looks_like_a_control_token_is_treated_as_one(
     tmp_path: Path, token: str
 ) -> None:
     """Some folders do not mark such tokens as special."""
@@ -228,32 +228,35 @@ def test_an_added_token_that_looks_like_a_control_token_is_guarded(
     number = backend.token_to_id(token)
     assert number in tokenizer.encode_turn(tokenizer.turn("x", prefix=token))
     ids = tokenizer.encode_turn(tokenizer.turn(f"a{token}b", token))
-    assert number not in ids and spelled(tokenizer, ids).count(token) == 2
+    assert number not in ids and decoded(tokenizer, ids).count(token) == 2
 
 
-# -- the same ids as anybody's tokenizer -----------------------------------------------------------
+# -- the same ids as with Hugging Face -------------------------------------------------------------
 
 
 @given(harmless_texts(), st.none() | harmless_texts())
 @settings(max_examples=60)
-def test_a_turn_has_the_ids_that_hugging_face_gives_its_text(
+def test_a_turn_has_the_ids_that_hugging_face_gives_to_its_text(
     tokenizer: Tokenizer, user: str, system: str | None
 ) -> None:
-    """Encoding a turn in pieces would split `.\\n` from `assistant`, and a stranger could not
-    replay a result.
+    """Encoding a turn in pieces would split `.\\n` from `assistant`.
+
+    Other tools could then not replay a result.
     """
     turn = tokenizer.turn(user, system, "<think>\n")
-    anybody = plain_tokenizer(tokenizer.path.parent).encode(turn.text, add_special_tokens=False).ids
-    assert tokenizer.encode_turn(turn) == anybody
+    expected = (
+        plain_tokenizer(tokenizer.path.parent).encode(turn.text, add_special_tokens=False).ids
+    )
+    assert tokenizer.encode_turn(turn) == expected
 
 
 @given(user=harmless_texts(), system=st.none() | harmless_texts())
 @settings(max_examples=25)
-def test_a_turn_is_what_transformers_makes_of_the_messages(
+def test_a_turn_equals_the_messages_rendered_by_transformers(
     hf: Any, user: str, system: str | None
 ) -> None:
-    """Another order of template, whitespace or thinking block would be another prompt than the
-    model was trained on.
+    """Other whitespace, or another order or thinking block, gives a prompt unlike the training
+    data.
     """
     theirs, tokenizer = hf
     messages = ([{"role": "system", "content": system}] if system is not None else []) + [
@@ -272,16 +275,14 @@ def hf(request: pytest.FixtureRequest) -> tuple[Any, Tokenizer]:
 
 
 @given(st.text(max_size=40))
-def test_ordinary_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
-    assert spelled(tokenizer, tokenizer.encode_turn(PromptText.from_user(text))) == written_as(
+def test_text_is_unchanged_after_encoding_and_decoding(tokenizer: Tokenizer, text: str) -> None:
+    assert decoded(tokenizer, tokenizer.encode_turn(PromptText.from_user(text))) == normalized(
         tokenizer, text
     )
 
 
 def test_padding_and_truncation_left_over_from_training_are_ignored(tmp_path: Path) -> None:
-    """A tokenizer.json saved with truncation cut every prompt to the training length without a
-    word.
-    """
+    """A tokenizer.json saved with truncation silently cut every prompt to the training length."""
     backend = plain_tokenizer(TINY).from_file(str(TINY / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
@@ -300,8 +301,8 @@ OTHER = (
 NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OTHER}]
 
 
-def test_special_tokens_of_their_own_file_reach_the_template(tmp_path: Path) -> None:
-    """A template got no bos, and generation did not stop at an eos that only this file names."""
+def test_special_tokens_map_is_used(tmp_path: Path) -> None:
+    """Templates got no bos token, and an eos token that only this file names did not end a text."""
     template = "{{ bos_token }}" + OTHER
     text_folder(tmp_path, chat_template=template, bos_token=None, eos_token=None)
     own = {"bos_token": {"content": "<think>"}, "eos_token": "<|endoftext|>"}
@@ -311,8 +312,8 @@ def test_special_tokens_of_their_own_file_reach_the_template(tmp_path: Path) -> 
     assert tokenizer.backend.token_to_id("<|endoftext|>") in tokenizer.end_ids
 
 
-def test_templates_without_a_default_one_are_refused(tmp_path: Path) -> None:
-    """ChatML was taken in their place; transformers raises."""
+def test_a_list_of_templates_without_a_default_is_refused(tmp_path: Path) -> None:
+    """ChatML was used in their place, while transformers raises an error."""
     for templates in ([{"name": "tool_use", "template": OTHER}], []):
         text_folder(tmp_path, chat_template=templates)
         with pytest.raises(ValueError, match=r"tokenizer_config.json: .*expected one .*'default'"):
@@ -325,15 +326,16 @@ def test_templates_without_a_default_one_are_refused(tmp_path: Path) -> None:
         (OTHER, None, OTHER),
         (NAMED, None, OTHER),
         (None, OTHER, OTHER),
-        (CHATML, OTHER, OTHER),  # transformers 5 writes the file, and it wins
+        (CHATML, OTHER, OTHER),  # transformers 5 writes the file, which takes precedence
         (None, None, CHATML),
     ],
 )
-def test_the_template_is_found_wherever_it_may_be(
+def test_the_template_is_found_in_each_of_its_places(
     tmp_path: Path, in_config: Any, in_file: str | None, expected: str
 ) -> None:
-    """Two files and two forms are in use; reading only one of them would silently use ChatML with a
-    Llama.
+    """Two files and two forms are in use.
+
+    If only one were read, a Llama would silently use ChatML.
     """
     text_folder(tmp_path, chat_template=in_config)
     if in_file is not None:
@@ -346,7 +348,7 @@ def test_the_template_is_found_wherever_it_may_be(
     )
 
 
-def test_a_folder_with_nothing_but_a_tokenizer_speaks_chatml(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_tokenizer_uses_chatml(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.turn("q", "s").text == (
@@ -369,8 +371,9 @@ MESSAGE = st.text(" \n\tab<", max_size=5)
 def test_a_message_is_found_wherever_a_template_puts_it(
     before: str, between: str, after: str, strips: bool, user: str, system: str | None
 ) -> None:
-    """Some templates strip a message (Llama 2 and 3, Gemma): its span must be what is left of it,
-    no more, no less.
+    """Some templates strip a message (Llama 2 and 3, Gemma).
+
+    Its span must be exactly what is left of it.
     """
     contents = [system, user] if system is not None else [user]
     left = [content.strip() if strips else content for content in contents]
@@ -412,8 +415,9 @@ def repr_jinja(text: str) -> str:
 def test_a_template_cannot_leave_its_sandbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    """A template is code from a stranger's folder (CVE-2024-34359 in llama-cpp-python ran one
-    outside a sandbox).
+    """A template is code from a stranger's folder.
+
+    llama-cpp-python ran templates outside a sandbox (CVE-2024-34359).
     """
     monkeypatch.chdir(tmp_path)
     folder = text_folder(tmp_path / "model", chat_template=template + OTHER)
@@ -421,7 +425,7 @@ def test_a_template_cannot_leave_its_sandbox(
         seen = Tokenizer(folder).turn("hi").text
     except ValueError as refused:
         assert re.search("tokenizer_config.json: .*template", str(refused))
-    else:  # what is out of reach may also render as nothing
+    else:  # inaccessible attributes may also render as nothing
         assert seen in ("[user]hi[end][assistant]", "[Undefined][user]hi[end][assistant]")
     assert not (tmp_path / "MARK").exists()
 
@@ -453,10 +457,10 @@ def test_a_template_cannot_leave_its_sandbox(
     ],
 )
 @pytest.mark.parametrize("system", [None, "be brief"])
-def test_a_broken_template_is_one_error_that_names_its_file(
+def test_a_broken_template_gives_an_error_that_names_its_file(
     tmp_path: Path, template: Any, system: str | None
 ) -> None:
-    """Whatever a template does wrong, the message says whose fault it is."""
+    """Whatever is wrong with a template, the message says where the fault is."""
     with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer_config.json: ") as caught:
         Tokenizer(text_folder(tmp_path, chat_template=template)).turn("How many?", system)
     assert len(str(caught.value)) < 600
@@ -504,9 +508,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["text", "object"])
 def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> None:
-    """tokenizer_config.json holds a special token as text or as an object, by the age of the
-    exporter.
-    """
+    """Exporters of different ages write a special token as text or as an object."""
     text = "<|endoftext|>"
     value = text if form == "text" else {"content": text, "lstrip": False, "__type": "AddedToken"}
     template = "{{ bos_token }}" + OTHER
@@ -530,12 +532,15 @@ def test_the_end_token_is_read_from_both_forms(tmp_path: Path, form: str) -> Non
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}",
             "<|im_end|>",
-        ),  # nothing there: the end token
+        ),  # if the template has no end, the end token is used
     ],
 )
-def test_how_a_turn_ends_is_seen_in_the_template(tmp_path: Path, template: str, end: str) -> None:
-    """The authors never close a turn: the next agent's system message stands inside the last one's
-    answer.
+def test_the_end_of_a_turn_is_derived_from_the_template(
+    tmp_path: Path, template: str, end: str
+) -> None:
+    """The authors never close a turn.
+
+    The next agent's system message is then inside the last one's answer.
     """
     assert Tokenizer(text_folder(tmp_path, chat_template=template)).turn_end == end
 
@@ -544,15 +549,15 @@ def test_how_a_turn_ends_is_seen_in_the_template(tmp_path: Path, template: str, 
     ("ending", "ends"),
     [
         ("<|eot|>", ["<|eot|>"]),
-        ("\n<|eot|>\n<|end_of_text|>", ["<|eot|>"]),  # a model says the first one
-        (" [/ANSWER]", []),  # no token of the tokenizer
+        ("\n<|eot|>\n<|end_of_text|>", ["<|eot|>"]),  # a model generates the first one
+        (" [/ANSWER]", []),  # not a token of the tokenizer
         ("", []),
     ],
 )
-def test_generation_stops_at_the_templates_own_end_of_turn(
+def test_generation_stops_at_the_end_of_turn_of_the_template(
     tmp_path: Path, ending: str, ends: list[str]
 ) -> None:
-    """tokenizer_config.json names the end of a text, and a chat model ends its turn otherwise."""
+    """tokenizer_config.json names the end of a text, but a chat model ends its turn differently."""
     backend = byte_level(("<|eot|>", "<|end_of_text|>", "<|other|>")).backend
     backend.save(str(tmp_path / "tokenizer.json"))
     template = "{% for m in messages %}<|other|>{{ m.content }}" + ending + "{% endfor %}"
@@ -563,7 +568,7 @@ def test_generation_stops_at_the_templates_own_end_of_turn(
 
 
 def test_an_end_token_may_be_an_ordinary_token_of_the_vocabulary(tmp_path: Path) -> None:
-    """Only added tokens were looked at."""
+    """Only added tokens were considered."""
     tokenizer = Tokenizer(text_folder(tmp_path, eos_token="!"))
     assert tokenizer.backend.token_to_id("!") in tokenizer.end_ids
 
@@ -576,7 +581,7 @@ def test_an_assistant_message_that_a_template_drops_is_refused(tmp_path: Path) -
         Tokenizer(text_folder(tmp_path, chat_template=template))
 
 
-# -- ids that come one by one ----------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -587,8 +592,9 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 @given(st.text(max_size=20) | st.text("é日本語🙂👩‍👩‍👧🇪🇺\u0301", max_size=8), st.integers(0, 40))
 @settings(max_examples=150)
 def test_streaming_never_breaks_a_character(tokenizer: Tokenizer, text: str, limit: int) -> None:
-    """An emoji is up to four tokens: decoded one by one each was printed as a replacement
-    character.
+    """An emoji is up to four tokens.
+
+    Decoded one by one, each was printed as a replacement character.
     """
     text = text.replace("\ufffd", "")
     ids = tokenizer.encode(text)[:limit]
@@ -599,24 +605,27 @@ def test_streaming_never_breaks_a_character(tokenizer: Tokenizer, text: str, lim
 
 @given(data=st.data())
 @settings(max_examples=300)
-def test_streamed_pieces_add_up_to_the_text_whatever_the_ids(
+def test_streamed_pieces_add_up_to_the_text_for_any_ids(
     tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
-    """A model at temperature 2 writes bytes that are no text: the stream must neither fail nor lose
-    any of it.
+    """At temperature 2, a model generates bytes that are not valid text.
+
+    The stream must neither fail nor lose any of them.
     """
     ids = data.draw(st.lists(st.integers(0, tokenizer.size - 1) | st.integers(0, 299), max_size=15))
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_an_id_that_the_tokenizer_does_not_know_is_no_text(tokenizer: Tokenizer) -> None:
+def test_an_id_beyond_the_vocabulary_decodes_to_nothing(tokenizer: Tokenizer) -> None:
     """An embedding matrix is padded to a round number of rows, and a model may pick one of them."""
     ids = [*tokenizer.encode("one"), tokenizer.size + 1, *tokenizer.encode(" two")]
     assert "".join(streamed(tokenizer, ids)) == "one two"
 
 
 @pytest.mark.parametrize("text", ["🙂", "語", "👩‍👩‍👧"])
-def test_a_character_cut_off_by_the_limit_comes_last(tokenizer: Tokenizer, text: str) -> None:
+def test_a_character_cut_off_by_the_limit_is_the_last_piece(
+    tokenizer: Tokenizer, text: str
+) -> None:
     ids = tokenizer.encode("ab" + text)
     for limit in range(len(tokenizer.encode("ab")), len(ids)):
         pieces = streamed(tokenizer, ids[:limit])
@@ -638,7 +647,7 @@ DECODERS = {
 
 @functools.cache
 def byte_fallback(name: str) -> Tokenizer:
-    """A tokenizer with a token for every byte, as Llama 2's, and one of the decoders."""
+    """Return a tokenizer with a token for every byte, as in Llama 2, and one of the decoders."""
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *WORDS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -660,17 +669,17 @@ RUNS = st.lists(
 @pytest.mark.parametrize("name", DECODERS)
 @given(RUNS, st.integers(0, 12))
 @settings(max_examples=150)
-def test_a_stream_of_byte_tokens_adds_up_whatever_the_bytes(
+def test_streamed_byte_tokens_add_up_to_the_text_for_any_bytes(
     name: str, ids: list[int], limit: int
 ) -> None:
-    """Ids that are no UTF-8 ended in a traceback, and a shown character was taken back."""
+    """Ids that are not valid UTF-8 raised an error, and pieces already shown were taken back."""
     tokenizer = byte_fallback(name)
     pieces = streamed(tokenizer, ids[:limit])
     assert "".join(pieces) == tokenizer.decode(ids[:limit])
 
 
 def test_a_character_of_byte_tokens_is_shown_when_it_can_no_longer_change() -> None:
-    """One wrong byte later in the run turns all of its characters into replacement characters."""
+    """One invalid byte later in the run turns all of its characters into replacement characters."""
     tokenizer, smile = byte_fallback("llama 2"), [3 + byte for byte in "\U0001f642".encode()]
     letter = tokenizer.backend.token_to_id("a")
     assert streamed(tokenizer, [letter, *smile, letter]) == ["a", *[""] * 4, "\U0001f642a", ""]
@@ -680,7 +689,7 @@ def test_a_character_of_byte_tokens_is_shown_when_it_can_no_longer_change() -> N
 
 
 def test_a_long_text_is_streamed_token_by_token() -> None:
-    """Nothing but runs of bytes and unfinished characters is held back."""
+    """Only runs of bytes and unfinished characters are held back."""
     tokenizer = byte_fallback("llama 2")
     ids = [
         tokenizer.backend.token_to_id(token) for token in ["\u2581the", "\u2581a", "b", "."] * 99
@@ -699,10 +708,10 @@ def test_a_long_text_is_streamed_token_by_token() -> None:
         ("{{ [1] | tojson(False, 1) }}", "[\n 1\n]"),
     ],
 )
-def test_a_template_is_given_what_transformers_gives_to_one(
+def test_a_template_gets_the_same_variables_as_in_transformers(
     tmp_path: Path, source: str, expected: str
 ) -> None:
-    """A template that asks for `tools` without testing that it is defined offered an empty list."""
+    """A template that uses `tools` without checking that it is defined offered an empty list."""
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(TINY / "tokenizer.json", folder)
