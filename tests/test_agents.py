@@ -315,7 +315,7 @@ def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
 
 
 @pytest.mark.parametrize("align", [lambda h: torch.zeros_like(h), lambda h: -h])
-def test_any_callable_aligns(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
+def test_align_may_be_any_callable(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
     handed, text = by_hand(lm, CHAIN, QUESTIONS[0], QUESTIONS[0], [2, 2], "full", align, 6)
     [result] = latent_mas(lm, QUESTIONS[:1], CHAIN, latent_steps=2, align=align, sampling=SHORT)
     assert result.text == text and handed.lengths[0] > 0
@@ -967,7 +967,7 @@ def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, m
     assert caches == []
 
 
-# -- against transformers --------------------------------------------------------------------------
+# -- comparison with transformers ------------------------------------------------------------------
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -1054,7 +1054,7 @@ def test_latent_mas_generates_the_same_text_as_a_loop_over_transformers(
         assert theirs.generate(theirs.prefill(result.agents[-1].prompt), 12) == result.text
 
 
-# -- before the last turn --------------------------------------------------------------------------
+# -- the last turn ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])

@@ -553,7 +553,7 @@ def test_an_option_and_its_letter_may_come_in_either_order() -> None:
         assert extract("choice", text, CITIES) is None, text
 
 
-# -- on the data -----------------------------------------------------------------------------------
+# -- on the data sets ------------------------------------------------------------------------------
 
 
 def test_every_gsm8k_solution_is_right_and_the_next_one_is_wrong() -> None:

@@ -111,7 +111,7 @@ def test_a_later_message_continues_the_conversation(tmp_path: Path, template: st
 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="no tokenizer of Qwen3 here")
-def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
+def test_a_conversation_equals_the_rendered_template_of_qwen3(tmp_path: Path) -> None:
     """An answer without thoughts is rendered unchanged, with no empty thoughts before it."""
     tokenizer = Tokenizer(QWEN)
     model = tiny_model(vocab_size=tokenizer.size)
@@ -169,7 +169,7 @@ def test_a_turn_prefills_only_its_own_message(chat: Chat, method: str) -> None:
     found = records(out)
     assert status == 0 and [one["question"] for one in found] == [EVA] * 5
     agents = found[0]["agents"]
-    for number in range(1 if method == "text_mas" else len(agents)):  # later ones get texts
+    for number in range(1 if method == "text_mas" else len(agents)):  # others get texts too
         assert len({one["agents"][number]["prompt_tokens"] for one in found}) == 1
     sizes = [one["usage"]["memory_bytes"] for one in found]
     assert sizes == sorted(set(sizes))
@@ -260,7 +260,7 @@ def test_show_describes_the_conversation(chat: Chat) -> None:
     assert re.search(r"^ *model: weights/tiny$", err, re.M) and "'max_new_tokens': 9" in err
 
 
-# -- what is wrong ---------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

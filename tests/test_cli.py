@@ -370,7 +370,7 @@ def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.Monkey
         assert max(map(len, out.splitlines())) <= 100
 
 
-# -- what is wrong with the command ---------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -651,7 +651,7 @@ def test_a_quantized_model_answers(run: Run, name: str) -> None:
     assert (status, out.strip()) == (0, "12")
 
 
-def test_info_of_the_embedded_model(run: Run) -> None:
+def test_info_describes_the_default_model(run: Run) -> None:
     status, out, _ = run("info", "weights/tiny")
     assert status == 0 and "teams.json" in out
 

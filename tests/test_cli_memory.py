@@ -182,7 +182,7 @@ def test_role_and_latent_steps_work_as_in_python(files: Files, role: str) -> Non
     assert float((found.keys[-1] - expected.keys[-1][:, :, : found.lengths[0]]).abs().max()) == 0
 
 
-# -- what is wrong -------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 def test_a_memory_of_another_model_is_refused_by_name(files: Files, stranger: Path) -> None:

@@ -21,7 +21,7 @@ OPTIONAL = "tokenizer_config.json"
 
 
 class Hub:
-    """A repository `remote` on the hub with its cache `local`. Offline if `remote` is None."""
+    """A repository `remote` on the hub and its cache `local`. It is offline if `remote` is None."""
 
     def __init__(self, local: Path, remote: Path | None, listed: bool = False) -> None:
         self.local, self.remote, self.listed, self.online = local, remote, listed, 0

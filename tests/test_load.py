@@ -54,7 +54,7 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
     return done.stdout
 
 
-# -- what loads ------------------------------------------------------------------------------------
+# -- valid folders ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,7 +137,7 @@ def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
     assert torch.equal(remember(loaded, ids)[0], remember(model, ids)[0])
 
 
-# -- what does not ---------------------------------------------------------------------------------
+# -- invalid folders -------------------------------------------------------------------------------
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOREIGN = f"{FILE}: found a truncated or foreign file, expected safetensors"
@@ -436,7 +436,7 @@ def test_nan_weights_are_reported_with_the_name_of_the_model(name: str, tmp_path
         think(broken, Aligner(), hidden[:, -1:], cache, 1)
 
 
-# -- what it costs, and what it needs --------------------------------------------------------------
+# -- memory use and imports ------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

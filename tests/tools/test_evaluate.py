@@ -92,7 +92,7 @@ def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Pa
     return to
 
 
-# -- nothing is lost -------------------------------------------------------------------------------
+# -- saving and resuming ---------------------------------------------------------------------------
 
 
 def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: Path) -> None:
@@ -266,7 +266,7 @@ def test_two_ranks_give_the_same_answers_as_one(finished: Path, data: Path, tmp_
     assert not lines(tmp_path)
 
 
-# -- nothing is guessed ----------------------------------------------------------------------------
+# -- refused runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_a_wrong_flag_gives_one_line(
     assert said in error
 
 
-# -- a run again -----------------------------------------------------------------------------------
+# -- replay and regrade ----------------------------------------------------------------------------
 
 
 def test_replay_finds_the_same_answer_or_the_agent_that_differs(
@@ -1160,7 +1160,7 @@ def test_equivalent_expressions_are_right_with_math_verify() -> None:
 def test_a_lens_adds_only_thoughts_and_attention_to_the_records(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Records have them for all agents with latent steps, for answers and for losses.
+    """Both are recorded for all agents with latent steps, for answers and for losses.
 
     In the shuffled arm, they belong to the KV cache that was handed over. For an arm without
     thoughts, the command says that there are none.

@@ -263,7 +263,7 @@ def test_gumbel_noise_comes_from_the_generator_of_the_question() -> None:
     assert apart(first, other) > 1e-3
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_every_arm_uses_its_own_feeder(lm: LM, made: Feeders) -> None:
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 
 
-# -- as files --------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["fitted", "mean"])

@@ -270,7 +270,7 @@ def test_questions_come_from_the_data_file_only_if_it_is_unchanged(tmp_path: Pat
     assert all(ours.endswith(theirs) for ours, theirs in zip(found, asked, strict=True))
 
 
-# -- what is missing -------------------------------------------------------------------------------
+# -- incomplete and invalid runs -------------------------------------------------------------------
 
 
 def test_a_truncated_run_shows_its_complete_records_and_says_so(

@@ -37,7 +37,7 @@ def row(number: int = 0, **fields: Any) -> dict[str, Any]:
     return {"id": f"q{number}", "question": "1 + 1?", "answer": "2"} | fields
 
 
-# -- reading ---------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_shuffled_labels_are_those_of_the_next_question() -> None:
     assert [row["answer"] for row in rotated(ROWS)] == ["9", "5", "6"], "tests grade these"
 
 
-# -- a training ------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def make_training(lm: LM, out: Path, updates: int, **settings: Any) -> Training:
