@@ -1,7 +1,8 @@
-"""What agents hand over equals the same built by hand from the model, `think` and caches.
+"""Check that the KV cache that agents hand over equals one built by hand from the model.
 
-The bugs are those of the authors' repository, by issue number: no KV cache at zero steps (#13),
-thoughts that start from padding (#25, #26), experts that see each other (#32), and open turns.
+The tests prevent bugs of the authors' repository, named by issue number: no KV cache at zero steps
+(#13), thoughts that start from padding (#25, #26), experts that see each other (#32), and open
+turns.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tenso
     states: list[Tensor] = []
     embed, logits = Qwen3.embed, Qwen3.logits
 
-    def saw(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def record_cache(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         caches.append(kwargs.get("cache", args[1] if len(args) > 1 else None))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +102,7 @@ def watched(model: Qwen3) -> Iterator[tuple[list[Any], list[KVCache], list[Tenso
         patch.setattr(
             Qwen3, "logits", lambda self, hidden: states.append(hidden) or logits(self, hidden)
         )
-        handle = model.register_forward_hook(saw, with_kwargs=True)
+        handle = model.register_forward_hook(record_cache, with_kwargs=True)
         yield ids, caches, states
         handle.remove()
 
@@ -118,7 +119,7 @@ def encoded(text: str) -> Tensor:
 
 
 def greedy(lm: LM, hidden: Tensor, memory: KVCache, limit: int) -> list[int]:
-    """Return the ids generated from hidden (1, 1, D). Afterwards all of them are in the cache."""
+    """Return the ids generated from hidden (1, 1, D), and add all of them to the cache."""
     ids: list[int] = []
     while len(ids) < limit and (token := int(lm.model.logits(hidden).argmax())) not in lm.end_ids:
         ids.append(token)
@@ -139,8 +140,8 @@ def by_hand(
 ) -> tuple[KVCache, str]:
     """Return the KV cache that the last agent gets and its greedy text, for one question.
 
-    `remembered` is the question of the agents before it. `start` has the token ids after which
-    every agent starts.
+    `remembered` is the question that the earlier agents get. `start` holds the token ids that are
+    in the cache before every agent.
     """
     base = lm.model.new_cache(1)
     if start:
@@ -208,8 +209,8 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
 ) -> None:
     """Slots, counts and text are right for any team.
 
-    It may have any number of agents, unequal steps, parallel agents or agents that generate text,
-    with or without a KV cache at the start.
+    A team has any number of agents, with unequal steps, parallel agents or agents that generate
+    text. It starts with or without a KV cache.
     """
     team, memory = Team(agents, parallel), None
     if start:
@@ -249,14 +250,14 @@ def test_any_team_and_transfer_equals_the_same_by_hand(
     ("method", "transfer"),
     [("single", ""), ("text_mas", ""), *(("latent_mas", t) for t in TRANSFERS)],
 )
-def test_six_ragged_questions_answer_as_they_do_alone(
+def test_a_ragged_batch_gives_the_same_answers_as_single_questions(
     lm: LM, method: str, team: str, transfer: str, temperature: float
 ) -> None:
     """Rows must be independent: accuracy fell from 0.621 to 0.219 with the batch size (#25)."""
     options: dict[str, Any] = {"sampling": Sampling(temperature, max_new_tokens=5)}
     options |= {} if method == "single" else {"team": team}
-    # With all agents in one turn, a random model forgets a question that is so far back
-    # (tests/test_layout.py has that layout).
+    # With all agents in one turn, a random model ignores a question that is so far back.
+    # tests/test_layout.py tests that layout.
     options |= {"transfer": transfer, "latent_steps": 2, "layout": "chat"} if transfer else {}
     if method == "single" or transfer:
         options["kind"] = "free" if team == "hierarchical" else "math"
@@ -266,7 +267,7 @@ def test_six_ragged_questions_answer_as_they_do_alone(
 
     expected = texts(QUESTIONS)
     assert len(set(expected)) > 1, "the model must tell the questions apart"
-    if transfer == "shuffled":  # a question and the one it gets its memory from
+    if transfer == "shuffled":  # each question with the one whose memory it gets
         turned = [*QUESTIONS[1:], QUESTIONS[0]]
         assert [
             texts([q, other])[0] for q, other in zip(QUESTIONS, turned, strict=True)
@@ -278,7 +279,7 @@ def test_six_ragged_questions_answer_as_they_do_alone(
 
 
 def test_only_the_last_agent_decodes(lm: LM) -> None:
-    """This is the claim of the method: three of four agents never use the LM head."""
+    """This is the method's claim: the LM head is never used for three of the four agents."""
     with watched(lm.model) as (_, _, states):
         [result] = latent_mas(lm, QUESTIONS[:1], latent_steps=3, sampling=SHORT)
     assert len(states) == result.usage.output_tokens + (result.finish_reason == "stop")
@@ -293,8 +294,8 @@ def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
     return states[0]
 
 
-def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
-    """With the authors' default of 0 steps the KV cache is lost: nothing is handed over (#13)."""
+def test_zero_latent_steps_still_hand_over_the_kv_cache(lm: LM) -> None:
+    """At the authors' default of 0 steps, the KV cache is lost and nothing is handed over (#13)."""
     full, none = (
         first_state(lm, CHAIN, latent_steps=0, transfer=transfer) for transfer in ("full", "none")
     )
@@ -305,7 +306,7 @@ def test_zero_latent_steps_still_hand_the_memory_over(lm: LM) -> None:
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last"])
 def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
-    """Another map gives other thoughts, so the last agent must have another state."""
+    """Another map gives other thoughts, so the last agent must end in another state."""
     states = [
         first_state(lm, CHAIN, latent_steps=2, transfer=transfer, align=align)
         for align in ("ridge", "random")
@@ -314,7 +315,7 @@ def test_thoughts_reach_the_last_agent(lm: LM, transfer: str) -> None:
 
 
 @pytest.mark.parametrize("align", [lambda h: torch.zeros_like(h), lambda h: -h])
-def test_any_callable_aligns(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
+def test_align_may_be_any_callable(lm: LM, align: Callable[[Tensor], Tensor]) -> None:
     handed, text = by_hand(lm, CHAIN, QUESTIONS[0], QUESTIONS[0], [2, 2], "full", align, 6)
     [result] = latent_mas(lm, QUESTIONS[:1], CHAIN, latent_steps=2, align=align, sampling=SHORT)
     assert result.text == text and handed.lengths[0] > 0
@@ -340,7 +341,7 @@ def test_experts_do_not_see_each_other(lm: LM) -> None:
     assert distance(*chained) > 0.05
 
 
-def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
+def test_chained_experts_reproduce_the_authors_hierarchical_team(lm: LM) -> None:
     parallel, chained = hierarchical(), hierarchical(chained=True)
     assert (parallel.parallel, chained.parallel, chained.agents == parallel.agents) == (
         True,
@@ -356,8 +357,8 @@ def test_chained_experts_are_the_authors_hierarchical(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -> None:
-    """In a parallel team only the last agent gets texts of the others, whatever the flags are."""
+def test_only_the_last_agent_of_a_parallel_team_sees_other_texts(lm: LM, parallel: bool) -> None:
+    """In a parallel team, no other agent gets a text, whatever its flags are."""
     agents = (
         Agent("one", "{question}{context}", writes=True),
         Agent("two", "{question}{context}"),
@@ -385,7 +386,7 @@ def test_experts_do_not_read_each_other_in_text_either(lm: LM, parallel: bool) -
     ("argument", "own", "folder"),
     [(a, o, f) for a in (None, 1) for o in (None, 2) for f in (None, 3)],
 )
-def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
+def test_latent_steps_come_from_the_argument_then_the_agent_then_the_folder(
     tmp_path: Path, argument: int | None, own: int | None, folder: int | None, form: str
 ) -> None:
     """The argument comes first, then the agent's own number, then the folder's default."""
@@ -404,8 +405,8 @@ def test_latent_steps_come_from_the_argument_the_agent_the_folder_in_this_order(
     assert [trace.latent_steps for trace in result.agents] == [expected, 0]
 
 
-def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
-    """Otherwise an answer would start from a thought instead of the assistant header."""
+def test_the_last_agent_has_latent_steps_only_if_it_sets_them_itself(lm: LM) -> None:
+    """With the steps of the other agents, its answer would not start from the assistant header."""
     thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
     for team, asked, thought in (
         (CHAIN, 1, [1, 1, 0]),
@@ -416,7 +417,7 @@ def test_the_last_agent_thinks_only_if_it_says_so(lm: LM) -> None:
         assert [trace.latent_steps for trace in result.agents] == thought
 
 
-STORIES = {  # of weights/tiny's kind, and how many totals each has
+STORIES = {  # stories like those of weights/tiny, with the number of totals in each
     "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?": 3,
     "Tom has 8 pears. He gives away half. How many pears does Tom have?": 2,
     "Ann has 5 coins. She gets 3 more. She sells 1. She loses 4. How many coins does Ann have?": 4,
@@ -424,8 +425,11 @@ STORIES = {  # of weights/tiny's kind, and how many totals each has
 
 
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
-def test_with_auto_each_row_stops_where_it_would_end_its_turn(team: str) -> None:
-    """As many thoughts as totals, in traces, events, lens, memory and bill, as for a row alone."""
+def test_auto_steps_stop_each_row_where_it_would_end_its_turn(team: str) -> None:
+    """Each row gets one thought per total, in a batch as well as alone.
+
+    The test compares traces, events, the lens, the memory and the usage.
+    """
     lm, counts = load(TINY, dtype="float64", quiet=True), list(STORIES.values())
     lens, events, ends = Lens(lm), list[Event](), list[list[int]]()
 
@@ -451,8 +455,8 @@ def test_with_auto_each_row_stops_where_it_would_end_its_turn(team: str) -> None
     assert latents.cache.lengths == [3 * count for count in counts]
 
 
-def test_with_auto_an_agents_own_number_is_the_most(lm: LM) -> None:
-    """Else 40, whatever the folder says; at least one thought, unless the number is 0."""
+def test_an_agents_own_number_limits_auto_steps(lm: LM) -> None:
+    """Otherwise the limit is 40, whatever the folder says. Unless it is 0, one step always runs."""
     agents = [dataclasses.replace(CHAIN.agents[0], latent_steps=n) for n in (0, 2, None)]
     team = Team((*agents, CHAIN.agents[-1]))
     for result in latent_mas(lm, QUESTIONS, team, "auto", sampling=SHORT):
@@ -461,15 +465,15 @@ def test_with_auto_an_agents_own_number_is_the_most(lm: LM) -> None:
         assert 1 <= two <= 2 and 1 <= free <= 40
 
 
-def test_an_open_thought_answers_nothing_whoever_opened_it(lm: LM) -> None:
-    """Some templates end with `<think>`. Text that was cut off inside it was graded."""
+def test_an_unclosed_thought_has_no_answer(lm: LM) -> None:
+    """Some templates end with `<think>`. Text that was cut off inside the thought was graded."""
     thinking = Team((Agent("solo", "{question}", prefix="<think>\n"),))
     [result] = latent_mas(lm, QUESTIONS[:1], thinking, sampling=SHORT)
     assert "</think>" not in result.text
     assert result.answer is None
 
 
-def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
+def test_align_none_is_refused(lm: LM) -> None:
     """With `align=None`, thoughts were counted but not computed."""
     expected = "expected one of ridge, identity, prenorm, random, none or FILE.safetensors"
     with pytest.raises(ValueError, match=rf"^align: found None, {expected}$"):
@@ -477,7 +481,7 @@ def test_only_a_callable_or_a_kind_is_an_alignment(lm: LM) -> None:
 
 
 def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
-    """The authors' code never closes a turn. The difference is two slots."""
+    """The authors' code never closes a turn. The difference is two slots per turn."""
     closed, left = (
         latent_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT, close=close)[0]
         for close in (True, False)
@@ -489,8 +493,8 @@ def test_turns_may_be_left_open_for_comparison(lm: LM) -> None:
 # -- teams -----------------------------------------------------------------------------------------
 
 
-def test_a_folders_own_teams_come_first(tmp_path: Path) -> None:
-    """A name means the folder's team first, also for `single`. `sequential()` is always generic."""
+def test_a_folders_own_teams_take_precedence(tmp_path: Path) -> None:
+    """A name means the folder's own team first, also for `single`. `sequential()` is generic."""
     own = {"agents": [{"name": "mine", "prompt": "Mine: {question}"}]}
     lm = load_text_lm(text_folder(tmp_path, {"single": own, "sequential": own, "trio": own}))
     named = [
@@ -561,8 +565,10 @@ def test_a_team_is_read_from_json(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_team_is_refused_by_file_and_field(tmp_path: Path, raw: Any, field: str) -> None:
-    """The error says what was found and expected. A typo in an optional field had no effect."""
+def test_an_invalid_team_is_refused_with_its_file_and_field(
+    tmp_path: Path, raw: Any, field: str
+) -> None:
+    """The error says what was found and expected. A typo in an optional field was ignored."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=rf"^{path}: .*{field}") as caught:
@@ -574,7 +580,7 @@ def test_a_wrong_team_is_refused_by_file_and_field(tmp_path: Path, raw: Any, fie
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
-def test_a_team_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_team_file_that_is_not_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "team.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/team\.json: not valid JSON"):
         Team.from_json(tmp_path / "team.json")
@@ -590,7 +596,7 @@ def test_a_missing_team_file_is_named(tmp_path: Path) -> None:
 def test_a_team_in_which_nobody_sees_the_question_is_refused(
     lm: LM, method: Callable[..., list[Result]], prompt: str
 ) -> None:
-    """With a typo in the placeholder the agents would answer without the question."""
+    """With a typo in the placeholder, the agents would answer without the question."""
     team = Team((Agent("first", "Plan."), Agent("last", prompt)))
     with pytest.raises(ValueError, match="team: found no agent who sees the question"):
         method(lm, QUESTIONS[:1], team)
@@ -607,7 +613,7 @@ def test_a_team_without_agents_is_refused() -> None:
     "raw",
     [[], {"latent_steps": -1}, {"latent_steps": True}, {"latent_steps": "6"}, {"sequential": 5}],
 )
-def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None:
+def test_an_invalid_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None:
     lm = load_text_lm(text_folder(tmp_path, raw))
     with pytest.raises(ValueError, match=rf"^{tmp_path}/teams\.json: .*found.*expected"):
         latent_mas(lm, ["a"])
@@ -616,8 +622,8 @@ def test_a_wrong_teams_file_is_refused_by_name(tmp_path: Path, raw: Any) -> None
 # -- prompts and text ------------------------------------------------------------------------------
 
 
-def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
-    """It appears once, after its author's name, and in no earlier prompt."""
+def test_a_generated_text_replaces_context_in_later_prompts(lm: LM) -> None:
+    """It appears once, after the name of its agent, and in no earlier prompt."""
     team = Team(
         (
             Agent("one", "A {context} {question}"),
@@ -635,7 +641,7 @@ def test_a_written_text_goes_where_the_prompt_has_context(lm: LM) -> None:
     assert result.text == last.text
 
 
-def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
+def test_without_context_the_generated_texts_form_a_conversation(lm: LM) -> None:
     """A prompt without `{context}` follows the earlier turns, which are all closed."""
     [result] = text_mas(lm, QUESTIONS[:1], CHAIN, sampling=SHORT)
     talk = ""
@@ -649,7 +655,7 @@ def test_without_context_the_written_text_is_a_conversation(lm: LM) -> None:
     "word", ["{context}", "{question}", "{form}", "{0}", "%s", "\\1", "{{", *CONTROL]
 )
 def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
-    """If placeholders were filled one by one, `{context}` in a question would be filled too."""
+    """Filling placeholders one after another would also fill `{context}` in a question."""
     question = f"What is {word} in {word}?"
     for method in METHODS.values():
         [result] = method(lm, [question], sampling=SHORT)
@@ -662,8 +668,8 @@ def test_a_placeholder_in_a_question_stays_text(lm: LM, word: str) -> None:
     ("method", "layout"),
     [("single", ""), ("text_mas", ""), ("latent_mas", "chat"), ("latent_mas", "turn")],
 )
-def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> None:
-    """A plain Hugging Face tokenizer gives the prefilled ids from the prompt in the trace."""
+def test_a_plain_tokenizer_reproduces_the_prefilled_ids(lm: LM, method: str, layout: str) -> None:
+    """A trace must suffice to replay a run: its prompt encodes to the ids that were prefilled."""
     options: dict[str, Any] = {"layout": layout} if layout else {}
     for question in QUESTIONS:
         with watched(lm.model) as (ids, _, _):
@@ -685,7 +691,7 @@ def test_a_stranger_can_replay_the_prompts(lm: LM, method: str, layout: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["math", "choice", "code", "free"])
-def test_the_kind_of_question_picks_prompt_and_answer(lm: LM, kind: str) -> None:
+def test_the_kind_of_question_determines_the_prompts(lm: LM, kind: str) -> None:
     options = [{"A": "blue", "B": "red"}, {"A": "purple", "B": "mauve"}]
     prompts = []
     for method in METHODS.values():
@@ -715,21 +721,21 @@ def test_one_dict_of_choices_serves_all_questions(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
-def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -> None:
+def test_usage_counts_prompt_tokens_latent_steps_and_generated_tokens(lm: LM, team: Team) -> None:
     """The authors count only generated tokens, as if prompts and thoughts cost nothing."""
     results = latent_mas(lm, QUESTIONS, team, latent_steps=3, sampling=SHORT)
     slot = lm.model.new_cache(1).slot_nbytes
     for result, question in zip(results, QUESTIONS, strict=True):
-        reads = [encoded(chatml(agent, question)).shape[1] for agent in team.agents]
-        assert [trace.prompt_tokens for trace in result.agents] == reads
-        held = [count + 3 + 2 for count in reads[:-1]]
+        prompt_lengths = [encoded(chatml(agent, question)).shape[1] for agent in team.agents]
+        assert [trace.prompt_tokens for trace in result.agents] == prompt_lengths
+        held = [count + 3 + 2 for count in prompt_lengths[:-1]]
         before = [sum(held[:i]) * (not team.parallel) for i in range(2)]
         assert [t.memory_bytes for t in result.agents[:-1]] == [
             slot * (a + b) for a, b in zip(before, held, strict=True)
         ]
         last = result.agents[-1]
         fed = last.output_tokens - (result.finish_reason == "length")
-        assert last.memory_bytes == slot * (sum(held) + reads[-1] + fed)
+        assert last.memory_bytes == slot * (sum(held) + prompt_lengths[-1] + fed)
         assert last.output_tokens <= SHORT.max_new_tokens
     for result in results:
         for field in ("prompt_tokens", "latent_steps", "output_tokens", "seconds"):
@@ -741,8 +747,8 @@ def test_the_bill_counts_what_was_read_thought_and_written(lm: LM, team: Team) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
-    """Only the last agent's text is the answer. Other texts must not be shown as answers."""
+def test_events_carry_the_answer_while_it_is_generated(lm: LM, method: str) -> None:
+    """Only the last agent's text is the answer. Other texts must not be shown as the answer."""
     extra = {"latent_steps": 2} if method == "latent_mas" else {}
     *events, first, second = stream(lm, QUESTIONS[:2], method, sampling=SHORT, **extra)
     results = METHODS[method](lm, QUESTIONS[:2], sampling=SHORT, **extra)
@@ -764,7 +770,7 @@ def test_events_tell_the_answer_as_it_is_generated(lm: LM, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_calls_on_event_with_what_stream_yields(lm: LM, method: str) -> None:
-    """The command line uses these events, and must get each one once and in order."""
+    """The command line relies on these events, and must get each of them once and in order."""
     heard: list[Any] = []
     METHODS[method](lm, QUESTIONS[:1], sampling=SHORT, on_event=heard.append)
     streamed = list(stream(lm, QUESTIONS[:1], method, sampling=SHORT))
@@ -774,8 +780,8 @@ def test_a_method_calls_on_event_with_what_stream_yields(lm: LM, method: str) ->
     ]
 
 
-def test_a_stream_that_is_left_early_stops_the_work(lm: LM) -> None:
-    """A caller that stops reading must not wait for the rest."""
+def test_leaving_a_stream_early_stops_the_run(lm: LM) -> None:
+    """A caller that stops iterating must not wait for the rest."""
     with watched(lm.model) as (ids, _, _):
         for event in stream(lm, QUESTIONS[:1], latent_steps=2, sampling=SHORT):
             if isinstance(event, AgentEnd):
@@ -785,17 +791,17 @@ def test_a_stream_that_is_left_early_stops_the_work(lm: LM) -> None:
     assert seen == result.agents[0].prompt_tokens
 
 
-def test_an_unknown_method_of_a_stream_is_refused(lm: LM) -> None:
+def test_stream_refuses_an_unknown_method_and_on_event(lm: LM) -> None:
     with pytest.raises(ValueError, match=r"method: found 'both', expected single"):
         next(stream(lm, QUESTIONS[:1], "both"))
-    with pytest.raises(TypeError, match="on_event"):  # it was never called
+    with pytest.raises(TypeError, match="on_event"):  # it would never be called
         next(stream(lm, QUESTIONS[:1], on_event=print))
 
 
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: LM) -> None:
+def test_an_explicit_sampling_ignores_the_settings_of_the_folder(tmp_path: Path, lm: LM) -> None:
     """A penalty in generation_config.json changed the results of a greedy run."""
     folder = text_folder(tmp_path)
     own = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 9.0, "max_new_tokens": 2}
@@ -811,14 +817,14 @@ def test_an_explicit_sampling_takes_nothing_from_the_folder(tmp_path: Path, lm: 
 @pytest.mark.parametrize(
     "where", ["generation_config.json", "config.json", "tokenizer_config.json"]
 )
-def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
-    """Some checkpoints have two end tokens in two files. With one, answers run to the limit."""
+def test_an_end_token_from_any_file_ends_the_answer(tmp_path: Path, lm: LM, where: str) -> None:
+    """Some checkpoints have two end tokens in two files. With one, answers ran to the limit."""
     one = Sampling(max_new_tokens=1)
     with watched(lm.model) as (_, _, states):
         single(lm, QUESTIONS[:1], sampling=one)
 
     def wants_to_end(**overrides: Any) -> Qwen3:
-        """Return a model that generates token 0, `<|endoftext|>`, first."""
+        """Return a model whose first generated token is 0, `<|endoftext|>`."""
         model = tiny_model(vocab_size=lm.model.config.vocab_size, **overrides)
         model.lm_head.weight.data[0] = 100 * states[0][0, 0]
         return model
@@ -867,7 +873,7 @@ def test_any_files_end_token_ends_the_answer(tmp_path: Path, lm: LM, where: str)
 def test_a_wrong_argument_is_refused_before_any_work(
     lm: LM, options: dict[str, Any], message: str
 ) -> None:
-    """The error has the flag, found and expected, and comes before the first forward pass."""
+    """The error names the flag, what was found and what was expected, before any forward pass."""
     with watched(lm.model) as (_, caches, _), pytest.raises(ValueError, match=message):
         latent_mas(lm, **({"questions": ["a", "b", "c"]} | options))
     assert caches == []
@@ -877,7 +883,7 @@ def test_a_wrong_argument_is_refused_before_any_work(
                 method(lm, **({"questions": ["a", "b", "c"]} | options))
 
 
-def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
+def test_an_agent_with_negative_latent_steps_is_refused() -> None:
     """If the error came at the agent's turn, the work of all earlier agents would be lost."""
     with pytest.raises(
         ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"
@@ -885,7 +891,7 @@ def test_an_agent_with_a_negative_number_of_steps_cannot_be_made() -> None:
         Agent("a", "p", latent_steps=-1)
 
 
-def test_a_list_of_agents_or_the_name_of_a_model_gets_a_message(lm: LM) -> None:
+def test_a_list_of_agents_or_a_model_name_is_refused_with_a_clear_message(lm: LM) -> None:
     """Both ended in a Python error that did not name the problem."""
     agents: Any = list(CHAIN.agents)
     with pytest.raises(ValueError, match=r"^team: found \[Agent.*expected a Team or one of"):
@@ -901,7 +907,7 @@ def test_a_typo_in_a_keyword_is_a_type_error(lm: LM) -> None:
         latent_mas(lm, ["a"], latent_step=4)  # type: ignore[call-arg]
 
 
-def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     lm = LM(text_model(), tmp_path)
     assert lm.tokenizer is None
     for method in METHODS.values():
@@ -910,7 +916,7 @@ def test_a_folder_without_tokenizer_says_what_is_missing(tmp_path: Path) -> None
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) -> None:
-    """An id after the last row would crash a GPU or read other memory."""
+    """An id beyond the last row would crash a GPU or read other memory."""
     lm = LM(tiny_model(vocab_size=tiny_tokenizer().size - 1), text_folder(tmp_path))
     with pytest.raises(ValueError, match=r"tokenizer\.json: found .*expected .*vocab_size"):
         single(lm, ["a"])
@@ -918,14 +924,16 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize("team", [CHAIN, EXPERTS])
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
-def test_a_context_too_small_is_refused_before_any_work(lm: LM, team: Team, transfer: str) -> None:
-    """The exact size is accepted. One slot less is refused at the start, with flags that help."""
+def test_a_context_that_is_too_small_is_refused_before_any_work(
+    lm: LM, team: Team, transfer: str
+) -> None:
+    """The exact size is accepted. With one slot less, the error names the flags that help."""
     sampling, closing, steps = Sampling(max_new_tokens=5), encoded("<|im_end|>\n").shape[1], 3
-    reads = [encoded(chatml(agent, QUESTIONS[0])).shape[1] for agent in team.agents]
-    turns = [read + steps + closing for read in reads[:-1]]
+    prompt_lengths = [encoded(chatml(agent, QUESTIONS[0])).shape[1] for agent in team.agents]
+    turns = [length + steps + closing for length in prompt_lengths[:-1]]
     held = {"full": sum(turns), "latents": 2 * steps, "last": turns[-1], "none": 0}[transfer]
     before = 0 if team.parallel else {"latents": steps, "none": 0}.get(transfer, turns[0])
-    needed = max(held + reads[-1] + 5, turns[0], before + turns[1])
+    needed = max(held + prompt_lengths[-1] + 5, turns[0], before + turns[1])
     for context in (needed, needed - 1):
         small = LM(
             tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context), lm.folder
@@ -959,17 +967,17 @@ def test_a_question_longer_than_the_context_is_refused_before_any_work(lm: LM, m
     assert caches == []
 
 
-# -- against transformers --------------------------------------------------------------------------
+# -- comparison with transformers ------------------------------------------------------------------
 
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.past_key_values. is deprecated:FutureWarning"
-)  # by Theirs alone
+)  # raised only by Theirs
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
 def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
-    """The same weights in minimas and in transformers, in float64."""
+    """Return the same weights in minimas and in transformers, in float64."""
     transformers = pytest.importorskip("transformers")
     mine = load_text_lm(lm.folder, request.param)
     raw = config_dict(mine.model.config) | {"pad_token_id": None, "bos_token_id": None}
@@ -983,7 +991,7 @@ def pair(request: pytest.FixtureRequest, lm: LM) -> tuple[LM, Any]:
 
 
 class Theirs:
-    """A KV cache of transformers, and a greedy loop that uses it."""
+    """A transformers model with a KV cache, and a greedy decoding loop."""
 
     def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
@@ -995,10 +1003,10 @@ class Theirs:
         out = self.model.model(inputs_embeds=embeddings, past_key_values=self.cache, use_cache=True)
         return out.last_hidden_state[:, -1:]  # type: ignore[no-any-return]
 
-    def read(self, text: str) -> Tensor:
+    def prefill(self, text: str) -> Tensor:
         return self.feed(self.model.get_input_embeddings()(encoded(text)))
 
-    def write(self, hidden: Tensor, limit: int) -> str:
+    def generate(self, hidden: Tensor, limit: int) -> str:
         ids: list[int] = []
         while (
             len(ids) < limit
@@ -1009,18 +1017,18 @@ class Theirs:
         return tiny_tokenizer().decode(ids)
 
 
-def test_single_writes_what_transformers_writes(pair: tuple[LM, Any]) -> None:
+def test_single_generates_the_same_text_as_transformers(pair: tuple[LM, Any]) -> None:
     lm, model = pair
     for result in single(lm, QUESTIONS, sampling=Sampling(max_new_tokens=12)):
         theirs = Theirs(model)
-        assert theirs.write(theirs.read(result.agents[0].prompt), 12) == result.text
+        assert theirs.generate(theirs.prefill(result.agents[0].prompt), 12) == result.text
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_latent_mas_writes_what_a_loop_over_transformers_writes(
+def test_latent_mas_generates_the_same_text_as_a_loop_over_transformers(
     pair: tuple[LM, Any], layout: str
 ) -> None:
-    """The loop has eight prenorm thoughts per agent, W_a by least squares, and their cache."""
+    """The loop runs eight prenorm steps per agent, with W_a by least squares and one KV cache."""
     lm, model = pair
     w_in, w_out = model.get_input_embeddings().weight.data, model.lm_head.weight.data
     padded = torch.cat(
@@ -1037,20 +1045,20 @@ def test_latent_mas_writes_what_a_loop_over_transformers_writes(
     for result in latent_mas(lm, QUESTIONS[:3], **options, layout=layout):
         theirs = Theirs(model)
         for trace in result.agents[:-1]:
-            hidden = theirs.read(trace.prompt)
+            hidden = theirs.prefill(trace.prompt)
             for _ in range(8):
                 thought = (hidden / model.model.norm.weight.data) @ matrix
                 hidden = theirs.feed(thought * w_in.norm(dim=-1).mean() / thought.norm())
             if layout == "chat":
-                theirs.read("<|im_end|>\n")
-        assert theirs.write(theirs.read(result.agents[-1].prompt), 12) == result.text
+                theirs.prefill("<|im_end|>\n")
+        assert theirs.generate(theirs.prefill(result.agents[-1].prompt), 12) == result.text
 
 
-# -- before the last turn --------------------------------------------------------------------------
+# -- the last turn ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
-def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfer: str) -> None:
+def test_the_last_turn_can_be_repeated_on_a_copy_of_its_cache(lm: LM, transfer: str) -> None:
     """Each copy gives the answer of the method, whatever happened to the other copies."""
     how: dict[str, Any] = {"latent_steps": 2, "transfer": transfer, "sampling": SHORT}
     turn = last_turn(lm, QUESTIONS[:2], CHAIN, **how)
@@ -1064,8 +1072,8 @@ def test_the_last_turn_can_be_taken_again_on_a_copy_of_its_cache(lm: LM, transfe
         assert [len(r.agents) for r in results] == [len(CHAIN.agents)] * 2
 
 
-def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
-    """This is like "shuffled" over two calls. The traces are from the run that did the work."""
+def test_a_run_can_use_what_another_run_handed_over(lm: LM) -> None:
+    """This equals "shuffled" over two calls. The traces are from the run that did the work."""
     how: dict[str, Any] = {"team": CHAIN, "latent_steps": 2, "sampling": SHORT}
     own, other = (LatentRun(lm, [question], **how) for question in QUESTIONS[:2])
     [found] = finish(own.last_turn(finish(hand_over(other))).answer())
@@ -1075,7 +1083,7 @@ def test_what_one_run_hands_over_another_can_take(lm: LM) -> None:
 
 
 def test_events_show_each_agents_memory(lm: LM) -> None:
-    """After a turn there is one row per agent and question, which can be measured or saved."""
+    """After each agent's turn, its rows of the cache can be measured or saved."""
     seen: list[list[int]] = []
 
     def look(event: Event) -> None:

@@ -1,6 +1,6 @@
-r"""Right answers pass and wrong answers fail. Each test names the bug it prevents.
+r"""Check that right answers pass and wrong answers fail. Each test names the bug it prevents.
 
-"The authors" are those of LatentMAS, whose scoring was run for this list: `\boxed{1,234}` became 1
+"The authors" are those of LatentMAS. Their scoring was run for this list: `\boxed{1,234}` became 1
 and so matched the gold answer "1", `\boxed{\text{A}}` became `\text{a`, `18.00` was not 18, and a
 usage example replaced the program.
 """
@@ -40,8 +40,8 @@ def rows(name: str) -> list[dict[str, Any]]:
 def cases() -> list[dict[str, Any]]:
     """Return the lines of answers.jsonl.
 
-    Each has `text` and `kind`, and may have `choices` and `verify`. It has `answer`, or `gold` and
-    `correct`.
+    Each has `text` and `kind`, and may have `choices` and `verify`. It also has either `answer`, or
+    `gold` and `correct`.
     """
     lines = Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -56,11 +56,11 @@ def text_of(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", EXTRACTED, ids=text_of)
-def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
-    r"""Each line has a form of answer that models generate and graders have misread.
+def test_the_intended_answer_is_extracted(case: dict[str, Any]) -> None:
+    r"""Each line has a form of answer that models generate and that graders have misread.
 
     The authors compare `(b)`, `\text{b` and `b. oral ulcers` with "b" as strings. They take the
-    last ```python block, which is often a usage example, and no block without a language.
+    last ```python block, which is often a usage example, and ignore blocks without a language.
     """
     text, answer, choices = case["text"], case["answer"], case.get("choices")
     assert extract(case["kind"], text, choices) == answer
@@ -72,8 +72,8 @@ def test_an_answer_is_read_as_it_was_meant(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", GRADED, ids=text_of)
-def test_a_right_answer_passes_and_a_wrong_one_does_not(case: dict[str, Any]) -> None:
-    """The wrong ones passed in some grader, mostly because it read only a part of the number."""
+def test_right_answers_pass_and_wrong_answers_fail(case: dict[str, Any]) -> None:
+    """Each wrong one passed in some grader, mostly because only a part of the number was read."""
     if case.get("verify"):
         pytest.importorskip("math_verify")
     found = grade(
@@ -95,7 +95,7 @@ def test_a_number_longer_than_the_limit_is_compared_as_text() -> None:
     "call", [lambda kind: extract(kind, "1"), lambda kind: grade(kind, "1", "1")]
 )
 def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
-    """With a typo such as "maths" a whole run would be graded as wrong."""
+    """With a typo such as "maths", a whole run would be graded as wrong."""
     with pytest.raises(
         ValueError, match="--kind: found 'maths', expected math, choice, code or free"
     ):
@@ -103,7 +103,7 @@ def test_an_unknown_kind_is_refused_by_name(call: Any) -> None:
 
 
 def test_code_is_not_graded_by_its_text() -> None:
-    """Programs that differ in a space are the same program. Only tests can decide."""
+    """Programs that differ only in a space are equal, so only tests can decide."""
     with pytest.raises(ValueError, match="running its tests"):
         grade("code", "x = 1", "x = 1")
 
@@ -119,7 +119,7 @@ def test_code_is_not_graded_by_its_text() -> None:
 @example("code", "(" * 5000)
 @example("code", "-" * 50_000 + "1")
 @settings(max_examples=200, deadline=None)
-def test_no_text_makes_it_raise(kind: str, text: str) -> None:
+def test_no_text_raises_an_error(kind: str, text: str) -> None:
     """One unusual output must not end a long run."""
     extract(kind, text)
     extract(kind, text, OPTIONS)
@@ -138,10 +138,10 @@ REPEATED = (
 
 @pytest.mark.parametrize("letters", [8_000, pytest.param(80_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["", "1 ", "The answer is ", "\\boxed{"])
-def test_a_text_that_repeats_itself_takes_a_moment(start: str, letters: int) -> None:
+def test_repetitive_text_is_graded_within_seconds(start: str, letters: int) -> None:
     """A pattern that backtracks would hang on a model that repeats itself for 8,000 letters.
 
-    With ten times the length, quadratic work takes a hundred times as long.
+    At ten times the length, quadratic work takes a hundred times as long.
     """
     for part in REPEATED:
         text = start + part * (letters // len(part)) + "`"
@@ -151,8 +151,8 @@ def test_a_text_that_repeats_itself_takes_a_moment(start: str, letters: int) -> 
 
 
 @pytest.mark.parametrize("part", ["1, 2 = 3. The answer is (B).\n"])
-def test_a_megabyte_takes_seconds(part: str) -> None:
-    """At this size even a small quadratic part would take an hour."""
+def test_a_megabyte_is_graded_within_seconds(part: str) -> None:
+    """At this size, even a small quadratic part would take an hour."""
     text = part * (10**6 // len(part))
     with within():
         extract("math", text)
@@ -163,7 +163,7 @@ def test_a_megabyte_takes_seconds(part: str) -> None:
 # -- thoughts --------------------------------------------------------------------------------------
 
 
-def test_free_text_is_what_follows_the_thoughts() -> None:
+def test_free_text_starts_after_the_thoughts() -> None:
     """Otherwise an exact match would compare the gold answer with the reasoning."""
     assert extract("free", "<think>hm</think>\n The Eiffel  Tower \n") == "The Eiffel  Tower"
     assert extract("free", "<think>hm</think>\n") is None
@@ -179,8 +179,8 @@ def test_free_text_is_what_follows_the_thoughts() -> None:
     assert not grade("free", "The answer is not the Eiffel Tower.", "The Eiffel Tower")
 
 
-def test_free_text_keeps_the_signs_inside_it() -> None:
-    """Only markup around the whole text may be ignored: ".5" passed for "5"."""
+def test_signs_inside_free_text_are_kept() -> None:
+    """Only markup around the whole text may be ignored. Otherwise ".5" passes for "5"."""
     pairs = ".5 5,2*3 23,a_b ab,x_1 x1,!x x,~x x,x<y>z xz,x* x,_x x,#5 5,<a> a,a*b* ab".split(",")
     for text, gold in map(str.split, pairs):
         assert not grade("free", text, gold), text
@@ -194,7 +194,7 @@ def test_free_text_keeps_the_signs_inside_it() -> None:
 
 # -- math ------------------------------------------------------------------------------------------
 
-DRESSES = [
+FORMATS = [
     "{}",
     " {}",
     r"\boxed{{{}}}",
@@ -213,16 +213,18 @@ DRESSES = [
 @given(
     st.integers(-(10**15), 10**15),
     st.integers(0, 3),
-    st.sampled_from(DRESSES),
+    st.sampled_from(FORMATS),
     st.sampled_from(["-", "\u2212"]),
 )
-def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, minus: str) -> None:
-    """Commas, decimals and words around a number do not change it.
+def test_an_integer_is_extracted_from_every_format(
+    number: int, zeros: int, template: str, minus: str
+) -> None:
+    """Commas, decimals and words around a number must not change it.
 
     A neighbouring number is another number.
     """
     written = (f"{number:,}" + "." * bool(zeros) + "0" * zeros).replace("-", minus)
-    text = dress.format(written)
+    text = template.format(written)
     assert extract("math", text) == str(number)
     for gold in (str(number), f"{number:,}", f"{number}.0"):
         assert grade("math", text, gold)
@@ -237,7 +239,7 @@ def test_an_integer_is_read_in_every_dress(number: int, zeros: int, dress: str, 
     st.sampled_from(["{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}"]),
 )
 def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> None:
-    """With floats, 0.1 + 0.2 is wrong and 0.333 is right."""
+    """With floats, 0.1 + 0.2 would be wrong and 0.333 would be right."""
     text = rf"\boxed{{{form.format(top, bottom)}}}"
     value = Fraction(top, bottom)
     assert extract("math", text) == str(value)
@@ -246,8 +248,8 @@ def test_a_fraction_is_compared_exactly(top: int, bottom: int, form: str) -> Non
 
 
 @given(st.decimals(-(10**9), 10**9, allow_nan=False, places=4))
-def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
-    """A record that has 5/2 for a generated 2.50 is hard to read."""
+def test_a_decimal_is_not_turned_into_a_fraction(number: Any) -> None:
+    """A record with 5/2 for a generated 2.50 is hard to read."""
     answer = extract("math", f"{number:,f}")
     assert answer is not None and "/" not in answer and "," not in answer
     assert Fraction(answer) == Fraction(number)
@@ -262,10 +264,10 @@ def test_a_decimal_stays_a_readable_decimal(number: Any) -> None:
         ]
     )
 )
-def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
-    """Grading again reads the stored answer, and must find the same one in any form."""
-    for dress in ("{}", r"\boxed{{{}}}", "The answer is {}."):
-        assert extract("math", dress.format(answer)) == answer
+def test_extracting_an_extracted_number_changes_nothing(answer: str) -> None:
+    """Grading a record again starts from the stored answer, and must find the same one."""
+    for template in ("{}", r"\boxed{{{}}}", "The answer is {}."):
+        assert extract("math", template.format(answer)) == answer
 
 
 @pytest.mark.parametrize(
@@ -281,25 +283,26 @@ def test_an_extracted_number_is_extracted_unchanged(answer: str) -> None:
     ],
 )
 def test_a_huge_exponent_is_not_computed(text: str) -> None:
-    """1e999999999 as an integer takes a gigabyte; math-verify hangs on towers of powers
-    (torchtitan 4442).
+    """1e999999999 as an integer takes a gigabyte, and math-verify hangs on towers of powers.
+
+    See torchtitan 4442.
     """
     with within(30):
         assert not grade("math", rf"\boxed{{{text}}}", "1")
 
 
-# After each of these openings, the number stands alone in the answer.
+# After each of these openings, the number is the whole answer.
 OPENINGS = ("The answer is ", "Answer: ", "So it is ")
 
 
 def passing(texts: str, openings: tuple[str, ...] = ("",)) -> list[str]:
-    """Return the texts that pass for 42, one line after each opening."""
+    """Return the texts that pass for 42, each on one line after each opening."""
     lines = (opening + text for text in texts.strip().split("\n") for opening in openings)
     return [line for line in lines if grade("math", line.replace("⏎", "\n"), "42")]
 
 
-def test_a_second_number_makes_the_first_one_no_answer() -> None:
-    """A model that gives two numbers would be right with either of them."""
+def test_an_answer_with_two_numbers_does_not_pass() -> None:
+    """Otherwise a model that gives two numbers would be right with either of them."""
     texts = """
 42, or 43 if the dog counts
 42 (or 43)
@@ -311,12 +314,14 @@ def test_a_second_number_makes_the_first_one_no_answer() -> None:
 42 pairs, or 84 socks"""
     assert passing(texts, (*OPENINGS, "")) == []
     assert passing("\\boxed{42} (or 43)\n\\boxed{42}; possibly 43") == []
-    said = "The answer is 42, which is 6 times 7.\nThe answer is 42 (forty-two).\nIt is 42, not 43."
-    assert len(passing(said)) == 3
+    valid = (
+        "The answer is 42, which is 6 times 7.\nThe answer is 42 (forty-two).\nIt is 42, not 43."
+    )
+    assert len(passing(valid)) == 3
 
 
-def test_a_number_that_is_taken_back_is_no_answer() -> None:
-    """The first number passed although the next sentence corrects it."""
+def test_a_retracted_number_does_not_pass() -> None:
+    """The first number passed although the next sentence corrected it."""
     texts = """
 42. Wait, that's wrong. It is 43.
 42. Actually, it should be 43.
@@ -336,8 +341,8 @@ def test_a_number_that_is_taken_back_is_no_answer() -> None:
         assert grade("math", text, "42"), text
 
 
-def test_an_operand_is_no_answer() -> None:
-    """ "A third of 42" passed as 42: the words of an operation were ignored."""
+def test_an_operand_does_not_pass() -> None:
+    """ "A third of 42" passed as 42, because the words of an operation were ignored."""
     texts = """
 a third of 42
 two thirds of 42
@@ -360,18 +365,18 @@ seventy 42
 42 doubled"""
     assert passing(texts, (*OPENINGS, "")) == []
     assert extract("math", "The answer is two and 1/2") is None
-    said = """
+    valid = """
 The total comes to 42.
 It adds up to 42.
 They spent a total of $42.
 an average speed of 42 km/h
 The least common multiple is 42.
 One third is 42."""
-    assert len(passing(said)) == 6
+    assert len(passing(valid)) == 6
 
 
-def test_a_factor_is_no_unit() -> None:
-    """ "12 dozens" passed as 12: every word after a number was taken for a unit."""
+def test_a_factor_is_not_taken_for_a_unit() -> None:
+    """ "12 dozens" passed as 12, because every word after a number was taken for a unit."""
     texts = """
 42 dozens
 42 tens
@@ -405,19 +410,19 @@ $42 k
     assert passing(texts, (*OPENINGS, "")) == []
     assert passing("42 thousands\n$42 millions\n42 hundreds") == []
     assert grade("math", "She earned $3 millions.", "3000000")
-    said = (
+    valid = (
         "42 miles\n42 milligrams\n42 months\n42 pillows\n42 m\n$42 a week\n42 años\n42個\n42 teeth"
     )
-    assert len(passing(said)) == 9
+    assert len(passing(valid)) == 9
 
 
-def test_a_ratio_with_spaces_is_not_its_last_number() -> None:
+def test_a_ratio_with_spaces_does_not_pass_as_its_last_number() -> None:
     """ "3 : 4" passed as 4."""
     assert passing("So the ratio is 3 : 42.\nThe ratio of cats to dogs is 42 : 5.") == []
 
 
-def test_a_bound_an_exception_and_a_supposition_are_no_answers() -> None:
-    """ "More than 42" was refused, "at least 42" passed."""
+def test_a_bound_an_exception_or_a_supposition_does_not_pass() -> None:
+    """ "More than 42" was refused, but "at least 42" passed."""
     texts = """
 at least 42
 at most 42
@@ -447,18 +452,18 @@ The answer is not equal to 42."""
     assert grade("math", "Not 41 but 42", "42")
 
 
-def test_an_exclamation_mark_and_an_arrow_are_no_operators() -> None:
+def test_an_exclamation_mark_or_an_arrow_is_not_an_operator() -> None:
     """ "So the answer is 42!" was read as a factorial, and "=> 42" as an inequality."""
-    said = "So the answer is 42!\n=> 42\n\\boxed{m\\angle A = 42^\\circ}"
-    assert len(passing(said)) == 3
+    valid = "So the answer is 42!\n=> 42\n\\boxed{m\\angle A = 42^\\circ}"
+    assert len(passing(valid)) == 3
     assert passing("\\boxed{42!}") == []
 
 
 # -- choice ----------------------------------------------------------------------------------------
 
 
-def test_a_letter_needs_no_options_to_be_read() -> None:
-    """In the files of GPQA the options are inside the question."""
+def test_a_letter_is_extracted_without_options() -> None:
+    """In the files of GPQA, the options are inside the question."""
     for text in (
         "C",
         r"\boxed{\text{C}}",
@@ -472,18 +477,18 @@ def test_a_letter_needs_no_options_to_be_read() -> None:
         assert extract("choice", text) is None
 
 
-def test_gold_may_be_a_letter_in_either_case_or_the_option() -> None:
-    """The gold answer of MedQA is a text, that of ARC an upper-case letter."""
+def test_the_gold_answer_may_be_a_letter_in_either_case_or_the_text_of_an_option() -> None:
+    """The gold answers of MedQA are texts, those of ARC upper-case letters."""
     for gold in ("b", "B", "(B)", "Oral ulcers", "oral ulcers", "B. Oral ulcers"):
         assert grade("choice", "(B)", gold, OPTIONS)
         assert not grade("choice", "(A)", gold, OPTIONS)
     assert not grade("choice", "E", "E", OPTIONS)
 
 
-def test_options_may_be_numbered() -> None:
+def test_options_may_have_numbers_as_labels() -> None:
     """Some rows of ARC have the labels 1 to 4.
 
-    A number that is the text of an option names that option, unless it is also a label.
+    A number that is the text of an option means that option, unless it is also a label.
     """
     numbered = {"1": "gas", "2": "solid", "3": "liquid", "4": "plasma"}
     for text in ("2", "(2)", r"\boxed{2}", "The answer is 2.", "Answer: 2) solid", "solid"):
@@ -494,7 +499,7 @@ def test_options_may_be_numbered() -> None:
 
 
 def test_a_part_of_an_option_is_not_that_option() -> None:
-    """ "discontinue" contains "continue", so substrings would match the wrong option."""
+    """ "discontinue" contains "continue", so matching substrings would find the wrong option."""
     assert extract("choice", r"\boxed{Discontinue methimazole}", OPTIONS) is None
     assert extract("choice", "The answer is kilometer.", {"a": "meter", "b": "kilometer"}) == "b"
     assert extract("choice", "The answer is 10 meters.", {"a": "10", "b": "20"}) is None
@@ -535,24 +540,24 @@ CITIES = {"A": "Paris", "B": "London", "C": "Berlin", "D": "12"}
         "选B不选A",
     ],
 )
-def test_an_option_is_read_in_ordinary_sentences(text: str) -> None:
+def test_an_option_is_extracted_from_ordinary_sentences(text: str) -> None:
     """Right answers in sentences counted as no answer."""
     assert extract("choice", text, CITIES) == "b"
 
 
-def test_an_option_and_its_letter_may_follow_each_other() -> None:
-    """ "12, option D" was read as no answer."""
+def test_an_option_and_its_letter_may_come_in_either_order() -> None:
+    """ "12, option D" counted as no answer."""
     assert extract("choice", "So the answer is 12, option D.", CITIES) == "d"
     assert extract("choice", "- A\n- B", CITIES) is None
     for text in ("B is incorrect.", "The answer is not B, and C is wrong.", "- 5"):
         assert extract("choice", text, CITIES) is None, text
 
 
-# -- on the data -----------------------------------------------------------------------------------
+# -- on the data sets ------------------------------------------------------------------------------
 
 
-def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
-    """A grader that fails gold solutions cannot compare methods."""
+def test_every_gsm8k_solution_is_right_and_the_next_one_is_wrong() -> None:
+    """A grader that rejects gold solutions cannot compare methods."""
     data = rows("gsm8k_test")
     for row, other in zip(data, data[1:] + data[:1], strict=True):
         gold, wrong = row["answer"], other["answer"]
@@ -566,7 +571,7 @@ def test_every_gsm8k_solution_is_right_and_the_next_one_wrong() -> None:
             assert grade("math", text, wrong) == (int(gold) == int(wrong)), row["id"]
 
 
-def test_the_last_line_of_a_solution_has_an_answer() -> None:
+def test_the_last_line_of_a_gsm8k_solution_has_its_answer() -> None:
     """Units, multiplication signs and names on the left hid one result in twenty."""
     data = rows("gsm8k_test")[:200]
     right = 0
@@ -576,8 +581,8 @@ def test_the_last_line_of_a_solution_has_an_answer() -> None:
     assert right >= 195
 
 
-def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
-    """AIME writes 073. The authors call int() on a text that may not be an integer."""
+def test_every_aime_answer_is_right_with_and_without_leading_zeros() -> None:
+    """AIME uses the form 073. The authors call int() on a text that may not be an integer."""
     data = rows("aime2024")
     for row, other in zip(data, data[1:] + data[:1], strict=True):
         for text in (rf"$\boxed{{{int(row['answer']):03d}}}$", f"The answer is {row['answer']}."):
@@ -588,7 +593,7 @@ def test_every_aime_answer_is_right_with_and_without_its_zeros() -> None:
 
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
-def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
+def test_every_option_of_every_row_is_extracted_as_itself(name: str) -> None:
     """Options can contain other options, be numbers, or end with a full stop."""
     for row in rows(name):
         choices = row["choices"]
@@ -613,8 +618,8 @@ def test_every_option_of_every_row_is_read_as_itself(name: str) -> None:
                 )
 
 
-def test_a_question_read_back_is_seldom_an_answer() -> None:
-    """A model that only repeats the question and its options must not be right often."""
+def test_a_repeated_question_is_not_an_answer() -> None:
+    """A model that only repeats the question and its options must not be right by chance."""
     data = rows("arc_easy_test") + rows("medqa")
     found = 0
     for row in data:
@@ -642,7 +647,7 @@ def fenced(*programs: str) -> str:
         "words = {'a': 1}",
     ],
 )
-def test_a_helper_block_may_be_an_assignment(helper: str) -> None:
+def test_a_block_that_only_assigns_is_kept_before_the_solution(helper: str) -> None:
     """A right solution ended in a NameError, because the block before it was left out."""
     used = helper.split(" = ")[0] if "=" in helper else "add"
     program = f"def inc(a):\n    return [a, {used}]"
@@ -669,13 +674,13 @@ def test_an_example_before_the_solution_is_left_out(example: str) -> None:
     ],
 )
 def test_a_stub_does_not_replace_the_solution(stub: str) -> None:
-    """An interface that is repeated at the end replaced the function with a body."""
+    """An interface that was repeated at the end replaced the function that has a body."""
     assert extract("code", fenced(INC, stub)) == INC
     assert extract("code", fenced(stub, INC)) == INC
     assert extract("code", fenced(stub)) == stub
 
 
-def test_fences_are_read_as_in_commonmark() -> None:
+def test_code_fences_are_parsed_as_in_commonmark() -> None:
     """Code was cut off at fences in sentences, lists, quotes and docstrings with examples."""
     assert extract("code", f"Use ``` for code.\n{fenced(INC)}") == INC
     tabs = "\n\t".join(fenced(INC).split("\n"))
@@ -689,14 +694,14 @@ def test_fences_are_read_as_in_commonmark() -> None:
     assert extract("code", fenced(program)) == program
 
 
-MATH_DRESSES = r"""
+MATH_FORMATS = r"""
 {}|{}.|\boxed{{{}}}|$\boxed{{{}}}$|
 \[ \boxed{{ {} }} \]|\boxed{{\text{{{}}}}}|\boxed{{x = {}}}|#### {}|
 The answer is {}.|**Answer: {}**|Answer: ${}$|
 x = {}|= {}|So it is **{}**.|The final answer is \({}\).|
 <think>1 or 2</think>The answer is {}
 """
-CHOICE_DRESSES = r"""
+CHOICE_FORMATS = r"""
 {}|{}.|({})|**{}**|#### {}|
 \boxed{{{}}}|\boxed{{\text{{{}}}}}|The answer is \(\boxed{{{}}}\).|The answer is {}.|
 Answer: {}|The correct answer is **{}**.|
@@ -705,21 +710,21 @@ So the answer is option {}|The best answer is {} because it is right.|<think>a o
 """
 
 
-def dresses(text: str) -> list[str]:
+def split_formats(text: str) -> list[str]:
     return text.strip().replace("|\n", "|").split("|")
 
 
 @pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
-def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name: str) -> None:
-    r"""One model writes \boxed{1,234}, another **1234.00**.
+def test_every_gold_number_is_right_in_every_format_and_its_neighbours_are_wrong(name: str) -> None:
+    r"""One model generates \boxed{1,234}, another **1234.00**.
 
-    The form must not decide which model is better.
+    The format must not decide which model is better.
     """
     for row in rows(name):
         gold, value = row["answer"], int(row["answer"])
-        for dress in dresses(MATH_DRESSES):
+        for template in split_formats(MATH_FORMATS):
             for form in (gold, f"{value:,}", f"{value:,}.00", f"${value}"):
-                assert grade("math", dress.format(form), gold), (row["id"], dress, form)
+                assert grade("math", template.format(form), gold), (row["id"], template, form)
             for form in (
                 str(value + 1),
                 str(value - 1),
@@ -727,18 +732,18 @@ def test_every_gold_number_is_right_in_every_dress_and_its_neighbours_wrong(name
                 f"{value}1",
                 f"{value}.5",
             ):
-                assert not grade("math", dress.format(form), gold), (row["id"], dress, form)
+                assert not grade("math", template.format(form), gold), (row["id"], template, form)
 
 
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
-def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: str) -> None:
-    """ "(A mouse runs)" is not a letter. The text of an option in brackets is that option."""
+def test_every_gold_option_is_right_in_every_format_and_the_others_are_wrong(name: str) -> None:
+    """ "(A mouse runs)" is not a letter. The text of an option in brackets means that option."""
     for row in rows(name):
         choices, gold = row["choices"], row["answer"]
         for letter, words in choices.items():
             if letter != gold and words.strip(" .").lower() == choices[gold].strip(" .").lower():
                 continue
-            for dress in dresses(CHOICE_DRESSES):
+            for template in split_formats(CHOICE_FORMATS):
                 for form in (
                     letter,
                     letter.upper(),
@@ -746,9 +751,11 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
                     f"{letter.upper()}. {words}",
                     f"({letter}) {words}",
                 ):
-                    assert grade("choice", dress.format(form), gold, choices) == (letter == gold), (
+                    assert grade("choice", template.format(form), gold, choices) == (
+                        letter == gold
+                    ), (
                         row["id"],
-                        dress,
+                        template,
                         form,
                     )
 
@@ -756,8 +763,8 @@ def test_every_gold_option_is_right_in_every_dress_and_the_others_wrong(name: st
 # -- math-verify -----------------------------------------------------------------------------------
 
 
-def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> None:
-    """It accepts 0.333333 for 1/3, so a run must record if it was used."""
+def test_math_verify_is_called_only_for_expressions_and_only_on_demand() -> None:
+    """It accepts 0.333333 for 1/3, so a run must record whether it was used."""
     pytest.importorskip("math_verify")
     assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     assert grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
@@ -767,15 +774,17 @@ def test_math_verify_is_asked_only_about_expressions_and_only_on_demand() -> Non
     "answer",
     ["9^{9^{9^9}}x", "9^9^9^9x", "x^{99999}", "99999!x", "x" * 600, "\\frac{", "}{", "x=="],
 )
-def test_math_verify_gets_nothing_that_hangs_it(answer: str) -> None:
-    """Towers of powers hang it where no alarm can be set (torchtitan 4442)."""
+def test_math_verify_gets_no_expression_that_makes_it_hang(answer: str) -> None:
+    """It hangs on towers of powers, where no alarm can be set (torchtitan 4442)."""
     pytest.importorskip("math_verify")
     with within(30):
         assert not grade("math", rf"\boxed{{{answer}}}", r"2\sqrt{2}", verify=True)
 
 
-def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grading without math-verify does not need it."""
+def test_a_missing_math_verify_is_named_with_its_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Grading without math-verify must not need it."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert not grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
     assert grade("math", "18", "18", verify=True)
@@ -783,8 +792,8 @@ def test_without_math_verify_the_command_is_named(monkeypatch: pytest.MonkeyPatc
         grade("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", verify=True)
 
 
-def test_shuffled_letters_score_at_chance() -> None:
-    """Control of the grader: random letters in random form are right as often as chance says."""
+def test_random_letters_score_at_chance() -> None:
+    """This is a control of the grader: random letters must be right as often as chance predicts."""
     draw = random.Random(0)
     data = rows("arc_challenge_test")
     right = sum(
@@ -799,8 +808,8 @@ def test_shuffled_letters_score_at_chance() -> None:
     assert 0.21 < right / (20 * len(data)) < 0.29
 
 
-def test_options_may_be_numbers() -> None:
-    """With `"choices": {"A": 6, "B": 7}` the row was answered, and then a traceback followed."""
+def test_the_texts_of_options_may_be_numbers() -> None:
+    """With `"choices": {"A": 6, "B": 7}`, the row was answered, but grading it raised an error."""
     choices = {"A": 6, "B": 7}
     assert extract("choice", "The answer is (B).", choices) == "b"  # type: ignore[arg-type]
     assert grade("choice", "\\boxed{7}", "B", choices)  # type: ignore[arg-type]

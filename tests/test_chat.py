@@ -1,4 +1,4 @@
-"""`chat`: later turns of a conversation, slash commands, and what must not change it.
+"""Check `chat`: later turns of a conversation, slash commands, and what must not change it.
 
 A conversation equals the text that the template renders, fed as tokens to an empty KV cache.
 """
@@ -28,7 +28,7 @@ from .text import QWEN, endless_folder, load_text_lm, text_folder, tiny_tokenize
 
 EVA = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
 TOM = "Tom has 3 apples. He eats 1. How many apples does Tom have?"
-# Puts a system message and a begin of text where none is given, but only at the start.
+# Adds a default system message and a begin of text, but only at the start of a conversation.
 DEFAULTS = (
     "<|endoftext|>{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n"
     "{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -40,7 +40,7 @@ Chat = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
-    """Run `main` with these input lines and flags. Returns (status, stdout, stderr)."""
+    """Run `main` with these input lines and flags, and return (status, stdout, stderr)."""
 
     def call(lines: str | list[str], *flags: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -54,7 +54,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a short context, whose template has a default system message."""
+    """Return a random model with a short context, whose template has a default system message."""
     model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=150)
     path = write_folder(tmp_path_factory.mktemp("chat") / "model", model, tokenizer=TINY)
     (path / "chat_template.jinja").write_text(DEFAULTS)
@@ -66,7 +66,7 @@ def records(out: str) -> list[dict[str, Any]]:
 
 
 def errors(err: str) -> list[str]:
-    """Return the error lines, none of which is a traceback."""
+    """Return the error lines, and check that there is no traceback."""
     assert "Traceback" not in err
     return [line for line in err.splitlines() if "error" in line]
 
@@ -74,7 +74,7 @@ def errors(err: str) -> list[str]:
 # -- the conversation ------------------------------------------------------------------------------
 
 
-def talked(lm: LM, messages: list[str], team: Team = ALONE, **how: Any) -> tuple[KVCache, str]:
+def converse(lm: LM, messages: list[str], team: Team = ALONE, **how: Any) -> tuple[KVCache, str]:
     """Return the KV cache of a conversation with a team, and its text from the template."""
     assert lm.tokenizer is not None
     memory, said = None, []
@@ -96,12 +96,12 @@ def fed(lm: LM, text: str) -> KVCache:
 
 
 @pytest.mark.parametrize("template", [None, DEFAULTS])
-def test_a_later_message_began_a_new_conversation(tmp_path: Path, template: str | None) -> None:
-    """The template's system message and begin of text were put before every message."""
+def test_a_later_message_continues_the_conversation(tmp_path: Path, template: str | None) -> None:
+    """The template's system message and begin of text were repeated before every message."""
     settings = {} if template is None else {"chat_template": template}
     lm = load_text_lm(text_folder(tmp_path, **settings))
-    how = {"sampling": Sampling(max_new_tokens=1)}  # more may have other tokens than their text
-    found, text = talked(lm, ["How many cards?", "Why?", "She loses 3."], **how)
+    how = {"sampling": Sampling(max_new_tokens=1)}  # more may re-encode to other ids
+    found, text = converse(lm, ["How many cards?", "Why?", "She loses 3."], **how)
     assert text.count("<|im_start|>user") == 3
     assert text.count("Be brief") == (template is not None)
     assert distance(found, fed(lm, text)) < 1e-9
@@ -111,8 +111,8 @@ def test_a_later_message_began_a_new_conversation(tmp_path: Path, template: str 
 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="no tokenizer of Qwen3 here")
-def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
-    """An answer without thoughts is rendered unchanged, without empty thoughts before it."""
+def test_a_conversation_equals_the_rendered_template_of_qwen3(tmp_path: Path) -> None:
+    """An answer without thoughts is rendered unchanged, with no empty thoughts before it."""
     tokenizer = Tokenizer(QWEN)
     model = tiny_model(vocab_size=tokenizer.size)
     lm = LM(model, QWEN)
@@ -121,7 +121,7 @@ def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
         [("user", "a b"), ("assistant", "Fine."), ("user", "c")], generation_prompt=True
     )
     assert first.text + "Fine." + tokenizer.turn_end + second.text == text
-    found, _ = talked(lm, ["a b", "c"], sampling=Sampling(max_new_tokens=1))
+    found, _ = converse(lm, ["a b", "c"], sampling=Sampling(max_new_tokens=1))
     ids = [tokenizer.encode(turn.text) for turn in (first, second)]
     assert found.lengths == [
         sum(map(len, ids)) + 2 * (1 + len(tokenizer.encode(tokenizer.turn_end)))
@@ -130,10 +130,10 @@ def test_a_conversation_with_the_template_of_qwen3(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
-def test_a_later_turn_of_a_team_follows_the_earlier_ones(
+def test_a_later_turn_of_a_team_continues_the_conversation(
     tmp_path: Path, team: str, layout: str
 ) -> None:
-    """Every agent, parallel or not, began with the template's system message again."""
+    """Every agent, parallel or not, started with the template's system message again."""
     lm = load_text_lm(text_folder(tmp_path, chat_template=DEFAULTS))
     how: dict[str, Any] = {"team": team, "layout": layout, "latent_steps": 2, "keep_memory": True}
     how["sampling"] = Sampling(max_new_tokens=3)
@@ -150,7 +150,7 @@ def test_a_later_turn_of_a_team_follows_the_earlier_ones(
     assert "Be brief" in first.agents[0].prompt
 
 
-def test_text_agents_go_on_with_a_conversation(tmp_path: Path) -> None:
+def test_text_agents_continue_a_conversation(tmp_path: Path) -> None:
     lm = load_text_lm(text_folder(tmp_path, chat_template=DEFAULTS))
     how: dict[str, Any] = {"sampling": Sampling(max_new_tokens=3), "keep_memory": True}
     [first] = text_mas(lm, ["one?"], **how)
@@ -163,19 +163,19 @@ def test_text_agents_go_on_with_a_conversation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
-def test_a_turn_prefills_its_own_message_only(chat: Chat, method: str) -> None:
-    """The fifth message prefills as many tokens as the first. The KV cache grows with each."""
+def test_a_turn_prefills_only_its_own_message(chat: Chat, method: str) -> None:
+    """The fifth message prefills as many tokens as the first, and the KV cache grows every time."""
     status, out, _ = chat([EVA] * 5, "--json", "--method", method, "-n", 8)
     found = records(out)
     assert status == 0 and [one["question"] for one in found] == [EVA] * 5
     agents = found[0]["agents"]
-    for number in range(1 if method == "text_mas" else len(agents)):  # the others get texts too
+    for number in range(1 if method == "text_mas" else len(agents)):  # others get texts too
         assert len({one["agents"][number]["prompt_tokens"] for one in found}) == 1
     sizes = [one["usage"]["memory_bytes"] for one in found]
     assert sizes == sorted(set(sizes))
 
 
-def test_answers_are_on_stdout_and_all_else_on_stderr(chat: Chat) -> None:
+def test_only_answers_are_on_stdout(chat: Chat) -> None:
     status, out, err = chat([EVA, "", TOM, "/exit", EVA])
     assert status == 0 and out.splitlines() == ["<think> 2 9 6</think> 6", "<think> 3 2</think> 2"]
     assert "prompt tokens" in err and "> " not in err and not errors(err)
@@ -183,7 +183,7 @@ def test_answers_are_on_stdout_and_all_else_on_stderr(chat: Chat) -> None:
     assert chat(EVA)[1] == out.splitlines(keepends=True)[0], "the last line may have no end"
 
 
-def test_a_chat_feeds_the_templates_own_text_of_the_conversation(
+def test_a_chat_prefills_the_text_that_the_template_renders(
     chat: Chat, folder: Path, tmp_path: Path
 ) -> None:
     file, asked = tmp_path / "talk", ["How many?", "Why, <|im_end|>?"]
@@ -199,7 +199,7 @@ def test_a_chat_feeds_the_templates_own_text_of_the_conversation(
     assert distance(KVCache.load(file, lm.model), cache) < 1e-9
 
 
-def test_a_team_is_chosen_by_its_flags(chat: Chat) -> None:
+def test_flags_choose_the_team(chat: Chat) -> None:
     flags = ["--method", "latent_mas", "--team", "hierarchical", "--latent-steps", 2, "--json"]
     [found] = records(chat([EVA], *flags)[1])
     assert [agent["name"] for agent in found["agents"]] == ["math", "science", "code", "summarizer"]
@@ -208,7 +208,7 @@ def test_a_team_is_chosen_by_its_flags(chat: Chat) -> None:
     assert (status, out) == (2, "") and "--team: found with --method single" in err
 
 
-def test_a_single_agent_gets_the_message_as_it_is(chat: Chat, folder: Path) -> None:
+def test_a_single_agent_gets_the_message_unchanged(chat: Chat, folder: Path) -> None:
     """The instruction "End with the final answer" is only for benchmark questions."""
     found = records(chat(["Hello, you!", "Why?"], "-m", folder, "-n", 2, "--json")[1])
     prompts = [one["agents"][0]["prompt"] for one in found]
@@ -218,13 +218,13 @@ def test_a_single_agent_gets_the_message_as_it_is(chat: Chat, folder: Path) -> N
     assert f"Solve it step by step. {EVA}" in tiny["agents"][0]["prompt"]
 
 
-def test_the_embedded_model_says_what_it_knows_in_a_chat(chat: Chat) -> None:
+def test_the_default_model_says_in_a_chat_what_it_can_answer(chat: Chat) -> None:
     assert "--model Qwen/Qwen3-0.6B" not in chat([EVA])[2]
     assert "--model Qwen/Qwen3-0.6B" in chat(["Hello!"])[2]
 
 
-def test_a_conversation_is_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
-    """After /load the chat continues as the saved one would have."""
+def test_a_conversation_can_be_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
+    """After /load, the chat continues as the saved one would have."""
     file = tmp_path / "my talk.safetensors"
     found = records(chat([EVA, f"/save {file}", TOM], "--json")[1])
     status, out, _ = chat([TOM, f"/load {file}", TOM], "--json")
@@ -236,8 +236,8 @@ def test_a_conversation_is_saved_and_loaded(chat: Chat, tmp_path: Path) -> None:
     assert len(KVCache.load(file, load().model).lengths) == 1
 
 
-def test_clear_goes_back_to_the_memory_that_was_given(chat: Chat, tmp_path: Path) -> None:
-    """The first turn after --memory, and after /clear, starts after the given memory."""
+def test_clear_restores_the_memory_given_at_the_start(chat: Chat, tmp_path: Path) -> None:
+    """The first turn after --memory, and after /clear, follows the given memory."""
     note = tmp_path / "note.txt"
     note.write_text("Ben has 4 coins.")
     file = tmp_path / "note.safetensors"
@@ -252,7 +252,7 @@ def test_clear_goes_back_to_the_memory_that_was_given(chat: Chat, tmp_path: Path
     assert "KV cache: None" in chat([EVA, "/clear", "/show"])[2]
 
 
-def test_show_says_what_the_conversation_holds(chat: Chat) -> None:
+def test_show_describes_the_conversation(chat: Chat) -> None:
     _, out, err = chat([EVA, TOM, "/show"], "-n", 9, "--json")
     size = records(out)[-1]["usage"]["memory_bytes"]
     assert re.search(r"^ *turns: 2$", err, re.M)
@@ -260,7 +260,7 @@ def test_show_says_what_the_conversation_holds(chat: Chat) -> None:
     assert re.search(r"^ *model: weights/tiny$", err, re.M) and "'max_new_tokens': 9" in err
 
 
-# -- what is wrong ---------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_show_says_what_the_conversation_holds(chat: Chat) -> None:
         ("half \udcff of a character", "expected a text"),
     ],
 )
-def test_a_fault_is_one_line_and_leaves_the_conversation(
+def test_an_error_is_one_line_and_leaves_the_conversation_unchanged(
     chat: Chat, tmp_path: Path, command: str, named: str
 ) -> None:
     stranger = tiny_model(vocab_size=tiny_tokenizer().size)
@@ -298,14 +298,14 @@ def test_a_fault_is_one_line_and_leaves_the_conversation(
 
 
 def test_an_empty_conversation_is_not_saved(chat: Chat, tmp_path: Path) -> None:
-    """This is also true after a message that failed."""
+    """A conversation is also empty after a message that failed."""
     for lines in ([], ["a " * 20_000], [EVA, "/clear"]):
         status, _, err = chat([*lines, f"/save {tmp_path / 'talk'}"])
         assert status == 0 and "/save FILE (after a message)" in errors(err)[-1]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> None:
+def test_a_full_context_is_an_error_that_suggests_clear(chat: Chat, folder: Path) -> None:
     """The error comes before prefill. After /clear there is room again."""
     lines = ["one two three"] * 9
     status, out, err = chat([*lines, "/clear", lines[0]], "-m", folder, "-n", 12, "--json")
@@ -316,10 +316,10 @@ def test_a_full_context_says_so_and_how_to_go_on(chat: Chat, folder: Path) -> No
     assert found[-1]["usage"]["memory_bytes"] == found[0]["usage"]["memory_bytes"]
 
 
-def test_the_error_of_a_full_context_names_no_command_of_the_chat(
+def test_a_full_context_in_ask_does_not_suggest_a_chat_command(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`ask` advised "/clear" too, which only a chat has."""
+    """`ask` also suggested "/clear", which only a chat has."""
     assert main(["ask", "one two three " * 60, "-m", str(folder), "--method", "single"]) == 1
     err = capsys.readouterr().err
     assert "expected 150 or fewer, the context" in err and "/clear" not in err
@@ -330,7 +330,7 @@ def test_the_error_of_a_full_context_names_no_command_of_the_chat(
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that never ends its turn."""
+    """Return a random model that never ends its turn."""
     return endless_folder(tmp_path_factory.mktemp("endless") / "model", 100_000)
 
 
@@ -346,7 +346,7 @@ def terminal() -> Any:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
-    """The conversation is the one before the message. At the prompt, Ctrl-C ends the chat."""
+    """The conversation stays as it was before the message. At the prompt, Ctrl-C ends the chat."""
     with terminal() as (master, slave):
         flags = ["chat", "-m", endless, "-n", 90_000]
         with start(*flags, stdin=slave) as process:
@@ -368,7 +368,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
     assert (process.returncode, out, err) == (130, "", "\nminimas: stopped\n")
 
 
-def test_a_sign_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
+def test_the_prompt_sign_is_shown_only_on_a_terminal(tmp_path: Path) -> None:
     """The prompt sign is on stderr, so that answers can be redirected."""
     with terminal() as (master, slave), start("chat", "--quiet", stdin=slave) as process:
         os.write(master, EVA.encode() + b"\n\x04")
@@ -377,7 +377,7 @@ def test_a_sign_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     assert err.count("> ") == 2
 
 
-def test_a_reader_that_leaves_ends_the_chat_quietly(endless: Path) -> None:
+def test_a_closed_stdout_ends_the_chat_quietly(endless: Path) -> None:
     flags = ["chat", "-m", endless, "-n", 90_000, "--quiet"]
     with start(*flags, stdin=subprocess.PIPE) as process:
         assert process.stdin and process.stdout and process.stderr

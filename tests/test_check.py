@@ -1,4 +1,4 @@
-"""`minimas check`: what it measures, and what it concludes from given measurements."""
+"""Check `minimas check`: what it measures, and what it concludes from given measurements."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def report(lm: LM) -> Report:
     return check(lm, latent_steps=2)
 
 
-def test_a_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
+def test_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     """The loss of each arm and the length of its answers equal those of `latent_mas`."""
     greedy = Sampling(temperature=0.0, max_new_tokens=24)
     texts = [solution for _, solution in QUESTIONS]
@@ -57,8 +57,8 @@ def test_a_solution_without_tokens_is_refused(lm: LM) -> None:
         losses_after(turn.run, *turn.prefill(), ["So 4.", ""])
 
 
-def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None:
-    assert len(set(ASKED)) == len(QUESTIONS) == 6  # T_95 is for six
+def test_the_worked_solutions_are_right_and_the_questions_are_distinct() -> None:
+    assert len(set(ASKED)) == len(QUESTIONS) == 6  # T_95 is for six values
     for _, solution in QUESTIONS:
         steps = re.findall(r"(\d[\d.]*) ([×+/−]) (\d[\d.]*)(?: \+ (\d+))? = (\d+)", solution)
         assert steps
@@ -69,7 +69,7 @@ def test_the_worked_solutions_are_right_and_no_question_is_asked_twice() -> None
         assert grade("math", solution, re.findall(r"boxed\{(\d+)\}", solution)[0])
 
 
-def test_the_interval_is_students() -> None:
+def test_the_interval_is_students_t_interval() -> None:
     """By hand: mean 2, squares 14, standard error sqrt(14 / 5 / 6), t = 2.571 for six values."""
     spread = (14 / 5 / 6) ** 0.5
     found = interval([0, 0, 2, 3, 3, 4])
@@ -108,13 +108,13 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
 def test_the_recommendation_follows_from_the_measurement(
     given: tuple[str, list[ArmReport]], flags: str, said: str
 ) -> None:
-    """Short answers, or a loss that rises for certain, are harm. A wide interval is not."""
+    """Short answers, or a loss that certainly rises, count as harm. A wide interval does not."""
     sentence, recommended = judge(*given)
     assert recommended == flags and said in sentence
     assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
 
 
-def test_short_answers_with_thoughts_are_harm_too() -> None:
+def test_short_answers_with_thoughts_also_count_as_harm() -> None:
     layout, arms = made("turn", 58, FINE, FINE)
     arms[2] = replace(arms[2], tokens=6)
     assert judge(layout, arms)[1] == "--layout turn --align prenorm "
@@ -157,8 +157,8 @@ def test_a_model_that_cannot_be_checked_is_refused_in_one_line(
     assert out == "" and err.count("\n") == 1 and re.search(found, err)
 
 
-def test_a_folders_own_team_is_what_is_checked(tmp_path: Path) -> None:
-    """Its prompts and its layout are used, as `ask` uses them."""
+def test_a_folders_own_team_is_the_one_that_is_checked(tmp_path: Path) -> None:
+    """Its prompts and its layout are used, as in `ask`."""
     team = {
         "layout": "chat",
         "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],

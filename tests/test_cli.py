@@ -1,4 +1,4 @@
-"""The command line: only the answer on stdout, one line for an error, and the exit status.
+"""Check the command line: only the answer on stdout, one line per error, and the exit status.
 
 Most tests call `main` in this process with a random model in a folder. Only tests of signals, pipes
 and devices start a process.
@@ -45,7 +45,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `main` with these arguments. Returns (exit status, stdout, stderr)."""
+    """Run `main` with these arguments, and return (exit status, stdout, stderr)."""
 
     def call(*argv: Any) -> Outcome:
         capsys.readouterr()
@@ -60,7 +60,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a context of a hundred thousand tokens that never ends its turn."""
+    """Return a random model that never ends its turn. Its context is 100,000 tokens."""
     return endless_folder(tmp_path_factory.mktemp("cli") / "model", 100_000)
 
 
@@ -80,8 +80,8 @@ def assert_one_line(outcome: Outcome, status: int | tuple[int, ...], pattern: st
 # -- answers --------------------------------------------------------------------------------------
 
 
-def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> None:
-    """`minimas ask … > answer.txt` has only the answer. Everything else goes to stderr."""
+def test_only_the_answer_is_on_stdout(run: Run, folder: Path) -> None:
+    """`minimas ask … > answer.txt` must contain only the answer. Everything else goes to stderr."""
     status, out, err = run("ask", "-m", folder, "How many?", "-n", 9, "--latent-steps", 2)
     [result] = latent_mas(
         load(folder),
@@ -100,7 +100,7 @@ def test_the_answer_is_on_stdout_and_nothing_else(run: Run, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["single", "text_mas", "latent_mas"])
-def test_quiet_means_quiet(run: Run, folder: Path, method: str) -> None:
+def test_quiet_leaves_stderr_empty(run: Run, folder: Path, method: str) -> None:
     loud, quiet = (
         run("ask", "-m", folder, "hi", "-n", 5, "--method", method, *flags)
         for flags in ((), ("--quiet",))
@@ -108,8 +108,8 @@ def test_quiet_means_quiet(run: Run, folder: Path, method: str) -> None:
     assert quiet == (0, loud.out, "") and loud.err
 
 
-def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: Path) -> None:
-    """It has all that is needed to replay the result: settings, prompts and token counts."""
+def test_json_prints_one_object_per_question(run: Run, folder: Path, tmp_path: Path) -> None:
+    """An object has all that is needed to replay the result: settings, prompts and token counts."""
     rows = jsonl(
         tmp_path / "q.jsonl",
         {"id": 7, "question": "one?"},
@@ -156,8 +156,8 @@ def test_json_is_one_object_for_each_question(run: Run, folder: Path, tmp_path: 
     assert records[0]["id"] == 7
 
 
-def test_a_question_may_hold_its_own_options(run: Run, folder: Path) -> None:
-    """`--kind choice` was refused without `choices`, but the question often has the options."""
+def test_a_question_may_contain_its_own_options(run: Run, folder: Path) -> None:
+    """`--kind choice` was refused without `choices`, but the options are often in the question."""
     outcome = run(
         "ask", "Which is even? (A) 3 (B) 4", "--kind", "choice", "--json", "-m", folder, "-n", 4
     )
@@ -165,7 +165,7 @@ def test_a_question_may_hold_its_own_options(run: Run, folder: Path) -> None:
     assert json.loads(outcome.out)["finish_reason"] in ("stop", "length")
 
 
-def test_the_fields_of_a_row_tell_its_kind(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_the_fields_of_a_row_determine_its_kind(run: Run, folder: Path, tmp_path: Path) -> None:
     """`choices`: choice; `tests` or `entry_point`: code; a number as answer: math; else free."""
     rows = jsonl(
         tmp_path / "q.jsonl",
@@ -192,7 +192,7 @@ def test_the_fields_of_a_row_tell_its_kind(run: Run, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_a_batch_changes_no_answer_and_no_order(
+def test_batches_change_neither_answers_nor_their_order(
     run: Run, folder: Path, tmp_path: Path, size: int
 ) -> None:
     rows = jsonl(tmp_path / "q.jsonl", *({"question": f"{'very ' * i}long?"} for i in range(5)))
@@ -224,10 +224,10 @@ def test_shuffled_memories_need_a_file(run: Run, folder: Path, tmp_path: Path) -
     )
 
 
-def test_a_line_separator_in_a_question_does_not_end_its_row(
+def test_a_line_separator_in_a_question_does_not_split_its_row(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    """U+2028 and U+0085 are allowed in JSON, and `str.splitlines` splits at them."""
+    """U+2028 and U+0085 are allowed in JSON, but `str.splitlines` splits at them."""
     question = "one\u2028two\u2029three\u0085four?"
     rows = jsonl(tmp_path / "q.jsonl", {"question": question})
     status, out, err = run("ask", "-m", folder, "--file", rows, "-n", 1, "--json")
@@ -236,7 +236,7 @@ def test_a_line_separator_in_a_question_does_not_end_its_row(
 
 
 @pytest.mark.parametrize("question", ["-5 + 3?", "--what", "-", "-n"])
-def test_a_question_may_start_with_a_dash_after_two(
+def test_a_question_may_start_with_a_dash_after_a_double_dash(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from standard input"))
@@ -245,7 +245,7 @@ def test_a_question_may_start_with_a_dash_after_two(
     assert json.loads(out)["question"] == ("from standard input" if question == "-" else question)
 
 
-def test_a_dash_reads_standard_input(
+def test_a_dash_means_standard_input(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many\ncards 🙂?\n"))
@@ -275,8 +275,8 @@ def test_a_question_longer_than_the_context_is_refused_within_seconds(
     assert time.monotonic() - start < 20
 
 
-def test_the_embedded_model_says_what_it_knows(run: Run) -> None:
-    """It answers other questions with garbage, which a new user might blame on the method."""
+def test_the_default_model_says_what_it_can_answer(run: Run) -> None:
+    """Its answers to other questions are meaningless, and a new user might blame the method."""
     known, unknown = run("ask", TINY_EXAMPLE, "-n", 8), run("ask", "Why is the sky blue?", "-n", 8)
     assert known.status == unknown.status == 0
     assert "Qwen/Qwen3-0.6B" not in known.err
@@ -285,7 +285,7 @@ def test_the_embedded_model_says_what_it_knows(run: Run) -> None:
     assert run("ask", "Why is the sky blue?", "-n", 8, "--quiet").err == ""
 
 
-def test_a_bar_is_drawn_on_a_terminal_only(
+def test_a_progress_bar_is_shown_only_on_a_terminal(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):
@@ -299,7 +299,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_the_layout_is_chosen_and_reported(
+def test_the_layout_can_be_chosen_and_is_reported(
     run: Run, folder: Path, tmp_path: Path, layout: str
 ) -> None:
     """`--layout` replaces the team's own layout, and `--json` reports the one that was used."""
@@ -318,10 +318,10 @@ def test_the_layout_is_chosen_and_reported(
         assert text.count("<|im_start|>assistant") == {"turn": 1, "chat": 2}[layout]
 
 
-def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
+def test_an_agent_that_generates_text_in_mid_chain_is_refused_by_flag_and_by_file(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    """One line names the agent and the field, and the flag or the file that is wrong."""
+    """The one line names the agent and the field, and the flag or the file that is wrong."""
     agents = [
         {"name": "a", "prompt": "{question}", "writes": True},
         {"name": "b", "prompt": "{question}"},
@@ -339,10 +339,10 @@ def test_a_writer_in_mid_chain_is_refused_by_flag_and_by_file(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_an_answer_is_printed_whatever_the_encoding_of_stdout(
+def test_an_answer_is_printed_in_any_encoding_of_stdout(
     folder: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """With an ASCII stdout, a generated "é" gave a UnicodeEncodeError, and the text was lost."""
+    """With an ASCII stdout, a generated "é" raised a UnicodeEncodeError and the text was lost."""
     argv = ["ask", "-m", str(folder), "naïve 🙂?", "-n", "40", "--quiet", "--latent-steps", "1"]
     text = {}
     for encoding in ("utf-8", "ascii"):
@@ -362,7 +362,7 @@ def test_the_version_is_printed(run: Run) -> None:
 
 
 def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command has a help text. A "%" that is not escaped would be an error of argparse."""
+    """Every command has a help text. An unescaped "%" would be an error in argparse."""
     monkeypatch.setenv("COLUMNS", "100")
     for command in ([], ["ask"], ["check"], ["info"]):
         status, out, err = run(*command, "--help")
@@ -370,7 +370,7 @@ def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.Monkey
         assert max(map(len, out.splitlines())) <= 100
 
 
-# -- what is wrong with the command ---------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,8 +412,8 @@ def test_help_fits_into_one_hundred_columns(run: Run, monkeypatch: pytest.Monkey
         (["info"], "model"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_status_2(run: Run, argv: list[str], pattern: str) -> None:
-    """It names the flag, found and expected, without the usage text and without a traceback."""
+def test_a_wrong_flag_gives_one_line_and_status_2(run: Run, argv: list[str], pattern: str) -> None:
+    """The line names the flag, found and expected, without the usage text or a traceback."""
     assert_one_line(run(*argv), 2, f"({pattern})")
 
 
@@ -439,7 +439,7 @@ def test_a_wrong_value_of_a_flag_says_what_was_expected(run: Run, flag: str, val
 
 
 def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
-    """Return name -> (arguments of `ask`, text of the error), with files in a folder."""
+    """Return name -> (function that writes files and returns arguments of `ask`, error pattern)."""
 
     def rows(content: bytes) -> Callable[[Path], list[Any]]:
         def make(tmp: Path) -> list[Any]:
@@ -572,7 +572,7 @@ def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
 
 
 @pytest.mark.parametrize("case", bad_inputs())
-def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
+def test_a_wrong_input_gives_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
     """It names the file, line or flag, found and expected. No earlier question is answered."""
     write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
     make, pattern = bad_inputs()[case]
@@ -584,7 +584,7 @@ def test_a_wrong_input_is_one_line_and_fails(run: Run, tmp_path: Path, case: str
     )
 
 
-def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
+def test_a_map_can_be_loaded_from_a_file(run: Run, tmp_path: Path) -> None:
     """The answer equals that of the saved kind. Another kind gives another answer."""
     lm, path = load(TINY), tmp_path / "map.safetensors"
     asked = "ask", TINY_EXAMPLE, "--quiet", "--json", "--device", "cpu"
@@ -603,7 +603,7 @@ def test_a_map_from_a_file_is_thought_with(run: Run, tmp_path: Path) -> None:
 def test_a_map_of_another_model_is_refused_with_status_1(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
-    """The error is one line before any question is read. An unknown kind gives status 2."""
+    """The error is one line, before any question is prefilled. An unknown kind gives status 2."""
     load(TINY).aligner("identity").save(tmp_path / "m.safetensors")
     outcome = run("ask", "-m", folder, "q", "--align", tmp_path / "m.safetensors")
     assert_one_line(outcome, 1, r"m\.safetensors: model: found .*expected")
@@ -611,13 +611,13 @@ def test_a_map_of_another_model_is_refused_with_status_1(
     assert_one_line(run("ask", "q", "--align", "fitted"), 2, f"--align.*found 'fitted', {expected}")
 
 
-def test_debug_shows_where_it_happened(run: Run, folder: Path) -> None:
+def test_debug_raises_the_error_with_its_traceback(run: Run, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"team.*: found 'trio'"):
         run("ask", "-m", folder, "q", "--team", "trio", "--debug")
 
 
-def test_greedy_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
-    """A repetition penalty in generation_config.json is not greedy decoding."""
+def test_temperature_0_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
+    """With a repetition penalty from generation_config.json, decoding is not greedy."""
     folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
     plain = run("ask", "-m", folder, "q", "-n", 12, "--temperature", 0, "--quiet")
     (folder / "generation_config.json").write_text(
@@ -630,8 +630,8 @@ def test_greedy_on_the_command_line_is_greedy(run: Run, tmp_path: Path) -> None:
 # -- info -----------------------------------------------------------------------------------------
 
 
-def test_info_says_what_a_model_needs_without_its_weights(run: Run, tmp_path: Path) -> None:
-    """People ask if a model fits into a GPU before they download it."""
+def test_info_needs_no_weights(run: Run, tmp_path: Path) -> None:
+    """Users ask whether a model fits into a GPU before they download it."""
     folder = write_folder(tmp_path, text_model(), tokenizer=TINY)
     (folder / "model.safetensors").unlink()
     status, out, err = run("info", folder)
@@ -651,15 +651,15 @@ def test_a_quantized_model_answers(run: Run, name: str) -> None:
     assert (status, out.strip()) == (0, "12")
 
 
-def test_info_of_the_embedded_model(run: Run) -> None:
+def test_info_describes_the_default_model(run: Run) -> None:
     status, out, _ = run("info", "weights/tiny")
     assert status == 0 and "teams.json" in out
 
 
-def test_a_parameter_is_named_by_its_flag_and_its_error_is_a_value_error(
+def test_a_parameter_error_names_its_flag_and_is_a_value_error(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 2 is for a flag of the command. A parameter without a flag ends with status 1."""
+    """Status 2 is for a flag of the command. A parameter without a flag gives status 1."""
     assert str(ParameterError("top_p", "found 5, expected 1")) == "top_p: found 5, expected 1"
     assert pickle.loads(pickle.dumps(ParameterError("a", "b"))).parameter == "a"
     for parameter, status, shown in (("top_p", 2, "--top-p"), ("close", 1, "close")):
@@ -686,7 +686,7 @@ def start(*argv: Any, **options: Any) -> Process:
     return Process(command, **options)
 
 
-def test_the_first_command_works_from_anywhere(tmp_path: Path) -> None:
+def test_the_first_command_works_in_any_folder(tmp_path: Path) -> None:
     """The answer is on stdout, everything else on stderr, with no warning and status 0."""
     with start("ask", TINY_EXAMPLE, cwd=tmp_path) as process:
         out, err = process.communicate(timeout=60)
@@ -703,8 +703,8 @@ def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
-    """Status 130, one line, and the text so far: as text, or as an object that says so."""
+def test_ctrl_c_prints_the_text_so_far(folder: Path, as_json: bool) -> None:
+    """It gives status 130 and one line. With --json, the record says that it was interrupted."""
     argv = [
         "ask",
         "-m",
@@ -738,7 +738,7 @@ def test_ctrl_c_keeps_the_text_so_far(folder: Path, as_json: bool) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_it_starts_ends_quietly() -> None:
+def test_ctrl_c_during_startup_ends_quietly() -> None:
     """Before `main` ran, Ctrl-C gave a traceback from the import of torch."""
     with start("ask", "q") as process:
         time.sleep(0.3)
@@ -747,11 +747,10 @@ def test_ctrl_c_while_it_starts_ends_quietly() -> None:
     assert "Traceback" not in err and process.returncode == 130, (out, err)
 
 
-def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
-    """`minimas ask …
+def test_a_closed_stdout_ends_ask_quietly(folder: Path) -> None:
+    """A reader that closes the pipe has read enough, so this is not an error.
 
-    head -1` gave two tracebacks, the second from the flush at exit. | A reader that closes the pipe
-    has read enough, so this is not an error.
+    `minimas ask … | head -1` gave two tracebacks, the second from the flush at exit.
     """
     with start("ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 0, "--quiet") as process:
         assert process.stdout is not None and process.stderr is not None
@@ -762,7 +761,7 @@ def test_a_reader_that_leaves_ends_it_quietly(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_one_line(folder: Path) -> None:
+def test_a_full_disk_gives_one_line(folder: Path) -> None:
     argv = ["ask", "-m", folder, "hi", "-n", 3, "--quiet"]
     with Path("/dev/full").open("w") as full, start(*argv, stdout=full) as process:
         _, err = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The output of `ask` besides the answer: question numbers, token counts, JSON, thinking."""
+"""Check the output of `ask` besides the answer: question numbers, token counts, JSON, thinking."""
 
 import io
 import json
@@ -28,13 +28,13 @@ THINKING = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that never ends its turn."""
+    """Return a random model that never ends its turn."""
     return endless_folder(tmp_path_factory.mktemp("ask") / "model", 4096)
 
 
 @pytest.fixture
 def thinker(folder: Path, tmp_path: Path) -> Path:
-    """The same model with a template that opens <think> unless it is told not to."""
+    """Return the same model with a template that opens <think> unless it is told not to."""
     copied = tmp_path / "thinker"
     write_folder(copied, load(folder).model, tokenizer=TINY)
     (copied / "chat_template.jinja").write_text(THINKING)
@@ -47,10 +47,10 @@ def ask(capsys: pytest.CaptureFixture[str], *argv: Any) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-def test_a_file_may_come_from_standard_input(
+def test_rows_can_come_from_standard_input(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It may have a byte order mark, Windows line endings, and no newline at its end."""
+    """They may have a byte order mark, Windows line endings, and no newline at the end."""
     rows = '\ufeff{"question": "Müller?"}\r\n\r\n{"question": "two?"}'
     for stdin in (io.StringIO(rows[1:]), io.TextIOWrapper(io.BytesIO(rows.encode()), "ascii")):
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -63,10 +63,10 @@ def test_a_file_may_come_from_standard_input(
     assert "-: line 2: found bad JSON" in capsys.readouterr().err
 
 
-def test_a_line_of_an_agent_says_which_question_it_is_about(
+def test_each_line_about_an_agent_has_the_number_of_its_question(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With forty questions it was not clear whose answer had been cut off."""
+    """With forty questions, it was not clear whose answer had been cut off."""
     (tmp_path / "q.jsonl").write_text('{"question": "q?"}\n' * 5)
     argv = ["-m", folder, "-n", 2, "--latent-steps", 1, "--method", "latent_mas"]
     _, err = ask(capsys, *argv, "--file", tmp_path / "q.jsonl")
@@ -80,7 +80,7 @@ def test_a_line_of_an_agent_says_which_question_it_is_about(
     assert "[" not in ask(capsys, *argv, "q?")[1]
 
 
-def test_an_empty_answer_has_its_place_among_the_others(
+def test_an_empty_answer_keeps_its_place_in_the_output(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     """The third answer looked like the second one, because the second one was empty."""
@@ -99,14 +99,14 @@ def test_an_empty_answer_has_its_place_among_the_others(
     assert ask(capsys, *argv)[0] == "word\n\n\n\nword\n"
 
 
-def test_the_bill_ends_with_the_wall_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_wall_time_is_reported_last(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The agents' seconds did not include loading, which is most of a short run."""
     bill = "\n".join(ask(capsys, "-m", folder, "q?", "-n", 2)[1].splitlines()[-2:])
     found = re.fullmatch(r" +total: .*, (\S+) s, KV cache .* MB\n +wall time: (\S+) s", bill)
     assert found and 0 < float(found[1]) < float(found[2])
 
 
-def test_a_record_says_what_its_result_depends_on(
+def test_a_record_has_everything_its_result_depends_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Defaults are recorded like values that were given."""
@@ -131,10 +131,10 @@ def test_a_record_says_what_its_result_depends_on(
         assert (found["latent_steps"], found["layout"]) == (0, "chat")
 
 
-def test_a_record_of_a_gguf_file_said_that_nothing_was_quantized(
+def test_a_record_says_that_a_gguf_file_is_quantized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its layers keep the 4-bit blocks of the file, but "quantization" was null."""
+    """Layers keep the 4-bit blocks of the file, but "quantization" was null."""
     pytest.importorskip("gguf")
     from .formats.test_gguf import trained, words_of, write
 
@@ -152,7 +152,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_agents_who_pass_text_show_their_speed(
+def test_agents_that_pass_text_show_their_speed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A team that generates four texts showed no progress until the last one."""
@@ -163,7 +163,7 @@ def test_agents_who_pass_text_show_their_speed(
 
 
 def test_there_is_an_event_for_every_token(folder: Path) -> None:
-    """The speed is counted from them, also for agents that hand over text."""
+    """The speed is computed from these events, also for agents that pass text."""
     heard: list[Event] = []
     how = Sampling(max_new_tokens=5)
     results = text_mas(load(folder), ["one?", "two?"], sampling=how, on_event=heard.append)
@@ -171,7 +171,7 @@ def test_there_is_an_event_for_every_token(folder: Path) -> None:
     assert len(pieces) == sum(result.usage.output_tokens for result in results) == 40
 
 
-def test_compiling_is_announced_and_billed_apart(
+def test_compiling_is_announced_and_timed_separately(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half a minute of compiling was counted as time of the first agent."""
@@ -191,10 +191,10 @@ def test_compiling_is_announced_and_billed_apart(
         assert "compil" not in ask(capsys, *argv, "--quiet", "--compile")[1]
 
 
-def test_a_thinking_model_may_be_told_not_to_think(
+def test_thinking_can_be_switched_off(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its template has a switch that no flag could set."""
+    """The template has a switch for it that no flag could set."""
     argv = ["-m", thinker, "q?", "-n", 2, "--json", "--quiet", "--method", "single"]
     prompts = [
         json.loads(ask(capsys, *argv, *flag)[0])["agents"][-1]["prompt"]
@@ -207,10 +207,10 @@ def test_a_thinking_model_may_be_told_not_to_think(
     assert "chat_template: found no enable_thinking" in err and "--no-think" in err
 
 
-def test_a_thought_that_was_cut_off_is_called_one(
+def test_a_truncated_thought_is_reported_as_one(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default limit of 256 tokens can end a thinking model before its answer."""
+    """The default limit of 256 tokens can stop a thinking model before its answer."""
     for flags, thinks in (
         (["-m", thinker], True),
         (["-m", thinker, "--no-think"], False),
@@ -222,10 +222,10 @@ def test_a_thought_that_was_cut_off_is_called_one(
 
 
 @pytest.mark.parametrize("question", ["Eva has 2 <think> cards?", "Why </think> not <think>"])
-def test_a_think_of_the_question_was_taken_for_a_thought_of_the_model(
+def test_a_think_tag_in_the_question_does_not_count_as_a_thought(
     thinker: Path, folder: Path, capsys: pytest.CaptureFixture[str], question: str
 ) -> None:
-    """Only the template and the model open a thought. A user may write about the tag."""
+    """Only the template and the model open a thought. A user may ask about the tag."""
     for flags, thinks in (([folder], False), ([thinker, "--no-think"], False), ([thinker], True)):
         for method in (["single"], ["latent_mas", "--latent-steps", 0]):
             _, err = ask(capsys, question, "-n", 1, "-m", *flags, "--method", *method)

@@ -1,4 +1,4 @@
-"""`remember`, `ask --memory`, `--save-memory`, `info` of a memory, and `ask --show-thoughts`.
+"""Check `remember`, `ask --memory`, `--save-memory`, `info` of a memory, and `--show-thoughts`.
 
 weights/tiny answers questions about remembered notes, as in a team of experts.
 """
@@ -28,7 +28,7 @@ READER = {"agents": [{"name": "reader", "prompt": "Summarizer: give the answer. 
 
 
 class Files:
-    """A folder with notes, their memories and a team of one reader. `main` runs in this process."""
+    """A folder with notes, their memories, and a team of one agent that answers from a memory."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.capsys = folder, capsys
@@ -55,7 +55,7 @@ class Files:
         return out
 
     def read(self, question: str, *flags: Any) -> dict[str, Any]:
-        """Return the record of the reader's answer."""
+        """Return the record of the agent's answer."""
         argv = ["ask", question, "--team", self["team.json"], "--json", "--quiet", *flags]
         status, out, err = self.run(*argv)
         assert (status, err) == (0, "")
@@ -63,7 +63,7 @@ class Files:
         return record
 
     def refused(self, *argv: Any) -> str:
-        """Return the one-line error of a command that prints nothing else."""
+        """Return the error of a command that prints this one line and nothing else."""
         status, out, err = self.run(*argv)
         assert status in (1, 2) and out == ""
         assert re.fullmatch(r"minimas: error: .*\n", err), err
@@ -77,7 +77,7 @@ def files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Files:
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> Path:
-    """Another model with the tokenizer of weights/tiny and a context of 300 slots."""
+    """Return another model with the tokenizer of weights/tiny and a context of 300 slots."""
     model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=300)
     return write_folder(tmp_path / "stranger", model, tokenizer=TINY)
 
@@ -123,8 +123,8 @@ def test_two_memories_are_joined_in_order(files: Files) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_cache_after_an_answer_is_saved_and_used(files: Files, as_json: bool) -> None:
-    """The cache is not a field of the JSON, where it was copied only to print its address."""
+def test_the_kv_cache_after_an_answer_can_be_saved_and_used(files: Files, as_json: bool) -> None:
+    """The cache must not be in the JSON. It was copied there only to print its address."""
     saved = files["after.safetensors"]
     flags = ["--json"] if as_json else []
     status, out, err = files.run("ask", ASKED, "--save-memory", saved, *flags)
@@ -137,7 +137,7 @@ def test_the_cache_after_an_answer_is_saved_and_used(files: Files, as_json: bool
     assert again["agents"][0]["memory_bytes"] > expected.memory.nbytes
 
 
-def test_info_describes_the_file_of_a_memory(files: Files) -> None:
+def test_info_describes_a_memory_file(files: Files) -> None:
     out = files.remember("eva")
     lm = load()
     status, said, err = files.run("info", out)
@@ -146,7 +146,7 @@ def test_info_describes_the_file_of_a_memory(files: Files) -> None:
     assert f"1 rows of {KVCache.load(out, lm.model).lengths} slots" in said
 
 
-def test_remember_says_what_it_wrote_unless_it_is_quiet(
+def test_remember_prints_what_it_saved_unless_it_is_quiet(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Eva has 2 cards."))
@@ -157,8 +157,8 @@ def test_remember_says_what_it_wrote_unless_it_is_quiet(
     assert err.startswith(f"memory.safetensors: {slots} slots, ") and err.count("\n") == 1
 
 
-def test_a_memory_in_8_bits_is_a_smaller_file_that_is_used(files: Files) -> None:
-    """The size that is printed is that of the file, not of the cache in use."""
+def test_a_memory_in_8_bits_makes_a_smaller_file_that_works(files: Files) -> None:
+    """The printed size is that of the file, not of the cache in use."""
     plain = files.remember("eva")
     small = files["small.safetensors"]
     how = ["--role", "agent", "--latent-steps", 6, "--out", small, "--bits", 8]
@@ -173,7 +173,7 @@ def test_a_memory_in_8_bits_is_a_smaller_file_that_is_used(files: Files) -> None
 
 
 @pytest.mark.parametrize("role", ["user", "system", "agent", "plain"])
-def test_the_role_and_the_thoughts_are_those_of_python(files: Files, role: str) -> None:
+def test_role_and_latent_steps_work_as_in_python(files: Files, role: str) -> None:
     flags = ["--role", role, "--latent-steps", 2, "--align", "identity"]
     lm = load()
     found = KVCache.load(files.remember("tom", *flags), lm.model)
@@ -182,7 +182,7 @@ def test_the_role_and_the_thoughts_are_those_of_python(files: Files, role: str) 
     assert float((found.keys[-1] - expected.keys[-1][:, :, : found.lengths[0]]).abs().max()) == 0
 
 
-# -- what is wrong -------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 def test_a_memory_of_another_model_is_refused_by_name(files: Files, stranger: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_memory_of_another_model_is_refused_by_name(files: Files, stranger: Pa
     assert f"expected {{'model': '{stranger}'" in said
 
 
-def test_a_file_that_is_no_memory_is_refused_by_name(files: Files) -> None:
+def test_a_file_that_is_not_a_memory_is_refused_by_name(files: Files) -> None:
     load().aligner("identity").save(files["map.safetensors"])
     for name, problem in (
         ("none.safetensors", "no such file"),
@@ -206,7 +206,7 @@ def test_a_file_that_is_no_memory_is_refused_by_name(files: Files) -> None:
     assert "none.safetensors: no such file" in files.refused("info", files["none.safetensors"])
 
 
-def test_one_answer_is_saved_not_many(files: Files) -> None:
+def test_only_one_answer_can_be_saved(files: Files) -> None:
     """Two answers have two caches, and one file would have only the last one."""
     files["q.jsonl"].write_text('{"question": "one?"}\n{"question": "two?"}\n')
     argv = ["ask", "--file", files["q.jsonl"], "--save-memory", files["m.safetensors"]]
@@ -214,7 +214,7 @@ def test_one_answer_is_saved_not_many(files: Files) -> None:
     assert not files["m.safetensors"].exists()
 
 
-def test_a_memory_that_cannot_be_written_does_not_cost_the_answer(files: Files) -> None:
+def test_a_memory_that_cannot_be_saved_does_not_lose_the_answer(files: Files) -> None:
     for path in (files["none/m.safetensors"], files.folder):
         status, out, err = files.run("ask", ASKED, "--quiet", "--save-memory", path)
         assert (status, out) == (1, " 6\n")
@@ -223,7 +223,7 @@ def test_a_memory_that_cannot_be_written_does_not_cost_the_answer(files: Files) 
         assert f"{path}: cannot write the memory" in said
 
 
-def test_a_text_that_cannot_be_remembered_is_one_line(
+def test_a_text_that_cannot_be_remembered_gives_one_line(
     files: Files, stranger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = ["--out", files["m.safetensors"]]
@@ -279,8 +279,8 @@ def test_each_thought_is_a_line_after_its_agent(
     assert first.count("%") == 5 or len(first) == 100
 
 
-def test_a_thought_of_a_batch_says_whose_it_is(files: Files) -> None:
-    """Experts share a batch too, and may have the same name."""
+def test_a_thought_in_a_batch_names_its_question(files: Files) -> None:
+    """Parallel experts also share a batch, and may have the same name."""
     agents = [{"name": name, "prompt": "{question}"} for name in ("expert", "expert", "last")]
     files["t.json"].write_text(json.dumps({"parallel": True, "agents": agents}))
     files["q.jsonl"].write_text('{"question": "one?"}\n' * 10)
@@ -322,7 +322,7 @@ def test_a_thought_fits_into_a_narrow_terminal(
 def test_a_wide_or_unencodable_token_neither_fails_nor_overflows(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Chinese character has two columns, and an ASCII terminal cannot print it."""
+    """A Chinese character takes two columns, and an ASCII terminal cannot print it."""
     monkeypatch.setenv("COLUMNS", "40")
     plain = Lens._views
 
@@ -344,9 +344,7 @@ def test_a_wide_or_unencodable_token_neither_fails_nor_overflows(
     assert b"entropy" in stderr.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def test_without_the_flag_no_thought_is_looked_at(
-    files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_flag_no_lens_is_made(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise AssertionError("a lens was made")
 
@@ -355,21 +353,19 @@ def test_without_the_flag_no_thought_is_looked_at(
 
 
 @pytest.mark.parametrize("before", [[], [2]])
-def test_a_question_after_show_thoughts_was_taken_for_its_number(
-    files: Files, before: list[int]
-) -> None:
-    """Most people write `--show-thoughts "QUESTION"`, where the flag's K is left out."""
+def test_a_question_may_follow_show_thoughts(files: Files, before: list[int]) -> None:
+    """`--show-thoughts "QUESTION"` is common, but the question was taken for the number K."""
     status, out, err = files.run("ask", "--show-thoughts", *before, ASKED)
     assert (status, out) == (0, " 6\n")
     assert {line.count("%") for line in thoughts(err)} == {2 if before else 3}
 
 
-def test_a_flag_after_two_dashes_is_a_question(files: Files) -> None:
+def test_a_flag_after_a_double_dash_is_a_question(files: Files) -> None:
     argv = ["ask", "-n", 1, "--json", "--quiet", "--", "--show-thoughts"]
     assert json.loads(files.run(*argv)[1])["question"] == "--show-thoughts"
 
 
 @pytest.mark.parametrize("k", ["0", "-1", "1.5", "x", ""])
-def test_a_wrong_number_of_tokens_is_one_line(files: Files, k: str) -> None:
+def test_a_wrong_number_of_tokens_gives_one_line(files: Files, k: str) -> None:
     said = files.refused("ask", ASKED, f"--show-thoughts={k}")
     assert "--show-thoughts" in said and "expected a whole number, 1 or more" in said

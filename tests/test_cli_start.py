@@ -1,4 +1,4 @@
-"""The start of the command line and its streams: quick help, lazy names, streams that fail."""
+"""Check the start of the command line and its streams: fast help, lazy imports, broken streams."""
 
 import inspect
 import os
@@ -44,7 +44,7 @@ def shell(redirect: str, *argv: Any, **env: str) -> "subprocess.CompletedProcess
 # -- start ---------------------------------------------------------------------------------------
 
 
-def test_help_and_version_do_not_wait_for_torch() -> None:
+def test_help_and_version_do_not_import_torch() -> None:
     """Importing torch takes seconds, and --help does not need it."""
     said = python("""
 import sys
@@ -66,8 +66,8 @@ def choices(command: str, flag: str) -> Any:
     return found.choices or found.default or found.help
 
 
-def test_the_flags_know_the_names_of_the_library() -> None:
-    """The parser has its own copy of the names, because the library's module needs torch."""
+def test_the_flags_have_the_same_names_as_the_library() -> None:
+    """The parser has its own copy of the names, because the library's module imports torch."""
     methods = (minimas.latent_mas, minimas.text_mas, minimas.single)
     assert choices("ask", "--method") == [method.__name__ for method in methods]
     assert choices("ask", "--kind") == list(KINDS)
@@ -81,8 +81,8 @@ def test_the_flags_know_the_names_of_the_library() -> None:
     )
 
 
-def test_every_public_name_is_there_on_first_use() -> None:
-    """`load` is the function, even after the module of that name was imported."""
+def test_every_public_name_can_be_imported() -> None:
+    """`load` must be the function, even after the module of that name was imported."""
     stub: dict[str, Any] = {}
     source = Path(minimas.__file__).with_name("__init__.pyi").read_text(encoding="utf-8")
     exec(source.replace("from .", "from minimas."), stub)
@@ -106,8 +106,8 @@ print(load.__name__, minimas.load is load, same is LM, minimas.__version__, sort
 # -- streams -------------------------------------------------------------------------------------
 
 
-def test_a_closed_stream_is_no_traceback() -> None:
-    """Cron and daemons close streams, which are None in Python."""
+def test_a_closed_stream_gives_no_traceback() -> None:
+    """Cron and daemons close streams, which are then None in Python."""
     for redirect, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)):
         done = shell(redirect, "ask", ASKED)
         assert (done.returncode, b"Traceback" in done.stderr) == (status, False), redirect
@@ -118,14 +118,14 @@ def test_a_closed_stream_is_no_traceback() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_progress_that_cannot_be_printed_does_not_cost_the_answer() -> None:
-    """The disk of the log is full, but the answer is written elsewhere."""
+def test_progress_that_cannot_be_printed_does_not_lose_the_answer() -> None:
+    """The disk of the log is full, but the answer goes elsewhere."""
     done = shell("2>/dev/full", "ask", ASKED)
     assert (done.returncode, done.stdout.strip()) == (0, b"6")
 
 
-def test_a_reader_of_progress_that_leaves_does_not_cost_the_answer(tmp_path: Path) -> None:
-    """An example of such a reader is `2> >(head -1)`."""
+def test_a_closed_stderr_pipe_does_not_lose_the_answer(tmp_path: Path) -> None:
+    """An example is `2> >(head -1)`."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "minimas", "ask", ASKED]
@@ -136,11 +136,8 @@ def test_a_reader_of_progress_that_leaves_does_not_cost_the_answer(tmp_path: Pat
     assert (done.returncode, done.stdout.strip()) == (0, b"6")
 
 
-def test_a_reader_that_has_enough_of_a_file_is_no_error(tmp_path: Path) -> None:
-    """`minimas ask --file …
-
-    head -1` ends after the first answers with status 0.
-    """
+def test_a_closed_stdout_stops_a_run_over_a_file_without_an_error(tmp_path: Path) -> None:
+    """`minimas ask --file … | head -1` ends after the first answers with status 0."""
     (tmp_path / "q.jsonl").write_text(f'{{"question": "{ASKED}"}}\n' * 40)
     command = [sys.executable, "-m", "minimas", "ask", "--file", str(tmp_path / "q.jsonl")]
     pipe = subprocess.PIPE
@@ -153,8 +150,8 @@ def test_a_reader_that_has_enough_of_a_file_is_no_error(tmp_path: Path) -> None:
     assert "[40/40]" not in said
 
 
-def test_utf8_in_a_c_locale_is_read_and_nothing_is_lost() -> None:
-    """The question's bytes became surrogates, and the error said that the question was empty."""
+def test_utf8_input_works_in_a_c_locale() -> None:
+    """The bytes of the question became surrogates, and the error said that it was empty."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shell("", "ask", "Müller 🙂?", "--json", "-n", 1, "--quiet", **plain)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and their answers equal those of the library."""
+"""Check that the examples run as a user runs them, and give the same answers as the library."""
 
 import os
 import subprocess
@@ -53,8 +53,8 @@ def test_the_latentmas_example_fits_on_a_page() -> None:
         ("memory_files", ["saved 43 slots", "Eva 6, with "]),
     ],
 )
-def test_an_example_runs_and_prints_what_it_promises(name: str, shown: list[str]) -> None:
-    """It runs offline, without arguments and warnings, and prints less than a page."""
+def test_an_example_prints_what_it_promises(name: str, shown: list[str]) -> None:
+    """It runs offline, without arguments or warnings, and is shorter than a page."""
     path = ROOT / "examples" / f"{name}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -1,6 +1,6 @@
-"""A complete cache of the hub is used, and an interrupted download is continued.
+"""Check that a complete cache of the hub is used and an interrupted download is continued.
 
-An error says how to proceed.
+Errors say how to proceed.
 """
 
 import sys
@@ -27,7 +27,7 @@ class Hub:
         self.local, self.remote, self.listed, self.online = local, remote, listed, 0
 
     def __call__(self, repo: str, allow_patterns: list[str], local_files_only: bool) -> str:
-        """As huggingface_hub.snapshot_download; `listed` is the check of its newer versions."""
+        """Imitate snapshot_download. `listed` is the check of newer versions of huggingface_hub."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         if not local_files_only:
@@ -71,10 +71,10 @@ def repository(path: Path, shards: int) -> Path:
         [],
     ],
 )
-def test_a_download_that_was_interrupted_is_taken_up_again(
+def test_an_interrupted_download_is_continued(
     there: list[str], hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """A partial download was taken for a whole model, in every later call."""
+    """A partial download was taken for a whole model in every later call."""
     made = hub(repository(tmp_path / "remote", 3))
     (tmp_path / "cache").mkdir()
     for pattern in there:
@@ -83,10 +83,10 @@ def test_a_download_that_was_interrupted_is_taken_up_again(
     assert load("org/m").model.fingerprint() == tiny_model(dtype=torch.float32).fingerprint()
     assert made.online == 1
     load("org/m")
-    assert made.online == 1  # now it is whole
+    assert made.online == 1  # now the copy is complete
 
 
-def test_offline_an_incomplete_copy_says_how_to_go_on(
+def test_an_incomplete_copy_offline_says_how_to_download_the_rest(
     hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
     """The error named the missing shard, but not how to get it."""
@@ -99,18 +99,18 @@ def test_offline_an_incomplete_copy_says_how_to_go_on(
 
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_offline_a_whole_copy_may_lack_an_optional_file(
+def test_a_complete_copy_offline_may_lack_an_optional_file(
     listed: bool, shards: int, hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
-    """Newer versions of huggingface_hub expect a file for every pattern, and one had none."""
+    """Newer versions of huggingface_hub expect a file for every pattern, which failed here."""
     made = hub(None, listed=listed)
     repository(tmp_path / "cache", shards)
     assert resolve("org/m") == tmp_path / "cache"
     assert made.online == (1 if listed else 0)
 
 
-def test_info_needs_no_weights(hub: Callable[..., Hub], tmp_path: Path) -> None:
-    """People ask what 16 GB need before they download them."""
+def test_info_downloads_no_weights(hub: Callable[..., Hub], tmp_path: Path) -> None:
+    """Users ask what a model of 16 GB needs before they download it."""
     hub(repository(tmp_path / "remote", 2))
     assert resolve("org/m", only_config=True) == tmp_path / "cache"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["config.json"]
@@ -143,7 +143,7 @@ def test_a_gguf_file_is_found_by_its_path_and_by_its_type(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file in a folder was not a hub id, and neither was `repo:Q8_0`, as in llama.cpp."""
+    """A file in a folder and llama.cpp's form `repo:Q8_0` were not accepted as hub ids."""
     monkeypatch.setattr(sys.modules["minimas.load"], "read_header", lambda path: None)
     for file in GGUF_FILES:
         path = tmp_path / "remote" / file
@@ -157,7 +157,7 @@ def test_a_gguf_file_is_found_by_its_path_and_by_its_type(
 
 
 @pytest.mark.parametrize("name", ["Q3_K_S", "none.gguf", "folder/none.gguf"])
-def test_a_gguf_file_that_is_nowhere_names_the_accepted_forms(
+def test_a_missing_gguf_file_is_an_error_that_names_the_accepted_forms(
     name: str, hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
     (tmp_path / "remote").mkdir()
@@ -169,7 +169,7 @@ def test_a_gguf_file_that_is_nowhere_names_the_accepted_forms(
         resolve("org/m:/etc/passwd")
 
 
-def test_a_gguf_file_without_one_of_its_shards_is_taken_up_again(
+def test_a_gguf_file_with_a_missing_shard_is_downloaded_again(
     hub: Callable[..., Hub], tmp_path: Path
 ) -> None:
     """The first shard alone was taken for the whole file."""

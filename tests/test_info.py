@@ -1,4 +1,4 @@
-"""`info` reads from a header or a config.json how much memory a model needs. No figure is 0."""
+"""Check how much memory `info` reports for a model, from a GGUF header or a config.json."""
 
 import sys
 from pathlib import Path
@@ -36,8 +36,10 @@ def held(model: Any) -> int:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "F32"])
-def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tied: bool, tmp_path: Path) -> None:
-    """Only other formats were listed, and not the one that `load` makes of the file."""
+def test_the_size_of_a_gguf_file_as_loaded_is_reported(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    """Only other formats were listed, and not the one in which `load` keeps the file."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # whole tiles
     config = tiny_config(**sizes, head_dim=16, vocab_size=99, tie_word_embeddings=tied)
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds=kind)
@@ -54,8 +56,8 @@ def test_a_gguf_file_has_a_line_for_what_is_loaded(kind: str, tied: bool, tmp_pa
     assert line.split(": ")[1] == becomes.get(kind, f"{kind} kept as q4, {kind} rounded to q8")
 
 
-def test_an_embedding_of_16_bits_beside_layers_of_4_has_a_copy_of_8_bits(tmp_path: Path) -> None:
-    """The copy is the LM head, and counts."""
+def test_a_tied_16_bit_embedding_in_a_4_bit_file_also_counts_its_8_bit_copy(tmp_path: Path) -> None:
+    """The copy is the LM head."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     config = tiny_config(**sizes, head_dim=16, vocab_size=999, tie_word_embeddings=True)
     model = random_model(config, dtype=torch.float32)
@@ -69,7 +71,7 @@ def test_an_embedding_of_16_bits_beside_layers_of_4_has_a_copy_of_8_bits(tmp_pat
 def test_info_of_a_gguf_file_needs_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It asked for `pip install gguf` only to print a size."""
+    """`info` asked for `pip install gguf` only to print a size."""
     config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=96)
     model = random_model(config, dtype=torch.float32)
     path = write(tmp_path / "a.gguf", model, kinds="MXFP4")
@@ -77,12 +79,12 @@ def test_info_of_a_gguf_file_needs_no_package(
     monkeypatch.setitem(sys.modules, "gguf", None)
     without = describe(path)
     hint = without["as loaded"].removeprefix(with_package["as loaded"])
-    assert "pip install -U gguf" in hint  # the two matrices could not be compared
+    assert "pip install -U gguf" in hint  # without the package, two matrices cannot be compared
     assert without | {"as loaded": ""} == with_package | {"as loaded": ""}
 
 
-def test_batch_context_and_new_tokens_count(tmp_path: Path) -> None:
-    """The figure of one row does not apply to a batch of eight long texts."""
+def test_the_kv_cache_size_depends_on_batch_size_context_and_new_tokens(tmp_path: Path) -> None:
+    """The figure for one row does not apply to a batch of eight long texts."""
     folder = write_folder(tmp_path, tiny_model(dtype=torch.float32))
     slot = tiny_model(dtype=torch.float32).new_cache(1).slot_nbytes
     for rows, context, new in ((1, 960, 256), (8, 1000, 0), (3, 10, 2000)):
@@ -92,7 +94,7 @@ def test_batch_context_and_new_tokens_count(tmp_path: Path) -> None:
     assert "24 GB: none" in huge["fits"] and "24 GB: bfloat16" in describe(folder)["fits"]
 
 
-def test_this_machines_memory_is_one_of_the_places(
+def test_the_memory_of_this_machine_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only common GPU sizes were listed, and not the memory of the machine itself."""
@@ -104,7 +106,7 @@ def test_this_machines_memory_is_one_of_the_places(
 
 
 def test_no_figure_is_zero(tmp_path: Path) -> None:
-    """The W_a of a tiny model had "0 MB"."""
+    """W_a of a tiny model was reported as "0 MB"."""
     for text in describe(write_folder(tmp_path, tiny_model(dtype=torch.float32))).values():
         assert not any(word in text for word in (" 0 MB", " 0.0 MB", " 0MB", " 0.00"))
     assert "1.02kB in float32" in describe(tmp_path)["alignment"]

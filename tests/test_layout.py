@@ -1,6 +1,6 @@
-"""Layout "turn": the prompts of all agents in one user turn equal the same built by hand.
+"""Check layout "turn": all prompts in one user turn equal the same turn built by hand.
 
-Three empty assistant turns before it made the last agent answer with only a number
+With three empty assistant turns before it, the last agent answered with only a number
 (docs/results.md).
 """
 
@@ -209,10 +209,10 @@ def test_the_hand_over_equals_explicit_input(tmp_path: Path, family: str, layout
         assert apart(states[0][row], reference(model, without_thoughts)[-1:]) > 1e-3
 
 
-def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
-    """Earlier assistant turns were the fault.
+def test_all_prompts_share_one_user_header_and_one_assistant_header(lm: LM) -> None:
+    """Earlier assistant turns made the last agent's answer short.
 
-    All prompts are in one conversation of the template.
+    All prompts must be in one conversation of the template.
     """
     for team in (sequential(), hierarchical(chained=True), TURN):
         [result] = latent_mas(
@@ -230,8 +230,8 @@ def test_one_turn_has_one_user_header_and_one_assistant_header(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS)
-def test_every_transfer_leaves_the_last_agent_a_whole_user_turn(lm: LM, transfer: str) -> None:
-    """Thoughts without a user header before them would not be in a turn."""
+def test_every_transfer_gives_the_last_agent_a_complete_user_turn(lm: LM, transfer: str) -> None:
+    """Thoughts without a user header before them would be outside any turn."""
     with watched(lm.model) as (_, caches, _):
         results = latent_mas(
             lm, QUESTIONS[:2], TURN, latent_steps=2, transfer=transfer, sampling=SHORT
@@ -265,10 +265,10 @@ TEMPLATES = {
 
 
 @given(st.lists(harmless_texts(12), min_size=1, max_size=4), st.sampled_from(sorted(TEMPLATES)))
-def test_the_pieces_of_a_turn_add_up_to_what_the_template_renders(
+def test_the_pieces_of_a_turn_join_to_what_the_template_renders(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], name: str
 ) -> None:
-    """No character is lost, doubled or moved, even if a template strips the message."""
+    """No character may be lost, doubled or moved, even if a template strips the message."""
     tokenizer = tokenizer_with(tmp_path_factory, TEMPLATES[name])
     pieces = tokenizer.user_turn(parts, prefix="So")
     whole = tokenizer.turn("".join(parts), prefix="So")
@@ -314,7 +314,7 @@ def test_a_template_that_drops_or_changes_the_message_is_refused(
         ({"system": "Be brief."}, "system"),
     ],
 )
-def test_what_cannot_be_in_one_turn_is_refused_by_name(
+def test_agents_that_cannot_share_one_turn_are_refused_by_name(
     lm: LM, tmp_path: Path, change: dict[str, Any], field: str
 ) -> None:
     """An agent that generates text needs an assistant turn, and only the last agent has one."""
@@ -340,7 +340,7 @@ def test_what_cannot_be_in_one_turn_is_refused_by_name(
 @pytest.mark.parametrize(
     ("layout", "found"), [("both", "'both'"), (3, "3"), (None, "None"), (["turn"], r"\['turn'\]")]
 )
-def test_an_unknown_layout_is_refused_in_every_place(
+def test_an_unknown_layout_is_refused_everywhere(
     lm: LM, tmp_path: Path, layout: Any, found: str
 ) -> None:
     path = tmp_path / "team.json"
@@ -368,7 +368,7 @@ def test_a_team_keeps_its_layout_in_json(tmp_path: Path) -> None:
     assert Team.from_json(path).with_layout("chat").layout == "chat"
 
 
-def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -> None:
+def test_an_opening_is_in_every_chat_turn_and_once_in_a_shared_turn(lm: LM) -> None:
     """The question is asked once, and is in the last agent's KV cache for every transfer."""
     agents = (Agent("a", "Plan.{context}"), Agent("b", "Answer.{context}"))
     team = Team(agents, opening="Question: {question}")
@@ -392,10 +392,10 @@ def test_an_opening_stands_in_every_chat_turn_and_once_in_a_shared_one(lm: LM) -
 
 
 @pytest.mark.parametrize("name", ["single", "sequential", "hierarchical"])
-def test_the_embedded_model_keeps_the_layout_it_was_trained_on(name: str) -> None:
+def test_the_default_model_keeps_the_layout_it_was_trained_on(name: str) -> None:
     raw = json.loads((TINY / "teams.json").read_text())
     assert raw[name]["layout"] == "chat"
 
 
-def test_control_tokens_are_those_of_the_tests() -> None:
+def test_the_control_tokens_of_the_tests_are_in_the_tokenizer() -> None:
     assert set(CONTROL) <= set(tiny_tokenizer().control) | {"<think>", "</think>"}

@@ -1,4 +1,4 @@
-"""The tokens of a thought equal plain formulas."""
+"""Check that the tokens that a lens shows for a thought equal plain formulas."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ ASKED = ["How many cards does Eva have?", "Why?"]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model in float64 with the tokenizer of weights/tiny."""
+    """Return a random model in float64 with the tokenizer of weights/tiny."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
 def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> None:
-    """Experts share a batch, and their rows must not be confused with those of questions."""
+    """Experts share a batch, and their rows must not be confused with those of the questions."""
     heard: list[Event] = []
     lens = Lens(lm, top=2)
 
@@ -52,8 +52,8 @@ def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> 
     assert step.cosine_before is None
 
 
-def test_the_nearest_token_of_a_token_is_itself(lm: LM) -> None:
-    """A map that returns embeddings of tokens shows which rows are compared."""
+def test_the_nearest_token_of_a_token_embedding_is_itself(lm: LM) -> None:
+    """The map returns the embedding of a token, which shows which rows are compared."""
     chosen = 40
     assert lm.tokenizer is not None
     row = lm.model.embed(torch.tensor([[chosen]]))  # (1, 1, D)
@@ -62,7 +62,7 @@ def test_the_nearest_token_of_a_token_is_itself(lm: LM) -> None:
         lm, ASKED, align=lambda hidden: 3 * row.expand_as(hidden), latent_steps=2, sampling=SHORT,
         on_event=lens,
     )  # fmt: skip
-    _, thoughts = lens.seen[1]  # the first agent's, on the second question
+    _, thoughts = lens.seen[1]  # the first agent, on the second question
     for thought in thoughts:
         assert thought.nearest == lm.tokenizer.backend.decode([chosen], skip_special_tokens=False)
         assert thought.cosine_nearest == pytest.approx(1)
@@ -81,7 +81,7 @@ def test_a_lens_changes_nothing_and_shows_nothing_of_a_single_agent(lm: LM) -> N
     assert [thoughts for _, thoughts in lens.seen] == [[], []]
 
 
-def test_the_embedded_model_thinks_in_numbers() -> None:
+def test_the_thoughts_of_the_default_model_are_numbers() -> None:
     """The plan of weights/tiny is its list of results, which `--show-thoughts` shows."""
     lm = load("weights/tiny")
     lens = Lens(lm)

@@ -1,4 +1,4 @@
-"""`load` returns a complete model, or fails with one line.
+"""Check that `load` returns a complete model, or fails with one line.
 
 The line names the file, the field, what was found and what was expected.
 """
@@ -54,16 +54,16 @@ def python(code: str, *arguments: str | Path, cwd: Path | None = None, **variabl
     return done.stdout
 
 
-# -- what loads ------------------------------------------------------------------------------------
+# -- valid folders ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_becomes_the_model_it_was_made_of(
+def test_a_loaded_model_equals_the_one_that_was_saved(
     family: str, tied: bool, shards: int, tmp_path: Path
 ) -> None:
-    """Tensors are equal bit for bit, from one file or shards, tied or not."""
+    """Tensors are equal bit for bit, from one file or from shards, tied or not."""
     model = tiny_model(family, tie_word_embeddings=tied)
     lm = load(write_folder(tmp_path, model, shards))
     assert lm.tokenizer is None
@@ -78,7 +78,7 @@ def test_a_folder_becomes_the_model_it_was_made_of(
     assert lm.model.fingerprint() == model.fingerprint()
 
 
-def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
+def test_the_repr_of_a_model_describes_it(tmp_path: Path) -> None:
     """In a notebook, the address of an object is not useful."""
     model = tiny_model()
     lm = load(write_folder(tmp_path, model), device="cpu", dtype="float32")
@@ -91,10 +91,10 @@ def test_a_loaded_model_shows_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("asked", ["auto", "float32", "bf16", "fp16", torch.float64])
-def test_tensors_come_in_the_dtype_asked_for(
+def test_tensors_have_the_requested_dtype(
     stored: torch.dtype, asked: str | torch.dtype, tmp_path: Path
 ) -> None:
-    """ "auto" is the dtype of the checkpoint: a bf16 model in float32 needs twice the memory."""
+    """ "auto" is the dtype of the checkpoint. A bf16 model in float32 needs twice the memory."""
     named = {
         "auto": stored,
         "float32": torch.float32,
@@ -110,7 +110,7 @@ def test_tensors_come_in_the_dtype_asked_for(
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: Path) -> None:
+def test_known_extra_tensors_are_ignored(shards: int, tmp_path: Path) -> None:
     """Some checkpoints have tensors that are not needed.
 
     Qwen3-0.6B has a copy of its tied embedding, and old Llama checkpoints have rotary frequencies.
@@ -126,7 +126,7 @@ def test_spare_tensors_of_known_checkpoints_are_let_pass(shards: int, tmp_path: 
 
 
 def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
-    """If a mapped file is overwritten by a download, a running model changes or crashes."""
+    """If a download overwrites a mapped file, a running model changes or crashes."""
     model = tiny_model()
     folder = write_folder(tmp_path / "model", model)
     loaded, ids = load(folder).model, random_ids(model, 1, 4)
@@ -137,7 +137,7 @@ def test_the_folder_is_not_needed_after_loading(tmp_path: Path) -> None:
     assert torch.equal(remember(loaded, ids)[0], remember(model, ids)[0])
 
 
-# -- what does not ---------------------------------------------------------------------------------
+# -- invalid folders -------------------------------------------------------------------------------
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FOREIGN = f"{FILE}: found a truncated or foreign file, expected safetensors"
@@ -145,7 +145,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Return a change of the tensors in model.safetensors."""
+    """Return a function that changes the tensors in model.safetensors."""
 
     def damage(folder: Path) -> None:
         with safe_open(folder / FILE, framework="pt") as file:
@@ -157,12 +157,12 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None
 
 
 def content(change: Callable[[bytes], bytes], name: str = FILE) -> Callable[[Path], Any]:
-    """Return a change of the bytes of one file."""
+    """Return a function that changes the bytes of one file."""
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def config(**fields: Any) -> Callable[[Path], Any]:
-    """Return a change of fields of config.json."""
+    """Return a function that changes fields of config.json."""
 
     def damage(folder: Path) -> None:
         raw = json.loads((folder / "config.json").read_text())
@@ -172,7 +172,7 @@ def config(**fields: Any) -> Callable[[Path], Any]:
 
 
 def sharded(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    """Return a change of the index of two shards."""
+    """Return a function that splits the weights into two shards and changes their index."""
 
     def damage(folder: Path) -> None:
         (folder / FILE).unlink()
@@ -185,7 +185,7 @@ def sharded(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
 
 
 def index(text: str) -> Callable[[Path], None]:
-    """Return a change that replaces the weights with an index of this text."""
+    """Return a function that replaces the weights with an index of this text."""
 
     def damage(folder: Path) -> None:
         (folder / FILE).unlink()
@@ -342,7 +342,7 @@ BAD |= {
 
 
 @pytest.mark.parametrize(("damage", "said"), BAD.values(), ids=BAD)
-def test_a_folder_that_is_not_whole_is_refused(
+def test_an_incomplete_or_damaged_folder_is_refused(
     damage: Callable[[Path], Any], said: str, tmp_path: Path
 ) -> None:
     """Incomplete downloads are common.
@@ -379,7 +379,7 @@ def test_a_folder_that_is_not_whole_is_refused(
         ({"dtype": torch.int64}, ValueError, "dtype.*expected auto or one of"),
     ],
 )
-def test_a_wrong_argument_is_refused_by_its_flag(
+def test_a_wrong_argument_is_refused_with_its_flag(
     arguments: Any, kind: type[Exception], said: str
 ) -> None:
     """A typo must not start a download or give a traceback."""
@@ -387,10 +387,10 @@ def test_a_wrong_argument_is_refused_by_its_flag(
         load(**({"name": TINY} | arguments))
 
 
-def test_a_model_that_is_nowhere_says_how_to_get_it(
+def test_a_model_that_cannot_be_found_is_an_error_that_says_how_to_download_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Offline, the error has the missing file, its place, and the command that gets it."""
+    """Offline, the error names the missing file, its place, and the command that downloads it."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -412,17 +412,17 @@ def test_a_model_that_is_nowhere_says_how_to_get_it(
         assert part in str(caught.value)
 
 
-def test_the_default_is_found_from_any_folder(
+def test_the_default_model_loads_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first Python line of the README works in any folder."""
+    """The first Python line of the README must work in any folder."""
     monkeypatch.chdir(tmp_path)
     assert resolve("weights/tiny").samefile(TINY)
     assert load().model.name == "weights/tiny"
 
 
 @pytest.mark.parametrize("name", ["up_proj.weight", "model.norm.weight", "embed_tokens.weight"])
-def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Path) -> None:
+def test_nan_weights_are_reported_with_the_name_of_the_model(name: str, tmp_path: Path) -> None:
     """They can be loaded, because checking 16 GB would take as long as loading.
 
     The first state that is not finite raises an error that names the model.
@@ -436,12 +436,12 @@ def test_weights_of_nan_are_noticed_with_the_models_name(name: str, tmp_path: Pa
         think(broken, Aligner(), hidden[:, -1:], cache, 1)
 
 
-# -- what it costs, and what it needs --------------------------------------------------------------
+# -- memory use and imports ------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
-    """A state dict in addition to the model would need twice the memory, 32 GB for an 8B model."""
+def test_loading_keeps_only_one_copy_of_the_weights(tmp_path: Path) -> None:
+    """A state dict beside the model would need twice the memory, 32 GB for an 8B model."""
     shape = {
         "hidden_size": 1024,
         "intermediate_size": 3072,
@@ -522,10 +522,10 @@ def test_importing_needs_only_the_core(first: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_info_counts_what_is_there_and_reads_no_weight(
+def test_info_counts_parameters_without_the_weights(
     family: str, tied: bool, tmp_path: Path
 ) -> None:
-    """People ask what a model needs before they download 16 GB."""
+    """Users ask what a model needs before they download 16 GB."""
     model = tiny_model(family, tie_word_embeddings=tied, dtype=torch.float32)
     folder = write_folder(tmp_path, model)
     (folder / FILE).unlink()
@@ -544,10 +544,10 @@ def test_info_counts_what_is_there_and_reads_no_weight(
     [BAD["no config"], BAD["another family"]],
     ids=["no config", "another family"],
 )
-def test_info_refuses_as_load_does(
+def test_info_raises_the_same_errors_as_load(
     damage: Callable[[Path], Any], said: str, tmp_path: Path
 ) -> None:
-    """The error is the same line."""
+    """The error has the same text."""
     folder = write_folder(tmp_path, tiny_model())
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
@@ -555,7 +555,7 @@ def test_info_refuses_as_load_does(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE")
-def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_older_memory(tmp_path: Path) -> None:
     """The error is real: the process may write at most 4 KiB to any file."""
     folder = write_folder(tmp_path / "model", tiny_model())
     code = """
@@ -579,13 +579,13 @@ def test_a_disk_that_is_really_full_leaves_the_older_memory(tmp_path: Path) -> N
     assert python(code, folder, tmp_path / "memories" / "m") == "True [3] 1\n"
 
 
-def test_apart_can_tell() -> None:
+def test_apart_detects_a_difference() -> None:
     """The measure of all parity tests is relative, and far from 0 for different tensors."""
     assert apart(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
 
 
-def test_the_methods_count_the_tokenizers_rows() -> None:
-    """`lm.aligner` asks the tokenizer, so padding rows of the embeddings are not in W_a."""
+def test_an_aligner_excludes_padding_rows_of_the_embeddings() -> None:
+    """`lm.aligner` takes the number of rows from the tokenizer, not from the embeddings."""
     lm = load(TINY)
     assert lm.tokenizer is not None
     h = torch.ones(1, lm.model.config.hidden_size)
@@ -595,19 +595,19 @@ def test_the_methods_count_the_tokenizers_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", [None, 3, ["ridge"], torch.eye(40)], ids=str)
-def test_a_kind_of_map_that_is_no_string_is_named(kind: Any) -> None:
+def test_an_align_kind_that_is_not_a_string_is_refused(kind: Any) -> None:
     """`lm.aligner(None)` ended in a TypeError of pathlib."""
     with pytest.raises(ValueError, match=r"^align: found (.|\n)*, expected one of ridge, identity"):
         load(TINY).aligner(kind)
 
 
-def test_a_map_is_made_anew_when_its_file_or_the_tokenizer_has_changed(tmp_path: Path) -> None:
+def test_a_map_is_reloaded_when_its_file_or_the_tokenizer_has_changed(tmp_path: Path) -> None:
     """The map of the first call was returned in all later calls."""
     lm, path = load(TINY), tmp_path / "map.safetensors"
     h = torch.randn(3, lm.model.config.hidden_size)
     for kind in ("identity", "random"):
         lm.aligner(kind).save(path)
-        os.utime(path, ns=(0, len(kind)))  # a clock may be coarser than two writes
+        os.utime(path, ns=(0, len(kind)))  # a clock may be too coarse to tell two writes apart
         assert torch.equal(lm.aligner(str(path))(h), lm.aligner(kind)(h))
         assert lm.aligner(str(path)) is lm.aligner(str(path))
     before = lm.aligner("ridge")
@@ -627,7 +627,7 @@ class Terminal(io.StringIO):
     ("on_terminal", "quiet", "shown"),
     [(True, False, True), (True, True, False), (False, False, False)],
 )
-def test_loading_shows_a_bar_on_a_terminal_only(
+def test_loading_shows_a_progress_bar_only_on_a_terminal(
     on_terminal: bool, quiet: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten seconds of loading showed no progress."""
@@ -637,7 +637,7 @@ def test_loading_shows_a_bar_on_a_terminal_only(
     assert (f"loading {TINY}" in screen.getvalue()) == shown == bool(screen.getvalue())
 
 
-def test_loading_needs_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_works_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program without a console has no standard error."""
     monkeypatch.setattr("sys.stderr", None)
     assert load(TINY, device="cpu").model.name == str(TINY)

@@ -1,6 +1,6 @@
-"""A memory that is made once: every method starts after it, and nothing is computed twice.
+"""Check that every method starts after a given memory and does not prefill it again.
 
-The reference is always the same text fed as tokens. Each equality has a negative control.
+The reference is always the same text, fed as tokens. Each equality has a negative control.
 """
 
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ METHODS = {"single": single, "text_mas": text_mas, "latent_mas": latent_mas}
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model in float64 with the tokenizer of weights/tiny."""
+    """Return a random model in float64 with the tokenizer of weights/tiny."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
 def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
-    """Let runs feed `ids` before every prompt that starts from an empty KV cache."""
+    """Make runs prefill `ids` before every prompt that starts from an empty KV cache."""
     plain = Run.prefill
 
     def fed(run: Run, rows: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
@@ -55,7 +55,7 @@ def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
 
 
 def tokens(lm: LM, text: str) -> list[int]:
-    """Return the ids of a user message in ChatML. Control tokens in the text stay text."""
+    """Return the ids of a user message in ChatML. Control tokens in it are encoded as text."""
     assert lm.tokenizer is not None
     opened, end = lm.tokenizer.message(text, "user")
     return lm.tokenizer.encode_turn(opened) + lm.tokenizer.encode_turn(end)
@@ -66,7 +66,7 @@ def tokens(lm: LM, text: str) -> list[int]:
 def test_a_memory_equals_its_text_fed_before_the_first_prompt(
     tmp_path: Path, family: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong positions after a memory change every state (theorem 3.3), ragged rows included."""
+    """Wrong positions after a memory change every state (theorem 3.3), also in ragged rows."""
     lm = load_text_lm(text_folder(tmp_path), family)
     options: dict[str, Any] = {"layout": layout, "latent_steps": 3}
     used = last_turn(lm, ASKED, memory=remember(lm, NOTE), **options)
@@ -84,7 +84,7 @@ def test_a_memory_equals_its_text_fed_before_the_first_prompt(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_memory_is_neither_changed_nor_prefilled_again(lm: LM, method: str) -> None:
-    """Token counts are those of this call, and a second call must not see slots of the first."""
+    """Counts are those of this call only, and a second call must not see slots of the first."""
     memory, how = remember(lm, NOTE), {"sampling": SHORT}
     before = memory.fork()
     first = METHODS[method](lm, ASKED, memory=memory, **how)
@@ -98,8 +98,8 @@ def test_a_memory_is_neither_changed_nor_prefilled_again(lm: LM, method: str) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_question_gets_its_own_row(lm: LM, method: str) -> None:
-    """One memory per question equals one call per question. With swapped rows it does not."""
+def test_every_question_gets_its_own_row_of_the_memory(lm: LM, method: str) -> None:
+    """One memory per question equals one call per question. Swapped rows do not."""
     notes = [remember(lm, note) for note in (NOTE, "Short.", "Tom has 3 apples. He eats 1.")]
     joined = stacked(notes)
     texts = [r.text for r in METHODS[method](lm, ASKED, memory=joined, sampling=SHORT)]
@@ -113,7 +113,7 @@ def test_every_question_gets_its_own_row(lm: LM, method: str) -> None:
 
 
 def stacked(caches: Sequence[KVCache]) -> KVCache:
-    """Return caches of one row as one ragged cache."""
+    """Return one ragged cache from caches of one row."""
     rows = len(caches)
     wide = [cache.select([0] * rows) for cache in caches]
     masked = [
@@ -127,7 +127,7 @@ def stacked(caches: Sequence[KVCache]) -> KVCache:
 def test_a_kept_memory_equals_the_conversation_fed_as_tokens(
     lm: LM, method: str, limit: int
 ) -> None:
-    """It has the last generated token and the end of the turn, also at the token limit."""
+    """It includes the last generated token and the end of the turn, also at the token limit."""
     how: dict[str, Any] = {"sampling": Sampling(max_new_tokens=limit), "keep_memory": True}
     if method == "latent_mas":
         how |= {"latent_steps": 0, "layout": "turn"}
@@ -139,7 +139,7 @@ def test_a_kept_memory_equals_the_conversation_fed_as_tokens(
         said = "".join(agent.prompt for agent in shown) + result.text + lm.tokenizer.turn_end
         fed = lm.model.new_cache(1)
         prefill(lm.model, [lm.tokenizer.encode(said)], fed)
-        if fed.lengths == result.memory.lengths:  # else the text has other tokens than its ids
+        if fed.lengths == result.memory.lengths:  # otherwise, encoding the text gives other ids
             assert distance(result.memory, fed) < 1e-9
         assert result.memory.lengths[0] >= sum(agent.prompt_tokens for agent in shown)
     again = METHODS[method](lm, ASKED[:1], memory=results[0].memory, **how)
@@ -160,7 +160,7 @@ def test_thoughts_of_a_memory_follow_its_text_and_come_before_the_end_of_its_tur
     assert distance(remember(lm, NOTE, 4, "none"), fed) > 1e-4
 
 
-def test_remembered_experts_answer_like_the_team_of_experts() -> None:
+def test_joined_notes_give_the_answers_of_a_team_of_experts() -> None:
     """Three joined notes equal what a parallel team hands over, with weights/tiny."""
     lm = load("weights/tiny")
     team = Team.from_json("weights/tiny/split.json")
@@ -174,7 +174,7 @@ def test_remembered_experts_answer_like_the_team_of_experts() -> None:
     assert [result.answer for result in expected] == ["Eva 12", "Tom 9", "Ben 11"]
 
 
-def test_joined_memories_are_experts_that_do_not_see_each_other(lm: LM) -> None:
+def test_joined_memories_do_not_see_each_other(lm: LM) -> None:
     """`KVCache.concat` is the hand-over of parallel agents (theorem 3.3 with a block mask)."""
     first, second = remember(lm, NOTE), remember(lm, "Tom eats 1.")
     joined = KVCache.concat([first, second])
@@ -184,8 +184,8 @@ def test_joined_memories_are_experts_that_do_not_see_each_other(lm: LM) -> None:
     assert result.agents[0].memory_bytes > joined.nbytes
 
 
-def test_a_saved_memory_is_used_and_gives_the_same_logits(lm: LM, tmp_path: Path) -> None:
-    """A file that is loaded and not used would pass every test of equal texts."""
+def test_a_saved_memory_gives_the_same_logits(lm: LM, tmp_path: Path) -> None:
+    """A file that is loaded but not used would pass every test of equal texts."""
     memory = remember(lm, NOTE, latent_steps=2)
     memory.save(tmp_path / "note.safetensors")
     loaded = KVCache.load(tmp_path / "note.safetensors", lm.model)
@@ -237,8 +237,8 @@ def test_a_memory_that_leaves_no_room_in_the_context_is_refused_before_any_work(
         latent_mas(lm, ASKED, memory=wide, sampling=Sampling(max_new_tokens=4000))
 
 
-def test_the_embedded_model_answers_from_a_kept_memory() -> None:
-    """On weights/tiny, a text is remembered once and asked about twice."""
+def test_the_default_model_answers_from_a_kept_memory() -> None:
+    """With weights/tiny, a text is remembered once and used for two questions."""
     lm = load("weights/tiny")
     question = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
     [result] = latent_mas(lm, [question], keep_memory=True)

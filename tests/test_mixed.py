@@ -1,4 +1,4 @@
-"""Several models in one team: what one has been fed, another one prefills again.
+"""Check teams of several models: when the model changes, the next one prefills the input again.
 
 Two copies of one model must do what one model does with its KV cache. Another model must not.
 """
@@ -21,15 +21,15 @@ from .text import SHORT, load_text_lm, text_folder, tiny_tokenizer
 from .turns import last_turn
 
 
-def played(team: Team, *names: str | None) -> Team:
-    """Return the team with a model's name for each agent, in turn."""
+def assign_models(team: Team, *names: str | None) -> Team:
+    """Return the team with the given model names, assigned to its agents in turn."""
     agents = [replace(agent, model=names[i % len(names)]) for i, agent in enumerate(team.agents)]
     return replace(team, agents=tuple(agents))
 
 
 def other_lm(folder: Path, seed: int = 1, hidden_size: int = 24) -> LM:
-    """Return a model with the same tokenizer, and other weights and sizes."""
-    size = tiny_tokenizer().size + 3  # padded, as those of large models are
+    """Return a model with the same tokenizer, but other weights and sizes."""
+    size = tiny_tokenizer().size + 3  # padded, like the vocabularies of large models
     return LM(tiny_model(seed=seed, vocab_size=size, hidden_size=hidden_size), folder)
 
 
@@ -52,8 +52,9 @@ def big(lm: LM) -> LM:
 def test_two_copies_of_a_model_do_what_one_does(
     tmp_path: Path, family: str, layout: str, transfer: str
 ) -> None:
-    """Explicit input equals the KV cache, in ragged batches; from another seed's model it does
-    not.
+    """Explicit input equals the KV cache, also in ragged batches.
+
+    With a model of another seed, it does not.
     """
     one = load_text_lm(text_folder(tmp_path), family)
     team = replace(sequential(), layout=layout)
@@ -63,7 +64,7 @@ def test_two_copies_of_a_model_do_what_one_does(
         how["align"], found = align, []
         expected, cache = last_turn(one, QUESTIONS[:3], team, **how).prefill()
         for other in (load_text_lm(tmp_path, family), stranger):
-            mixed = played(team, *names)
+            mixed = assign_models(team, *names)
             turn = last_turn(one, QUESTIONS[:3], mixed, models={"b": other}, **how)
             hidden, own = turn.prefill()
             assert own.lengths == cache.lengths
@@ -73,7 +74,7 @@ def test_two_copies_of_a_model_do_what_one_does(
 
 @pytest.mark.parametrize("close", [True, False])
 @pytest.mark.parametrize("steps", [0, 2, "auto"])
-def test_rows_that_stop_apart_and_open_turns_are_prefilled_again_too(
+def test_rows_that_stop_at_different_steps_and_open_turns_are_prefilled_again(
     lm: LM, steps: int | str, close: bool
 ) -> None:
     how: dict[str, Any] = {"latent_steps": steps, "close": close}
@@ -81,14 +82,15 @@ def test_rows_that_stop_apart_and_open_turns_are_prefilled_again_too(
     writers = replace(CHAIN, agents=tuple(replace(agent, writes=True) for agent in CHAIN.agents))
     for team in (CHAIN, writers):
         expected, _ = last_turn(lm, QUESTIONS, team, **how).prefill()
-        mixed, models = played(team, None, "twin"), {"twin": load_text_lm(lm.folder)}
+        mixed, models = assign_models(team, None, "twin"), {"twin": load_text_lm(lm.folder)}
         hidden, _ = last_turn(lm, QUESTIONS, mixed, models=models, **how).prefill()
         assert apart(hidden, expected) <= 1e-9
 
 
 def test_the_map_between_two_models_is_the_ridge_solution(lm: LM, big: LM) -> None:
-    """By least squares, from one model's LM head to the other one's embeddings, of another width;
-    rows of the embedding that no token has do not count.
+    """The map leads from one LM head to embeddings of another model, of another width.
+
+    It is the least-squares solution. Embedding rows that belong to no token are not part of it.
     """
     team = Team((Agent("a", "Plan. {question}"), Agent("b", "Answer.", model="big")))
     events: list[Event] = []
@@ -118,11 +120,11 @@ def test_the_map_between_two_models_is_the_ridge_solution(lm: LM, big: LM) -> No
 
 
 @pytest.mark.parametrize("transfer", ["full", "none", "shuffled"])
-def test_what_is_prefilled_again_is_in_the_bill_of_who_receives(
+def test_inputs_prefilled_again_count_as_prompt_tokens_of_the_receiver(
     lm: LM, big: LM, transfer: str
 ) -> None:
     """Two agents hand over to another model: prompts, thoughts, and the ends of two turns."""
-    team = played(CHAIN, None, None, "big")
+    team = assign_models(CHAIN, None, None, "big")
     how: dict[str, Any] = {"latent_steps": 3, "sampling": SHORT, "transfer": transfer}
     starts: list[int] = []
 
@@ -146,17 +148,17 @@ def test_what_is_prefilled_again_is_in_the_bill_of_who_receives(
     assert starts[2] == sum(result.agents[2].prompt_tokens for result in results)
 
 
-def test_a_lens_reads_each_thought_with_the_model_that_had_it(lm: LM, big: LM) -> None:
+def test_a_lens_decodes_each_thought_with_the_model_that_computed_it(lm: LM, big: LM) -> None:
     """The states of the other model have another width."""
-    team, lens = played(CHAIN, None, "big", None), Lens(lm, top=2)
+    team, lens = assign_models(CHAIN, None, "big", None), Lens(lm, top=2)
     latent_mas(
         lm, QUESTIONS[:2], team, latent_steps=3, models={"big": big}, sampling=SHORT, on_event=lens
     )
     assert [len(thoughts) for _, thoughts in lens.seen] == [3, 3, 3, 3, 0, 0]
 
 
-def test_models_pass_text_too(lm: LM, big: LM) -> None:
-    """The arm to compare with: each agent's text is what its own model generates."""
+def test_a_text_team_can_mix_models(lm: LM, big: LM) -> None:
+    """This is the baseline to compare with: each agent's text comes from its own model."""
     seen: list[Any] = []
 
     def listen(event: Event) -> None:
@@ -166,7 +168,7 @@ def test_models_pass_text_too(lm: LM, big: LM) -> None:
     def texts(results: list[Result]) -> list[list[str]]:
         return [[agent.text for agent in result.agents] for result in results]
 
-    team = played(CHAIN, None, "big")
+    team = assign_models(CHAIN, None, "big")
     mixed = text_mas(lm, QUESTIONS, team, models={"big": big}, sampling=SHORT, on_event=listen)
     assert seen == [lm.model, big.model, lm.model]
     alone = text_mas(lm, QUESTIONS, CHAIN, sampling=SHORT)
@@ -183,8 +185,8 @@ def test_models_pass_text_too(lm: LM, big: LM) -> None:
 def test_models_that_do_not_fit_the_team_are_refused_by_name(
     lm: LM, big: LM, tmp_path: Path, method: Any
 ) -> None:
-    """An unused name, a name without a model and another tokenizer are refused before any work."""
-    team = played(CHAIN, None, "big")
+    """An unused or missing name, or another tokenizer, is an error before any work."""
+    team = assign_models(CHAIN, None, "big")
     tokens = (TINY / "tokenizer.json").read_text()
     folder = text_folder(tmp_path)
     (folder / "tokenizer.json").write_text(tokens.replace("<think>", "<thunk>"))
@@ -206,15 +208,15 @@ def test_models_that_do_not_fit_the_team_are_refused_by_name(
 
 
 @pytest.mark.parametrize("align", ["identity", "none", "random", lambda hidden: hidden])
-def test_a_map_that_does_not_lead_to_the_other_model_is_refused(
-    lm: LM, big: LM, align: Any
-) -> None:
+def test_a_map_that_cannot_lead_to_the_other_model_is_refused(lm: LM, big: LM, align: Any) -> None:
     with pytest.raises(ValueError, match=r"^align: found .*expected ridge or prenorm"):
-        latent_mas(lm, QUESTIONS[:1], played(CHAIN, None, "big"), align=align, models={"big": big})
+        latent_mas(
+            lm, QUESTIONS[:1], assign_models(CHAIN, None, "big"), align=align, models={"big": big}
+        )
 
 
 def test_the_shorter_context_of_two_models_is_respected_before_any_work(lm: LM) -> None:
-    """The last agent's model prefills the first agent's long prompt again."""
+    """The last agent's model prefills the long prompt of the first agent again."""
     size = tiny_tokenizer().size
     short = LM(tiny_model(vocab_size=size, max_position_embeddings=40), lm.folder)
     team = Team((Agent("a", "word " * 20 + "{question}"), Agent("b", "{question}", model="short")))
@@ -224,7 +226,7 @@ def test_the_shorter_context_of_two_models_is_respected_before_any_work(lm: LM) 
     assert events == []
 
 
-def test_a_team_file_names_models(tmp_path: Path) -> None:
+def test_a_team_file_can_name_models(tmp_path: Path) -> None:
     raw = {"agents": [{"name": "a", "prompt": "{question}", "model": "small"}]}
     assert Team.from_dict(raw, "team").agents[0].model == "small"
     raw["agents"][0]["model"] = 5  # type: ignore[assignment]

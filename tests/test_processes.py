@@ -1,4 +1,4 @@
-"""Every test ends its processes, and no test waits without a limit."""
+"""Check that every test ends its processes and no test waits without a limit."""
 
 import re
 import signal
@@ -18,7 +18,7 @@ FOREVER = [sys.executable, "-c", f"{IGNORES}; time.sleep(600)"]
 
 
 def test_a_process_that_ignores_ctrl_c_is_killed_when_its_test_fails() -> None:
-    """`with subprocess.Popen(...)` waited for it for ever after the test had failed."""
+    """`with subprocess.Popen(...)` waited for ever after the test had failed."""
     with (
         within(60),
         pytest.raises(subprocess.TimeoutExpired),
@@ -31,7 +31,7 @@ def test_a_process_that_ignores_ctrl_c_is_killed_when_its_test_fails() -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_read_from_a_process_that_hangs_ends() -> None:
+def test_reading_from_a_process_that_hangs_ends() -> None:
     with within(60), Process(FOREVER, limit=2, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.read() in ("", "\n")
@@ -48,7 +48,7 @@ def test_a_process_that_ends_keeps_its_status() -> None:
 def test_a_worker_of_pytest_xdist_starts_no_workers(is_worker: bool) -> None:
     """A worker gets the arguments of the whole run.
 
-    It started workers, which started more of them.
+    It started workers of its own, which started more of them.
     """
     source = pytest.Config.ArgsSource
     config: Any = SimpleNamespace(ArgsSource=source, args_source=source.TESTPATHS)
@@ -68,7 +68,7 @@ def test_a_worker_of_pytest_xdist_starts_no_workers(is_worker: bool) -> None:
     ],
     ids=["a sleep", "a pattern that backtracks", "a tower of powers"],
 )
-def test_a_computation_that_hangs_is_a_failure(hangs: object) -> None:
+def test_a_computation_that_hangs_raises_a_timeout(hangs: object) -> None:
     with pytest.raises(TimeoutError, match="not done after"), within(0.3):
         hangs()  # type: ignore[operator]
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -1,4 +1,4 @@
-"""Rows of a file, which `ask --file` and `evaluate --data` read in the same way."""
+"""Check the rows of a file, which `ask --file` and `evaluate --data` must read in the same way."""
 
 import json
 from collections.abc import Callable
@@ -27,14 +27,14 @@ def row(**fields: Any) -> str:
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path: Path) -> None:
-    """Windows editors write one, and the first line was refused as invalid JSON."""
+    """Windows editors add one, and the first line was refused as invalid JSON."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "One?"}\n{"question": "Two?"}\n', encoding="utf-8-sig")
     assert [row["question"] for row in rows.read_rows(path)] == ["One?", "Two?"]
 
 
 @both
-def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
+def test_options_can_have_three_forms(read: Read, tmp_path: Path) -> None:
     """Data sets on the hub use them, with null where a question has fewer options than others."""
     plain = {"A": "red", "B": "blue"}
     path = written(
@@ -67,8 +67,10 @@ def test_options_come_in_three_shapes(read: Read, tmp_path: Path) -> None:
         {},
     ],
 )
-def test_other_options_are_refused_by_line(read: Read, choices: Any, tmp_path: Path) -> None:
-    """A question that lost its options would be answered, but wrongly."""
+def test_options_of_other_forms_are_refused_with_their_line(
+    read: Read, choices: Any, tmp_path: Path
+) -> None:
+    """A question without its options would be answered, but wrongly."""
     path = written(tmp_path, row(), row(choices=choices))
     with pytest.raises(
         ValueError, match=r"rows\.jsonl: line 2: choices: found .*, expected an obj"
@@ -77,8 +79,8 @@ def test_other_options_are_refused_by_line(read: Read, choices: Any, tmp_path: P
 
 
 @both
-def test_a_row_says_its_own_kind(read: Read, tmp_path: Path) -> None:
-    """`ask --file` ignored "kind", so it asked for the letter of an option that is not shown."""
+def test_a_row_can_set_its_own_kind(read: Read, tmp_path: Path) -> None:
+    """`ask --file` ignored "kind", so it asked for the letter of an option that was not shown."""
     [first, second] = read(
         written(tmp_path, row(kind="math", choices={"A": "2"}), row(kind="free", answer=7))
     )
@@ -88,18 +90,16 @@ def test_a_row_says_its_own_kind(read: Read, tmp_path: Path) -> None:
 
 
 @both
-def test_a_row_needs_no_id(read: Read, tmp_path: Path) -> None:
-    """Its line number is its id, so that a result can be found again. Blank lines count."""
+def test_a_row_without_an_id_gets_its_line_number(read: Read, tmp_path: Path) -> None:
+    """A result can then be found again. Blank lines count."""
     found = read(written(tmp_path, row(), "", row(id="x"), row(id=None)))
     assert [each["id"] for each in found] == ["line-1", "x", "line-4"]
 
 
 @both
 @pytest.mark.parametrize("answer", ["0.00005", "1e-7", "1E22", "12345678901234567890.0", "-2", "7"])
-def test_a_number_is_a_number_however_it_is_written(
-    read: Read, answer: str, tmp_path: Path
-) -> None:
-    """`str` makes 1e-07 of 0.0000001, which was not read as a number, and rounds long ones."""
+def test_a_number_is_recognized_in_every_notation(read: Read, answer: str, tmp_path: Path) -> None:
+    """`str` turns 0.0000001 into 1e-07, which was not read as a number, and rounds long ones."""
     [found] = read(written(tmp_path, f'{{"question": "How many?", "answer": {answer}}}'))
     assert kind_of(found) == "math"
 
@@ -117,21 +117,23 @@ def test_a_gold_answer_keeps_its_digits(tmp_path: Path) -> None:
 
 
 def test_other_numbers_of_a_row_stay_numbers(tmp_path: Path) -> None:
-    """The settings of a run have a digest of its rows as JSON."""
+    """The settings of a run include a digest of its rows as JSON."""
     [found] = tools_rows.read_rows(written(tmp_path, row(chance=0.25, extra=[{"score": 1.5}])))
     assert found["chance"] == 0.25 and json.dumps(found["extra"]) == '[{"score": 1.5}]'
 
 
 @both
 @pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_what_is_no_number_is_refused_by_line(read: Read, answer: str, tmp_path: Path) -> None:
-    """Python reads NaN, which is not JSON and equals no answer."""
+def test_an_answer_that_is_not_a_finite_number_is_refused_with_its_line(
+    read: Read, answer: str, tmp_path: Path
+) -> None:
+    """Python accepts NaN, which is not JSON and equals no answer."""
     path = written(tmp_path, row(), f'{{"question": "How many?", "answer": {answer}}}')
     with pytest.raises(ValueError, match=rf"line 2: found {answer}, expected a finite number"):
         read(path)
 
 
-def test_the_answer_of_gsm8k_is_the_number_at_its_end(tmp_path: Path) -> None:
+def test_the_gold_answer_of_gsm8k_is_the_number_at_its_end(tmp_path: Path) -> None:
     """The raw rows have a solution as "answer", so no short answer was right."""
     solution = "She has 2 + 7 = 9.\n#### 1,009"
     [raw] = rows.read_rows(written(tmp_path, row(answer=solution)))
@@ -142,7 +144,7 @@ def test_the_answer_of_gsm8k_is_the_number_at_its_end(tmp_path: Path) -> None:
     assert kind_of(free) == "free" and "solution" not in free
 
 
-def test_batches_keep_the_order_and_hold_one_kind(tmp_path: Path) -> None:
+def test_batches_keep_the_order_and_have_only_one_kind(tmp_path: Path) -> None:
     kinds = "math math free free free math".split()
     given = [{"question": str(i), "kind": kind} for i, kind in enumerate(kinds)]
     for size in (1, 2, 4, 9):

@@ -1,4 +1,4 @@
-"""Teams as values: a team that cannot work is refused before the model runs."""
+"""Check that a team that cannot work is refused before the model runs."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def agent(prompt: str) -> dict[str, Any]:
     ],
 )
 def test_a_team_in_which_nobody_sees_the_question_is_refused(tmp_path: Path, raw: Any) -> None:
-    """With a typo in `{question}` all agents worked without the question."""
+    """With a typo in `{question}`, all agents worked without the question."""
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     with pytest.raises(
@@ -51,14 +51,14 @@ def test_a_team_in_which_nobody_sees_the_question_is_refused(tmp_path: Path, raw
         {"agents": [agent("Plan."), agent("{form}")], "opening": "{question}"},
     ],
 )
-def test_the_question_may_stand_in_the_opening_or_in_any_prompt(tmp_path: Path, raw: Any) -> None:
+def test_the_question_may_be_in_the_opening_or_in_any_prompt(tmp_path: Path, raw: Any) -> None:
     path = tmp_path / "team.json"
     path.write_text(json.dumps(raw))
     assert len(Team.from_json(path).agents) == len(raw["agents"])
 
 
 @pytest.mark.parametrize("choices", [["abc"], [["A", "B"]], "abc", [{}], [3]])
-def test_choices_that_are_no_dict_are_refused_by_name(tmp_path: Path, choices: Any) -> None:
+def test_choices_that_are_not_a_dict_are_refused_by_name(tmp_path: Path, choices: Any) -> None:
     """A list of texts ended in a traceback."""
     lm = load_text_lm(text_folder(tmp_path))
     with pytest.raises(ValueError, match=r"^choices: found .*, expected a dict letter -> text"):

@@ -1,4 +1,4 @@
-"""The tour (docs/tour.ipynb) is complete, and its committed outputs are up to date."""
+"""Check that the tour (docs/tour.ipynb) is complete and its committed outputs are up to date."""
 
 import base64
 import importlib.util
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOUR = ROOT / "docs" / "tour.ipynb"
 PACKAGES = ("nbclient", "nbformat", "ipykernel", "matplotlib")  # of the extra `test`
 FLOAT = re.compile(r"\d+\.\d+(?:e[+-]\d+)?")  # all other numbers are compared as text
-NOISE = Decimal("1e-9")  # of float64: below it only the order of the additions shows
+NOISE = Decimal("1e-9")  # of float64; below it, only the order of additions shows
 
 
 def cells(path: Path) -> list[dict[str, Any]]:
@@ -67,20 +67,22 @@ def same(found: str, expected: str) -> bool:
         ("0.940", "0.940 0.941", False),
     ],
 )
-def test_another_number_or_word_is_noticed(found: str, expected: str, equal: bool) -> None:
+def test_the_comparison_notices_another_number_or_word(
+    found: str, expected: str, equal: bool
+) -> None:
     """Without this control, the comparison of the next tests could accept anything."""
     assert same(found, expected) == equal
 
 
 def test_the_tour_is_complete() -> None:
-    """There must be no cell that was not run, no warning, and no step without a result."""
+    """No cell was left out, no warning is shown, and every step has a result."""
     assert TOUR.stat().st_size <= 300_000
     code = [cell for cell in cells(TOUR) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert {kind for _, kind, _, _ in outputs(TOUR)} == {"execute_result", "display_data", "stdout"}
     titles = [line for cell in cells(TOUR) for line in cell["source"] if line.startswith("## ")]
     assert [title.split(".")[0] for title in titles[:9]] == [f"## {n}" for n in range(1, 10)]
-    assert len(code) == 10 and all(cell["outputs"] for cell in code)  # one first, to load the model
+    assert len(code) == 10 and all(cell["outputs"] for cell in code)  # the first loads the model
     for cell in code:
         pictures = [output["data"] for output in cell["outputs"] if "data" in output]
         shown = [data["image/png"] for data in pictures if "image/png" in data]
@@ -93,7 +95,7 @@ def test_the_tour_is_complete() -> None:
     any(importlib.util.find_spec(name) is None for name in PACKAGES),
     reason=f"needs {', '.join(PACKAGES)}",
 )
-def test_the_tour_prints_what_is_committed(tmp_path: Path) -> None:
+def test_the_tour_prints_the_committed_outputs(tmp_path: Path) -> None:
     """An outdated tour would be wrong.
 
     It runs as a user's does: without PYTHONPATH, in the notebook's folder. It has its own process,

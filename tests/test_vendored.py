@@ -1,4 +1,4 @@
-"""Copying `minimas/` into another project must work, and its folders must stay apart and small.
+"""Check that a copy of `minimas/` works elsewhere, and its folders stay separate and small.
 
 Claims about size drift when nobody counts: gpt-fast says "<1000" lines and has 2,364.
 """
@@ -28,7 +28,7 @@ NOT_COUNTED = {
     tokenize.ENCODING, tokenize.ENDMARKER,
 }  # fmt: skip
 
-# What each folder may import from: itself, and the folders named here. "" is the top level.
+# The folders that each folder may import from, besides itself. "" is the top level.
 BELOW = {
     "core": set(),
     "text": {"core"},
@@ -39,7 +39,7 @@ BELOW = {
 
 
 def imports(path: Path, source: str) -> set[str]:
-    """Return the library's modules that a file imports, as dotted names, also in functions."""
+    """Return the library's modules that a file imports, as dotted names, also inside functions."""
     found: set[str] = set()
     package = ("minimas", *path.parent.parts)
     for node in ast.walk(ast.parse(source)):
@@ -74,7 +74,7 @@ def modules_imported(source: str, path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_imports_go_down_only(name: str) -> None:
+def test_imports_go_only_downwards(name: str) -> None:
     """This includes imports for types and imports inside functions."""
     path = Path(name)
     own = str(path.parent) if path.parent.parts else ""
@@ -82,8 +82,8 @@ def test_imports_go_down_only(name: str) -> None:
         assert folder_of(module) in BELOW[own] | {own}, f"{name} imports {module}"
 
 
-def test_an_upward_import_would_be_seen() -> None:
-    """Negative control: inside a function, for types, and by the library's own name."""
+def test_an_upward_import_is_detected() -> None:
+    """This is a negative control: inside a function, for types, and by the library's own name."""
     path = Path("core/cache.py")
     for source in ("def f():\n    from ..agents import Team\n", "if X:\n    from .. import load\n"):
         assert {folder_of(module) for module in imports(path, source)} == {""}
@@ -106,7 +106,7 @@ def test_no_file_is_part_of_an_import_cycle() -> None:
 
 
 def test_a_copy_under_another_name_works(tmp_path: Path) -> None:
-    """Without weights/tiny the default model's error says what to pass. With a folder all works."""
+    """The error for the missing default model says what to pass. With a folder, all works."""
     shutil.copytree(
         LIBRARY,
         tmp_path / "project" / "latent",
@@ -192,13 +192,13 @@ def tokens(path: Path) -> int:
     return sum(token.start[0] not in docs for token in found)
 
 
-def test_the_core_is_read_in_one_evening() -> None:
-    """Aim: 6,800."""
+def test_the_core_is_small_enough_to_read_in_one_evening() -> None:
+    """The aim is 6,800."""
     assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_300
 
 
 def test_the_library_does_not_grow() -> None:
-    """Aim: 33,000. Before a feature is added, split a concept, move one out, or cut it."""
+    """The aim is 33,000. Before a feature is added, split a concept, move one out, or cut it."""
     assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_500
 
 

@@ -1,4 +1,4 @@
-"""Attention weights agree with those that transformers returns."""
+"""Check that attention weights agree with those of transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The audit finds a planted effect and no effect where there is none.
+"""Check that the audit finds a planted effect, and no effect where there is none.
 
 Its statistics and diagnostics are exact.
 """
@@ -50,7 +50,7 @@ QUESTION = ["Eva has 2 cards. How many?"]
     ],
 )
 def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: float) -> None:
-    """The simple ± interval has width 0 at 0 of n, and can reach below 0."""
+    """The simple ± interval has width 0 at 0 of n, and can extend below 0."""
     found = wilson(right, n)
     assert found == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     mirrored = wilson(n - right, n)
@@ -58,7 +58,7 @@ def test_wilson_is_the_published_interval(right: int, n: int, low: float, high: 
     assert wilson(0, 0) == (0, 1)
 
 
-def test_an_interval_holds_its_share() -> None:
+def test_an_interval_contains_its_share() -> None:
     """Rounding once excluded the share from its interval, at 0 of 24 and at 10 of 10.
 
     A picture then had an error bar of negative length.
@@ -85,7 +85,7 @@ def test_mcnemar_is_exact(first: int, second: int, p: float) -> None:
     assert mcnemar(first, second) == pytest.approx(p, abs=1e-15)
 
 
-def test_sign_flips_count_every_sign_of_few_pairs_and_draw_of_many() -> None:
+def test_sign_flips_are_exact_for_few_pairs_and_sampled_for_many() -> None:
     """Few pairs are tested exactly, and p is never 0.
 
     For three positive differences, 2 of the 8 sign assignments are as far from 0. Equal values have
@@ -105,7 +105,7 @@ def test_sign_flips_count_every_sign_of_few_pairs_and_draw_of_many() -> None:
     assert sign_flips(some) == pytest.approx(exact / 2**15, abs=0.01)
 
 
-def test_the_bootstrap_is_the_normal_interval_where_that_is_right_and_repeats() -> None:
+def test_the_bootstrap_equals_the_normal_interval_for_normal_data_and_is_reproducible() -> None:
     rng = random.Random(0)
     values = [rng.gauss(1, 2) for _ in range(400)]
     mean, low, high = bootstrap(values)
@@ -122,7 +122,7 @@ def test_the_standard_error_divides_by_n_minus_one() -> None:
     assert mean_error([5.0]) == (5.0, 0.0)
 
 
-def test_chance_is_found_about_as_often_as_it_should_be() -> None:
+def test_false_positives_are_about_as_frequent_as_alpha() -> None:
     """Of 300 comparisons without an effect, about 1 % may have p < 0.01.
 
     A test that finds more would report effects that do not exist.
@@ -144,11 +144,11 @@ def records(metric: str, **arms: list[float]) -> list[Record]:
     ]
 
 
-def test_the_verdict_says_harm_help_and_nothing() -> None:
+def test_the_verdict_reports_harm_help_and_no_effect() -> None:
     """The verdict is one sentence.
 
-    If another question's thoughts help as much, the verdict must say so: then the effect comes from
-    the slots.
+    If another question's thoughts help as much, the verdict must say so, because then the effect
+    comes from the slots.
     """
     rng = random.Random(0)
     none = [rng.gauss(1.3, 0.3) for _ in range(40)]
@@ -200,7 +200,7 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
     assert "no difference is found (p = 1)" in verdict(same)
     half = records("accuracy", full=[1.0, 1.0, 0.0], none=[1.0, 0.0, 0.0])
     for record in half[::3]:
-        record["correct"] = None  # code, without leave to run it
+        record["correct"] = None  # code that was not allowed to run
     assert "with the memory 50% of the answers are right, without it 0%" in verdict(half)
     assert "Nothing can be said" in verdict([])
 
@@ -208,8 +208,8 @@ def test_the_verdict_says_harm_help_and_nothing() -> None:
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
     r"""Thoughts can raise the loss and still give more right answers.
 
-    This happened with weights/tiny, asked for a \boxed{} answer that it never generates: the loss
-    was higher, and two thirds more answers were right.
+    This happened with weights/tiny, which was asked for a \boxed{} answer that it never generates.
+    The loss was higher, but two thirds more answers were right.
     """
     rng = random.Random(0)
     losses = records(
@@ -234,7 +234,7 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
         "--prefix a --prefix b",
     ],
 )
-def test_an_audit_refuses_what_it_would_not_read(
+def test_an_audit_refuses_settings_that_it_would_ignore(
     flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An audit used only the first value of a list, without a warning.
@@ -260,10 +260,10 @@ def test_an_audit_refuses_what_it_would_not_read(
     ],
 )
 @pytest.mark.parametrize("metric", ["nll", "accuracy"])
-def test_an_audit_of_few_questions_says_that_it_can_find_nothing(
+def test_an_audit_of_few_questions_says_that_it_cannot_find_an_effect(
     metric: str, questions: int, said: str | None
 ) -> None:
-    """With five questions the verdict was always "no effect is found", whatever the arms did."""
+    """With five questions, the verdict was always "no effect is found", whatever the arms did."""
     some = records(metric, full=[1.0] * questions, prompts_only=[0.0] * questions)
     numbers, text = report(some, {})
     smallest = numbers["comparisons"][f"{metric}: full − prompts only"]["p"]
@@ -278,7 +278,7 @@ def test_an_audit_of_few_questions_says_that_it_can_find_nothing(
 def test_differences_are_paired_by_question_and_seed() -> None:
     """All seeds of a question are one pair.
 
-    A question that one arm lacks gives no pair.
+    A question that is missing in one arm gives no pair.
     """
     some = records("nll", full=[1.0, 2.0, 9.0], none=[2.0, 2.5])
     some += [
@@ -334,7 +334,7 @@ def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
 def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """weights/tiny needs its thoughts.
 
-    Without them a third of the answers are right, and 7 % with those of another question.
+    Without them, a third of the answers are right, and 7 % with those of another question.
     """
     found = audited(tmp_path, "ridge,pause", 24, "nll,accuracy")
     assert (
@@ -355,12 +355,12 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| planner: thoughts |" in table
 
 
-def test_thoughts_that_harm_are_said_to_harm(tmp_path: Path) -> None:
+def test_harmful_thoughts_are_reported_as_harmful(tmp_path: Path) -> None:
     """A random map gives the same number of slots, but a higher loss than no thoughts."""
     assert "they harm" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
 
 
-def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
+def test_no_effect_is_found_between_two_seeds_of_a_noisy_map(tmp_path: Path) -> None:
     """Two seeds of one noisy map, named as two arms, must not differ.
 
     Their differences per question are large, but they are noise.
@@ -377,7 +377,7 @@ def test_a_planted_null_is_not_found(tmp_path: Path) -> None:
 
 
 def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
-    """In weights/tiny the gain is 1, so prenorm is the paper's map.
+    """In weights/tiny the gain is 1, so prenorm equals the paper's map.
 
     The harness must not add a difference.
     """
@@ -385,10 +385,10 @@ def test_two_names_of_one_map_do_not_differ(tmp_path: Path) -> None:
     assert (found["mean"], found["p"]) == (0, 1)
 
 
-def test_the_samples_of_a_vote_are_as_many_when_an_audit_is_resumed(
+def test_the_number_of_samples_of_a_vote_stays_the_same_when_an_audit_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of samples is measured only once.
+    """The number of samples is determined by a measurement, only once.
 
     Measured again on a busier machine, it would change the run.
     """
@@ -436,9 +436,7 @@ def briefing(
 
 @pytest.mark.parametrize("close", [True, False])
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
-def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
-    lm: LM, team: str, close: bool
-) -> None:
+def test_the_segments_of_a_memory_are_at_their_positions(lm: LM, team: str, close: bool) -> None:
     """Parts of the KV cache are in order and do not overlap.
 
     Thoughts directly follow their prompt, and the tokens that close a turn belong to no part.
@@ -459,12 +457,12 @@ def test_the_parts_of_a_memory_are_where_they_are_said_to_be(
 @pytest.mark.parametrize("layout", ["chat", "turn"])
 @pytest.mark.parametrize("team", ["sequential", "hierarchical"])
 @pytest.mark.parametrize("transfer", ["full", "latents", "last", "none"])
-def test_the_parts_of_what_is_handed_over_fit_every_transfer(
+def test_the_parts_of_a_hand_over_fit_every_transfer(
     lm: LM, transfer: str, team: str, layout: str
 ) -> None:
     """The beginning that all agents share is stored once, in the prompt of the first agent.
 
-    Parts are counted from the end of the cache, so its size shows if they are right.
+    Parts are counted from the end of the cache, so its size shows whether they are right.
     """
     questions = [*QUESTION, "Tom has 3 red and 14 blue balls. He loses 2. How many are left?"]
     settings: dict[str, Any] = {"latent_steps": 2, "sampling": Sampling(), "layout": layout}
@@ -476,7 +474,7 @@ def test_the_parts_of_what_is_handed_over_fit_every_transfer(
             assert parts == []
             continue
         agent, what, start, end = parts[0]
-        follows = team == "sequential"  # the last agent's prompt is without the head
+        follows = team == "sequential"  # the last agent's prompt does not have the head
         expected = {
             "full": traces[0].prompt_tokens,
             "latents": head or 2,
@@ -491,12 +489,12 @@ def test_the_parts_of_what_is_handed_over_fit_every_transfer(
         assert parts[-1][3] == slots(given.memory)[q] - closing
 
 
-def test_only_a_full_memory_has_parts(lm: LM) -> None:
+def test_only_a_full_memory_has_segments(lm: LM) -> None:
     with pytest.raises(ValueError, match="expected full or shuffled"):
         segments(latent_turn(lm, QUESTION, latent_steps=2, transfer="latents"))
 
 
-def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
+def test_attention_shares_are_exact_if_attention_is_uniform() -> None:
     """Queries of zero attend equally to all slots.
 
     Then position p gives n slots the share n / (p + 1).
@@ -516,7 +514,7 @@ def test_attention_shares_are_exact_where_attention_is_uniform() -> None:
         assert found[name] == pytest.approx([expected] * len(found[name]), rel=1e-6)
 
 
-def test_watching_attention_does_not_change_it(lm: LM) -> None:
+def test_measuring_attention_does_not_change_it(lm: LM) -> None:
     """The hooks do not change the result, and are removed even if a forward pass fails."""
     given = briefing(lm)
     before = given.losses([[" 7"]], given.memory.fork())
@@ -527,7 +525,7 @@ def test_watching_attention_does_not_change_it(lm: LM) -> None:
     assert not any(module._forward_hooks for module in lm.model.modules())
 
 
-def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) -> None:
+def test_a_transplant_changes_only_the_given_slots_and_layers(lm: LM) -> None:
     host, donor = briefing(lm, align="pause").memory, briefing(lm).memory
     before = host.fork()
     new = transplant(host, donor, [3, 5], [1])
@@ -544,11 +542,10 @@ def test_a_transplant_moves_these_slots_in_these_layers_and_no_others(lm: LM) ->
         transplant(host, donor.truncate(4), [3], [1])
 
 
-def test_geometry_is_what_it_says() -> None:
-    """The measures equal values computed by hand.
+def test_geometry_equals_values_computed_by_hand() -> None:
+    """There are two agents with two thoughts each in two dimensions.
 
-    There are two agents with two thoughts each in two dimensions. The step between agents does not
-    count.
+    The step between agents does not count.
     """
     tap = Tap(Aligner(torch.eye(2).double() * 3, norm=2.0))
     for state in ((1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (3.0, 3.0)):
@@ -562,7 +559,7 @@ def test_geometry_is_what_it_says() -> None:
     assert found["successive cosine"] == pytest.approx((0 + math.sqrt(0.5)) / 2)
 
 
-def test_a_map_that_does_not_rescale_has_one_norm() -> None:
+def test_a_map_that_does_not_rescale_has_the_same_norm_before_and_after() -> None:
     """`mean` ends with a shift, so a norm without the shift would be that of another vector."""
     tap = Tap(Aligner(scale=torch.ones(2).double(), shift=torch.tensor([3.0, 0.0]).double()))
     tap(torch.tensor([[[0.0, 4.0]]], dtype=torch.float64))
@@ -571,7 +568,7 @@ def test_a_map_that_does_not_rescale_has_one_norm() -> None:
 
 
 def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
-    """`--latent-steps 0` leaves nothing to diagnose, and must not divide by 0."""
+    """With `--latent-steps 0`, there is nothing to diagnose, and no division by 0 may happen."""
     data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
     command = [
         "--data",
@@ -588,10 +585,10 @@ def test_an_audit_without_thoughts_has_no_diagnostics(tmp_path: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["audit"]["diagnostics"] == {}
 
 
-def test_an_audit_of_chosen_arms_has_these_and_no_others(
+def test_an_audit_of_chosen_arms_has_only_these_arms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A repeated report does not compute the diagnostics again.
+    """A repeated report must not compute the diagnostics again.
 
     They take minutes on a real model.
     """
@@ -612,7 +609,7 @@ def test_an_audit_of_chosen_arms_has_these_and_no_others(
     assert json.loads((out / "summary.json").read_text()) == before
 
 
-def test_arms_differ_from_full_in_one_setting() -> None:
+def test_every_arm_differs_from_full_in_one_setting() -> None:
     """Otherwise a difference would have two causes."""
     asked = parser().parse_args("--data x --out y --latent-steps 5 --prefix So".split())
     lists = {name: getattr(asked, name) for name in ("method", *LATENT_SETTINGS)}

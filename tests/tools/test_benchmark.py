@@ -1,6 +1,6 @@
-"""tools/benchmark.py: what it refuses, what it counts, and that every mode prints its tables.
+"""Check tools/benchmark.py: what it refuses, what it counts, and that all modes print tables.
 
-The models are tiny, so that a run takes seconds.
+The models are tiny, so a run takes seconds.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_results_that_differ_are_an_error() -> None:
             race.agree(wrong, one, 0.05, "it")
 
 
-def test_patterns_choose_contenders_and_keep_the_two_that_all_are_measured_against() -> None:
+def test_patterns_choose_contenders_and_keep_the_reference_and_the_yardstick() -> None:
     assert cast.chosen(["llama*Q*"]) == [
         cast.REFERENCE,
         cast.YARDSTICK,
@@ -47,9 +47,9 @@ def test_patterns_choose_contenders_and_keep_the_two_that_all_are_measured_again
         cast.chosen(["*", "gpt"])
 
 
-def test_bytes_read_are_those_of_the_format() -> None:
+def test_weight_bytes_match_the_format() -> None:
     exact, four, theirs = (cast.weight_bytes(CONFIG, format) for format in ("bf16", "q4", "Q4_0"))
-    # Every parameter of the tied model, in 16 bits.
+    # All parameters of the tied model, in 16 bits.
     assert exact["trunk"] + exact["head"] == 2 * 596_049_920
     assert four["trunk"] / exact["trunk"] == pytest.approx(5 / 16, rel=1e-3)
     assert theirs["trunk"] / exact["trunk"] == pytest.approx(4.5 / 16, rel=1e-3)
@@ -69,12 +69,12 @@ def test_contenders_that_do_not_fit_into_memory_are_left_out_or_refused(
             assert left == set(names) - set(race.fitting(names, CONFIG, 8, 512))
 
 
-def test_a_ratio_of_perplexities_has_the_error_of_a_paired_difference() -> None:
+def test_a_ratio_of_perplexities_has_the_standard_error_of_paired_differences() -> None:
     assert quality.ratio([1.0, 2.0], [1.0, 2.0]) == "1.0000 ± 0.0000"
     assert quality.ratio([1.1, 2.1, 3.1], [1.0, 2.0, 3.0]) == "1.1052 ± 0.0000"
 
 
-def test_latent_mas_is_compared_with_the_others() -> None:
+def test_the_table_compares_latent_mas_with_the_other_methods() -> None:
     of = {"read": [1, 1], "thought": [0, 0], "right": [], "cut": [False, True]}
     found = {
         name: of | {"seconds": [s, s], "written": [w, w]}
@@ -85,7 +85,7 @@ def test_latent_mas_is_compared_with_the_others() -> None:
 
 
 @pytest.mark.slow
-def test_the_race_prints_a_table_and_writes_every_sample(tmp_path: Path) -> None:
+def test_the_race_prints_a_table_and_saves_every_sample(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     names = ["minimas-q?", "trunk*"]
     options = "--context 8 --rounds 2 --batch-sizes 1 --only latent decode".split()
@@ -99,7 +99,7 @@ def test_the_race_prints_a_table_and_writes_every_sample(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--memory-error", "--perplexity", "--end-to-end"])
-def test_every_other_question_is_answered(mode: str, tmp_path: Path) -> None:
+def test_every_other_mode_prints_its_table(mode: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     row = {"id": 1, "question": "How many is two and three?", "answer": "5"}
     rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -136,7 +136,7 @@ def test_every_other_question_is_answered(mode: str, tmp_path: Path) -> None:
         (["--contenders", "gpt"], "--contenders: found 'gpt'"),
     ],
 )
-def test_a_wrong_flag_is_one_line(
+def test_a_wrong_flag_gives_one_line(
     args: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,

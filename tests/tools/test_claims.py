@@ -1,4 +1,4 @@
-"""Each claim has a command whose figures its sentence says, and docs/claims.md has all 27."""
+"""Check that each claim's command prints its figures, and that docs/claims.md has all 27 claims."""
 
 import json
 import re
@@ -37,7 +37,7 @@ FIGURES = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few thoughts and tokens as each claim can be measured with."""
+    """Reduce the thoughts and tokens of every claim to as few as possible."""
     monkeypatch.setattr(complexity, "PROMPTS", (4, 8, 16))
     monkeypatch.setattr(complexity, "TIMED_PROMPTS", (4, 8))
     monkeypatch.setattr(complexity, "THOUGHTS", (0, 1, 2, 4))
@@ -68,8 +68,8 @@ def test_a_claim_has_figures_a_picture_and_a_sentence(
     assert svg.rstrip().endswith("</svg>")
 
 
-def test_figures_are_given_for_every_claim() -> None:
-    """The list above stays complete."""
+def test_the_list_of_figures_has_every_claim() -> None:
+    """FIGURES must stay complete."""
     assert list(FIGURES) == list(CLAIMS)
 
 
@@ -83,10 +83,10 @@ def test_a_hand_over_equals_explicit_input_and_its_controls_do_not(tmp_path: Pat
     assert found["verdict"] == "holds here"
 
 
-def test_a_broken_hand_over_is_no_lossless_one(
+def test_a_broken_hand_over_is_not_called_lossless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The verdict depends on the difference: a cache that loses a slot in a copy is found."""
+    """A copy of the cache loses a slot here, and the verdict must change."""
 
     def lossy(memory: KVCache) -> KVCache:
         return memory.drop(1, 2)
@@ -95,7 +95,7 @@ def test_a_broken_hand_over_is_no_lossless_one(
     assert measured("lossless", tmp_path, "--limit", "1")["verdict"] == "does not hold here"
 
 
-def test_an_untied_twin_has_the_same_logits_and_another_map() -> None:
+def test_an_untied_twin_has_the_same_logits_but_another_map() -> None:
     """A twin that differs in any product would measure itself, not the map."""
     lm = load(TINY, device="cpu")
     twin = untied_twin(lm)
@@ -118,8 +118,8 @@ def test_a_tied_model_gets_an_untied_twin(tmp_path: Path) -> None:
     assert lm.model.config.tie_word_embeddings and not twin.model.config.tie_word_embeddings
 
 
-def test_an_injected_plan_of_ones_own_changes_no_answer(tmp_path: Path) -> None:
-    """Otherwise the injection itself would flip answers; a wrong plan does in a team of two."""
+def test_injecting_a_teams_own_plan_changes_no_answer(tmp_path: Path) -> None:
+    """Otherwise the injection itself would flip answers. A wrong plan does, in a team of two."""
     found = measured("errors", tmp_path, "--limit", "12")
     for team in found["teams"].values():
         assert [rates["own plan changes"] for rates in team["rates"].values()] == [0, 0]
@@ -127,7 +127,7 @@ def test_an_injected_plan_of_ones_own_changes_no_answer(tmp_path: Path) -> None:
     assert min(rates["flips"] for rates in pair.values()) > 0.3
 
 
-def test_given_thoughts_come_first() -> None:
+def test_forced_thoughts_come_first() -> None:
     given = torch.arange(6.0).view(1, 2, 3)
     forced = Forced(given, lambda hidden: hidden + 1)
     zero = torch.zeros(1, 1, 3)
@@ -141,16 +141,16 @@ def test_a_changed_question_differs_in_its_first_number() -> None:
     assert changed("How many?") is None
 
 
-def test_a_probe_reads_a_planted_code_and_nothing_from_wrong_targets() -> None:
-    """A probe that is too weak would find that thoughts say little, whatever they say."""
+def test_a_probe_decodes_a_planted_code_but_nothing_with_wrong_targets() -> None:
+    """A probe that is too weak would find little in any thoughts."""
     letters = torch.randint(64, (1500, 2), generator=torch.Generator().manual_seed(1))
     code = planted(letters, 96, seed=0)
     assert tokens_read(code, letters)["read"] > 1.9
     assert abs(tokens_read(code, letters.roll(1, 0))["read"]) < 0.1
 
 
-def test_the_counted_flops_are_those_of_the_formula_with_the_prefill() -> None:
-    """The coefficients follow from the config: 2 FLOPs a weight, 4 a slot and query number."""
+def test_the_counted_flops_equal_the_formula_with_prefill() -> None:
+    """The coefficients follow from the config: 2 FLOPs per weight, 4 per slot and query number."""
     model = tiny_model(dtype=torch.float32)
     c = model.config
     grid = complexity.flops(model, (4, 8, 16), text=False)
@@ -165,14 +165,14 @@ def test_the_counted_flops_are_those_of_the_formula_with_the_prefill() -> None:
     assert complexity.fit(grid, c, complexity.PAPER)["worst error"] > 0.1
 
 
-def test_tokens_beyond_the_counted_ones_cost_what_the_curve_says() -> None:
+def test_the_cost_of_more_tokens_is_extrapolated_along_the_curve() -> None:
     curve = {m: 7.0 + 5 * m + 3 * m * m for m in (0, 20, 40, 100)}
     grid = {(8, m): flops for m, flops in curve.items()}
     assert complexity.cost_of_tokens(grid, 8, 40, 100) == pytest.approx(curve[100])
     assert complexity.exponent({1: 2.0, 2: 8.0, 4: 32.0}) == pytest.approx(2)
 
 
-def test_questions_are_new_ones_for_weights_tiny_and_built_in_ones_for_others(
+def test_questions_are_generated_for_weights_tiny_and_built_in_for_other_models(
     tmp_path: Path,
 ) -> None:
     random_folder = write_folder(tmp_path / "m", tiny_model(vocab_size=500), tokenizer=TINY)
@@ -188,13 +188,13 @@ def test_questions_are_new_ones_for_weights_tiny_and_built_in_ones_for_others(
 def test_no_weight_changes_and_no_agent_but_the_last_needs_the_lm_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Training-free, and thoughts are not decoded: the head is first used after the last start."""
+    """Nothing is trained and no thought is decoded: the LM head is first used by the last agent."""
     lm = load(TINY, device="cpu")
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     happened: list[str] = []
     logits = lm.model.logits
 
-    def watched(hidden: torch.Tensor) -> torch.Tensor:
+    def record_head(hidden: torch.Tensor) -> torch.Tensor:
         happened.append("head")
         return logits(hidden)
 
@@ -202,7 +202,7 @@ def test_no_weight_changes_and_no_agent_but_the_last_needs_the_lm_head(
         if isinstance(event, AgentStart):
             happened.append(event.agent)
 
-    monkeypatch.setattr(lm.model, "logits", watched)
+    monkeypatch.setattr(lm.model, "logits", record_head)
     question = Setting(str(TINY), device="cpu").rows(1, 1)[0]["question"]
     latent_mas(lm, [question], on_event=listen)
     assert happened[:5] == ["planner", "critic", "refiner", "judger", "head"]
@@ -217,8 +217,8 @@ def test_a_working_memory_is_keys_and_values_of_all_layers_for_prompts_and_thoug
     assert memory is not None and len(memory.keys) == len(memory.values) == 3
     usage, end = result.usage, 2  # <|im_end|> and the line feed after the answer
     assert memory.lengths == [usage.prompt_tokens + usage.latent_steps + usage.output_tokens + end]
-    by_hand = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
-    assert memory.nbytes == memory.lengths[0] * by_hand == memory.lengths[0] * 768
+    slot_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
+    assert memory.nbytes == memory.lengths[0] * slot_bytes == memory.lengths[0] * 768
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_the_list_names_every_claim(capsys: pytest.CaptureFixture[str]) -> None:
         (["--out", "x"], "NAME"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_with_status_2(
+def test_a_wrong_command_line_gives_one_line_and_status_2(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -251,10 +251,10 @@ def test_a_wrong_command_line_is_one_line_with_status_2(
     assert end.value.code == 2 and line.startswith("claims: error: ") and message in line
 
 
-def test_what_cannot_work_is_one_line_with_status_1(
+def test_a_failure_gives_one_line_and_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that is a file, a model without a tokenizer, no model, no data."""
+    """The cases are a folder that is a file, a model without a tokenizer, no model, and no data."""
     (tmp_path / "file").write_text("x")
     bare = write_folder(tmp_path / "bare", tiny_model(dtype=torch.float32))
     out = ["--out", str(tmp_path / "out")]
@@ -293,7 +293,7 @@ def test_the_page_has_27_claims_each_with_a_verdict() -> None:
         assert row[4].startswith(verdicts), row
 
 
-def test_every_command_test_and_page_that_is_named_exists() -> None:
+def test_every_command_test_and_page_named_on_the_page_exists() -> None:
     """A row that names nothing to run is a claim without a check."""
     named = set[str]()
     for number, _, how, *_ in rows_of_page():
@@ -311,7 +311,7 @@ def test_every_command_test_and_page_that_is_named_exists() -> None:
 
 
 def test_every_claim_has_its_picture_and_numbers_on_the_page() -> None:
-    """They are read in the repository: 300 KB together, and none of a claim that is gone."""
+    """The files are in the repository: at most 300 KB together, and none of removed claims."""
     text, files = PAGE.read_text(encoding="utf-8"), list((ROOT / "docs/pictures").glob("claims-*"))
     expected = {f"claims-{name}{ending}" for name in CLAIMS for ending in (".json", ".png")}
     assert {path.name for path in files} == expected

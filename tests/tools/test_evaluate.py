@@ -1,4 +1,4 @@
-"""An evaluation loses no results and measures what it says.
+"""Check that an evaluation loses no results and measures what its documentation says.
 
 The tests use weights/tiny in float32 or float64.
 """
@@ -68,7 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run. Tests must not change it."""
+    """Return the folder of a finished run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     assert main(["--data", str(data), "--out", str(folder), *FIXED]) == 0
     return folder
@@ -92,7 +92,7 @@ def copied(folder: Path, to: Path, edit: Callable[[bytes], bytes] = bytes) -> Pa
     return to
 
 
-# -- nothing is lost -------------------------------------------------------------------------------
+# -- saving and resuming ---------------------------------------------------------------------------
 
 
 def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: Path) -> None:
@@ -123,13 +123,13 @@ def test_a_run_has_a_line_for_each_question_arm_and_seed(data: Path, finished: P
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of any fork
-def test_ten_kills_and_a_resume_make_the_same_file(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn about any fork
+def test_a_run_that_was_killed_ten_times_gives_the_same_file(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """A run that is killed at any moment continues.
+    """A run that is killed at any moment can be resumed.
 
-    The head does not change, and no line is written twice.
+    The head does not change, and no line is saved twice.
     """
     command, rng, unfinished = (
         ["--data", str(data), "--out", str(tmp_path), *FIXED],
@@ -153,12 +153,12 @@ def test_ten_kills_and_a_resume_make_the_same_file(
 
 
 @pytest.mark.parametrize("cut", range(6))
-def test_a_file_cut_off_anywhere_is_finished(
+def test_a_run_with_a_truncated_file_is_completed(
     cut: int, finished: Path, data: Path, tmp_path: Path
 ) -> None:
     """The cut may be in the head, in a line, between two lines of a batch, or after a batch.
 
-    Half a batch is computed again.
+    An incomplete batch is computed again.
     """
 
     def cut_off(found: bytes) -> bytes:
@@ -170,7 +170,7 @@ def test_a_file_cut_off_anywhere_is_finished(
     assert lines(folder) == lines(finished)
 
 
-def test_a_finished_run_is_left_alone(
+def test_a_finished_run_computes_nothing_again(
     finished: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished / "results.jsonl").read_bytes()
@@ -179,7 +179,7 @@ def test_a_finished_run_is_left_alone(
     assert (finished / "results.jsonl").read_bytes() == before
 
 
-def test_ctrl_c_keeps_what_is_done(
+def test_ctrl_c_keeps_finished_results(
     finished: Path,
     data: Path,
     tmp_path: Path,
@@ -208,7 +208,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert lines(tmp_path) == lines(finished)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+def test_a_full_disk_gives_one_line_and_the_run_can_be_resumed(
     finished: Path,
     data: Path,
     tmp_path: Path,
@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_same_answers_as_one(finished: Path, data: Path, tmp_path: Path) -> None:
     """Ranks take whole batches in turn, and write one file each and one table.
 
     Shuffled pairs may belong to different ranks.
@@ -266,7 +266,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
     assert not lines(tmp_path)
 
 
-# -- nothing is guessed ----------------------------------------------------------------------------
+# -- refused runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_two_ranks_give_the_answers_of_one(finished: Path, data: Path, tmp_path:
         (["--lens", "3"], "lens (--lens): found null, expected 3"),
     ],
 )
-def test_other_settings_are_refused_by_name(
+def test_resuming_with_other_settings_is_refused_by_name(
     flags: list[str], named: str, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file must not mix results of two runs."""
@@ -312,14 +312,14 @@ def test_other_settings_are_refused_by_name(
         (5, lambda line: b"[]", "line 5: found b'[]"),
     ],
 )
-def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
+def test_a_corrupt_line_in_the_middle_is_refused_with_its_number(
     number: int, edit: Callable[[bytes], bytes], said: str,
     finished: Path, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Cutting the file at the bad line would silently lose good results.
 
-    Nothing is cut before everything is read.
+    Nothing may be cut before the whole file has been read.
     """
 
     def corrupt(found: bytes) -> bytes:
@@ -336,7 +336,7 @@ def test_a_corrupt_line_in_the_middle_is_refused_by_its_number(
     assert (folder / "results.jsonl").read_bytes() == before
 
 
-def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_unit_is_refused(tmp_path: Path) -> None:
     """The table would count it twice, in one file or in two."""
     units = {Key(0, "a", 0): ["x"], Key(1, "a", 0): ["y"]}
     unit = [{"id": "x", "batch": 0, "arm": "a", "seed": 0}]
@@ -353,7 +353,7 @@ def test_a_unit_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         whole_units(tmp_path / "results-rank0.jsonl", units)
 
 
-def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+def test_two_processes_cannot_write_to_one_file(tmp_path: Path) -> None:
     """The same command may be started a second time in another window."""
     book = Ledger(tmp_path / "results.jsonl", {"settings": {}})
     with pytest.raises(ValueError, match="another process is writing to it"):
@@ -372,7 +372,7 @@ def write_unit(path: Path, unit: list[Record]) -> None:
     book.close()
 
 
-def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
+def test_a_unit_written_while_another_process_resumes_the_run_is_not_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The length of the file was read before another process appended a unit.
@@ -395,7 +395,7 @@ def test_a_unit_that_is_written_while_a_run_is_taken_up_is_not_cut_off(
     assert sizes == {"results.jsonl": path.stat().st_size}
 
 
-def test_a_unit_that_is_written_after_a_run_was_taken_up_is_not_computed_again(
+def test_a_unit_written_after_a_run_was_resumed_is_not_computed_again(
     tmp_path: Path,
 ) -> None:
     """The unit would be in the file twice, and the file would be refused from then on."""
@@ -410,7 +410,9 @@ def test_a_unit_that_is_written_after_a_run_was_taken_up_is_not_computed_again(
     Ledger(path, {"settings": {}}, sizes[path.name]).close()
 
 
-def test_two_first_starts_write_one_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_that_start_a_run_write_one_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second process opened the new file while it was empty.
 
     It locked it only after the first process had ended.
@@ -449,8 +451,8 @@ def test_a_file_that_was_replaced_before_its_lock_is_refused(
 
 
 @pytest.mark.slow
-def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
-    """On Windows even `--help` gave a traceback.
+def test_without_fcntl_an_error_says_what_is_needed(tmp_path: Path) -> None:
+    """On Windows, even `--help` gave a traceback.
 
     A run is refused before a model is loaded.
     """
@@ -473,10 +475,10 @@ def test_without_fcntl_the_command_says_what_it_needs(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_running_programs_is_refused_where_there_is_no_sandbox(
+def test_running_programs_without_a_sandbox_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is refused before a model is loaded, not at the first question with a program."""
+    """The error comes before a model is loaded, not at the first question with a program."""
     monkeypatch.setattr(sys, "platform", "win32")
     command = ["--model", "nowhere", "--task", "mbppplus", "--out", str(tmp_path / "run")]
     assert main([*command, "--run-untrusted-code"]) == 1
@@ -503,7 +505,7 @@ def test_running_programs_is_refused_where_there_is_no_sandbox(
         (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
     ],
 )
-def test_a_wrong_flag_is_one_line(
+def test_a_wrong_flag_gives_one_line(
     flags: list[str],
     status: int,
     said: str,
@@ -520,7 +522,7 @@ def test_a_wrong_flag_is_one_line(
     assert said in error
 
 
-# -- a run again -----------------------------------------------------------------------------------
+# -- replay and regrade ----------------------------------------------------------------------------
 
 
 def test_replay_finds_the_same_answer_or_the_agent_that_differs(
@@ -553,10 +555,10 @@ def test_replay_finds_the_same_answer_or_the_agent_that_differs(
     assert said.count("the same") == 4
 
 
-def test_regrade_judges_the_texts_again(
+def test_regrade_grades_the_saved_texts_again(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A better grading rule needs no new run, and grading again without a change has no effect."""
+    """A better grading rule needs no new run. Grading again without a change has no effect."""
     wrong = copied(
         finished,
         tmp_path / "run",
@@ -570,7 +572,7 @@ def test_regrade_judges_the_texts_again(
     assert "0 grades changed" in capsys.readouterr().err
 
 
-def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path) -> None:
+def test_regrade_keeps_line_separators_inside_texts(finished: Path, tmp_path: Path) -> None:
     """U+2028 in a text does not end a line, and an incomplete line is not a record."""
     odd = "one\u2028two\x85three\ud800"
 
@@ -594,7 +596,7 @@ def test_regrade_reads_lines_as_they_were_written(finished: Path, tmp_path: Path
     assert {r["text"] for r in found if r["metric"] == "accuracy"} == {odd}
 
 
-def test_regrade_does_not_take_the_file_from_a_run(
+def test_regrade_does_not_replace_the_file_of_a_running_process(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run appends to the file that it has opened.
@@ -609,9 +611,7 @@ def test_regrade_does_not_take_the_file_from_a_run(
     assert main(["--out", str(folder), "--regrade"]) == 0
 
 
-def test_code_may_be_run_when_it_is_graded_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_regrade_may_run_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Running programs is a setting of the grading, not of the texts.
 
     The head says how the texts were graded.
@@ -635,10 +635,10 @@ def test_code_may_be_run_when_it_is_graded_again(
     assert "run_untrusted_code" in capsys.readouterr().err
 
 
-def test_what_a_file_says_is_a_setting_too(
+def test_the_contents_of_files_are_settings_of_a_run(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A team's file that was edited between two batches gave one result file of two teams."""
+    """A team file that was edited between two batches gave one result file for two teams."""
     team, out = tmp_path / "team.json", tmp_path / "run"
     agents = [{"name": "a", "prompt": "Plan: {question}"}, {"name": "b", "prompt": "{question}"}]
     team.write_text(json.dumps({"agents": agents}))
@@ -677,7 +677,7 @@ def test_what_a_file_says_is_a_setting_too(
     assert "sampling: found" in capsys.readouterr().err
 
 
-def test_a_table_of_a_part_is_not_a_success(
+def test_an_incomplete_table_is_not_a_success(
     finished: Path,
     data: Path,
     tmp_path: Path,
@@ -704,7 +704,7 @@ def test_a_table_of_a_part_is_not_a_success(
         '"agents": {}',
     ],
 )
-def test_a_record_of_the_wrong_type_is_refused_by_its_line(
+def test_a_record_of_the_wrong_type_is_refused_with_its_line(
     edit: str, finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def altered(found: bytes) -> bytes:
@@ -742,8 +742,8 @@ QUESTIONS = ["Eva has 2 cards. How many?", "Tom?", "Ann has 8 books. She finds 1
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
-    """The loss equals that of one dense forward of all inputs by another implementation.
+def test_gold_nll_equals_one_forward_pass_over_the_whole_text(lm: LM, steps: int) -> None:
+    """The loss equals that of one dense forward pass of another implementation over all inputs.
 
     Rows and texts have different lengths.
     """
@@ -772,8 +772,8 @@ def test_gold_nll_is_that_of_the_whole_text_at_once(lm: LM, steps: int) -> None:
             assert abs(loss.total - float(expected)) <= 1e-9 * float(expected)
 
 
-def test_the_methods_that_pass_text_have_a_gold_nll_too(lm: LM) -> None:
-    """The gold NLL works after a turn with the texts of other agents, and after a single prompt."""
+def test_methods_that_pass_text_also_have_a_gold_nll(lm: LM) -> None:
+    """It works after a turn with the texts of other agents, and after a single prompt."""
     alone = text_turn(lm, QUESTIONS, None).losses([[" 4"]] * 3)
     team = text_turn(lm, QUESTIONS, "sequential", sampling=Sampling(max_new_tokens=3)).losses(
         [[" 4"]] * 3
@@ -782,12 +782,12 @@ def test_the_methods_that_pass_text_have_a_gold_nll_too(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " 1" * 5000])
-def test_a_solution_that_cannot_be_read_is_refused_by_its_question(lm: LM, text: str) -> None:
+def test_an_empty_or_too_long_solution_is_refused_with_its_question(lm: LM, text: str) -> None:
     with pytest.raises(ValueError, match="question 2: found"):
         latent_turn(lm, QUESTIONS, latent_steps=0).losses([["1"], [text], ["1"]])
 
 
-def test_what_arms_share_is_prefilled_once_and_changes_nothing(lm: LM) -> None:
+def test_a_prompt_that_arms_share_is_prefilled_once_without_changing_results(lm: LM) -> None:
     """The first agent's prompt is the same for every map and number of steps."""
     once = PrefillOnce()
     for steps, align in ((0, "ridge"), (3, "ridge"), (3, "random"), (3, "ridge")):
@@ -802,7 +802,9 @@ def rows(count: int, tmp_path: Path) -> list[Record]:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "nll"])
-def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_path: Path) -> None:
+def test_shuffled_pairs_follow_the_order_of_the_data_for_every_batch_size(
+    metric: str, tmp_path: Path
+) -> None:
     """Question i gets the KV cache of question i + 1, even from another batch.
 
     If all questions are in one batch, the result equals that of the library.
@@ -837,7 +839,7 @@ def test_shuffled_pairs_by_the_datas_order_whatever_the_batch(metric: str, tmp_p
         assert [record["text"] for record in found[2]] == [result.text for result in expected]
 
 
-def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
+def test_a_row_can_have_its_own_team(tmp_path: Path) -> None:
     """With split facts and shuffled, the KV cache is from the next row's team.
 
     The question is that of the row itself.
@@ -871,7 +873,7 @@ def test_rows_with_a_team_of_their_own_are_asked_by_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gold", ["b", "B", "(b)", "two"])
 @pytest.mark.parametrize("keys", ["ab", "AB"])
-def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
+def test_a_gold_option_in_any_form_is_its_letter(gold: str, keys: str) -> None:
     """A gold answer with a capital letter was not matched to its option.
 
     Its loss was that of another text, and the option with the lowest loss counted as wrong.
@@ -886,7 +888,7 @@ def test_a_gold_option_in_any_dress_is_its_letter(gold: str, keys: str) -> None:
     assert gold_text(row) == option_texts(row)[keys[1]]
 
 
-def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: LM) -> None:
+def test_each_option_has_a_loss_and_the_lowest_is_the_answer(lm: LM) -> None:
     """Options are boxed letters if they are shown, and boxed texts if they are not."""
     shown = {
         "id": "a",
@@ -912,7 +914,7 @@ def test_of_choices_each_options_loss_is_there_and_the_lowest_is_the_answer(lm: 
         assert record["correct"] == (record["answer"] == "b")
 
 
-def test_a_grid_has_no_arm_twice() -> None:
+def test_a_grid_has_no_duplicate_arms() -> None:
     """Settings without an effect must not multiply arms.
 
     `single` has no latent steps, and with 0 steps no map is used.
@@ -926,10 +928,10 @@ def test_a_grid_has_no_arm_twice() -> None:
     assert len({arm.name for arm in found}) == 5
 
 
-def test_a_grid_of_layouts_has_an_arm_for_each_and_closes_no_turn_that_is_not_there() -> None:
+def test_a_grid_has_one_arm_per_layout_and_varies_close_only_for_chat() -> None:
     """`--layout turn,chat --close yes,no` gives three arms.
 
-    Without a KV cache the last agent is the same in both layouts.
+    Without a KV cache, the last agent is the same in both layouts.
     """
     lists = {"transfer": ["full", "none"], "close": [True, False], "layout": ["turn", "chat"]}
     found = grid(method=["latent_mas"], **lists)
@@ -947,7 +949,7 @@ def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
         assert record["layout"] == layout and text.count("<|im_start|>assistant") == turns
 
 
-def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
+def test_arms_without_a_memory_are_one_arm() -> None:
     """`--transfer full,none` with four settings of latent steps gives four arms and one control."""
     lists = {
         "latent_steps": [0, 5],
@@ -959,22 +961,22 @@ def test_a_memory_that_is_dropped_is_one_arm_however_it_came_about() -> None:
     [control] = [arm for arm in found if arm.transfer == "none"]
     assert control.name == "latent_mas transfer=none"
     assert len(found) == 1 + 2 * 3
-    # Who answers may think too, and then the map is one more cause.
+    # The last agent may have latent steps too, and then the map matters again.
     assert (
         len([arm for arm in grid(True, method=["latent_mas"], **lists) if arm.transfer == "none"])
         == 2 * 3
     )
 
 
-def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
-    """Of equally frequent answers the first wins.
+def test_a_vote_goes_to_the_most_frequent_answer_and_counts_all_costs() -> None:
+    """Of equally frequent answers, the first wins.
 
     A text without an answer does not vote, even if there are three of them.
     """
-    bill = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
+    costs = {"read": 1, "thought": 0, "written": 2, "seconds": 0.5}
 
     def sample(answer: str | None) -> Record:
-        return {"answer": answer, "text": str(answer), **bill}
+        return {"answer": answer, "text": str(answer), **costs}
 
     won = vote([sample(answer) for answer in (None, "4", None, "5", None, "5")])
     assert (won["answer"], won["written"], won["seconds"]) == ("5", 12, 3.0)
@@ -982,7 +984,7 @@ def test_a_vote_goes_to_the_most_frequent_answer_and_pays_for_all() -> None:
     assert vote([sample(None), sample(None)])["answer"] is None
 
 
-def test_samples_of_one_question_differ_and_repeat(tmp_path: Path) -> None:
+def test_samples_of_a_question_differ_and_are_reproducible(tmp_path: Path) -> None:
     """A vote over copies of one greedy answer has no meaning. A resumed vote must be the same."""
     sampling = Sampling(max_new_tokens=6, temperature=3.0)
     bench = Bench(load(TINY, device="cpu"), rows(2, tmp_path), 2, sampling, plain_grader)
@@ -992,7 +994,7 @@ def test_samples_of_one_question_differ_and_repeat(tmp_path: Path) -> None:
     assert any(len(votes) > 1 for votes in first)
 
 
-def test_a_seeds_repeats_are_no_further_questions() -> None:
+def test_more_seeds_do_not_count_as_more_questions() -> None:
     """Ten seeds of one greedy run would make intervals three times too small."""
     some: Sequence[Record] = [
         {
@@ -1012,7 +1014,7 @@ def test_a_seeds_repeats_are_no_further_questions() -> None:
     assert line["accuracy"][1] < 0.3
 
 
-def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> None:
+def test_marks_are_equal_for_one_memory_and_different_for_another(data: Path) -> None:
     """`--replay` uses the marks to find the agent at which a run differs."""
     some = read_rows(data)[:2]
     bench = Bench(load(TINY, device="cpu"), some, 2, Sampling(max_new_tokens=2), plain_grader)
@@ -1029,7 +1031,7 @@ def test_marks_of_one_memory_are_the_same_and_of_another_are_not(data: Path) -> 
         assert not same_mark(a, c)
 
 
-def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
+def test_close_and_prefix_change_the_memory(lm: LM) -> None:
     """If these settings had no effect, their arms would be found not to differ."""
     some = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
     bench = Bench(lm, some, 1, Sampling(), plain_grader)
@@ -1047,8 +1049,8 @@ def test_closing_and_prefix_reach_the_memory(lm: LM) -> None:
     assert last == bench.last_turn([0], plain).prompts[0].text, "the one who answers has its own"
 
 
-def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> None:
-    """A prefix may contain a comma, and all three flags are settings of a run.
+def test_close_prefix_and_fit_text_are_settings_of_a_run(data: Path, tmp_path: Path) -> None:
+    """A prefix may contain a comma.
 
     With another plain text, `fitted` is another map, so the run is another run.
     """
@@ -1092,7 +1094,7 @@ def test_closing_prefix_and_plain_text_are_flags(data: Path, tmp_path: Path) -> 
     assert main([*command, "--fit-text", str(tmp_path / "nowhere")]) == 1
 
 
-def test_a_saved_map_is_an_arm(
+def test_a_saved_map_can_be_an_arm(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file can be in the list of maps. Its contents are a setting of the run."""
@@ -1118,7 +1120,7 @@ def test_a_saved_map_is_an_arm(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox is Linux only")
-def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
+def test_code_is_graded_by_running_it_only_if_allowed() -> None:
     """Without the flag, code is neither right nor wrong, and does not count in the accuracy."""
     row = {
         "id": "c",
@@ -1142,7 +1144,7 @@ def test_code_is_graded_by_running_it_and_only_with_leave() -> None:
     assert "accuracy" not in line
 
 
-def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
+def test_equivalent_expressions_are_right_with_math_verify() -> None:
     """The head of a run has the version of math-verify, so grades must come from it."""
     row = {"id": "a", "question": "q", "answer": r"\frac{1}{\sqrt{2}}", "kind": "math"}
     said = r"\boxed{\frac{\sqrt{2}}{2}}"
@@ -1155,13 +1157,13 @@ def test_equal_expressions_are_right_where_math_verify_is_installed() -> None:
 # -- thoughts as tokens ----------------------------------------------------------------------------
 
 
-def test_a_lens_adds_thoughts_and_who_was_read_and_changes_nothing_else(
+def test_a_lens_adds_only_thoughts_and_attention_to_the_records(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Records have thoughts and attention of all agents with latent steps, for answers and losses.
+    """Both are recorded for all agents with latent steps, for answers and for losses.
 
-    In the shuffled arm they belong to the KV cache that was handed over. For an arm without
-    thoughts the command says that there are none.
+    In the shuffled arm, they belong to the KV cache that was handed over. For an arm without
+    thoughts, the command says that there are none.
     """
     command = ["--data", str(data), "--out", str(tmp_path), *FIXED, "--lens", "2"]
     assert main(command) == 0

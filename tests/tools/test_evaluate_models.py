@@ -1,4 +1,4 @@
-"""evaluate.py with several models in a team, and with thoughts that stop by themselves."""
+"""Check evaluate.py with several models in a team, and with automatic latent steps."""
 
 import json
 import random
@@ -20,7 +20,7 @@ TEAM = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The files of four questions and of a team whose planner is another model."""
+    """Return the files of four questions and of a team whose planner is another model."""
     folder, rng = tmp_path_factory.mktemp("data"), random.Random(5)
     told = [story(rng, count, fresh=True) for count in (1, 2, 3, 4)]
     rows = [
@@ -32,8 +32,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "data.jsonl"), str(folder / "team.json")
 
 
-def test_a_team_of_two_models_runs_under_all_arms(files: tuple[str, str], tmp_path: Path) -> None:
-    """Two copies of weights/tiny: right as one model is, wrong with another question's thoughts."""
+def test_a_team_of_two_models_runs_in_all_arms(files: tuple[str, str], tmp_path: Path) -> None:
+    """Two copies of weights/tiny are right, as one is, but not with another question's thoughts."""
     data, team = files
     arms = ["--method", "latent_mas,text_mas,single", "--transfer", "full,none,shuffled"]
     command = ["--data", data, "--team", team, "--models", "small=weights/tiny", "--quiet"]
@@ -54,7 +54,7 @@ def test_a_team_of_two_models_runs_under_all_arms(files: tuple[str, str], tmp_pa
     assert main(["--out", str(tmp_path), "--replay", "q-1"]) == 0
 
 
-def test_models_without_effect_are_refused(
+def test_models_that_have_no_effect_are_refused(
     files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, team = files

@@ -1,4 +1,4 @@
-"""Each feeder equals its equation in float64, and thoughts do not depend on the batch."""
+"""Check that feeders equal their equations in float64 and do not depend on the batch."""
 
 import math
 import re
@@ -71,7 +71,7 @@ def table(model: Qwen3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
-def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> None:
+def test_the_gain_is_divided_out_to_any_power_and_keeps_its_sign(power: float) -> None:
     """A negative gain has no power of ½.
 
     With the absolute value alone, power 1 would not be prenorm.
@@ -90,8 +90,8 @@ def test_the_gain_is_divided_out_to_any_power_with_its_sign(power: float) -> Non
         assert same == (power == whole)
 
 
-def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> None:
-    """Mapped states of the text have the mean and the mean square distance of embeddings."""
+def test_mean_changes_only_the_mean_and_the_spread(model: Qwen3) -> None:
+    """Mapped states of the text have the mean and the mean square distance of the embeddings."""
     ids = random_ids(model, 1, 400)[0].tolist()
     h, _ = observe(model, ids)
     mapped, w_in = match_means(model, ids)(h), table(model)[0]
@@ -102,7 +102,7 @@ def test_mean_moves_the_mean_and_the_spread_and_nothing_else(model: Qwen3) -> No
     assert apart(mapped[5] - mapped[3], (h[5] - h[3]) * factor) <= 1e-9
 
 
-def test_fitted_is_the_ridge_from_each_state_to_the_next_token(model: Qwen3) -> None:
+def test_fitted_is_the_ridge_solution_from_each_state_to_the_next_token(model: Qwen3) -> None:
     """An offset of one would map a state to the token that was just fed.
 
     The result equals least squares on stacked rows.
@@ -124,8 +124,8 @@ def test_fitted_is_the_ridge_from_each_state_to_the_next_token(model: Qwen3) -> 
     assert apart(found.matrix, late) > 0.1
 
 
-def test_fitted_predicts_better_than_the_papers_map_where_there_is_something_to_predict() -> None:
-    """Negative control: on a text of random tokens it must not predict better."""
+def test_fitted_predicts_better_than_the_papers_map_only_if_the_text_is_predictable() -> None:
+    """The negative control is a text of random tokens, where it must not predict better."""
     lm = load_text_lm(TINY)
     said = tiny_tokenizer().encode(TEXT)
     drawn = random_ids(lm.model, 1, len(said))[0].tolist()
@@ -156,7 +156,7 @@ def test_soft_is_the_expected_embedding(model: Qwen3, temperature: float, most: 
 
 
 def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
-    """At a temperature near 0 the mixture is one token drawn from the softmax.
+    """At a temperature near 0, the mixture is one token drawn from the softmax.
 
     Noise with another distribution would be biased.
     """
@@ -172,8 +172,8 @@ def test_gumbel_draws_each_token_as_often_as_its_probability() -> None:
     assert float((counts - expected).abs().max()) < 0.03
 
 
-def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
-    """Both give the embedding of a token. The one of pause does not depend on the state."""
+def test_token_and_pause_return_embeddings(model: Qwen3) -> None:
+    """Both return the embedding of a token. With pause, it does not depend on the state."""
     h = states(model)
     chosen = (h @ table(model)[1].T).argmax(-1)
     assert torch.equal(feeder(model, "token")(h), table(model)[0][chosen])
@@ -184,7 +184,7 @@ def test_token_and_pause_are_embeddings(model: Qwen3) -> None:
     assert not torch.equal(made("pause")(states(lm.model)), tom.expand(3, 1, -1))
 
 
-def test_no_feeder_makes_a_token_that_the_tokenizer_does_not_know(model: Qwen3) -> None:
+def test_no_feeder_uses_padding_rows_of_the_embeddings(model: Qwen3) -> None:
     """Qwen3's table has 267 rows of padding after the last token.
 
     A mixture with these rows would contain noise.
@@ -240,7 +240,7 @@ def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thought_comes_back_in_the_models_dtype(kind: str, dtype: torch.dtype) -> None:
+def test_a_thought_has_the_dtype_of_the_model(kind: str, dtype: torch.dtype) -> None:
     """A float32 thought would promote every layer of a bf16 model."""
     model = text_model(dtype=dtype)
     hidden, cache = remember(model, random_ids(model, 2, 3))
@@ -251,7 +251,7 @@ def test_a_thought_comes_back_in_the_models_dtype(kind: str, dtype: torch.dtype)
     assert bool(torch.isfinite(thoughts).all())
 
 
-def test_gumbel_draws_come_from_the_questions_generator() -> None:
+def test_gumbel_noise_comes_from_the_generator_of_the_question() -> None:
     """The noise is seeded by (seed, question), like all random numbers here."""
     model = tiny_model()
     gumbel = Mixture(model, 1.0, 0, rows=None, noisy=True)
@@ -263,7 +263,7 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     assert apart(first, other) > 1e-3
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,10 @@ def test_gumbel_draws_come_from_the_questions_generator() -> None:
     ",gain,gain:,gain:x,gain:-1,gain:nan,gain:1:2,mean:1,soft:0,soft:x,soft:1:x,soft:1:2:3,soft:-1,soft:,"
     "gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
 )
-def test_an_unknown_kind_is_refused_with_the_list(kind: str, made: Feeders) -> None:
+def test_an_unknown_kind_is_refused_with_a_list_of_kinds(kind: str, made: Feeders) -> None:
     """The error names the flag.
 
-    If an unused value were accepted, an arm would not be what its name says.
+    If an unused value were accepted, an arm would not do what its name says.
     """
     with pytest.raises(
         ValueError,
@@ -289,8 +289,8 @@ def test_defaults_are_filled_in() -> None:
     assert parse("pause:a:b") == ("pause", ("a:b",))
 
 
-def test_what_a_kind_needs_is_said(lm: LM) -> None:
-    """Without a tokenizer there is no text to fit a map on, and no token for pause."""
+def test_an_error_names_what_a_kind_needs(lm: LM) -> None:
+    """Without a tokenizer, there is no text to fit a map to, and no token for pause."""
     for kind in ("mean", "fitted", "pause"):
         with pytest.raises(ValueError, match=r"align: found .* needs a model with tokenizer.json"):
             feeder(lm.model, kind)
@@ -299,11 +299,11 @@ def test_what_a_kind_needs_is_said(lm: LM) -> None:
 
 
 def test_the_built_in_text_is_long_enough() -> None:
-    """A token of Qwen3 has 4.5 characters of the text on average."""
+    """A token of Qwen3 covers 4.5 characters of the text on average."""
     assert len(plain_text()) > 6 * TOKENS
 
 
-def test_a_changed_text_is_refused_by_name(
+def test_a_changed_built_in_text_is_refused_by_name(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another text, `fitted` is another map. Other line endings, as from Git, are accepted."""
@@ -316,19 +316,19 @@ def test_a_changed_text_is_refused_by_name(
         Feeders(lm)("fitted")
 
 
-def test_a_map_is_measured_once(made: Feeders) -> None:
+def test_a_map_is_fitted_only_once(made: Feeders) -> None:
     """Ten thousand tokens take half a minute on a CPU."""
     assert made("fitted") is made("fitted")
 
 
-def test_the_librarys_own_kinds_are_the_librarys(lm: LM, made: Feeders, tmp_path: Path) -> None:
-    """The five kinds of Aligner and saved files are those of the library."""
+def test_kinds_of_the_library_are_delegated_to_it(lm: LM, made: Feeders, tmp_path: Path) -> None:
+    """The five kinds of Aligner and saved files must give the aligners of the library."""
     lm.aligner("random").save(tmp_path / "a.safetensors")
     for kind in ("ridge", "none", str(tmp_path / "a.safetensors")):
         assert made(kind) is lm.aligner(kind)
 
 
-def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
+def test_every_arm_uses_its_own_feeder(lm: LM, made: Feeders) -> None:
     """If all arms used the same map, they would be found not to differ."""
     rows = [{"id": "a", "question": "Eva has 2 cards.", "answer": "2"}]
     bench = Bench(lm, rows, 1, Sampling(), plain_grader, made)
@@ -342,12 +342,12 @@ def test_an_arm_is_thought_with_its_own_feeder(lm: LM, made: Feeders) -> None:
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 
 
-# -- as files --------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["fitted", "mean"])
-def test_a_measured_map_is_a_file_that_the_library_reads(kind: str, tmp_path: Path) -> None:
-    """The map that `align` reads from the file equals that of the harness exactly."""
+def test_a_fitted_map_can_be_saved_for_the_library(kind: str, tmp_path: Path) -> None:
+    """The map that `align` loads from the file equals that of the harness exactly."""
     text, out = tmp_path / "text.txt", tmp_path / "map.safetensors"
     text.write_text(TEXT)
     assert feeders.main(["--kind", kind, "--text", str(text), "--out", str(out)]) == 0
@@ -373,11 +373,11 @@ def test_a_measured_map_is_a_file_that_the_library_reads(kind: str, tmp_path: Pa
         (["--kind", "mean", "--out", "nowhere/x.safetensors"], 1, "nowhere/x.safetensors: cannot"),
     ],
 )
-def test_a_wrong_command_says_what_is_wrong(
+def test_a_wrong_command_gives_an_error_that_says_what_is_wrong(
     argv: list[str], status: int, said: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Model and text exist, so that nothing else is wrong."""
+    """The model and the text exist, so nothing else is wrong."""
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     try:

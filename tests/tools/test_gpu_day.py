@@ -1,4 +1,4 @@
-"""The script for a day with a GPU is rehearsed on a CPU, because such a day is short."""
+"""Check the script for a day with a GPU by rehearsing it on a CPU, because GPU time is short."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_every_variant_is_measured_and_written(
+def test_every_variant_is_measured_and_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "day.json"
@@ -39,10 +39,10 @@ def test_every_variant_is_measured_and_written(
     assert capsys.readouterr().out.count("of the bandwidth") == 2 * len(gpu_day.VARIANTS)
 
 
-def test_what_fails_or_has_no_time_costs_only_itself(
+def test_a_variant_that_fails_or_has_no_time_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A day ended with the first variant that did not fit."""
+    """The run ended at the first variant that did not fit into memory."""
     real = gpu_day.measure
 
     def measure(config: object, format: str, *rest: object) -> dict[str, float]:
@@ -72,7 +72,7 @@ def test_what_fails_or_has_no_time_costs_only_itself(
 
 
 @pytest.mark.slow
-def test_the_script_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+def test_the_script_can_be_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "day.json"
     done = script("--rehearse", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def test_the_script_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_the_script_says_so_in_one_line(tmp_path: Path) -> None:
+def test_without_a_gpu_the_script_gives_one_line(tmp_path: Path) -> None:
     done = script("--out", str(tmp_path / "day.json"))
     assert done.returncode == 1
     assert done.stderr.startswith("gpu_day: found no CUDA GPU") and done.stderr.count("\n") == 1

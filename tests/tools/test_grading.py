@@ -1,4 +1,4 @@
-"""Programs that models generate are graded as intended. Each test names the bug it prevents."""
+"""Check that generated programs are graded as intended. Each test names the bug it prevents."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def passes(row: Row, text: str) -> bool:
         "assert total(1, 1) == 3",
     ],
 )
-def test_the_block_that_the_tests_name_wins(row: Row, block: str) -> None:
+def test_the_block_that_the_tests_use_is_graded(row: Row, block: str) -> None:
     """A later example that defined another function replaced the solution."""
     assert passes(row, f"{SOLUTION}\nAlso:\n```python\n{block}\n```")
 
@@ -64,16 +64,16 @@ def test_the_last_of_two_solutions_counts() -> None:
     ],
 )
 @pytest.mark.parametrize("row", [HUMANEVAL, MBPP], ids=["humaneval", "mbpp"])
-def test_imports_from_the_future_come_first_in_every_form(row: Row, statement: str) -> None:
+def test_future_imports_come_first_in_every_form(row: Row, statement: str) -> None:
     """They must come before the question.
 
-    They were found only in one line and without a comment.
+    They were found only on one line and without a comment.
     """
     assert passes(row, f"```python\n{statement}\ndef total(a, b):\n    return a + b\n```")
 
 
-def test_the_body_alone_continues_the_question() -> None:
-    """HumanEval asks for the rest of a function that the question begins."""
+def test_a_function_body_alone_continues_the_question() -> None:
+    """HumanEval asks for the rest of a function that the question starts."""
     assert passes(HUMANEVAL, "```python\n    return a + b\n```")
     assert passes(HUMANEVAL, "return a + b")
     assert not passes(HUMANEVAL, "```python\n    return a - b\n```")

@@ -1,4 +1,4 @@
-"""The layouts for measurements differ from the library's layouts as documented."""
+"""Check that the layouts for measurements differ from the library's layouts as documented."""
 
 import itertools
 
@@ -20,12 +20,12 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """A random model with a chat template that has its own system message."""
+    """Return a random model with a chat template that has its own system message."""
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model"), chat_template=TEMPLATE))
 
 
 def shown(lm: LM, name: str) -> str:
-    """Return the conversation of one question, with • at the places of thoughts."""
+    """Return the conversation of one question, with • in place of each thought."""
     variant = VARIANTS[name]
     team = variant.team(sequential())
     run = VariantRun(lm, ["Why?"], team=team, latent_steps=1, variant=variant)
@@ -36,8 +36,8 @@ def shown(lm: LM, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_layout_is_what_its_line_says(lm: LM, name: str) -> None:
-    """Thoughts at another place, or a missing end of turn, would be measured under its name."""
+def test_each_layout_matches_its_description(lm: LM, name: str) -> None:
+    """Thoughts in another place, or a missing end of turn, would be measured under its name."""
     text = shown(lm, name)
     user, header, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
     before = {piece.rsplit("\n", 1)[-1] or piece[-len(header) :] for piece in text.split("•")[:3]}
@@ -65,7 +65,7 @@ def test_each_layout_is_what_its_line_says(lm: LM, name: str) -> None:
     assert text.endswith(LEAD) == name.endswith("lead")
 
 
-def test_a_layout_of_measurements_changes_what_the_last_agent_sees(lm: LM) -> None:
+def test_each_layout_gives_the_last_agent_another_state(lm: LM) -> None:
     """A layout that is not passed on would be measured as layout chat."""
     states = {}
     for name, variant in VARIANTS.items():

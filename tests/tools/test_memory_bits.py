@@ -1,4 +1,4 @@
-"""tools/memory_bits.py rounds the right numbers, and pairs losses by question."""
+"""Check that tools/memory_bits.py rounds the right numbers and pairs losses by question."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("dim", [memory_bits.VECTOR, memory_bits.CHANNEL])
-def test_rounding_moves_a_number_by_half_a_step_at_most(dim: int) -> None:
+def test_rounding_changes_a_number_by_at_most_half_a_step(dim: int) -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     x[0, 1], x[1, :, 3] = 0, 300.0  # a vector of zeros; a channel like the biases of Qwen2.5
     found = memory_bits.rounded(x, dim)
@@ -25,7 +25,7 @@ def test_rounding_moves_a_number_by_half_a_step_at_most(dim: int) -> None:
     assert memory_bits.rounded(x, None) is x
 
 
-def test_a_large_channel_costs_the_others_only_with_a_scale_for_each_vector() -> None:
+def test_a_large_channel_spoils_the_others_only_with_one_scale_per_vector() -> None:
     """A channel with a value of 300 has steps of 2.4, so numbers near 1 become 0."""
     x = torch.full((1, 4, 8), 0.9)
     x[..., 0] = 300.0
@@ -33,7 +33,7 @@ def test_a_large_channel_costs_the_others_only_with_a_scale_for_each_vector() ->
     assert torch.allclose(memory_bits.rounded(x, memory_bits.CHANNEL), x)
 
 
-def test_the_table_has_every_rounding(
+def test_the_table_has_a_row_for_every_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "q.jsonl"

@@ -1,4 +1,4 @@
-"""Pictures show the numbers of the runs, and runs of other models or questions are refused."""
+"""Check that pictures show the numbers of the runs, and that unrelated runs are refused."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def record(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an audit of weights/tiny. Tests must not change it."""
+    """Return the folder of an audit of weights/tiny. Tests must not change it."""
     folder = tmp_path_factory.mktemp("plot")
     command = [
         "--data",
@@ -90,7 +90,7 @@ def test_losses_are_paired_with_prompts_only() -> None:
     assert list(lines) == ["ridge"]
 
 
-def test_a_control_arm_is_no_map() -> None:
+def test_a_control_arm_is_not_a_point_on_the_line_of_its_map() -> None:
     """The shuffled arm uses the map ridge, but is not a point on the line of ridge."""
     some = [
         record("q", nll=1.0, latent_steps=0),
@@ -102,8 +102,8 @@ def test_a_control_arm_is_no_map() -> None:
     assert [point["y"] for point in lines["another question's memory"]] == [4]
 
 
-def test_a_control_arm_without_thoughts_is_not_what_all_is_compared_with() -> None:
-    """The arm "no memory" has 0 steps too, and was used as prompts only if it came first.
+def test_the_arm_without_memory_is_not_the_baseline() -> None:
+    """The arm "no memory" also has 0 steps, and was used as prompts only if it came first.
 
     The flags were `--transfer none,full --latent-steps 0,2`.
     """
@@ -117,7 +117,7 @@ def test_a_control_arm_without_thoughts_is_not_what_all_is_compared_with() -> No
     }  # fmt: skip
 
 
-def test_arms_that_differ_in_a_rarer_setting_are_two_lines() -> None:
+def test_arms_that_differ_in_a_rarer_setting_are_separate_lines() -> None:
     some = [record("q", nll=1.0, latent_steps=0, close=True), record("q", nll=2.0, close=True)]
     lines = figures.steps([*some, record("q", nll=4.0, close=False)])["panels"]["nll"]
     assert [point["y"] for point in lines["ridge, turns open"]][-1] == 3
@@ -128,7 +128,7 @@ def test_arms_that_differ_in_a_rarer_setting_are_two_lines() -> None:
     )
 
 
-def test_seeds_are_no_further_questions() -> None:
+def test_more_seeds_do_not_count_as_more_questions() -> None:
     some = [record("q", right=i < 3, seed=i) for i in range(4)] + [
         record("p", right=False, seed=i) for i in range(4)
     ]
@@ -152,23 +152,23 @@ def test_pictures_do_not_depend_on_the_order_of_a_set(finished: Path) -> None:
     assert len(said) == 1
 
 
-def test_a_forest_is_of_an_audit() -> None:
+def test_a_forest_plot_needs_an_audit() -> None:
     with pytest.raises(ValueError, match="found the arm 'any', expected a run with --audit"):
         figures.forest([record("q", nll=1.0)])
 
 
-def test_a_loss_without_prompts_only_has_nothing_to_stand_beside() -> None:
+def test_a_loss_without_prompts_only_is_refused() -> None:
     with pytest.raises(ValueError, match="for --metric nll one of them must be 0"):
         figures.steps([record("q", nll=1.0)])
 
 
-def test_accuracy_has_the_interval_of_wilson() -> None:
+def test_accuracy_has_the_wilson_interval() -> None:
     some = [record(f"q{i}", right=i < 3) for i in range(4)]
     [point] = figures.steps(some)["panels"]["accuracy"]["ridge"]
     assert (point["y"], point["low"], point["high"]) == (0.75, *wilson(3, 4))
 
 
-def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
+def test_arms_are_distinguished_by_their_settings_not_by_their_names() -> None:
     """Two runs can name different arms "latent_mas".
 
     One point for both would show neither of them.
@@ -194,7 +194,7 @@ def test_arms_are_told_apart_by_their_settings_not_their_names() -> None:
     ]  # fmt: skip
 
 
-def test_the_papers_table_stands_beside_ours() -> None:
+def test_the_papers_table_is_shown_with_our_results() -> None:
     table = {"acc": {"4B": [50, 60, 70]}, "tokens": {"4B": [1, 2, 3]}, "seconds": {"4B": [4, 5, 6]}}
     paper = {"sequential": {"X": table}}
     theirs = figures.costs([record("a", right=True)], paper, "X")["paper"]
@@ -217,17 +217,17 @@ def test_runs_of_other_questions_are_refused(finished: Path, tmp_path: Path) -> 
         runs([finished, other])
 
 
-def test_a_line_that_is_being_written_is_left_out(finished: Path, tmp_path: Path) -> None:
+def test_an_incomplete_line_is_left_out(finished: Path, tmp_path: Path) -> None:
     """A run that has not finished can be drawn."""
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes()[:-20])
     assert len(runs([tmp_path])) == len(runs([finished])) - 1
 
 
-def test_thoughts_are_those_of_the_map_step_by_step() -> None:
+def test_the_thoughts_of_each_map_are_measured_at_every_step() -> None:
     """With pause, all thoughts are the embedding of one token.
 
-    They are all at one place with one norm, and each cosine is 1. The thoughts of token are
-    embeddings too.
+    They are all at one place with one norm, and each cosine is 1. The thoughts of the kind token
+    are also embeddings.
     """
     lm = load_text_lm(TINY)
     found = figures.thoughts(lm, ["Eva has 2 cards.", "Tom has 3."], ["ridge", "pause", "token"], 5)
@@ -246,7 +246,7 @@ def test_thoughts_are_those_of_the_map_step_by_step() -> None:
     assert [len(question) for question in ridge["places"]] == [5, 5]
 
 
-def test_arms_of_two_layouts_are_told_apart() -> None:
+def test_arms_of_two_layouts_are_distinguished() -> None:
     """Both layouts were one line, or one of them was named "turns open"."""
     layouts = [record("a", nll=1.0, layout=layout, close=None) for layout in ("turn", "chat")]
     varied = figures.varied_settings(layouts)
@@ -257,13 +257,13 @@ def test_arms_of_two_layouts_are_told_apart() -> None:
 
 
 def test_drift_is_a_mean_over_agents_and_questions() -> None:
-    """Attention is summed over the agents whose thoughts get it, and averaged over heads."""
+    """Attention is summed over the agents that have latent steps, and averaged over heads."""
 
     def agent(cosine: float, shares: list[float]) -> Record:
         thoughts = [{"cosine_before": None}, {"cosine_before": cosine}]
         return {"thoughts": thoughts, "attention": {"thoughts": [shares, [0.0, 0.0]]}}
 
-    last: Record = {"name": "judger"}  # does not think
+    last: Record = {"name": "judger"}  # has no thoughts
     found = [
         record("a", nll=1.0) | {"agents": [agent(0.5, [0.1, 0.3]), agent(0.7, [0.2, 0.2]), last]},
         record("b", nll=1.0) | {"agents": [agent(0.9, [0.4, 0.4]), agent(0.9, [0.0, 0.0]), last]},
@@ -298,9 +298,7 @@ def test_a_plane_keeps_the_two_main_directions() -> None:
 
 
 @pytest.mark.parametrize("what", ["steps", "costs", "audit"])
-def test_each_picture_is_drawn_with_its_numbers_beside_it(
-    what: str, finished: Path, tmp_path: Path
-) -> None:
+def test_each_picture_is_saved_with_its_numbers(what: str, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / what
     assert plot.main([what, str(finished), "--out", str(out)]) == 0
     svg, numbers = (
@@ -318,7 +316,7 @@ def test_each_picture_is_drawn_with_its_numbers_beside_it(
     assert again.with_suffix(".json").read_text() == numbers
 
 
-def test_drift_is_drawn(tmp_path: Path) -> None:
+def test_drift_can_be_drawn(tmp_path: Path) -> None:
     arms = {"ridge": {"cosines": [0.5, 0.9], "attention": [0.4, 0.1, 0.0]}}
     numbers = tmp_path / "made.json"
     numbers.write_text(json.dumps({"what": "drift", "questions": 2, "arms": arms}))
@@ -326,7 +324,7 @@ def test_drift_is_drawn(tmp_path: Path) -> None:
     assert "attention" in (tmp_path / "drift.svg").read_text(encoding="utf-8")
 
 
-def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:
+def test_thoughts_can_be_drawn(tmp_path: Path, finished: Path) -> None:
     data = finished.parent / "rows.jsonl"
     command = [
         "thoughts",
@@ -355,7 +353,7 @@ def test_thoughts_are_drawn(tmp_path: Path, finished: Path) -> None:
         (["thoughts", "--data", "nowhere.jsonl"], "nowhere.jsonl: found no such file"),
     ],
 )
-def test_a_wrong_input_is_one_line(
+def test_a_wrong_input_gives_one_line(
     args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plot.main([*args, "--out", str(tmp_path / "x")]) == 1
@@ -363,7 +361,7 @@ def test_a_wrong_input_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_the_numbers_are_kept_and_the_command_is_named(
+def test_without_matplotlib_the_numbers_are_saved_and_the_install_command_is_named(
     finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,6 +1,6 @@
-"""A report shows all records of a run in one file, and their texts never become markup.
+"""Check that a report shows all records of a run in one file, and that no text becomes markup.
 
-The page itself is opened in a headless Chromium if there is one.
+The page is also opened in a headless Chromium if there is one.
 """
 
 import base64
@@ -82,7 +82,7 @@ def record_of(number: int, arm: str = "latent_mas", steps: int = 4, layers: int 
 
 
 def write_run(folder: Path, records: Sequence[Record], **head: Any) -> Path:
-    """Write a run's folder as tools/evaluate.py leaves it before the summary."""
+    """Write the folder of a run as tools/evaluate.py leaves it before the summary."""
     arms = [{"name": name} for name in dict.fromkeys(record["arm"] for record in records)]
     questions = len({record["id"] for record in records})
     first = {
@@ -156,8 +156,8 @@ def test_no_text_of_a_record_becomes_markup(tmp_path: Path) -> None:
     assert (first["name"], first["thoughts"][0][0][0][0]) == (HOSTILE, HOSTILE)
 
 
-def test_half_a_character_does_not_end_a_report(tmp_path: Path) -> None:
-    """A model may generate a lone surrogate, which cannot be written as UTF-8."""
+def test_a_lone_surrogate_does_not_stop_a_report(tmp_path: Path) -> None:
+    """A model may generate one, and it cannot be encoded as UTF-8."""
     record = record_of(0) | {"answer": "a\ud83d", "text": "\ud83d"}
     page = report(write_run(tmp_path / "run", [record]), tmp_path / "report.html")
     assert "a?" in page
@@ -182,7 +182,7 @@ def test_a_page_shows_settings_arms_and_questions(tmp_path: Path) -> None:
 
 
 def test_the_details_of_a_record_are_those_of_its_line(tmp_path: Path) -> None:
-    """The details match, also for the last record of several groups."""
+    """They match, also for the last record of several groups."""
     records = [record_of(i) for i in range(45)]
     page = report(write_run(tmp_path / "run", records), tmp_path / "report.html")
     found = details_of(page)
@@ -199,7 +199,7 @@ def test_the_details_of_a_record_are_those_of_its_line(tmp_path: Path) -> None:
         )
 
 
-def test_an_audits_sentence_is_on_the_page(tmp_path: Path) -> None:
+def test_the_verdict_of_an_audit_is_on_the_page(tmp_path: Path) -> None:
     records = []
     for i in range(12):
         for arm, loss in (("full", 1.0), ("prompts only", 2.0), ("none", 3.0)):
@@ -226,7 +226,7 @@ def test_a_run_without_thoughts_has_a_report(tmp_path: Path) -> None:
     ] * 3
 
 
-def test_a_thousand_records_with_thoughts_are_at_most_5_mb(tmp_path: Path) -> None:
+def test_a_thousand_records_with_thoughts_take_at_most_5_mb(tmp_path: Path) -> None:
     """Three agents have 20 thoughts each, with three tokens and a heat map of 24 layers."""
     records = [record_of(i, steps=20, layers=24) for i in range(1000)]
     page = report(write_run(tmp_path / "run", records), tmp_path / "report.html")
@@ -234,8 +234,8 @@ def test_a_thousand_records_with_thoughts_are_at_most_5_mb(tmp_path: Path) -> No
     assert len(details_of(page)) == 1000
 
 
-def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -> None:
-    """JavaScript cannot read NaN from JSON, and a loss may be NaN."""
+def test_numbers_that_are_not_valid_json_do_not_break_the_page(tmp_path: Path) -> None:
+    """JavaScript cannot parse NaN in JSON, and a loss may be NaN."""
     records = [record_of(i) | {"metric": "nll", "nll": float("nan")} for i in range(2)]
     run = write_run(tmp_path / "run", records)
     text = (
@@ -249,7 +249,7 @@ def test_numbers_that_json_does_not_have_do_not_break_the_page(tmp_path: Path) -
 # -- questions -------------------------------------------------------------------------------------
 
 
-def test_a_question_is_what_prompts_do_not_have_in_common() -> None:
+def test_a_question_is_the_part_in_which_prompts_differ() -> None:
     """A word at the start or the end of all questions is kept."""
     texts = [
         f"<|im_start|>user\nHelp: {q}?\n\nThink.<|im_end|>" for q in ("Is it 1 or 2", "Is it 2")
@@ -258,7 +258,7 @@ def test_a_question_is_what_prompts_do_not_have_in_common() -> None:
     assert own_parts(["Name: ab", "Name: ac"]) == ["ab", "ac"]
 
 
-def test_questions_come_from_the_data_while_it_is_the_same(tmp_path: Path) -> None:
+def test_questions_come_from_the_data_file_only_if_it_is_unchanged(tmp_path: Path) -> None:
     """A file that was changed after the run does not have its questions."""
     data, run = write_data(tmp_path / "data.jsonl", 3), tmp_path / "run"
     command = ["--data", str(data), "--method", "single", "--out", str(run), "--quiet"]
@@ -270,10 +270,10 @@ def test_questions_come_from_the_data_while_it_is_the_same(tmp_path: Path) -> No
     assert all(ours.endswith(theirs) for ours, theirs in zip(found, asked, strict=True))
 
 
-# -- what is missing -------------------------------------------------------------------------------
+# -- incomplete and invalid runs -------------------------------------------------------------------
 
 
-def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
+def test_a_truncated_run_shows_its_complete_records_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cut may be within a line, within a character, or at the end of a line."""
@@ -304,7 +304,7 @@ def test_a_run_cut_off_anywhere_shows_what_is_there_and_says_so(
     assert 'class="note" role' not in report(run, tmp_path / "report.html")
 
 
-def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> None:
+def test_an_older_run_without_a_summary_is_marked_as_possibly_unfinished(tmp_path: Path) -> None:
     """Its head does not have the number of questions."""
     run = write_run(
         tmp_path / "run", [record_of(0), record_of(0, "b"), record_of(1)], questions=None
@@ -330,7 +330,7 @@ def test_an_older_run_without_a_summary_may_not_be_finished(tmp_path: Path) -> N
         ("ask.json", '{"settings": {}}\n', "found the head of a run"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_and_no_file(
+def test_invalid_input_gives_one_line_and_no_file(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
@@ -363,7 +363,7 @@ def test_what_cannot_be_read_is_one_line_and_no_file(
         ("text", 7, "text: found 7, expected text"),
     ],
 )
-def test_a_field_of_another_type_is_refused_by_its_line(
+def test_a_field_of_another_type_is_refused_with_its_line(
     tmp_path: Path, field: str, value: Any, expected: str
 ) -> None:
     run = write_run(tmp_path / "run", [record_of(0), record_of(1) | {field: value}])
@@ -382,7 +382,7 @@ def test_a_thought_of_another_shape_is_refused(tmp_path: Path) -> None:
         read_report(write_run(tmp_path / "other", [record]))
 
 
-def test_a_page_never_replaces_what_it_is_made_from(
+def test_a_page_never_replaces_its_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It does not replace a folder either. A file that cannot be written is named."""
@@ -403,7 +403,7 @@ def test_a_page_never_replaces_what_it_is_made_from(
 # -- answers of minimas ask ------------------------------------------------------------------------
 
 
-def test_answers_with_thoughts_have_a_report(
+def test_answers_of_ask_with_thoughts_have_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The output of `minimas ask --json --show-thoughts` may come from two calls in one file."""
@@ -478,7 +478,7 @@ const set = (id, value) => {
 
 
 def browse(page: Path, script: str) -> tuple[str, str]:
-    """Open a copy of a page with a script at its end. Returns its DOM and the console output.
+    """Open a copy of a page with a script at its end, and return its DOM and the console output.
 
     The browser's clock skips idle time, and the DOM is the final one. So a script may wait, however
     busy the machine is.
@@ -503,10 +503,11 @@ def seconds_of_children() -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
-def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: Path) -> None:
+def test_a_browser_opens_sorts_filters_and_expands_a_thousand_records(tmp_path: Path) -> None:
     """The page opens from disk without console messages, in at most two CPU seconds.
 
-    They are counted beyond an empty page. A clock would measure how busy the machine is.
+    The seconds are counted beyond those of an empty page. Wall time would depend on the machine's
+    load.
     """
     records = [record_of(i) for i in range(1000)]
     records[0]["agents"][0]["prompt"] = HOSTILE
@@ -515,7 +516,7 @@ def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: P
     empty = tmp_path / "empty.html"
     empty.write_text("<!DOCTYPE html><title>empty</title>")
     used = [seconds_of_children()]
-    for one in (empty, empty, page):  # the first one makes the browser's profile
+    for one in (empty, empty, page):  # the first run creates the browser's profile
         assert browse(one, "")[1] == ""
         used.append(seconds_of_children())
     assert (used[3] - used[2]) - (used[2] - used[1]) < 2
@@ -545,7 +546,7 @@ def test_a_thousand_records_open_sort_filter_and_unfold_in_a_browser(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_script_in_a_question_does_not_run_in_a_browser(tmp_path: Path) -> None:
-    """No script runs, whether rows are open or not. A script that ran would leave a mark."""
+    """No script may run, whether rows are open or not. A script that ran would leave a mark."""
     runs = "document.body.dataset.ran=1"
     mark = f"<img src=x onerror={runs}></script><script>{runs}</script>"
     records = [record_of(i, arm=mark) for i in range(2)]

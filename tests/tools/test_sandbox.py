@@ -1,4 +1,4 @@
-"""Hostile programs are judged wrong quickly, and leave no process and no file."""
+"""Check that hostile programs are judged wrong quickly, and leave no process and no file."""
 
 import ast
 import os
@@ -43,7 +43,7 @@ def guards(folder: Path) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield the sandbox's file for this test.
+    """Yield the path of the sandbox's file for this test.
 
     It is a link, so that the command line distinguishes its processes from those of other tests. A
     program that is left running would slow the machine down unnoticed.
@@ -82,7 +82,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_program_passes(name: str) -> None:
+def test_a_harmless_program_passes(name: str) -> None:
     """A sandbox that fails right answers would be worse than none."""
     assert run(GOOD[name]) == Outcome(True, "passed", pytest.approx(0, abs=20))
 
@@ -92,7 +92,7 @@ FORK = (
     "import os, time\nif os.fork() == 0:\n"
     "    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n"
 )
-HOSTILE = {  # program, what the reason must hold
+HOSTILE = {  # program, expected part of the reason
     "os._exit": ("import os\nos._exit(0)", "ended before its last statement"),
     "sys.exit in a function": ("import sys\ndef f():\n    sys.exit()\nf()", "SystemExit"),
     "atexit": ("import atexit, os\natexit.register(os._exit, 0)\nassert False", "AssertionError"),
@@ -200,10 +200,10 @@ HOSTILE = {  # program, what the reason must hold
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
+def test_a_hostile_program_ends_soon_and_is_judged_wrong(name: str) -> None:
     """The authors run these with exec() in a fork of the evaluation, with the user's rights.
 
-    There SystemExit ends the run.
+    There, SystemExit ends the run.
     """
     program, reason = HOSTILE[name]
     with within():
@@ -216,7 +216,7 @@ def test_a_hostile_program_ends_soon_and_is_wrong(name: str) -> None:
 
 @pytest.fixture
 def without_landlock(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the sandbox, replace Landlock with a system call that no kernel has."""
+    """Replace Landlock in the sandbox with a system call that no kernel has."""
     source = guard.read_text(encoding="utf-8")
     assert "SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444" in source
     weaker = guard.with_name("weaker.py")
@@ -227,8 +227,8 @@ def without_landlock(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_landlock")
-def test_the_namespaces_alone_hold_files_and_network() -> None:
-    """Without Landlock the namespaces still confine a program.
+def test_namespaces_alone_confine_files_and_network() -> None:
+    """Without Landlock, the namespaces must still confine a program.
 
     A layer that is never needed may not work.
     """
@@ -241,7 +241,7 @@ def test_the_namespaces_alone_hold_files_and_network() -> None:
 
 
 @pytest.mark.usefixtures("without_landlock")
-def test_what_the_kernel_refuses_is_said_once(
+def test_an_isolation_that_the_kernel_refuses_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise a sandbox could have no effect without a message."""
@@ -253,7 +253,7 @@ def test_what_the_kernel_refuses_is_said_once(
     )
 
 
-def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_kernel_allows_every_layer_of_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tests would pass even if half of the layers were missing."""
     told: set[str] = set()
     monkeypatch.setattr(sandbox, "_told", told)
@@ -262,10 +262,10 @@ def test_this_kernel_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"this kernel refuses {', '.join(sorted(told))}")
 
 
-def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path, guard: Path) -> None:
+def test_killing_the_caller_ends_the_program(tmp_path: Path, guard: Path) -> None:
     """The program of a stopped run must not continue.
 
-    Only an empty folder stays.
+    Only an empty folder is left.
     """
     (tmp_path / "left").mkdir()
     code = (
@@ -284,7 +284,7 @@ def test_a_caller_that_is_killed_takes_the_program_with_it(tmp_path: Path, guard
 
 
 @pytest.mark.parametrize(("program", "status"), [("x = 1", 0), ("assert False", 1), (None, 2)])
-def test_the_command_line_ends_with_the_verdict(
+def test_the_exit_status_of_the_command_is_the_verdict(
     program: str | None, status: int, tmp_path: Path
 ) -> None:
     """A script must be able to use the exit status alone."""
@@ -305,7 +305,7 @@ def test_the_command_line_ends_with_the_verdict(
     assert done.stderr.count("\n") == 1 and ("Traceback" not in done.stderr)
 
 
-def test_the_guard_imports_only_what_python_brings() -> None:
+def test_the_guard_imports_only_the_standard_library() -> None:
     """The guard runs without the library's folder on its path."""
     tree = ast.parse(Path(sandbox.__file__).read_text(encoding="utf-8"))
     names = {

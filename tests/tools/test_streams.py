@@ -1,4 +1,4 @@
-"""The tools' commands lose no results if stdout or stderr fails, and print no traceback."""
+"""Check that the tools lose no results and print no traceback if stdout or stderr fails."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from .test_evaluate import write_data
 
 ROOT = TINY.parents[1]
 pytestmark = pytest.mark.slow
-NOBODY = "import sys; sys.stdin.close()"  # a reader that leaves at once
+NOBODY = "import sys; sys.stdin.close()"  # a reader that closes the pipe at once
 
 
 def shell(command: str, *values: Any, **variables: str) -> tuple[int, str, str]:
-    """Run a bash command with `values` as "$@". Returns its status, stdout and stderr."""
+    """Run a bash command with `values` as "$@", and return its status, stdout and stderr."""
     argv = ["bash", "-o", "pipefail", "-c", command, sys.executable, *map(str, values)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     env = os.environ | {"NOBODY": NOBODY} | variables
@@ -54,10 +54,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         ("2>/dev/full", 0),
     ],
 )
-def test_evaluate_writes_its_files_whatever_its_streams_are(
+def test_evaluate_saves_its_files_with_any_streams(
     redirection: str, status: int, run: list[Any]
 ) -> None:
-    """A run that fails at its last line because of a lost pipe has no summary."""
+    """A run that failed at its last line because of a closed pipe would have no summary."""
     folder = run[-1]
     before = (folder / "results.jsonl").read_bytes()
     (folder / "summary.json").unlink()
@@ -68,11 +68,8 @@ def test_evaluate_writes_its_files_whatever_its_streams_are(
     assert (folder / "results.jsonl").read_bytes() == before
 
 
-def test_progress_that_nobody_reads_does_not_stop_a_run(run: list[Any], tmp_path: Path) -> None:
-    """`evaluate … 2>&1
-
-    head` computes all results.
-    """
+def test_a_closed_stderr_pipe_does_not_stop_a_run(run: list[Any], tmp_path: Path) -> None:
+    """`evaluate … 2>&1 | head` must compute all results."""
     flags = [*run[:-1], tmp_path / "run", "--batch-size", 1]
     status, _, _ = shell('"$0" tools/evaluate.py "$@" 2>&1 | "$0" -c "$NOBODY"', *flags)
     assert status == 0
@@ -92,7 +89,7 @@ def test_a_table_is_printed_in_any_encoding(encoding: str, run: list[Any]) -> No
     assert "prefix=Zuerst → 计划 |" in (folder / "summary.md").read_text(encoding="utf-8")
 
 
-def test_results_and_benchmark_end_quietly_too(tmp_path: Path) -> None:
+def test_results_and_benchmark_also_end_quietly(tmp_path: Path) -> None:
     assert shell('"$0" tools/results.py --help >&- 2>&-') == (0, "", "")
     assert shell('"$0" tools/results.py --check >&- 2>&-')[0] == 0
     status, _, err = shell('"$0" tools/results.py --help | "$0" -c "$NOBODY"')
@@ -108,7 +105,7 @@ def test_results_and_benchmark_end_quietly_too(tmp_path: Path) -> None:
         out.unlink()
 
 
-def test_a_failure_of_results_is_one_line(tmp_path: Path) -> None:
+def test_a_failure_of_results_gives_one_line(tmp_path: Path) -> None:
     status, out, err = shell(
         '"$0" -c "import sys; from pathlib import Path; from tools import results; '
         "results.PAGE = Path('nowhere.md'); sys.exit(results.main(['--check']))\""

@@ -1,4 +1,4 @@
-"""Rows, split evidence, programs and raw benchmark formats. Each test names the bug it prevents."""
+"""Check rows, split evidence, programs and raw formats. Each test names the bug it prevents."""
 
 import collections
 import json
@@ -37,7 +37,7 @@ def row(number: int = 0, **fields: Any) -> dict[str, Any]:
     return {"id": f"q{number}", "question": "1 + 1?", "answer": "2"} | fields
 
 
-# -- reading ---------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
     assert second == row(1, id="7", answer="2")
 
 
-BAD = {  # rows, what is said
+BAD = {  # rows, expected error
     "bad JSON": ([*(row(i) for i in range(6)), '{"id": '], "line 7: found bad JSON"),
     "no object": (["[1]"], "line 1: found list, expected an object"),
     "a missing answer in line 2": (
@@ -100,7 +100,7 @@ BAD = {  # rows, what is said
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) -> None:
+def test_an_invalid_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) -> None:
     """ "KeyError: 'answer'" after an hour does not say which of 1,319 lines is wrong."""
     rows, said = BAD[name]
     path = written(tmp_path, *rows)
@@ -109,7 +109,7 @@ def test_a_bad_row_is_named_by_file_line_and_field(name: str, tmp_path: Path) ->
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_or_invalid_utf8_is_named(tmp_path: Path) -> None:
     """The error names a file that is missing or not UTF-8."""
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: found no such file"):
         read_rows(tmp_path / "none.jsonl")
@@ -135,20 +135,20 @@ def test_a_missing_file_and_bytes_are_named(tmp_path: Path) -> None:
         ({"choices": {"a": "2"}, "kind": "math"}, "math"),
     ],
 )  # fmt: skip
-def test_the_fields_of_a_row_say_its_kind(fields: dict[str, Any], kind: str) -> None:
-    """A kind in the row comes first: options that are there for the loss are not shown."""
+def test_the_fields_of_a_row_determine_its_kind(fields: dict[str, Any], kind: str) -> None:
+    """A kind in the row comes first. Then options serve only the loss, and are not shown."""
     assert kind_of(row(0, **fields)) == kind
 
 
 @pytest.mark.parametrize("answer", ["So\n#### $5", "So #### 5", "#### 5", "#### 5 eggs", "#### 5."])
-def test_a_gold_after_hashes_can_be_right(answer: str, tmp_path: Path) -> None:
-    """With a currency sign, or a solution in one line, the whole solution was the gold answer."""
+def test_a_gold_answer_after_hashes_can_be_right(answer: str, tmp_path: Path) -> None:
+    """With a currency sign, or a solution on one line, the whole solution was the gold answer."""
     [made] = read_rows(written(tmp_path, row(0, answer=answer)))
     assert grade(kind_of(made), "\\boxed{5}", made["answer"])
     assert not grade(kind_of(made), "\\boxed{6}", made["answer"])
 
 
-def test_an_unknown_task_lists_the_names() -> None:
+def test_an_unknown_task_is_refused_with_a_list_of_tasks() -> None:
     """The error is one line, before a model is loaded."""
     with pytest.raises(
         ValueError, match=r"^--task: found 'gsm', expected one of gsm8k, .*split_evidence"
@@ -156,7 +156,7 @@ def test_an_unknown_task_lists_the_names() -> None:
         load_task("gsm")
 
 
-def test_a_task_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
+def test_a_missing_task_file_is_an_error_that_says_how_to_download_it(tmp_path: Path) -> None:
     """Every benchmark of the paper has a name, a file and a source."""
     with pytest.raises(FileNotFoundError, match=r"aime2025\.jsonl, .*tools/download\.py aime2025"):
         load_task("aime2025", tmp_path)
@@ -166,7 +166,7 @@ def test_a_task_that_is_not_here_says_how_to_get_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.files])
-def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
+def test_every_local_benchmark_file_is_valid_and_of_its_kind(name: str) -> None:
     """A check that is too strict would refuse the benchmark itself."""
     if not any((DATA / file).exists() for file in TASKS[name].files):
         pytest.skip(f"{name} is not here")
@@ -183,7 +183,7 @@ def test_every_file_at_hand_is_read_and_is_of_its_kind(name: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) -> None:
+def test_a_seed_gives_the_same_rows_for_every_limit(level: int) -> None:
     """Runs could not be compared if a limit changed the questions."""
     assert split_evidence(20, 3, level)[:5] == split_evidence(5, 3, level)
     assert split_evidence(5, 3, level) != split_evidence(5, 4, level)
@@ -195,7 +195,7 @@ def test_a_seed_makes_the_same_rows_and_more_rows_begin_with_them(level: int) ->
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(level: int) -> None:
+def test_the_answer_follows_from_the_notes_but_not_from_the_last_prompt(level: int) -> None:
     """The last agent must not see the answer, and the notes must have it.
 
     Otherwise a right or wrong answer would say nothing about the KV cache.
@@ -219,7 +219,7 @@ def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(
         assert all("{question}" not in agent.prompt for agent in readers)
         assert grade("math", made["solution"], made["answer"])
         assert kind_of(made) == "math"
-        if level > 1:  # no reader can answer alone
+        if level > 1:  # no single note is enough
             for agent in readers:
                 known = re.findall(r"The (\w+) box holds", agent.prompt)
                 assert not set(asked) <= set(known) or (
@@ -228,10 +228,10 @@ def test_the_answer_follows_from_the_notes_and_from_no_prompt_of_the_last_agent(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_options_alone_say_nothing(level: int) -> None:
+def test_the_options_do_not_reveal_the_answer(level: int) -> None:
     """A rule that uses only the options must not be right more often than chance.
 
-    Examples are a fixed place, and the largest or the smallest option.
+    Examples are a fixed position, and the largest or the smallest option.
     """
     rows = split_evidence(OPTIONS * 200, 2, level)
     ranks, letters = collections.Counter[int](), collections.Counter[str]()
@@ -245,10 +245,10 @@ def test_the_options_alone_say_nothing(level: int) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_best_guess_is_right_as_often_as_the_row_says(level: int) -> None:
+def test_the_best_guess_is_right_as_often_as_the_row_states(level: int) -> None:
     """The sum of two uniform numbers is most often 109.
 
-    A guesser would then be better than the chance in the row.
+    Always guessing it would then beat the chance in the row.
     """
     rows = split_evidence(9000, 5, level)
     expected = len(rows) * rows[0]["chance"]
@@ -310,7 +310,7 @@ MBPP = {
         (MBPP, "```python\ndef h(x):\n    return x + 1\n```", False),
     ],
 )
-def test_a_program_is_the_answer_and_the_tests(
+def test_a_program_consists_of_the_answer_and_the_tests(
     raw: dict[str, Any], text: str, passes: bool, tmp_path: Path
 ) -> None:
     """An example must not replace the solution, and imports of the question must be kept."""
@@ -318,8 +318,8 @@ def test_a_program_is_the_answer_and_the_tests(
     assert sandbox.run(code_program(made, text)).passed == passes
 
 
-def test_the_question_of_mbpp_says_what_the_function_is_called(tmp_path: Path) -> None:
-    """Without the name of the function a right program would fail."""
+def test_an_mbpp_question_names_the_function(tmp_path: Path) -> None:
+    """Without the name of the function, a right program would fail."""
     [made] = read_rows(written(tmp_path, MBPP))
     assert made["question"].endswith(
         "It must pass these tests:\nassert g(1) == 2\nassert g(2) == 3"
@@ -330,7 +330,7 @@ def test_the_question_of_mbpp_says_what_the_function_is_called(tmp_path: Path) -
 @pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize("name", ["humanevalplus", "mbppplus"])
-def test_the_solutions_at_hand_pass_and_a_wrong_one_fails(name: str) -> None:
+def test_reference_solutions_pass_and_a_wrong_one_fails(name: str) -> None:
     """HumanEval/32 has a test that no program passes."""
     if not any((DATA / file).exists() for file in TASKS[name].files):
         pytest.skip(f"{name} is not here")
@@ -343,7 +343,7 @@ def test_the_solutions_at_hand_pass_and_a_wrong_one_fails(name: str) -> None:
 
 # -- raw formats -----------------------------------------------------------------------------------
 
-RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, as we have it
+RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as on the hub, as in our files
     "gsm8k": (
         {"question": "Q?", "answer": "He has <<1+1=2>>2.\n#### 1,234"},
         {"id": "gsm8k-test-0", "answer": "1234", "solution": "He has <<1+1=2>>2.\n#### 1,234"},
@@ -417,7 +417,7 @@ RAW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # as the hub has it, 
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
+def test_a_raw_row_is_converted_to_our_format(name: str, tmp_path: Path) -> None:
     """Raw rows have commas in numbers, labels from 1, and unsorted options.
 
     A call of the test may be missing.
@@ -429,10 +429,10 @@ def test_a_raw_row_becomes_one_of_ours(name: str, tmp_path: Path) -> None:
     assert kind_of(read) == TASKS[name].kind
 
 
-def test_the_options_of_gpqa_are_mixed_by_the_record_and_the_answer_moves_along(
+def test_the_options_of_gpqa_are_shuffled_by_record_and_the_answer_is_updated(
     tmp_path: Path,
 ) -> None:
-    """In the raw file the right answer always comes first."""
+    """In the raw file, the right answer always comes first."""
     path, letters = tmp_path / "gpqa_diamond.csv", collections.Counter[str]()
     wrong = ",".join(f'"Incorrect Answer {n}"' for n in (1, 2, 3))
     head = f'"Record ID",Question,"Correct Answer",{wrong},Explanation'
@@ -454,13 +454,13 @@ def test_the_options_of_gpqa_are_mixed_by_the_record_and_the_answer_moves_along(
     assert set(letters) == set("abcd") and min(letters.values()) > 30
 
 
-def test_a_call_that_the_test_has_already_is_not_made_twice() -> None:
-    """A second call doubles the time of the tests, which can exceed the time limit."""
+def test_a_call_that_the_test_already_has_is_not_added() -> None:
+    """A second call doubles the time of the tests, which can then exceed the time limit."""
     raw = RAW["humanevalplus"][0] | {"test": "T\n\ncheck(f)\n"}
     assert download.humanevalplus(raw, 0)["answer"] == "T\n\ncheck(f)\n"
 
 
-def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -> None:
+def test_two_files_are_numbered_consecutively_and_a_missing_field_is_named(tmp_path: Path) -> None:
     """AIME 2025 has two files. A format that has changed must not give a KeyError."""
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     first.write_text('{"question": "a", "answer": "1"}\n')
@@ -479,7 +479,7 @@ def test_two_files_are_counted_on_and_a_missing_field_is_named(tmp_path: Path) -
         download.convert(download.SOURCES["aime2025"], [second])
 
 
-def test_parquet_is_read_and_without_pyarrow_the_command_is_named(
+def test_parquet_is_supported_and_a_missing_pyarrow_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A traceback from an import does not say what to install."""
@@ -496,7 +496,7 @@ def test_parquet_is_read_and_without_pyarrow_the_command_is_named(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Replace the Hugging Face hub with a folder or an error. Returns its state."""
+    """Replace the Hugging Face hub with a folder or an error, and return its state."""
     import huggingface_hub
 
     state: dict[str, Any] = {"error": None, "folder": tmp_path / "hub" / "snapshots" / "abc123"}
@@ -512,10 +512,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def test_a_download_prints_revision_and_hash_and_is_read_back(
+def test_a_download_prints_its_revision_and_hash_and_can_be_loaded(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without them a number could not be traced to a version of its benchmark."""
+    """Without them, a number could not be traced to a version of its benchmark."""
     for file in download.SOURCES["aime2025"].files:
         (hub["folder"] / file).write_text('{"question": "a", "answer": "1"}\n')
     assert download.main(["aime2025", "--out", str(tmp_path / "data")]) == 0
@@ -528,12 +528,12 @@ def test_a_download_prints_revision_and_hash_and_is_read_back(
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["aime2025.jsonl"]
 
 
-def test_gated_missing_and_offline_are_one_line_each(
+def test_download_errors_are_one_line_each(
     hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A benchmark that needs a login gave forty lines of traceback.
 
-    The tasks after it are downloaded anyway.
+    The tasks after it are still downloaded.
     """
     from huggingface_hub import errors
 
@@ -561,8 +561,8 @@ def test_gated_missing_and_offline_are_one_line_each(
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_an_unknown_name_to_download_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """It ends before anything is downloaded."""
+def test_downloading_an_unknown_name_gives_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error comes before anything is downloaded."""
     with pytest.raises(SystemExit) as stopped:
         download.main(["gsm8k", "gsm"])
     assert stopped.value.code == 2

@@ -1,6 +1,6 @@
-"""On weights/tiny the answer comes from the KV cache of the other agents.
+"""Check that on weights/tiny the answer comes from the KV cache of the other agents.
 
-The control arms have the accuracy that they must have.
+The control arms must have the accuracy that the method implies.
 """
 
 import random
@@ -36,7 +36,7 @@ def right(results: list[Result], told: list[Any]) -> int:
 @pytest.mark.parametrize(
     ("method", "team"), [(single, None), (text_mas, "sequential"), (text_mas, "hierarchical")]
 )
-def test_agents_that_write_solve_the_task(
+def test_agents_that_generate_text_solve_the_task(
     lm: LM, told: list[Any], method: Any, team: str | None
 ) -> None:
     """A comparison of a latent team with a broken text team would mean nothing."""
@@ -62,7 +62,7 @@ def test_agents_that_write_solve_the_task(
 def test_latent_thoughts_carry_the_answer(
     lm: LM, told: list[Any], options: dict[str, Any], low: int, high: int
 ) -> None:
-    """With the KV cache and W_a the judger is right, and without either it guesses.
+    """With the KV cache and W_a, the judger is right. Without either, it guesses.
 
     This test uses 100 new questions, the model card 1,000.
     """
@@ -71,13 +71,15 @@ def test_latent_thoughts_carry_the_answer(
     assert low <= right(results, told) <= high
 
 
-def test_a_judger_with_another_memory_answers_the_other_question(lm: LM, told: list[Any]) -> None:
+def test_with_another_questions_memory_the_judger_answers_that_question(
+    lm: LM, told: list[Any]
+) -> None:
     """The judger answers the question in the KV cache, not the one in its prompt."""
     results = latent_mas(lm, [one.question for one in told], sampling=GREEDY, transfer="shuffled")
     assert right(results, told[1:] + told[:1]) >= 85
 
 
-def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
+def test_experts_with_different_facts_need_their_kv_caches(lm: LM) -> None:
     """The question is about facts that are only in the prompts of the experts."""
     rng, found = random.Random("split"), {"full": 0, "none": 0}
     for _ in range(40):
@@ -92,7 +94,7 @@ def test_experts_who_each_hold_another_fact_need_their_memories(lm: LM) -> None:
 
 
 @pytest.mark.slow
-def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
+def test_the_training_script_runs_resumes_and_saves_its_model_card(tmp_path: Path) -> None:
     """One round is trained, and a second call finds it finished. The folder can be loaded.
 
     A training script that no test runs can break unnoticed.
@@ -106,7 +108,7 @@ def test_the_training_runs_resumes_and_writes_its_card(tmp_path: Path) -> None:
     )
     assert "round 1 of 1" in first.stderr, first.stderr
     assert "round 1 of 1" not in second.stderr, second.stderr
-    # One round cannot reach the bars.
+    # One round cannot reach the required accuracies.
     assert first.returncode == second.returncode == 1
     assert load(tmp_path / "out").tokenizer is not None
     assert "Shipped: seed 0" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

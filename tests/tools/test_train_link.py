@@ -1,4 +1,4 @@
-"""tools/train_link.py: gradients are those of the library's own rollout, and a link is learned.
+"""Check that tools/train_link.py computes the gradients of the library's rollout and trains links.
 
 Gradients are compared with differences of the losses that the fast cache gives, in float64.
 """
@@ -65,7 +65,7 @@ def tiny() -> LM:
 
 
 def how(**changes: Any) -> How:
-    """Return three agents who think four steps each, before a fourth one."""
+    """Return settings for three agents with four latent steps each, before a fourth agent."""
     return How(TEAMS["sequential"], 4)._replace(**changes)
 
 
@@ -110,11 +110,12 @@ CASES += [how(team=TEAMS["hierarchical"], layout=layout) for layout in ("turn", 
 
 
 @pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.layout}-{how.transfer}")
-def test_the_gradient_through_three_agents_is_that_of_the_fast_caches_losses(
+def test_the_gradient_through_three_agents_equals_differences_of_the_fast_caches_losses(
     lm: LM, how: How
 ) -> None:
-    """A slot that is copied without its graph, or written over, changes no loss but the gradient;
-    a row with another length has other slots.
+    """A slot that is copied without its graph, or overwritten, changes the gradient but no loss.
+
+    Rows of different lengths have different slots.
     """
     start = Aligner.from_model(lm.model, "prenorm")
     found = gradient(lm, start, how)
@@ -123,14 +124,14 @@ def test_the_gradient_through_three_agents_is_that_of_the_fast_caches_losses(
         assert abs((found * direction).sum().item() - expected) <= 1e-6 * abs(expected)
 
 
-def test_a_gradient_that_ends_at_a_hand_over_is_found_wrong(
+def test_a_gradient_cut_off_at_the_hand_over_is_detected(
     lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: without the cache's part the gradient has another size."""
+    """This is the negative control: without the cache's part, the gradient has another size."""
 
     class Detached(GradCache):
         def append(self, layer: int, keys: Tensor, values: Tensor, at: Positions) -> Any:
-            # Gradients of earlier positions reach later ones in the first layer only.
+            # Gradients of earlier positions reach later ones only in the first layer.
             return super().append(layer, keys if layer else keys.detach(), values, at)
 
     start = Aligner.from_model(lm.model, "prenorm")
@@ -142,7 +143,7 @@ def test_a_gradient_that_ends_at_a_hand_over_is_found_wrong(
 
 
 def test_the_fast_cache_refuses_gradients(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It writes over what attention has saved; autograd must say so, and not be wrong silently."""
+    """It overwrites what attention has saved. Autograd must not be silently wrong."""
     monkeypatch.setattr(rollout, "GradCache", KVCache)
     with pytest.raises(RuntimeError, match="inplace operation"):
         gradient(lm, Aligner.from_model(lm.model, "prenorm"), how())
@@ -152,8 +153,11 @@ def test_the_fast_cache_refuses_gradients(lm: LM, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_losses_are_those_of_the_library(lm: LM, layout: str) -> None:
-    """A loss of tokens that are off by one trains something else; with and without gradients."""
+def test_losses_equal_those_of_the_library(lm: LM, layout: str) -> None:
+    """Training on the loss of tokens off by one would learn something else.
+
+    The losses are equal with and without gradients.
+    """
     align, texts = lm.aligner("ridge"), [row["solution"] for row in ROWS]
     turn = last_turn(lm, ROWS, how(layout=layout), align)
     expected = losses_after(turn.run, *turn.prefill(), texts)
@@ -166,7 +170,7 @@ def test_losses_are_those_of_the_library(lm: LM, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])
-def test_questions_with_teams_of_their_own_share_a_batch(lm: LM, layout: str) -> None:
+def test_questions_with_their_own_teams_can_share_a_batch(lm: LM, layout: str) -> None:
     """Every question must get its own notes, as if it were asked alone."""
     rows = [generator("split_evidence")(12, 0, i) for i in range(3)]
     setting, align = how(layout=layout, transfer="latents"), lm.aligner("ridge")
@@ -184,7 +188,7 @@ def test_questions_with_teams_of_their_own_share_a_batch(lm: LM, layout: str) ->
     assert all(apart(a, b) > 1e-3 for a, b in zip(together, other, strict=True))
 
 
-def test_the_thoughts_of_others_are_the_librarys_control(lm: LM) -> None:
+def test_thoughts_of_other_questions_equal_the_librarys_shuffled_control(lm: LM) -> None:
     """The loss after another question's thoughts is that of transfer "shuffled"."""
     align = lm.aligner("ridge")
     control = nll(lm, ROWS, how(transfer="shuffled"), align)
@@ -192,7 +196,7 @@ def test_the_thoughts_of_others_are_the_librarys_control(lm: LM) -> None:
         assert apart(found, expected) <= 1e-12
 
 
-def test_a_row_of_another_team_or_kind_is_named(lm: LM) -> None:
+def test_rows_with_another_team_or_kind_are_refused_by_name(lm: LM) -> None:
     two, three = (generator(f"notes:{n}")(11, 0, 0) for n in (2, 3))
     with pytest.raises(ValueError, match=rf"{three['id']}: team: found .*expected"):
         require_alike([two, three], how())
@@ -203,7 +207,7 @@ def test_a_row_of_another_team_or_kind_is_named(lm: LM) -> None:
         require_alike([{**ROWS[0], "team": {"agents": agents}}], how(layout="turn"))
 
 
-def test_distillation_costs_nothing_where_thoughts_are_no_news(lm: LM) -> None:
+def test_distillation_has_no_loss_if_the_thoughts_add_nothing(lm: LM) -> None:
     """KL to the prompts' cache is 0 for the teacher itself, and positive without the prompts."""
     align = lm.aligner("ridge")
     same = torch.cat(divergence(lm, ROWS, how(latent_steps=0), align))
@@ -211,12 +215,12 @@ def test_distillation_costs_nothing_where_thoughts_are_no_news(lm: LM) -> None:
     other = divergence(lm, ROWS, how(transfer="latents"), align)
     assert (torch.cat(other) > 1e-6).all()
     texts = [row["solution"] for row in ROWS]
-    wanted, found = (
+    teacher_scores, found = (
         list(solution_scores(last_turn(lm, ROWS, one, align), texts))
         for one in (how(latent_steps=0), how(transfer="latents"))
     )
     for q, each in enumerate(other):
-        p, q_ = wanted[q].logits.softmax(-1), found[q].logits.softmax(-1)
+        p, q_ = teacher_scores[q].logits.softmax(-1), found[q].logits.softmax(-1)
         assert apart(each, (p * (p / q_).log()).sum(-1)) <= 1e-9
 
 
@@ -225,10 +229,10 @@ def test_distillation_costs_nothing_where_thoughts_are_no_news(lm: LM) -> None:
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("kind", ["ridge", "prenorm", "identity"])
-def test_a_link_starts_as_its_map_and_is_saved_as_one(
+def test_a_link_starts_as_its_map_and_is_saved_as_a_map(
     lm: LM, tmp_path: Path, kind: str, rank: int | None
 ) -> None:
-    """--align must feed what training has fed; a low rank is multiplied out."""
+    """--align must give the thoughts that training used. A low-rank link is multiplied out."""
     start, file = lm.aligner(kind), tmp_path / "link.safetensors"
     link = Link(lm.model, start, rank)
     hidden = torch.randn(3, 1, 16, dtype=torch.float64)
@@ -245,7 +249,7 @@ def test_a_link_starts_as_its_map_and_is_saved_as_one(
     assert ours.text == theirs.text
 
 
-def test_a_rank_counts_fewer_numbers_and_has_a_range(lm: LM) -> None:
+def test_a_low_rank_has_fewer_parameters_and_a_limit(lm: LM) -> None:
     count = sum(part.numel() for part in Link(lm.model, lm.aligner("ridge"), 3).parameters())
     assert count == 2 * 3 * 16
     with pytest.raises(ValueError, match="--rank: found 17, expected 1 … 16"):
@@ -253,7 +257,7 @@ def test_a_rank_counts_fewer_numbers_and_has_a_range(lm: LM) -> None:
 
 
 def test_start_vectors_are_the_first_thoughts_of_every_agent(lm: LM) -> None:
-    """Counted over all agents, the vectors would be fed by the first agent only."""
+    """If they were counted over all agents, only the first agent would get them."""
     link = Link(lm.model, lm.aligner("ridge"), vectors=2)
     fed = thoughts_of(lm, ROWS, how(), link.feeder()).turns
     assert len(fed) == 3 and all(turn.shape == (3, 4, 16) for turn in fed)
@@ -265,8 +269,8 @@ def test_start_vectors_are_the_first_thoughts_of_every_agent(lm: LM) -> None:
         assert part.grad is not None and part.grad.abs().max() > 1e-9, name
 
 
-def test_gist_slots_do_not_see_the_question(lm: LM, tmp_path: Path) -> None:
-    """They are fed to every question alike, and their file is no map for --align."""
+def test_gist_slots_do_not_depend_on_the_question(lm: LM, tmp_path: Path) -> None:
+    """They are fed for every question alike, and their file is not a map for --align."""
     link, file = Link(lm.model, None, vectors=4), tmp_path / "gist.safetensors"
     for turn in thoughts_of(lm, ROWS, how(), link.feeder()).turns:
         assert torch.equal(turn, link.vectors.expand(3, 4, 16))
@@ -275,8 +279,8 @@ def test_gist_slots_do_not_see_the_question(lm: LM, tmp_path: Path) -> None:
         lm.aligner(str(file))
 
 
-def test_free_thoughts_are_optimized_for_each_question_apart(lm: LM) -> None:
-    """The ceiling of one question must not depend on which others are in its batch."""
+def test_free_thoughts_are_optimized_separately_for_each_question(lm: LM) -> None:
+    """The ceiling of one question must not depend on the others in its batch."""
     setting, align = how(transfer="latents"), lm.aligner("ridge")
     together = optimize(lm, ROWS, setting, align, 6, 3e-2)
     start = [tokens.mean().item() for tokens in nll(lm, ROWS, setting, align)]
@@ -295,11 +299,11 @@ def test_free_thoughts_are_optimized_for_each_question_apart(lm: LM) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny:1,2", "notes:1", "notes:3", "split_evidence_2"])
-def test_generated_rows_for_training_are_in_no_other_part(name: str) -> None:
+def test_generated_training_rows_are_in_no_other_split(name: str) -> None:
     data = read_data(name, 60, 20, 20, slice(None))
     texts = [[json.dumps([row["question"], row.get("team")]) for row in part] for part in data]
     train, held_out, tested = map(set, texts)
-    if name != "notes:1":  # 990 notes are all there are
+    if name != "notes:1":  # there are only 990 notes
         assert not train & (held_out | tested)
     assert texts[1] != texts[2] and len(train) > 50
     assert read_data(name, 60, 20, 20, slice(None)) == data, "they are drawn anew"
@@ -307,7 +311,7 @@ def test_generated_rows_for_training_are_in_no_other_part(name: str) -> None:
     assert all(row["solution"].strip() for part in data for row in part)
 
 
-def test_a_note_has_the_number_that_its_solution_is() -> None:
+def test_a_note_has_the_number_that_is_its_solution() -> None:
     for i in range(20):
         row = generator("notes:3")(11, 0, i)
         colour = row["question"].split()[5]
@@ -323,7 +327,7 @@ def write_rows(path: Path, count: int, **fields: Any) -> Path:
     return path
 
 
-def test_rows_of_a_file_are_in_one_part_each(tmp_path: Path) -> None:
+def test_each_row_of_a_file_is_in_only_one_split(tmp_path: Path) -> None:
     file = str(write_rows(tmp_path / "q.jsonl", 20))
     train, held_out, tested = (
         [row["id"] for row in part] for part in from_file(file, 3, 4, slice(2, 15))
@@ -334,7 +338,7 @@ def test_rows_of_a_file_are_in_one_part_each(tmp_path: Path) -> None:
         from_file(file, 13, 0, slice(2, 15))
 
 
-def test_a_batch_repeats_no_row_before_all_have_been_used() -> None:
+def test_no_row_is_repeated_before_all_have_been_used() -> None:
     rows = [{"id": str(i)} for i in range(10)]
     settings = Settings(batch_size=3)
     for epoch in range(3):
@@ -343,12 +347,12 @@ def test_a_batch_repeats_no_row_before_all_have_been_used() -> None:
     assert [len(part) for part in in_batches(rows, 3)] == [3, 3, 2, 2]
 
 
-def test_other_labels_are_those_of_the_next_question() -> None:
+def test_shuffled_labels_are_those_of_the_next_question() -> None:
     assert [row["solution"] for row in rotated(ROWS)] == [" 5", " 3 6 6", " 2 9"]
     assert [row["answer"] for row in rotated(ROWS)] == ["9", "5", "6"], "tests grade these"
 
 
-# -- a training ------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def make_training(lm: LM, out: Path, updates: int, **settings: Any) -> Training:
@@ -365,14 +369,14 @@ def log_of(out: Path) -> list[dict[str, Any]]:
             for line in lines]  # fmt: skip
 
 
-def test_a_run_that_is_continued_equals_an_uninterrupted_one(lm: LM, tmp_path: Path) -> None:
-    """Moments of Adam that are lost, or another batch, change every number after them."""
+def test_a_resumed_run_equals_an_uninterrupted_one(lm: LM, tmp_path: Path) -> None:
+    """Losing Adam's moments, or taking another batch, would change every later number."""
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     expected = make_training(lm, whole, 6)
     expected.run()
     make_training(lm, parts, 4).run()
     with parts.with_suffix(".jsonl").open("a") as log:
-        log.write(json.dumps({"update": 5, "loss": 1.0}) + "\n")  # of an update after the state
+        log.write(json.dumps({"update": 5, "loss": 1.0}) + "\n")  # after the saved state
     found = make_training(lm, parts, 6)
     found.run()
     assert log_of(parts) == log_of(whole)
@@ -383,7 +387,7 @@ def test_a_run_that_is_continued_equals_an_uninterrupted_one(lm: LM, tmp_path: P
         assert torch.equal(part, expected.parameters[name])
 
 
-def test_a_run_with_other_settings_is_not_continued(lm: LM, tmp_path: Path) -> None:
+def test_a_run_with_other_settings_is_not_resumed(lm: LM, tmp_path: Path) -> None:
     out = tmp_path / "link.safetensors"
     make_training(lm, out, 1).run()
     with pytest.raises(ValueError, match=r"state.safetensors: rate: found 0.003, expected 0.5"):
@@ -393,9 +397,7 @@ def test_a_run_with_other_settings_is_not_continued(lm: LM, tmp_path: Path) -> N
 def test_the_file_has_the_link_with_the_lowest_held_out_loss(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Early stopping: two evaluations without a lower loss end the run, and a later link is not
-    written.
-    """
+    """Two evaluations without a lower loss end the run, and a later link is not saved."""
     out, kept = tmp_path / "link.safetensors", dict[int, bytes]()
     training = make_training(lm, out, 100, patience=2, rate=0.5)
     losses = iter([3.0, 2.0, 1.0, 1.5, 1.2, 0.1])
@@ -420,7 +422,7 @@ def test_the_file_has_the_link_with_the_lowest_held_out_loss(
 
 
 def run(out: Path, *flags: object, status: int = 0) -> None:
-    """Run the command on weights/tiny, with few short updates."""
+    """Run the command on weights/tiny with a few short updates."""
     short = ["--held-out", 2, "--batch-size", 2, "--latent-steps", 1, "--agents", 1]
     argv = ["--out", out, "--updates", 2, "--evaluate-every", 1, *short, *flags]
     try:
@@ -430,10 +432,10 @@ def run(out: Path, *flags: object, status: int = 0) -> None:
     assert found == status
 
 
-def test_a_trained_link_is_a_map_for_align(
+def test_a_trained_link_can_be_used_as_a_map_for_align(
     tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file of any start, rank and number of vectors; a run says what it does, and tests."""
+    """Any start, rank or number of vectors is possible. A run prints its progress and tests."""
     for name, *flags in (
         ("full", "--test", 3),
         ("low", "--rank", 2, "--start", "prenorm", "--objective", "distill", "--transfer",
@@ -459,7 +461,7 @@ def test_a_trained_link_is_a_map_for_align(
     assert other[1] != same[1], "labels are the right ones"
 
 
-def test_the_ceiling_is_a_record_for_each_question(
+def test_the_ceiling_gives_a_record_per_question(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "ceiling.safetensors"
@@ -476,7 +478,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_data_without_solutions_are_named(
+def test_a_row_without_a_solution_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "q.jsonl", 9)
@@ -528,7 +530,7 @@ def test_a_start_of_another_model_or_size_is_named(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_bad_input_is_one_line(
+def test_bad_input_gives_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], status: int, expected: str
 ) -> None:
     run(tmp_path / "link.safetensors", *flags, status=status)
@@ -536,7 +538,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "link.safetensors").exists()
 
 
-def test_a_file_of_no_run_is_not_written_over(
+def test_a_file_that_is_not_from_a_run_is_not_overwritten(
     tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "link.safetensors"
@@ -552,7 +554,7 @@ def test_a_file_of_no_run_is_not_written_over(
 def test_a_training_that_diverges_keeps_the_last_good_link(
     tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """States that are not finite after a huge update, or a rate that no float32 can hold."""
+    """The states are not finite after a huge update, or no float32 can hold the rate."""
     out = tmp_path / "link.safetensors"
     for rate, problem in (("3e37", "align: found a state that is not finite"), ("1e38", "value")):
         run(out, "--rate", rate, "--updates", 5, "--restart", status=1)
@@ -564,7 +566,7 @@ def test_a_training_that_diverges_keeps_the_last_good_link(
 
 
 @pytest.mark.parametrize("damaged", ["loss", "gradient", "link"])
-def test_nan_anywhere_in_an_update_stops_the_training(
+def test_nan_anywhere_in_an_update_stops_training(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ) -> None:
     out = tmp_path / "link.safetensors"
@@ -613,11 +615,12 @@ def test_ctrl_c_keeps_the_best_link(tmp_path: Path, tiny: LM) -> None:
 
 
 @pytest.mark.slow
-def test_training_repairs_a_map_that_noise_has_spoilt(
+def test_training_repairs_a_map_damaged_by_noise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The planted positive: at most half of fresh questions are right before, nine of ten after.
-    With other questions' solutions the same updates leave them wrong.
+    """At most half of new questions are right before, and nine of ten after.
+
+    With other questions' solutions, the same updates leave them wrong.
     """
     shape = ["--test", "60", "--held-out", "16", "--batch-size", "8"]
     spoilt = str(tmp_path / "spoilt.safetensors")
