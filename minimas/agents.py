@@ -1,4 +1,4 @@
-"""The three methods in which agents, all played by one model, answer: single, text_mas, latent_mas.
+"""Three methods for agents that are all played by one model: single, text_mas and latent_mas.
 
 Each method is a loop over agents: prefill the prompt, think, hand over. The last agent decodes the
 answer. The methods differ in what is handed over: nothing, text, or the KV cache of all earlier
@@ -105,8 +105,8 @@ def latent_mas(
     `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
     `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
     (the shared beginning and all thoughts), "last" (the shared beginning and what the previous
-    agent added, which is the last one of parallel agents), or for control "none" or "shuffled"
-    (question i gets the cache of question i + 1, and the last one gets that of the first).
+    agent added; after parallel agents, the last of them), or, as controls, "none" or "shuffled"
+    (question i gets the cache of question i + 1, and the last question gets the first's).
     `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat
     turns of agents that hand over open, as the authors' code does.
 
@@ -145,7 +145,7 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
     """Run a method as a generator, which yields its events and returns its results."""
     if method == "latent_mas":
         run = LatentRun(**settings)
-        # For the cache of question i + 1, all agents but the last work on that question.
+        # Question i gets the cache of question i + 1, on which all agents but the last work.
         handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
     elif method in ("text_mas", "single"):
@@ -194,7 +194,7 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next. Returns the last agent's turn."""
     require_models(run, team)
     numbers, turns = range(len(run.questions)), []
-    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question, who generated what
+    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
 
     def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))

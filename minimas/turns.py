@@ -47,7 +47,7 @@ class TurnResult(NamedTuple):
     outputs: list[GeneratedText]
 
     def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
-        """Return the cache as the next agent gets it, and the number of its head's slots per row.
+        """Return the cache as the next agent gets it, and how many slots per row are its head.
 
         `head` counts the slots per row that all agents share: memory, system message and opening.
         """
@@ -167,7 +167,7 @@ class Run:
     def require_context(
         self, agent: Agent, start: int, tokens: int, steps: int, decodes: bool, closes: bool
     ) -> int:
-        """Return how many slots are filled at most after an agent's turn; `start` are before it.
+        """Return how many slots are filled at most after an agent's turn; `start` were before.
 
         Raises ContextError naming the agent and the flags if the model's context is shorter.
         """

@@ -28,7 +28,7 @@ from ..core.model import Block, Qwen3
 from .few_rows import MAX_ROWS
 from .packed import CPULinear, can_pack, has_units
 
-SPARE_SLOTS = 256  # steps until a step must be recorded again
+SPARE_SLOTS = 256  # steps after which the step must be recorded again
 
 
 def check_compiler(device_type: str) -> None:
@@ -58,7 +58,7 @@ def compile_steps(model: Qwen3) -> None:
     plain = any(isinstance(layer, CPULinear) for layer in model.model.layers.modules())
     if plain and (can_pack() or model.dtype == torch.float16):
         return
-    # The compiler cannot trace this function, but can keep its result. This is not a decorator,
+    # The compiler cannot trace `has_units`, but can keep its result. This is not a decorator,
     # which would import the compiler, 2 s and 75 MB, with every `import minimas`.
     torch.compiler.assume_constant_result(has_units)
     compiled = Compiled(model)

@@ -44,7 +44,7 @@ ORDERS = (
 
 
 def pack4(values: Tensor) -> Tensor:
-    """Return uint8 values (N, K) in 0 … 15, packed in the device's order; 64 divides N."""
+    """Return uint8 values (N, K), 0 … 15, packed in the device's order; N is a multiple of 64."""
     if values.is_cpu:
         pack = aten._convert_weight_to_int4pack_for_cpu
         return pack(values.int(), 1)  # type: ignore[no-any-return]

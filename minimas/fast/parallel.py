@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.errors import ParameterError
 from .order import GROUP
 
-BY_INPUTS = ("o_proj", "down_proj")  # the other layers of a block are divided by outputs
+BY_INPUTS = ("o_proj", "down_proj")  # divided by inputs; the other layers of a block by outputs
 
 
 def join(device: torch.device, parallel: Any) -> Any:
@@ -45,7 +45,10 @@ class Part:
     """One rank's part of a checkpoint, for use in place of a `Folder` or a `GGUF`."""
 
     def __init__(self, source: Any, mesh: Any) -> None:
-        """Divide the sizes in the config. Raises ValueError if the number of ranks does not fit."""
+        """Divide the sizes in the config by the number of ranks.
+
+        Raises ValueError if a size is not a multiple of it.
+        """
         self.source, self.rank, self.ranks = source, mesh.get_local_rank(), mesh.size()
         self.config = source.config
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):

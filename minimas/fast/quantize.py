@@ -151,11 +151,11 @@ def in_chunks(function: Any, weight: Tensor) -> Any:
 def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return values uint8 (N, K) in 0 … 15, scale and zero bf16 (N, G).
 
-    (values − 8) · scale + zero is near `weight`. A grid from a group's minimum to its maximum
-    would be spent on these extremes. Instead, as in llama.cpp's quantizer, scale and zero minimize
-    the squared error, in which larger weights count more. Rounding and weighted least
-    squares alternate, from the full range and from a narrower range. Of all candidates, the one
-    with the smallest error after rounding to bf16 is kept.
+    (values − 8) · scale + zero is near `weight`. A grid from a group's minimum to its maximum would
+    serve these extremes only. Instead, as in llama.cpp's quantizer, scale and zero minimize the
+    squared error, in which larger weights count more. Rounding and weighted least squares
+    alternate, beginning with the full range and with a narrower range. Of all candidates, the one
+    with the smallest error, after scale and zero are rounded to bf16, is kept.
     """
     x = weight.float().view(-1, GROUP)  # (N · G, 32)
     low, high = x.aminmax(dim=-1, keepdim=True)

@@ -20,7 +20,7 @@ from ..core.config import Config
 from .gguf_file import FLOATS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # weights decoded at a time
-# Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
+# The parts of a model and of a layer: GGUF's names and Hugging Face's names.
 TOP = dict(
     table("""
         token_embd model.embed_tokens

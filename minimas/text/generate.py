@@ -102,7 +102,7 @@ def sample(
     scores, order = for_float64(logits).double().topk(kept)  # (B, kept), descending
     # Relative to the largest: near temperature 0 the scores overflow, but their differences do not.
     probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
-    # A token stays if the ones before it have less than top_p; the most likely one always stays.
+    # A token stays if the probabilities before it sum to less than top_p. The first always stays.
     before = probabilities.cumsum(-1) - probabilities
     stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
     probabilities = probabilities.where(stays, 0.0)

@@ -292,7 +292,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _template(self) -> Template:
-        """Compile the template, with the names that transformers provides and no others."""
+        """Compile the template, with the globals and filters of transformers and no others."""
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
