@@ -39,7 +39,8 @@ class Package(ModuleType):
         return getattr(import_module(f".{HOMES[name]}", __name__), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name not in HOMES or not isinstance(value, ModuleType):  # the function `load` stays
+        # Importing the module `load` must not replace the function `load`.
+        if name not in HOMES or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

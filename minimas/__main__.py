@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def quit_at_once(*_: object) -> None:
-    """End the process. An exception in an import of torch or numpy may be caught there."""
+    """End the process. An exception might be caught inside an import of torch or numpy."""
     print("\nminimas: stopped", file=sys.stderr)
     os._exit(130)
 
@@ -22,14 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit status: 0 done, 1 failed, 2 wrong usage (or SystemExit(2)), 130 Ctrl-C.
     """
     began = time.perf_counter()
-    try:  # also around the imports: they take seconds, in which Ctrl-C must end quietly too
+    try:  # includes the imports: they take seconds, and Ctrl-C must end quietly then too
         from .parser import build_parser
         from .streams import prepare_streams
 
         prepare_streams()
         args = build_parser().parse_args(argv)
         handler = signal.getsignal(signal.SIGINT)
-        if handler is signal.default_int_handler:  # of a job in the background it is another one
+        if handler is signal.default_int_handler:  # a background job has another handler
             signal.signal(signal.SIGINT, quit_at_once)
         from .commands import run
 

@@ -1,9 +1,9 @@
-"""Teams of agents, all played by one model, and three ways to work: single, text_mas, latent_mas.
+"""Three methods for agents that are all played by one model: single, text_mas and latent_mas.
 
-Each method is a loop over agents: prefill the prompt, think, hand over; the last agent decodes the
-answer. They differ in what is handed over: nothing, text, or the KV cache of the agents before
-(LatentMAS, arXiv 2511.20639, section 3). `turns.Run.turn` is one step of each loop. Does not know:
-attention, how a thought is made, printing.
+Each method is a loop over agents: prefill the prompt, think, hand over. The last agent decodes the
+answer. The methods differ in what is handed over: nothing, text, or the KV cache of all earlier
+agents (LatentMAS, arXiv 2511.20639, section 3). `turns.Run.turn` is one step of each loop. This
+file does not depend on attention, on how a thought is made, or on printing.
 
     B questions   R rows, B per agent   D hidden
 """
@@ -31,7 +31,7 @@ from .text.tokenizer import PromptText
 from .turns import Run, TurnResult
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
-AUTO_STEPS = 40  # thoughts at most, with latent_steps="auto"
+AUTO_STEPS = 40  # with latent_steps="auto", the most thoughts of an agent without its own number
 
 
 def single(
@@ -46,7 +46,7 @@ def single(
     keep_memory: bool = False,
     continues: bool = False,
 ) -> list[Result]:
-    """Let one agent answer each question alone: the baseline. Parameters as in `latent_mas`."""
+    """Let a single agent answer each question: the baseline. Parameters: see `latent_mas`."""
     return call("single", **locals())
 
 
@@ -64,10 +64,10 @@ def text_mas(
     continues: bool = False,
     models: Mapping[str, LM] | None = None,
 ) -> list[Result]:
-    """Let the same agents pass text: each one's text goes where later prompts have `{context}`.
+    """Let the agents hand over text, which replaces `{context}` in the prompts of later agents.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
-    errors as in `latent_mas`; that a text is too long is only known once it is generated.
+    errors: see `latent_mas`. A text that is too long raises an error only once it is generated.
     """
     return call("text_mas", **locals())
 
@@ -91,32 +91,31 @@ def latent_mas(
     continues: bool = False,
     models: Mapping[str, LM] | None = None,
 ) -> list[Result]:
-    """Let agents think in latent space and hand their KV cache over; the last one decodes.
+    """Let agents think in latent space and hand over their KV cache; the last one decodes.
 
-    An earlier agent decodes too if it has `writes`, see `Agent`.
-
-    `latent_steps` None is each agent's own number, else the folder's, else 40. With "auto" a row
-    stops where the likeliest next token would end the turn, after one thought at least and the
-    agent's own number, else 40, at most. `align` is a kind of map (see `core.latent`), the
-    FILE.safetensors of one, or any callable from hidden states to embeddings.
+    `latent_steps` is the number of thoughts per agent (None: the agent's own, else the folder's,
+    else 40). With "auto", a row stops where the likeliest next token would end the turn, after at
+    least one thought and at most the agent's own number, else 40. `align` is a kind of map (see
+    `Aligner.from_model`), a FILE.safetensors that holds one, or any callable from hidden states to
+    embeddings. An earlier agent also decodes if its `writes` is set, see `Agent`.
 
     `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
-    question) pick the form and the extraction of the answer. `sampling` None is the model's.
-    `on_event` is called with every event (see `results`); to iterate over them, use `stream`.
-    `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper),
-    "latents" (the shared beginning and all thoughts), "last" (the shared beginning and what the
-    agent before has added; of parallel agents, the last one), and the control arms "none" and
-    "shuffled" (question i gets the cache of question i + 1, the last one the first's). `layout` is
-    "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat turns of
-    agents who hand over open, as the authors' code does.
+    question) determine the form and the extraction of the answer. `sampling` None is the model's.
+    `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
+    `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
+    (the shared beginning and all thoughts), "last" (the shared beginning and what the previous
+    agent added; after parallel agents, the last of them), or, as controls, "none" or "shuffled"
+    (question i gets the cache of question i + 1, and the last question gets the first's).
+    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat
+    turns of agents that hand over open, as the authors' code does.
 
-    `memory` is a KV cache that every agent starts after, such as one of `remember`: one row for all
-    questions, or one row per question. It is copied and not prefilled again. With `keep_memory`,
-    `Result.memory` is the KV cache after the answer, for the next call. `continues` makes the
-    prompts later turns of the conversation in `memory`: no second system message of the template.
+    `memory` is a KV cache after which every agent starts, such as one from `remember`. It has one
+    row for all questions or one per question, and is copied, not prefilled again. `keep_memory`
+    puts the KV cache after the answer into `Result.memory`, for the next call. `continues` renders
+    the prompts as later turns of the conversation in `memory`, without a second system message.
 
-    `models` are other models with the same tokenizer, by the names that agents have as `model`.
-    Between models, what was fed is handed over and prefilled again (see `mixed`).
+    `models` maps each name in an agent's `model` to another model with the same tokenizer. Between
+    two models, the input is handed over and prefilled again (see `mixed`).
 
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
     before any work starts.
@@ -129,23 +128,23 @@ def stream(
 ) -> Iterator[Event | Result]:
     """Yield each event of a method's call as it happens, and a `Result` per question at the end.
 
-    `settings` are the other parameters of the method, without `on_event`. Raises as the method
-    does, when the first event is asked for.
+    `settings` are the other parameters of the method, without `on_event`. Raises the same errors as
+    the method, when the first event is requested.
     """
     results = yield from work(method, lm=lm, questions=questions, **settings)
     yield from results
 
 
 def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
-    """Let a method work; `settings` are its other parameters by name."""
+    """Run a method and return its results; `settings` are its other parameters by name."""
     return finish(work(method, **settings), on_event)
 
 
 def work(method: str, **settings: Any) -> Events[list[Result]]:
-    """Let the agents of a method work; yields what happens, and returns the results."""
+    """Run a method as a generator, which yields its events and returns its results."""
     if method == "latent_mas":
         run = LatentRun(**settings)
-        # To get the cache of question i + 1, the agents before the last are asked that question.
+        # Question i gets the cache of question i + 1, on which all agents but the last work.
         handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
     elif method in ("text_mas", "single"):
@@ -158,7 +157,7 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
 
 
 def hand_over(run: "LatentRun") -> Events["HandOver"]:
-    """Let every agent but the last prefill its prompt and think. Returns what the last one gets."""
+    """Let every agent but the last prefill its prompt and think. Returns what the last gets."""
     team, B = run.resolved_team, len(run.questions)
     cache, head = run.new_cache(), run.memory_lengths
     turns: list[TurnResult] = []
@@ -167,10 +166,10 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         agents = [team.agents[i] for i in numbers]
         own = run.played_by(agents[0])
         cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, head)
-        asked, head = run.prompts(numbers, cache, head)
+        texts, head = run.prompts(numbers, cache, head)
         steps, decodes = run.steps(agents[0]), agents[0].writes
         turn = yield from own.turn(
-            agents, asked, cache, steps, own.align_map, decodes, closes=run.closes_turns
+            agents, texts, cache, steps, own.align_map, decodes, closes=run.closes_turns
         )
         cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
@@ -189,10 +188,10 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
-    """Let every agent but the last generate text for the next ones. Returns the last one's turn."""
+    """Let every agent but the last generate text for the next. Returns the last agent's turn."""
     require_models(run, team)
     numbers, turns = range(len(run.questions)), []
-    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question
+    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
 
     def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
@@ -234,7 +233,7 @@ class HandOver(NamedTuple):
 
 
 class LastTurn(NamedTuple):
-    """The last agent's turn before it is taken. It uses the cache up: take it once."""
+    """The last agent's turn, not yet taken. Taking it changes the cache, so take it only once."""
 
     run: Run
     agent: Agent
@@ -242,15 +241,15 @@ class LastTurn(NamedTuple):
     cache: KVCache
     steps: int
     align: Align | None
-    turns: list[TurnResult]  # of the agents before
+    turns: list[TurnResult]  # the turns of all earlier agents
 
     def answer(self) -> Events[list[Result]]:
-        """Prefill, think if the agent says so itself, and decode the answers."""
+        """Prefill, think if the agent has its own `latent_steps`, and decode the answers."""
         turn = yield from self._take(final=True)
         return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:
-        """Do as `answer`, without decoding. Returns the last states (B, 1, D) and the KV cache."""
+        """Prefill and think as in `answer`. Returns the last states (B, 1, D) and the KV cache."""
         turn = finish(self._take(decodes=False))
         return turn.hidden, turn.cache
 
@@ -260,7 +259,7 @@ class LastTurn(NamedTuple):
 
 @dataclass
 class LatentRun(Run):
-    """One call of `latent_mas`, with everything checked before any work starts."""
+    """One call of `latent_mas`. All arguments are checked before any work starts."""
 
     team: str | Team = "sequential"
     latent_steps: int | str | None = None
@@ -302,7 +301,7 @@ class LatentRun(Run):
         return self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
-        """Return how many thoughts an agent thinks; the last one only if it says so itself."""
+        """Return an agent's number of thoughts; the last one thinks only with its own number."""
         if final and agent.latent_steps is None:
             return 0
         default = AUTO_STEPS if self.stops_itself else self.lm.default_steps
@@ -310,9 +309,9 @@ class LatentRun(Run):
         return next(number for number in given if isinstance(number, int))
 
     def stages(self) -> list[list[int]]:
-        """Return the numbers of the agents of each batch, all but the last agent's.
+        """Return which agents, by number, share a batch; the last agent is left out.
 
-        The experts of a parallel team share a batch if all of them think and generate alike.
+        Parallel agents share a batch if all have the same number of thoughts and the same `writes`.
         """
         *earlier, _ = self.resolved_team.agents
         how = {(self.steps(agent), agent.writes) for agent in earlier}
@@ -346,19 +345,20 @@ class LatentRun(Run):
         return other
 
     def last_turn(self, handed: HandOver) -> LastTurn:
-        """Return the last agent's turn on what was handed over, by this run or by another one."""
+        """Return the last agent's turn after what this run or another one has handed over."""
         last = self.resolved_team.agents[-1]
         own = self.played_by(last)
         cache = receive(own, handed.turns, handed.cache, handed.head)
         first = self.is_new(cache)
+        # The head in the cache holds another question: put this question's head in its place.
         if handed.run is not self and self.layouts_per_question[0].head.text and not first:
             heads = [own.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
             own_head = own.new_cache()
             prefill(own.lm.model, heads, own_head)
             cache = KVCache.concat([own_head, cache.drop(0, handed.head)])
-        asked = [layout.prompt(-1, first) for layout in self.layouts_per_question]
+        texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
-            own, last, asked, cache, self.steps(last, final=True), own.align_map, handed.turns
+            own, last, texts, cache, self.steps(last, final=True), own.align_map, handed.turns
         )
 
     def _require_context_of_all(self) -> None:
@@ -367,7 +367,7 @@ class LatentRun(Run):
         working = self.rotated() if self.transfer == "shuffled" else self
         starts, others = working.memory_lengths, working.layouts_per_question
         for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
-            held = head = base  # slots that are handed over, and those of them that are the head
+            held = head = base  # slots that are handed over, and slots of the head
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
                 layout = own if final else other
@@ -379,7 +379,7 @@ class LatentRun(Run):
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
-                for later in agents[i:]:  # whose model may prefill this turn again
+                for later in agents[i:]:  # its model may prefill this turn again
                     run = self.played_by(later)
                     end = run.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, head)
@@ -388,9 +388,9 @@ class LatentRun(Run):
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:
-    """Return a team given by name: the folder's own first, then the generic one.
+    """Return a team; a name stands for the model folder's own team, else for the built-in one.
 
-    Raises ValueError for an unknown name, or a team in which no agent sees the question.
+    Raises ValueError for an unknown name, or for a team in which no agent sees the question.
     """
     if isinstance(team, Team):
         team.require_question()

@@ -13,14 +13,14 @@ The rules of a kind are tried in this order. The first one that finds something 
             the blocks that it uses or that use it
     free    the text after the thoughts; its last line may state the answer alone
 
-An option is named by its letter or by its own words. Numbers are compared exactly, as fractions;
-expressions as strings. `grade(…, verify=True)` asks math-verify whether two different expressions
-are equal.
+An option is named by its letter or by its own words. Numbers are compared exactly, as fractions,
+and expressions are compared as strings. `grade(…, verify=True)` asks math-verify whether two
+different expressions are equal.
 
 Text inside `<think>` is ignored. A truncated box or thought, two answers ("5 or 6", "18 to 20"), a
 question, an inequality and an equation that states no value ("2x = 10") are not an answer. What a
-text takes back ("Wait, it is 8") does not count. The rules prefer a missed right answer to an
-accepted wrong one. Does not know: models, prompts, data sets, running programs, and algebra.
+text takes back ("Wait, it is 8") does not count. In doubt, the rules miss a right answer rather
+than accept a wrong one. This file runs no programs and does no algebra.
 """
 
 import ast
@@ -40,11 +40,11 @@ LIMIT = 500  # digits of a number; a longer one is compared as text
 
 
 def extract(kind: str, text: str, choices: Choices = None) -> str | None:
-    """Return the answer in `text` in plain form ("1234", "-1/2", "50%"; "b"; a program), or None if
-    there is none.
+    """Return the answer in `text`, or None if there is none.
 
-    `choices` maps each option's letter to its text; without it the letters are a to j.
-    Raises ValueError if the kind is unknown, and for no text.
+    The answer has a plain form, for example "1234", "-1/2" or "50%", "b", or a program. `choices`
+    maps each option's letter to its text; without it the letters are a to j. Raises ValueError if
+    the kind is unknown, but never because of `text`.
     """
     if kind not in KINDS:
         raise ValueError(f"--kind: found {kind!r}, expected math, choice, code or free")
@@ -52,7 +52,7 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     said = said.partition("<think>")[0].strip()
     if kind == "free":
         return said or None
-    said = said or thoughts.replace("<think>", " ")  # nothing follows the thoughts
+    said = said or thoughts.replace("<think>", " ")  # if nothing follows the thoughts
     if kind == "choice":
         letters = _choice(said, choices)
         return letters.pop() if len(letters) == 1 else None
@@ -96,8 +96,9 @@ _NOT_VERIFIED = r"""(?x) [=:<>;A-Z] | \. | \\[lc]?dots | (?<![\\A-Za-z])[A-Za-z]
 
 
 def _verified(answer: str, gold: str) -> bool:
-    """Whether math-verify takes gold / answer for 1. It would take the difference of two tiny
-    numbers for 0.
+    """Return whether math-verify takes gold / answer for 1.
+
+    It compares the quotient, because math-verify takes the difference of two tiny numbers for 0.
     """
     try:
         from math_verify import parse, verify
@@ -126,8 +127,8 @@ _HELD = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
     _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
 _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"  # an empty \boxed{} quotes the instruction
-# Signs of a box that is only a part of the answer. "@" stands for the last box, and for \boxed
-# before it.
+# Signs that a box is only a part of the answer. The text begins inside the box before the last one,
+# and "@" stands for the \boxed of the last box.
 _PART = rf"""(?xs) \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours and \boxed{{30}}
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$? @\{{(?!\1\}})
@@ -148,21 +149,22 @@ _IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|(?<=nswer
 
 
 def _plain(text: str) -> str:
-    """Digits, letters and signs in ASCII where they have such a form, as full-width ones have."""
+    """Return a text with full-width and similar digits, letters and signs replaced by ASCII."""
     return normalize("NFKC", _rewritten(text, _UNICODE)).translate(_ASCII)
 
 
 def _rewritten(text: str, rules: Mapping[str, str]) -> str:
-    """The text after replacing each pattern in turn."""
+    """Return the text after replacing each pattern in turn."""
     for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
     return text
 
 
 def _box(text: str) -> tuple[str | None, str]:
-    """What the last box holds, and the text after it.
+    """Return what the last box holds, and the text after it.
 
-    None and the text without a box; "" and "" if it is cut off or a part of the answer.
+    Returns None and the whole text if there is no box, and "" twice if the box is cut off or only a
+    part of the answer.
     """
     parts = re.split(_OPENED, text)
     if len(parts) == 1:
@@ -186,7 +188,7 @@ _DENIED = r"""(?ix) (?:
           |suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether)\b
         [^,;:.=\n\d]{0,40}? )  # I doubt that it is 5; if it is 5, …
     \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?"""
-# From LaTeX and Markdown to plain text, in this order. After it a number is one word.
+# From LaTeX and Markdown to plain text, in this order. Afterwards every number is one word.
 _REWRITES = {
     r"""(?x) \b(?:[A-Z]{1,2}\\?\$|Rs\.?\ ?)(?=\d) | \\?[$¢-¥\u20a0-\u20bf]  # US$18
     | (?:\^\ ?\{?\\circ\}?|°)\ ?(?:\\(?:text|mathrm)\ ?\{\ ?[CFK]\ ?\}|[CFK]\b)?  # 18 °C
@@ -225,7 +227,7 @@ _REWRITES = {
     r"(?:(?<=\b(?:is|be|'s) )|(?<=(?:are|was) )|(?<=[:=] ))- (?=\d)": "-",  # it is - 5
     r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
 }
-_END = r"\n|(?<=[.!?])\s(?!=)"  # of a sentence
+_END = r"\n|(?<=[.!?])\s(?!=)"  # the end of a sentence
 _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 18.
       | ^[#\ ]*(?:final\ )?answer\ *\n\s*  # a heading
       | \#{{4}}\ *(?=[-+]?[\d.])(?!\d+[.)]\ ))  # GSM8K's "#### 18"; not "#### 1. Add"
@@ -239,7 +241,7 @@ _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binar
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
         (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
     (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
-# What withdraws all that was said before
+# Phrases that take back everything before them
 _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8.
       (?:(?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
       |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit(?=:)
@@ -257,7 +259,7 @@ _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8
 # Where the last clause of a sentence begins: "In the end, 18 are left", "the total is 18"
 _CLAUSE = r"""(?x) \b[a-z]{1,20}\ [a-z]{1,20}[,;:]\  | [,;:]\ (?![-+]?\d)
     | \b(?:then|because|[Ss]tep\ \d+(?=:))\b | \b(?:is|are|was|equals)\ (?=[-+]?\d)"""
-# After the value of a statement: "18 apples in 3 days"
+# Words after the value of a statement: "18 apples in 3 days"
 _LATER = r"""(?x) (\b\d\S{0,30}(?:\ [A-Za-z]+,?){0,9}?)
     \ (?:in(?!\ (?:base|hex|oct|bin))|for|at(?!\ (?:the\ )?(?:least|most))|per(?!\ mil)|on|with
     |after|every|each|out\ of(?!\ \d)|so|which|because|since)\b (?!.*\b(?:and|or|but)\b).*"""
@@ -273,7 +275,7 @@ _COUNT = r"""(?x: \b(?: (?:a\ )?half | a\ quarter | do(?:[zc]en|uzaine)\w* | d[u
     | squared | cubed | doubled | tripled | halved | factorial | below
     | mod | (?:in\ )?(?:base|hex|octal) | (?:in\ )?binary  # 5 in base 8
     | pi | sqrt | alpha | beta | gamma | theta | lambda | phi | omega | (?-i:[xyz]{2,3}) )\b)"""
-# Words before a number that make another number of it
+# Words before a number that change it
 _CHANGES = r"""(?x: \b(?: half | twice | thrice | double | triple | quadruple | squared? | cubed?
     | root | power | log | ln | exp | sqrt | mod | modulo | gcd | lcm | abs | ceil | floor
     | (?:arc)?(?:sin|cos|tan|cot|sec|csc)h? | absolute\ value\ of  # twice 5
@@ -286,7 +288,7 @@ _CHANGES = r"""(?x: \b(?: half | twice | thrice | double | triple | quadruple | 
     | never | not | neither | nor | hardly | barely | scarcely | rarely | seldom | but | except
     | (?:any|every|no)thing\ but | excluding | barring | besides | without  # all but 5
     | step | question | problem )\b)"""
-# What leaves open which number is the answer.
+# Forms that leave open which number is the answer
 _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | [<>≠≤≥±≡] | != | \+/- | \\(?:[gln]eq?|pm|equiv)(?![a-z])  # x > 5
     | \ =\   # 2x = 10
@@ -305,22 +307,22 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | \d\ (?-i:(?![mghsLNJ]\b|a\ [a-z])[A-Za-z]\b(?!'))  # 5 x, but 5 m and 5 a week
     | \d\ [^\W\d_A-Za-zÀ-ɏ]  # 5 тысяч
     | \d\S{{0,20}}\ (?:isn't|wasn't|cannot|can't|(?:is|was)\ (?:not|wrong|incorrect|false)\b)"""
-# x = 1, y = 2
+# Two values: "x = 1, y = 2"
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
 # Where an equation begins: "2x = 10, so x = 5"
 _BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
     | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
-# What belongs to a name on the left side: x_1, f(3), "Cost (in dollars)"
+# Parts of a name on the left side of an equation: x_1, f(3), "Cost (in dollars)"
 _INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
     | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
-# What makes the left side of an equation more than a name: "2 * width", "half the number"
+# Signs that the left side of an equation is more than a name: "2 * width", "half the number"
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
     | (?<=\w)\ x\ (?=\d) | (?<=\d)x(?=\d) | (?<=[\d%])\ of\b | \\(?:sum|prod|int|lim)
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
       |cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided|percent
       |reciprocal|(?:more|less)\ than)|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
       |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b"""
-# Such as x and theta, and the x of 5x; but neither "a" nor times as in 2 x 3 nor a unit: 5g, 5km.
+# Variables such as x, theta and the x of 5x, but not "a", the sign in 2 x 3, or a unit: 5g, 5km.
 _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
       [A-Za-z](?![A-Za-z'])
     | (?<=\d)(?!(?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|hrs?|mins?|mph|am|pm|st|nd|rd|th)\b)[A-Za-z]{2,}
@@ -329,7 +331,7 @@ _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d
 _VARIABLE_IS = r"\b([A-Za-z]) *= *[^=\n\0]*(?:\0|\Z)"
 _EXACT = Context(prec=5 * LIMIT)  # digits, enough for every decimal that `_number` accepts
 _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
-# Sign, the 3 of 3&1/2, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
+# Sign, the 3 of 3&1/2, base, power, divisor, percent, attached unit: 5km, 5/day, not 5x.
 _NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
     (?:\^(\d{{1,3}}|(?<=\b10\^)-\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
     (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
@@ -357,19 +359,19 @@ def _math(text: str) -> str | None:
 
 
 def _last(separator: str, text: str) -> str:
-    """The last part with a digit."""
+    """Return the last part of a text that has a digit."""
     return "".join(re.findall(r"(?m)^.*\d.*", re.sub(separator, "\n", text))[-1:])
 
 
 def _result(text: str) -> str:
-    """The right side of an equation whose left side is a name or arithmetic; else the text."""
+    """Return the right side of an equation whose left side is a name or arithmetic, else `text`."""
     left, _, right = text.rpartition(" = ")
     chain = re.split(_BREAK, left)[-1].split(" = ")
     return right if all(map(_states, chain)) and not re.search(_TWO_VALUES, text) else text
 
 
 def _states(left: str) -> bool:
-    """Whether the left side of an equation is a name or arithmetic without variables."""
+    """Return whether the left side of an equation is a name or arithmetic without variables."""
     left = re.sub(_INDEX, "", left)
     variables = re.findall(_VARIABLE, left)
     if not re.search(r"\d", left):
@@ -380,8 +382,9 @@ def _states(left: str) -> bool:
 
 
 def _value(text: str) -> str | None:
-    """What a box, a gold or a `####` line says: a number with its unit, else an expression
-    without its spaces.
+    """Return the value in a box, a gold answer or a `####` line.
+
+    It is a number, whose unit is dropped, or else an expression without its spaces.
     """
     text = _result(_rewritten(_plain(text), _REWRITES)).rstrip(" \n,;:.")
     text = re.sub(r"^[A-Za-z ]+(?::| is) *(?=-?[\d.])", "", text)
@@ -390,12 +393,12 @@ def _value(text: str) -> str | None:
     if value and all(re.fullmatch(_UNIT, unit) for unit in units):
         return value
     text = re.sub(r"(?<!\\)\b(?:[A-Z][a-z]+|NO|[A-Z]{3,})\b", lambda word: word[0].lower(), text)
-    # The space in "1 2" and "no solution" means something.
+    # The space in "1 2" and "no solution" stays, because it has a meaning.
     return re.sub(r"(?<![A-Za-z])\s+(?!\d)|(?<!\d)\s+(?![A-Za-z])", "", text) or None
 
 
 def _number(word: str) -> str | None:
-    """A number in plain form, "1234", "0.5" for a decimal, "-7/2" for a fraction, "50%"."""
+    """Return a number in plain form, such as "1234", "0.5", "-7/2" or "50%", or None."""
     found = re.fullmatch(_NUMBER, word)
     if not found:
         return None
@@ -410,7 +413,7 @@ def _number(word: str) -> str | None:
 
 # -- choice ----------------------------------------------------------------------------------------
 
-# What an option follows, and the option with the rest of its line.
+# Words that an option follows, and as group `said` the option with the rest of its line
 _CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
     | ^[\#\ *]*(?:final\ )?answer[*\ ]*\n\s*  # a heading
@@ -437,25 +440,25 @@ _AROUND = " .,;:!\"'\n"
 _WHOLE = rf"""(?sx) \A(?:</?[a-z]{{1,6}}>|{_FONT}|\\[(\[]|[*_`${{"'])++ (.*?)
       (?<![\ .,;:!*_`$}}"'])[\ .,;:!]*+(?:</[a-z]{{1,6}}>|\\[)\]]|[*_`$}}"'])+[.,;:!]*\Z
     | \A\(((?:[^()]|\([^()]*\))*)\)\Z | \A\\?\$(?=\.?\d[^$]*\Z) | <\|\w+\|> | \\(?=[%&#])"""
-# Up to six words as in "the correct option (B).", then the letter and what closes it.
+# At most six words, such as in "the correct option (B).", then the letter and what closes it
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
       |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
       |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
-# because …; but not C
+# Words that may follow the chosen letter: "because …", "but not C"
 _AFFIRMED = r"""(?x: \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|denn|因[为為]|です
       |번?(?:입니다|이다|다)|选项|不[选選是]|而不|是?正[确確]
       |(?:is|would\ be|must\ be)\ (?:indeed\ |clearly\ )?
       (?:the\ (?:only\ )?)?(?:correct|right|best|answer)\b)
     | \W*(?:but\ |and\ )?(?:not|rather\ than|instead\ of|as\ opposed\ to|over)\ (?:option\ )?
       \(?[a-z0-9]\b(?!\ \w))"""
-# A second letter, as in "(A) or B" and "A, B".
+# A second letter: "(A) or B", "A, B"
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
     |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
 _REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
     (?:is|are|was|were|would\ be|must\ be|seems)?\ ?(?:clearly\ |also\ |the\ |an?\ )?
     (?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out|isn't|can't|cannot|doesn't)\b"""
-_GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after its words
+_GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after the words
 
 
 def _choice(text: str, choices: Choices) -> set[str]:
@@ -471,10 +474,10 @@ def _choice(text: str, choices: Choices) -> set[str]:
 
 
 def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
-    """The options that `text` names; all of them for "A or B".
+    """Return the options that `text` names; for "A or B", all options.
 
-    A letter that one of `ends` follows may go on with words that are not its option's: "(B) as it
-    is", but not "A cat sat". Without `ends`, the text must be an option.
+    After a letter with one of `ends`, words may follow that are not the option's: "(B) as it is",
+    but not "A cat sat". Without `ends`, the text must be an option.
     """
     given = choices or dict.fromkeys("abcdefghij", "")
     options = {str(key).strip().lower(): _bare(str(words)) for key, words in given.items()}
@@ -508,13 +511,13 @@ def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
 
 
 def _whole(text: str) -> str:
-    """Text without case, repeated spaces, and the markup and punctuation around all of it."""
+    """Return a text without case, repeated spaces, and the markup and punctuation around it."""
     text = " ".join(_plain(text).casefold().split()).rstrip(" .,;:!")
     return re.sub(_WHOLE, r"\1\2", text)
 
 
 def _bare(text: str) -> str:
-    """Text without LaTeX, Markdown, case, spaces and punctuation around it, and without brackets
+    """Return a text without case, LaTeX and Markdown, and without spaces, punctuation or brackets
     around all of it.
     """
     text = re.sub(_DRESS, "", re.sub(r"\\[,;: ]|~", " ", _plain(text)))
@@ -523,7 +526,7 @@ def _bare(text: str) -> str:
 
 # -- code ------------------------------------------------------------------------------------------
 
-# Models also put a fence after other text. What a Markdown block holds is Markdown.
+# A fence may also follow other text on its line. The content of a Markdown block is Markdown.
 _FENCE = r"""(?mx) ^(?:(?:[\ \t>*+-]|\d+[.)])*+|[^\n`~]*(?=[`~]+\ *\w*\ *\n))
     (`{3,}+(?=[^\n`]*\n)|~{3,}+)(?!\ *(?:markdown|md)\b)[\ {.]*(\w*).*\n"""
 _EXAMPLE = r"""(?x) (?:async\ )?(?:def|class)\ (?:.*TestCase|check\(candidate
@@ -532,11 +535,10 @@ _STUB = r"""\.\.\.|pass\b|r?["']|raise NotImplemented"""  # the end of a functio
 
 
 def _program(text: str) -> str | None:
-    """The last closed Python block that parses and defines something other than tests and examples,
-    and the blocks it is connected to.
+    """Return the last closed Python block that solves the task, and the blocks connected to it.
 
-    Without one: a block that the token limit cut off, the last block, or the text itself if it is a
-    program.
+    Such a block parses and defines more than tests and examples. If there is none, returns a block
+    that the token limit cut off, the last block, or the text itself if it is a program.
     """
     blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
     if not blocks:
@@ -557,10 +559,10 @@ def _program(text: str) -> str | None:
 
 
 def _blocks(text: str) -> list[str]:
-    """The Python blocks of Markdown text. One that is not closed is the first: any other is better.
+    """Return the Python blocks of a Markdown text; a block that is not closed comes first.
 
-    The closing fence is at least as long as the opening one. A fence where the program would break
-    off is part of it, as in a docstring.
+    `_program` prefers later blocks. The closing fence is at least as long as the opening one. A
+    fence at which the program would be incomplete is part of it, for example in a docstring.
     """
     blocks: list[str] = []
     position = 0
@@ -577,8 +579,9 @@ def _blocks(text: str) -> list[str]:
 
 
 def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
-    """The statements of a program, and the names that it defines and imports; none if it does not
-    parse.
+    """Return the statements of a program, and the names that it defines and imports.
+
+    Both are empty if the program does not parse.
     """
     try:
         if len(program) > 100_000:  # the parser takes a kilobyte of memory per byte of text
@@ -592,7 +595,7 @@ def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
 
 
 def _solves(program: str) -> bool:
-    """Whether a program defines more than tests, examples and functions without a body."""
+    """Return whether a program defines more than tests, examples and functions without a body."""
     for node in _parsed(program)[0]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             whole, end = (ast.get_source_segment(program, part) for part in (node, node.body[-1]))

@@ -1,8 +1,8 @@
-"""A conversation: each message is prefilled after the KV cache of all turns before it.
+"""A conversation: each message is prefilled after the KV cache of all earlier turns.
 
 A single agent gets the message as it is, unless the model's folder has a prompt for it. A message
-or command that fails, or is stopped by Ctrl-C, leaves the conversation as it was. Does not know:
-flags, how an answer is made.
+or command that fails, or is stopped by Ctrl-C, leaves the conversation as it was. This file does
+not depend on how an answer is made.
 """
 
 import sys
@@ -18,9 +18,9 @@ COMMANDS = "/clear, /save FILE (after a message), /load FILE, /show or /exit"
 
 
 def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None:
-    """Answer each line of standard input, or do what it says if it begins with a slash.
+    """Answer each line of standard input. A line that begins with a slash is a command.
 
-    `options` and `settings` are as in `show_answers`.
+    For `options` and `settings`, see `show_answers`.
     """
     if args.method == "single":
         alone = Team((Agent("assistant", "{question}"),))
@@ -57,6 +57,6 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
         except ContextError as error:
             report_error(ContextError(f"{error}; /clear empties the KV cache"), args)
         except ERRORS as error:
-            if isinstance(error, OSError) and line[0] != "/":  # of stdout, not of a file
+            if isinstance(error, OSError) and line[0] != "/":  # from stdout, not from a file
                 raise
             report_error(error, args)

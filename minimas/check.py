@@ -1,12 +1,13 @@
 """Measure a hand-over without any data: `python -m minimas check MODEL`.
 
-The last agent of a team gets no KV cache, the cache of the others' prompts, and that cache with
-latent thoughts from two maps: the paper's ("ridge") and the one that leaves out the final norm's
-gain ("prenorm"). Two things are measured on six built-in questions: the loss of a worked solution
-(see `nll`), and how long the answers are. A harmful cache shows in either of them: garbled states
-raise the loss, and a bare number in place of reasoning is short.
+The last agent of a team answers in four settings: without a KV cache, with the cache of the other
+agents' prompts, and with the cache of prompts and latent thoughts from each of two maps. These are
+the paper's map ("ridge") and the one that leaves out the final norm's gain ("prenorm"). Two things
+are measured on six built-in questions: the loss of a worked solution (see `nll`), and the length of
+the answers. A harmful cache shows in at least one of them: garbled states raise the loss, and a
+bare number in place of reasoning is short.
 
-Six questions find large effects only. `tools/evaluate.py --audit` measures the same on your own
+Six questions show only large effects. `tools/evaluate.py --audit` measures the same on your own
 data.
 """
 
@@ -21,13 +22,13 @@ from .nll import losses_after
 from .results import OnEvent, finish
 from .text.generate import Sampling, generate
 
-STEPS = 10  # latent steps of an agent: enough for a map that harms to show it
+STEPS = 10  # latent steps per agent: enough for a harmful map to show its effect
 MAX_NEW_TOKENS = 24  # an answer with reasoning is longer, a bare number is shorter
 HARM = 0.02  # nats per token; a smaller rise of the loss is not called harm
-SHORT = 0.6  # of the length without a cache; a shorter answer has lost its reasoning
+SHORT = 0.6  # share of the length without a cache; a shorter answer has lost its reasoning
 T_95 = 2.571  # Student's t, two-sided 95 %, for six questions
 
-# A question, and below it a worked solution.
+# Questions, each with a worked solution on the next line.
 TEXT = """\
 A baker makes 6 trays of 9 rolls and sells 38 of the rolls. How many rolls are left?
 The baker makes 6 × 9 = 54 rolls. After selling 38, there are 54 − 38 = 16 rolls left. \\boxed{16}
@@ -77,8 +78,8 @@ class Interval(NamedTuple):
 class ArmReport:
     """The measurements of one setting.
 
-    `nll` is in nats per token of the solution, `difference` is its difference to "prompts only",
-    `tokens` the mean length of an answer, `ended` the share that ended before the limit.
+    `nll` is in nats per token of the solution, and `difference` is its difference from "prompts
+    only". `tokens` is the mean length of an answer, `ended` the share that ended before the limit.
     """
 
     name: str
@@ -123,9 +124,9 @@ def check(
     latent_steps: int = STEPS,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Measure what the model's sequential team does to the last agent, with greedy decoding.
+    """Measure what hand-overs in the sequential team do to the last agent's greedy answers.
 
-    `layout` None is the team's own. It takes two minutes for 0.5B parameters on two CPU cores.
+    `layout` None is the team's own. A check takes two minutes for 0.5B parameters on two CPU cores.
     Raises ValueError for a model without tokenizer, or one whose context is too short.
     """
     team = choose_team(lm, "sequential").with_layout(layout)

@@ -1,6 +1,6 @@
-"""What the commands do: answer questions, talk, check a hand-over, describe a model.
+"""The commands: answer questions, chat, prefill a text, check a hand-over, describe a model.
 
-This module only connects arguments with functions. Does not know: flags, how anything is computed.
+This module only connects arguments with functions.
 """
 
 import json
@@ -29,7 +29,7 @@ from .teams import Team
 from .text.generate import Sampling
 from .text.tokenizer import is_text
 
-# A method takes the flags that are called as one of its parameters.
+# Flags of methods. A method takes a flag if it has a parameter of the same name.
 METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed", "models")
 
 
@@ -60,7 +60,7 @@ def run_ask(args: Namespace) -> None:
         raise ParameterError("save_memory", problem)
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
-    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swaps within a batch
+    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swapped within a batch
     groups = batches(rows, args.kind, size)
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
@@ -81,9 +81,9 @@ def run_chat(args: Namespace) -> None:
 
 
 def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
-    """Load the model, after wrong arguments are refused.
+    """Check the arguments, then load the model.
 
-    Returns the model, the options of the method, and the settings that a record of an answer holds.
+    Returns the model, the options of the method, and the settings for an answer's JSON record.
     """
     options = method_options(args)
     changed = {
@@ -93,7 +93,7 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     }
     Sampling(**changed)  # raises for a wrong value
     if args.temperature == 0:
-        changed["repetition_penalty"] = 1.0  # with a penalty it would not be greedy decoding
+        changed["repetition_penalty"] = 1.0  # with a penalty, decoding would not be greedy
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)
@@ -128,7 +128,7 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
 
 
 def load_model(args: Namespace, name: str | None = None) -> LM:
-    """Return the model of a command line, or another one with the same settings."""
+    """Load the model of the command line, or the model `name` with the same settings."""
     compiled = getattr(args, "compile", False)  # a flag of `ask` only
     divided = getattr(args, "parallel", False)
     where = args.device, args.dtype, args.quantize, compiled, args.quiet, divided
@@ -136,11 +136,11 @@ def load_model(args: Namespace, name: str | None = None) -> LM:
 
 
 def method_options(args: Namespace) -> Settings:
-    """Return the method's own options, given or default; refuse those of other methods."""
+    """Return the method's options, given or default. Raises ValueError for flags of others."""
     options: Settings = {}
     parameters = signature(getattr(agents, args.method)).parameters
     for name in METHOD_FLAGS:
-        given = getattr(args, name, None)  # `chat` does not have all
+        given = getattr(args, name, None)  # `chat` does not have all flags
         if name in parameters:
             options[name] = parameters[name].default if given is None else given
         elif given is not None:
@@ -152,7 +152,7 @@ def method_options(args: Namespace) -> Settings:
 def read_question(text: str) -> str:
     """Return the question of the command line, or of standard input if it is "-"."""
     question = sys.stdin.read() if text == "-" else text
-    if not is_text(question):  # in a C locale, bytes of UTF-8 come as halves of characters
+    if not is_text(question):  # in a C locale, UTF-8 bytes arrive as surrogates
         question = os.fsencode(question).decode(errors="surrogateescape")
     if not is_text(question):
         raise ParameterError("question", f"found {question!a:.80}, expected UTF-8 text, not empty")
@@ -176,7 +176,7 @@ def run_check(args: Namespace) -> None:
 
 
 def run_info(args: Namespace) -> None:
-    """Print what a model is and what it needs, one line for each fact."""
+    """Print a description of a model, one fact per line."""
     lines = describe(args.model, args.batch_size, args.context, args.max_new_tokens)
     for label, text in lines.items():
         print(f"{label + ':':<14} {text}")

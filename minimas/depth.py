@@ -1,6 +1,6 @@
-"""Rules for when a row has thought enough: the `until` of `core.rollout.think`.
+"""Rules that stop a row's latent thoughts, for the parameter `until` of `core.rollout.think`.
 
-This file does not know agents.
+This file does not depend on agents.
 
     B rows   n thoughts   D hidden   V vocabulary
 """
@@ -14,13 +14,13 @@ from .core.rollout import Until
 
 
 def entropy_below(model: Qwen3, nats: float) -> Until:
-    """Return a rule that stops a row where the entropy of its next token is below `nats`."""
+    """Return a rule that stops a row when the entropy of its next token is below `nats`."""
     return lambda hidden, _: entropy(model.logits(hidden)[:, 0]).lt(nats)
 
 
 def cosine_above(cosine: float) -> Until:
-    """Return a rule that stops a row before a thought this similar to the one before it."""
-    # Of the first thought there is none before it: (B, 0).
+    """Return a rule that stops a row when a thought is too similar to the previous thought."""
+    # The first thought has no previous one: its similarities are (B, 0), and any() is False.
     return lambda _, thoughts: torch.any(
         F.cosine_similarity(thoughts[:, -2:-1], thoughts[:, -1:], dim=-1) > cosine, 1
     )

@@ -1,7 +1,4 @@
-"""Find a model repository's files in the hub's local cache, or download them.
-
-Does not know what is in them.
-"""
+"""Find a model repository's files in the hub's local cache, or download them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +9,16 @@ def download(
 ) -> Path:
     """Return what `find` returns for the local folder of the hub's `repo`.
 
-    `needed` and `optional` are patterns of files. `find` raises FileNotFoundError as long as a
-    file is missing. A cached copy that is whole is used without a network connection, one that is
-    not is completed. Raises FileNotFoundError naming what is needed, where it was looked for, and
+    `needed` and `optional` are patterns of file names. `find` must raise FileNotFoundError if a
+    file is missing. A complete cached copy is used without a network connection, and an incomplete
+    copy is completed. Raises FileNotFoundError naming what is needed, where it was looked for, and
     how to get it.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     every, reason = needed + optional, ""
-    # At last the cache without what is optional: offline, that may stay missing.
+    # The last try needs no optional files, which may be missing when offline.
     for patterns, local in ((every, True), (every, False), (needed, True)):
         try:
             folder = snapshot_download(repo, allow_patterns=patterns, local_files_only=local)

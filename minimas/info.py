@@ -1,6 +1,6 @@
-"""Describe a model and what it will need, from its config.json or the header of its GGUF file.
+"""Describe a model and the memory that it needs, from its config.json or its GGUF file's header.
 
-Does not know: the values of its weights.
+This file does not depend on the values of the weights.
 """
 
 import os
@@ -19,10 +19,10 @@ from .fast.quantize import FORMATS, TORCH_FORMATS
 from .formats.gguf import GGUF
 from .load import resolve
 
-OVERHEAD = 0.5e9  # bytes besides all tensors: what CUDA, or Python and torch, take
+OVERHEAD = 0.5e9  # bytes that CUDA, or Python and torch, take in addition to all tensors
 CHUNK = 512  # prompt tokens that are prefilled at a time
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
-KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by what `GGUF.kept_as` returns
+KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by the result of `GGUF.kept_as`
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
 
@@ -31,7 +31,7 @@ def describe(
 ) -> dict[str, str]:
     """Return lines about the model `name`, label -> text.
 
-    The KV cache has `batch_size` rows of `context` prompt tokens and latent steps and of
+    The KV cache has `batch_size` rows, each with `context` prompt tokens and latent steps and with
     `max_new_tokens` generated tokens. Raises FileNotFoundError or ValueError as `load` does.
     """
     if str(name).endswith(".safetensors"):
@@ -81,8 +81,8 @@ def peak_bytes(
 ) -> dict[str, float]:
     """Return the bytes of all tensors at their peak, for weights of `sizes` in each format.
 
-    It is reached when W_a is solved, in the last chunk of a prompt, by what an MLP or a rotation
-    of queries holds at a time, or at the end, by the KV cache as it is allocated. tests/rehearsal
+    The peak is reached in the solution of W_a, in the last chunk of a prompt (in an MLP or in a
+    rotation of the queries), or at the end, with the KV cache as it is allocated. tests/rehearsal
     compares this with the sum of all tensors of a call.
     """
     D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
@@ -108,9 +108,9 @@ def places(peaks: dict[str, float]) -> str:
 
 
 def memories() -> dict[str, float]:
-    """Return the bytes of usual GPUs, of this machine and of its GPUs, by what to call them."""
+    """Return the bytes of usual GPUs, of this machine and of its GPUs, by name."""
     found = {f"{size} GB": size * 1e9 for size in (8, 12, 16, 24)}
-    if hasattr(os, "sysconf"):  # Windows has none
+    if hasattr(os, "sysconf"):  # Windows does not have it
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         found[f"this machine's {in_words(size)}"] = size
     for i in range(torch.cuda.device_count()):
@@ -120,7 +120,7 @@ def memories() -> dict[str, float]:
 
 
 def describe_memory(path: Path) -> dict[str, str]:
-    """Return lines about the file of a KV cache or of a map. Raises ValueError for another one."""
+    """Return lines about the file of a KV cache or a map. Raises ValueError for another file."""
     tensors, metadata = files.contents(path, "memory", "aligner")
     kind = metadata["format"].split("-")[1]
     lines = {
@@ -137,10 +137,10 @@ def describe_memory(path: Path) -> dict[str, str]:
 
 
 def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[str, float]:
-    """Return the bytes of `weights`, name -> number, in each format, and as a file is loaded."""
+    """Return the bytes of `weights`, name -> number of weights, in each format."""
     count = sum(weights.values())
     matrices = sum(size for name, size in weights.items() if name.endswith("_proj.weight"))
-    # Our own formats add an 8-bit LM head if there is none.
+    # q4 and q8 add an 8-bit LM head if the embeddings are tied.
     head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
     for name, bits in FORMATS.items():

@@ -3,13 +3,14 @@
     chat   system · user: P1 · assistant: ⟨thoughts⟩ · end of turn · system · user: P2 · …
     turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … Pn · assistant: (last agent answers)
 
-Without the thoughts, the prompts of a team add up to the conversation as the chat template renders
-it. A template with which they cannot is refused. In layout "turn" there is no empty assistant turn
-before the last agent's, so the last agent has no empty answer to imitate (docs/results.md).
+Without the thoughts, a team's prompts together are the conversation as the chat template renders
+it. A template that makes this impossible raises an error. In layout "turn" there is no empty
+assistant turn before the last agent's, so the last agent has no empty answer to imitate
+(docs/results.md).
 
-The part up to the opening of layout "turn" is the *head*. Every cut of the KV cache keeps the head,
-so that a paragraph always stands in a well-formed user turn. This file does not know models,
-thoughts, or the order in which agents work.
+In layout "turn", everything up to the end of the opening is the *head*. Every cut of the KV cache
+keeps the head, so that a paragraph always stands in a well-formed user turn. This file does not
+depend on models, thoughts, or the order in which agents work.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ SEPARATOR = "\n\n"  # between two paragraphs
 
 @dataclass
 class Layout:
-    """Where each agent's prompt stands. Here, in layout "chat", it is a chat turn of its own.
+    """Layout "chat", the base class: each agent's prompt is a chat turn of its own.
 
-    `opening` and `prompts` are those of the team for one question, completely filled in. `head` is
-    what the prompts of all agents have in common and what hand-overs keep. `continues`: a
+    `opening` and `prompts` are the team's, completely filled in for one question. `head` is the
+    beginning that all agents' prompts share and every hand-over keeps. `continues` means that a
     conversation comes before the first agent's prompt.
     """
 
@@ -39,27 +40,27 @@ class Layout:
     head = PromptText("")
 
     def prompt(self, agent: int, first: bool) -> PromptText:
-        """Return the prompt of agent number `agent`; `first`: no agent comes before it."""
+        """Return the prompt of agent number `agent`; it is `first` if no agent comes before it."""
         text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)
         first = first and not self.continues
         return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
     def head_tokens(self, agent: int) -> int:
-        """Return how many tokens of the agent's prompt, as the first one, belong to the head."""
+        """Return how many tokens of the agent's prompt, if it is the first, belong to the head."""
         tokens = self.tokenizer.tokens(self.prompt(agent, first=True))
         return sum(start < len(self.head.text) for _, start, _ in tokens)
 
 
 @dataclass
 class TurnLayout(Layout):
-    """All prompts are paragraphs of one user turn; an agent's thoughts follow its paragraph."""
+    """Layout "turn": prompts are paragraphs of one user turn, each followed by its thoughts."""
 
     closes_turns = False
 
     def __post_init__(self) -> None:
         *earlier, last = self.prompts
-        # The last agent's prompt is that of a single agent: the opening, then its paragraph.
+        # The last agent's paragraph begins with the opening again, like a single agent's prompt.
         paragraphs = [*earlier, user_text(self.opening, last) if earlier else last]
         parts = [self.opening, SEPARATOR if self.opening else ""]
         for paragraph in paragraphs:

@@ -1,9 +1,10 @@
-"""See a thought: which tokens it stands for.
+"""Show which tokens a latent thought stands for.
 
 A latent thought is a vector. The LM head turns the hidden state that it was made from into
-probabilities of the next token, as if the agent had generated one there (the logit lens), and its
-embedding has a nearest token. A `Lens` is given to a method as `on_event`. It keeps the states and
-computes once per agent, so that a run without one costs nothing. This file does not know printing.
+probabilities of the next token, as if the agent had generated a token there (the logit lens). The
+thought's embedding also has a nearest token. Pass a `Lens` to a method as `on_event`. It collects
+the states and computes once per agent, so a run without a lens has no cost. This file does not
+depend on printing.
 
     R rows   n thoughts   D hidden   V vocabulary
 """
@@ -17,55 +18,55 @@ from .depth import entropy
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentTrace, Event, Thought
 
-CHUNK_ROWS = 1024  # of the embedding in float32: they stay in the cache of a processor
+CHUNK_ROWS = 1024  # embedding rows that are multiplied at a time: they stay in a CPU's cache
 
 
 class ThoughtView(NamedTuple):
     """One thought of one row."""
 
     tokens: list[tuple[str, float]]  # the likeliest tokens and their probabilities
-    entropy: float  # of all probabilities, in nats
-    norm: float  # of the embedding that is fed
-    cosine_before: float | None  # to the thought before it
+    entropy: float  # of the next token's distribution, in nats
+    norm: float  # of the thought's embedding
+    cosine_before: float | None  # between this embedding and the previous thought's
     nearest: str  # the token whose embedding is nearest
-    cosine_nearest: float
+    cosine_nearest: float  # between this embedding and that token's
 
 
 class Lens:
-    """Collects the thoughts of a call in `seen`: one entry per agent and question.
+    """Collect the thoughts of a call in `seen`: one entry per agent and question.
 
-    An entry is the agent's trace and its thoughts, in the order of the traces of the events
-    `AgentEnd`. Of a call with B questions, the entries of question q are `seen[q::B]`.
+    An entry is the agent's trace and its thoughts. Entries are in the order of the traces in the
+    `AgentEnd` events, so in a call with B questions, those of question q are `seen[q::B]`.
     """
 
     def __init__(self, lm: LM, top: int = 3) -> None:
-        """`top` is the number of tokens per thought."""
+        """`top` is the number of likeliest tokens to show per thought."""
         self.tokenizer, self.top = text_tokenizer(lm), top
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 
     def __call__(self, event: Event) -> None:
-        """Keep what one event of a method tells."""
+        """Handle one event of a method."""
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            model = event.memory.owner  # that of the agent
+            model = event.memory.owner  # the agent's model
             self.seen += [
                 (trace, self._views(row, model)) for row, trace in enumerate(event.traces)
             ]
             self._thoughts = []
 
     def _views(self, row: int, model: Any) -> list[ThoughtView]:
-        """Return what one row's thoughts since the last agent's end say.
+        """Return the views of one row's thoughts since the previous agent's end.
 
-        The scores of all rows together, (R, n, V), would take gigabytes.
+        One row at a time, because the logits of all rows, (R, n, V), would take gigabytes.
         """
         own = [thought for thought in self._thoughts if thought.running[row]]
         if not own:
             return []
         hidden = torch.cat([thought.hidden[row] for thought in own])  # (n, D)
         fed = torch.cat([thought.embedding[row] for thought in own]).float()  # (n, D)
-        size = self.tokenizer.size  # rows of the embedding that no token has are not shown
+        size = self.tokenizer.size  # embedding rows without a token are not shown
         logits = model.logits(hidden[None])[0, :, :size].float()  # (n, V)
         chances, tokens = logits.softmax(-1).topk(min(self.top, size))
         entropies = entropy(logits)  # (n,)

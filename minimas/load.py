@@ -1,9 +1,9 @@
 """Load a model by name: a folder or hub id in Hugging Face's layout, or a GGUF file.
 
 Every file is checked before the first tensor is read, and every tensor goes straight to its final
-dtype and device. `load` ends with a whole model or an exception. Nothing is ever unpickled, and no
-code from a model folder is run. Tokenizer, sampling defaults and teams are read on first access.
-Does not know: prompts, agents, the arithmetic of a forward pass.
+dtype and device. `load` returns a complete model or raises an exception. Nothing is ever unpickled,
+and no code from a model folder is run. Tokenizer, sampling defaults and teams are read on first
+access. This file does not depend on prompts, agents or the forward pass.
 """
 
 import logging
@@ -38,11 +38,11 @@ log = logging.getLogger("minimas")
 
 
 class LM:
-    """A model with what its folder says about using it: `model`, `tokenizer`, `sampling`,
-    `end_ids`, `teams`, `default_steps`.
+    """A model with the tokenizer and the settings in its folder.
 
-    `tokenizer` is None for a folder without tokenizer.json, and `no_tokenizer` says why: the model
-    can still be given embeddings and token ids.
+    The attributes are `model`, `tokenizer`, `sampling`, `end_ids`, `teams` and `default_steps`.
+    `tokenizer` is None for a folder without tokenizer.json, and `no_tokenizer` says why. Such a
+    model can still be given embeddings and token ids.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class LM:
         files: dict[str, Any] | None = None,
         no_tokenizer: str | None = None,
     ) -> None:
-        """`folder` may be a .gguf file; `files` are then the JSON files that it holds, by name."""
+        """`folder` may be a .gguf file. Then `files` are the JSON files that it holds, by name."""
         self.model, self.folder, self.files = model, folder, files or {}
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[Any, Aligner] = {}
@@ -66,9 +66,9 @@ class LM:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Read the tokenizer, None if there is none.
+        """Return the tokenizer, or None if there is none.
 
-        Raises ValueError for a broken file, or one with ids that the model has no embedding for.
+        Raises ValueError if its file is broken or has ids without an embedding in the model.
         """
         if not self.files.get("tokenizer.json", (self.folder / "tokenizer.json").exists()):
             return None
@@ -83,12 +83,12 @@ class LM:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """Read the model's own sampling defaults from generation_config.json; greedy without."""
+        """Return the model's sampling defaults from generation_config.json; greedy without it."""
         return Sampling.from_dict(*self._settings("generation_config.json"))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Return every token id that ends a turn, as any of the folder's files says."""
+        """Return every token id that ends a turn according to any of the folder's files."""
         raw, path = self._settings("generation_config.json")
         ids = token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")
         ids += self.model.config.eos_token_ids
@@ -96,7 +96,7 @@ class LM:
 
     @cached_property
     def teams(self) -> dict[str, Team]:
-        """Read the folder's own teams by name from teams.json; {} without."""
+        """Return the folder's own teams by name from teams.json; {} without it."""
         raw, path = self._settings("teams.json")
         return {
             name: Team.from_dict(team, f"{path}: {name}")
@@ -121,11 +121,11 @@ class LM:
     def aligner(self, kind: str, receiver: "LM | None" = None) -> Aligner:
         """Return the model's map of one kind, a name of `latent.ALIGNMENTS` or a FILE.safetensors.
 
-        With a `receiver` it maps to the embeddings of that model, which has the same tokenizer.
-        It is computed or read once, and anew for a file that has changed or another tokenizer.
-        Raises as `Aligner.from_model` and `Aligner.load` do.
+        With a `receiver`, it maps to the embeddings of that model, which has the same tokenizer.
+        It is computed or read once, and again only if its file or the tokenizer has changed. Raises
+        the errors of `Aligner.from_model` and `Aligner.load`.
         """
-        # Rows that no token has, padding to a round number, would change W_a and its norm.
+        # Embedding rows without a token (padding to a round number) would change W_a and its norm.
         rows = self.tokenizer.size if self.tokenizer else None
         file = Path(str(kind))
         key = file, rows, file.is_file() and file.stat().st_mtime_ns, receiver and ref(receiver)
@@ -139,9 +139,9 @@ class LM:
 
 
 def text_tokenizer(lm: Any) -> Tokenizer:
-    """Return the tokenizer of what `load` returns.
+    """Return the tokenizer of an `LM`.
 
-    Raises ValueError for another object, or a model without a tokenizer.
+    Raises ValueError for another object, or for a model without a tokenizer.
     """
     if not isinstance(lm, LM):
         raise ParameterError("lm", f"found {lm!r:.80}, expected what `load` returns")
@@ -161,14 +161,15 @@ def load(
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
-    `device` "auto" is a CUDA GPU if there is one, never an Apple GPU ("mps"). `dtype` "auto" is the
-    checkpoint's own, or another one, with a warning, if the device cannot compute it. `quantize`
-    is a format of quantize.FORMATS; None leaves a folder in 16 or 32 bits, and a GGUF file's types
-    of few bits in 4 or 8. `compile` makes steps of one position faster, after a warm-up. On a
-    terminal a progress bar is shown on stderr, unless `quiet`. Peak memory is the weights plus the
-    largest tensor. `parallel` True divides the model among all ranks of torchrun, a DeviceMesh
-    among its own (see fast/parallel.py). Raises FileNotFoundError, ImportError or ValueError naming
-    the file or flag, the field, what was found and what was expected.
+    `device` "auto" is a CUDA GPU if there is one, else the CPU, never an Apple GPU ("mps"). `dtype`
+    "auto" is the checkpoint's own, or if the device cannot compute it, another one with a warning.
+    `quantize` is a format of quantize.FORMATS. None keeps the weights of a folder in 16 or 32 bits,
+    and the low-bit types of a GGUF file in 4 or 8. `compile` makes steps of one position faster,
+    after a warm-up. On a terminal, a progress bar is shown on stderr, unless `quiet`. `parallel`
+    True divides the model among all ranks of torchrun, and a DeviceMesh divides it among its own
+    ranks (see fast/parallel.py). Peak memory is the weights plus the largest tensor. Raises
+    FileNotFoundError, ImportError or ValueError naming the file or flag, the field, what was found
+    and what was expected.
     """
     target, asked = _device(device), _dtype(dtype)
     _check(target, asked, quantize, compile, parallel)
@@ -200,7 +201,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     """Return the folder or .gguf file of the model `name`.
 
     `name` is a path, the embedded model, or a hub id: repo, repo:FOLDER/FILE.gguf or repo:Q8_0. A
-    hub id is looked up in the hub's cache first. `only_config` leaves the weights on the hub.
+    hub id is looked up in the hub's cache first. `only_config` leaves out the weights.
     """
     path = Path(name).expanduser()
     if path.is_file() and path.suffix != ".gguf":
@@ -211,7 +212,7 @@ def resolve(name: str | Path, only_config: bool = False) -> Path:
     if str(name) and path.exists():
         return path
     if str(name) == TINY:
-        for place in Path(__file__).parents[:2]:  # of the wheel, and of a checkout
+        for place in Path(__file__).parents[:2]:  # in a wheel, and in a checkout
             if (place / TINY).is_dir():
                 return place / TINY
         raise FileNotFoundError(f"{TINY}: not found in {place}; pass --model Qwen/Qwen3-0.6B")
@@ -267,7 +268,7 @@ def _check(
     compile: bool,
     parallel: Any,
 ) -> None:
-    """Refuse what does not run together, before anything is read."""
+    """Raise ValueError for arguments that do not work together, before any file is read."""
     mps = device.type == "mps"
     if compile and (mps or parallel):
         raise ParameterError("compile", "found with --device mps or --parallel, expected neither")
@@ -283,7 +284,7 @@ def _check(
 
 
 def _default_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return a checkpoint's dtype, or another one for a GPU that is slow or wrong in it."""
+    """Return a checkpoint's dtype, or another dtype for a device that is slow or wrong in it."""
     instead = {} if has_kernels(device) else {"bfloat16": "float16", "float64": "float32"}
     used = instead.get(name, name)
     if used != name:

@@ -1,9 +1,9 @@
-"""Make a working memory once, to use it in many calls: a KV cache of one row.
+"""Prefill a text once, and use its KV cache in many calls.
 
-A prefilled text is the same for every question that follows it, so its KV cache can be kept, saved
-with `KVCache.save`, joined with others by `KVCache.concat`, and given to every method as `memory=`.
-That a cache equals the text that made it is the paper's theorem 3.3. This file does not know
-agents or questions.
+The KV cache of a text is the same for every question that follows it, so it can be saved with
+`KVCache.save`, joined with others by `KVCache.concat`, and passed to every method as `memory=`. The
+paper's theorem 3.3 says that a KV cache is equivalent to the text that made it. This file does not
+depend on agents or questions.
 """
 
 from .core.cache import KVCache
@@ -21,11 +21,11 @@ def remember(
     align: str | Align = "ridge",
     role: str = "user",
 ) -> KVCache:
-    """Return the KV cache of a text, and of `latent_steps` thoughts at its end; one row.
+    """Return a KV cache, with one row, of a text and `latent_steps` thoughts after it.
 
     `role` "user" or "system" makes the text a message in the model's chat template, which is closed
-    after the thoughts. "agent" is a user message with the thoughts in the assistant turn that
-    follows, as of an agent in layout "chat"; "plain" is the text alone. `align` is as in
+    after the thoughts. "agent" makes it a user message, with the thoughts in the assistant turn
+    that follows, like an agent's in layout "chat". "plain" is the text alone. For `align`, see
     `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
     exceeds the model's context.
     """

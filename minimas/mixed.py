@@ -1,16 +1,16 @@
-"""Several models in one team: a model prefills again what other models have been fed.
+"""Several models in one team: a model prefills the input of other models' turns again.
 
-A KV cache belongs to one model. An agent of another model gets the explicit input of the turns
-before its own instead, and fills the slots itself:
+A KV cache belongs to one model. An agent with another model gets the explicit input of all earlier
+turns instead, and its own model computes the KV cache:
 
     prompt          the same ids, as the models have the same tokenizer
     thoughts        rescale(h W), where h is the state that the thought was made from, and
-                    W = argmin_W ‖W_out,A W − W_in,B‖² + λ‖W‖² leads from model A to model B
+                    W = argmin_W ‖W_out,A W − W_in,B‖² + λ‖W‖² maps from model A to model B
     rest            generated tokens, and the end of the turn in layout "chat"
 
-If both are the same model, the map makes the same thoughts as in the turn, and the KV cache becomes
-the one that could have been handed over (the paper's theorem, section 3.2). Does not know: prompts,
-or which agent comes next.
+If both are the same model, the map makes the same thoughts as in the turn, and the KV cache is the
+one that could have been handed over (the paper's theorem, section 3.2). This file does not depend
+on prompts or on the order of the agents.
 
     R rows   n thoughts   T tokens   D hidden
 """
@@ -27,7 +27,7 @@ from .load import text_tokenizer
 from .teams import Team
 from .turns import Run, TurnResult
 
-MAPS = ("ridge", "prenorm")  # there is one between two models too
+MAPS = ("ridge", "prenorm")  # the maps that also exist between two models
 
 
 def require_models(run: Run, team: Team) -> None:
@@ -46,10 +46,10 @@ def require_models(run: Run, team: Team) -> None:
 
 
 def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[int]) -> KVCache:
-    """Return the KV cache of the run's model after `turns`, of which `cache` is handed over.
+    """Return the KV cache of the run's model after `turns`; the last turn hands over `cache`.
 
-    It is `cache` itself after a turn of the same model. Otherwise the model prefills all turns
-    again, with the same cuts in between, and the run counts its slots and seconds.
+    This is `cache` itself if the last turn had the same model. Otherwise the run's model prefills
+    all turns again, with the same cuts in between, and the run counts the slots and seconds.
     """
     if turns and turns[-1].lm is run.lm:
         return cache

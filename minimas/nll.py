@@ -2,9 +2,9 @@
 
 It needs no decoding and gives one number per question. It tells two settings apart on 24 questions,
 where the share of right answers needs 200. Above all it rewards copying: a cache that holds the
-words of the solution lowers it, whether the model understands them or not.
+words of the solution lowers the loss, whether the model understands them or not.
 
-Does not know: arms, files, what is right.
+This file does not depend on settings, files or grading.
 
     B questions   T tokens   D hidden   V vocabulary
 """
@@ -35,15 +35,15 @@ class Loss(NamedTuple):
 
 
 def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str]) -> list[Loss]:
-    """Return the loss of one text per question, as what the last agent would generate.
+    """Return the loss of one text per question, as an output of the last agent.
 
     `hidden` (B, 1, D) is the last state of the last agent's prompt, and `cache` the KV cache after
-    it, which is left as it is. Raises ValueError naming the question whose text has no token or
+    it, which does not change. Raises ValueError naming the question whose text has no token or
     exceeds the context.
     """
     model = run.lm.model
     limit = model.config.max_position_embeddings
-    # All of a text is untrusted: a control token in a solution stays text.
+    # The whole text is untrusted: a control token in a solution stays text.
     ids = [run.tokenizer.encode_turn(PromptText.from_user(text)) for text in texts]
     for q, row in enumerate(ids):
         needed = cache.lengths[q] + len(row)
@@ -60,7 +60,7 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
         hidden = torch.cat([hidden, model(model.embed(padded), cache.fork(), counts)], 1)
     losses = []
     for q, row in enumerate(ids):
-        # Text by text: the logits of all of them, (B, T, V), would take gigabytes.
+        # One text at a time: the logits of all texts, (B, T, V), would take gigabytes.
         logits = model.logits(hidden[q : q + 1, : len(row)])[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = torch.tensor(row, device=wide.device)

@@ -1,8 +1,8 @@
-"""The flags of the command line, as tables. Does not know: torch, which takes seconds to import.
+"""The flags of the command line, as tables. This file does not import torch, which takes seconds.
 
-After a table's first line, what the command is for, a line is a flag: its names, its value, and
-what --help says. The value is a list of choices, ≥N for a whole number of N or more, or a key of
-VALUES; a default follows after "=".
+The first line of a command's table says what the command is for. Each other line is a flag: its
+names, its value, and its text in --help. The value is a list of choices, ≥N for a whole number of N
+or more, or a key of VALUES. A default may follow after "=".
 """
 
 import argparse
@@ -104,8 +104,8 @@ VALUES = {
 
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, where a text after --show-thoughts is not its K but the next argument."""
-        for i, flag in enumerate(args[:-1] if args else []):  # None: the whole command line
+        """Parse; a text after --show-thoughts is not its K, but the next argument."""
+        for i, flag in enumerate(args[:-1] if args else []):  # None in the top parser
             if flag == "--show-thoughts" and not args[i + 1].isdecimal():
                 args[i] = "--show-thoughts=3"
         return super().parse_known_args(args, namespace)

@@ -1,13 +1,13 @@
-"""What the agents are told: role prompts and answer forms, as data.
+"""Role prompts and answer forms, as data.
 
-This file holds no code, and no sentence of the authors'.
+This file holds no code, and no sentence that the paper's authors wrote.
 
-`OPENING` comes before every prompt. If all agents share one user turn, it comes before the first
-and the last prompt (see `Team`). The last agent's prompt is the single agent's. In a prompt,
-`{question}` stands for the question, `{form}` for how the answer must look, and `{context}` for
-the text that earlier agents generated in `text_mas`. `{context}` is empty in `latent_mas`, where
-their work is in the KV cache. Only `CONTEXT` mentions that work, so no agent is told of something
-that it cannot see. Roles: paper, section 4 and appendix.
+`OPENING` comes before every prompt. If all agents share one user turn, it comes only before the
+first and the last prompt (see `Team`). The last agent has the same prompt as a single agent. In a
+prompt, `{question}` stands for the question, `{form}` for the form of the answer, and `{context}`
+for the text that earlier agents generated in `text_mas`. `{context}` is empty in `latent_mas`,
+where their work is in the KV cache. Only `CONTEXT` mentions that work, so no agent is told of
+something that it cannot see. The roles are those of the paper, section 4 and appendix.
 """
 
 OPENING = "Question: {question}"
@@ -46,7 +46,7 @@ CONTEXT = (
 WORK = "\n\n[{name}]\n{text}"
 OPTION = "\n({letter}) {text}"
 
-# The questions that the embedded model was trained on. It cannot answer any others.
+# The form of the questions that weights/tiny was trained on. It cannot answer any others.
 TINY_QUESTION = (
     r"([A-Z]\w\w has \d+ \w+\. ((He|She) \w+ [\w ]+\. )*)?"
     r"How many \w+ do(es)? [\w ]+ have( together)?\?"

@@ -1,7 +1,4 @@
-"""What a team reports: each agent's usage, each question's result, and what happens on the way.
-
-This file does not know printing.
-"""
+"""What a team reports: the usage of each agent, the result of each question, and events."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,10 +24,10 @@ class Usage:
 
     @classmethod
     def total(cls, usages: Sequence["Usage"]) -> "Usage":
-        """Return the sum of several usages; `memory_bytes` is that of the largest."""
+        """Return the sum of several usages; `memory_bytes` is their maximum."""
         total = cls()
-        for one in fields(Usage):
-            setattr(total, one.name, sum(getattr(usage, one.name) for usage in usages))
+        for entry in fields(Usage):
+            setattr(total, entry.name, sum(getattr(usage, entry.name) for usage in usages))
         total.memory_bytes = max(usage.memory_bytes for usage in usages)
         return total
 
@@ -49,9 +46,9 @@ class AgentTrace(Usage):
 
 @dataclass
 class Result:
-    """The outcome of one question: the last agent's `text`, and the `answer` in it, or None.
+    """The result for one question: the last agent's `text`, and the `answer` in it or None.
 
-    `memory` is the KV cache after the answer (one row), if the call was asked to keep it.
+    `memory` is the KV cache after the answer (one row), if the call had `keep_memory`.
     """
 
     question: str
@@ -63,14 +60,14 @@ class Result:
 
     @property
     def usage(self) -> Usage:
-        """Return the agents' usage in total."""
+        """Return the total usage of all agents."""
         return Usage.total(self.agents)
 
 
 class AgentStart(NamedTuple):
-    """An agent starts, with this many prompt tokens in all rows and latent steps in each.
+    """An agent starts. `prompt_tokens` is a sum over all rows, `latent_steps` is a number per row.
 
-    Agents who work side by side share their events; `agent` then names all of them.
+    Agents that work side by side share their events; `agent` then names all of them.
     """
 
     agent: str
@@ -79,12 +76,12 @@ class AgentStart(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """An agent has generated a token, and this text with it: "" within an unfinished character.
+    """An agent has generated a token. `text` is new text, or "" while a character is unfinished.
 
-    `final` is the agent who answers.
+    `final` is True for the agent that answers.
     """
 
-    question: int  # its number in the call, from 0
+    question: int  # its index in the call
     text: str
     final: bool
 
@@ -92,8 +89,8 @@ class Piece(NamedTuple):
 class AgentEnd(NamedTuple):
     """An agent is done. There is one trace, and one row of `memory`, per agent and question.
 
-    Do not keep `memory`, the KV cache. The last generated tokens may be missing in it if the agent
-    does not hand it over.
+    `memory` is the KV cache: do not keep it after the event. If the agent does not hand it over,
+    the last generated tokens may be missing from it.
     """
 
     agent: str
@@ -104,11 +101,11 @@ class AgentEnd(NamedTuple):
 Event = AgentStart | Thought | Piece | AgentEnd
 OnEvent = Callable[[Event], Any]
 T = TypeVar("T")
-Events = Generator[Event, None, T]  # yields what happens, and returns a T
+Events = Generator[Event, None, T]  # yields events and returns a T
 
 
 def finish(events: Events[T], on_event: OnEvent | None = None) -> T:
-    """Run a method to its end, calling `on_event` with every event; returns what it returns."""
+    """Run a generator of events to its end, calling `on_event` with each; returns its result."""
     while True:
         try:
             event = next(events)

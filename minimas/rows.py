@@ -1,6 +1,6 @@
 """Questions in a file: JSON Lines, one object with a question per line.
 
-Does not know: benchmarks, and which gold answers can be graded.
+This file does not depend on benchmarks or on grading.
 """
 
 import json
@@ -16,8 +16,8 @@ from .answers import KINDS
 from .text.tokenizer import is_text, read_text
 
 Row = dict[str, Any]
-# A number as a gold answer, alone or at the end of a solution as in GSM8K, where it may have a
-# unit. The groups are the solution and the number.
+# A gold answer that is a number, alone or at the end of a solution in GSM8K's form, where it may
+# have a unit. The groups are the solution and the number.
 NUMBER = re.compile(
     r"""(?isx) (.*\#{4})? \s* ([-+]?[$€£]?[-+]? (?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+|(?=\.\d))
       (?:\.\d*)? (?:e[-+]?\d+)? (?:/\d+)? \ ?%?) \.?\s*
@@ -26,16 +26,16 @@ NUMBER = re.compile(
 
 
 def number(text: str) -> Decimal:
-    """Convert a number of JSON. Raises ValueError for NaN, Infinity and what no float can hold."""
+    """Convert a JSON number. Raises ValueError for NaN, Infinity and values beyond float."""
     if not isfinite(float(text)):
         raise ValueError(f"found {text:.40}, expected a finite number")
-    return Decimal(text)  # with every digit of a gold answer
+    return Decimal(text)  # keeps every digit of a gold answer
 
 
 def checked_row(row: Any, line: int) -> Row:
     """Return a row with an "id" and without fields that are null.
 
-    "choices" become letter -> text. Raises ValueError "FIELD: found X, expected Y".
+    "choices" become a dict letter -> text. Raises ValueError "FIELD: found X, expected Y".
     """
     if not isinstance(row, dict):
         raise ValueError(f"found {type(row).__name__}, expected an object")
@@ -52,7 +52,7 @@ def checked_row(row: Any, line: int) -> Row:
 
 
 def options(choices: Any) -> dict[str, str]:
-    """Return letter -> text, also from {"text": […], "label": […]}, without texts that are null."""
+    """Return a dict letter -> text, also from {"text": […], "label": […]}, without null texts."""
     match choices:
         case {"text": [*texts], "label": [*labels]}:
             named = dict(zip(map(str, labels), texts, strict=False))
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> list[Row]:
                 row = json.loads(source, parse_float=number, parse_constant=number)
                 rows.append(checked_row(row, line))
         except (ValueError, RecursionError) as error:
-            ours = type(error) is ValueError  # of `number` or `checked_row`
+            ours = type(error) is ValueError  # from `number` or `checked_row`
             problem = error if ours else f"found bad JSON ({error}), expected an object"
             raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
@@ -93,7 +93,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def kind_of(row: Row) -> str:
-    """Return a row's own kind, else the one that its fields imply.
+    """Return a row's own kind, else the kind that its fields imply.
 
     "choices" make it "choice", tests make it "code", a number as "answer" makes it "math". Every
     other row is "free".
@@ -108,7 +108,7 @@ def kind_of(row: Row) -> str:
 
 
 def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
-    """Return (kind, at most `size` rows of it) in the rows' order; `kind` None: the row's own."""
+    """Return batches (kind, at most `size` rows) in order; `kind` None means each row's own."""
     return [
         (name, list(run))
         for start in range(0, len(rows), size)

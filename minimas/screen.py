@@ -1,6 +1,6 @@
 """What the command line prints: answers and JSON on stdout; progress, bills, errors on stderr.
 
-Does not know: where arguments come from, how an answer comes about.
+This file does not depend on how arguments are parsed or how answers are made.
 """
 
 import json
@@ -25,9 +25,9 @@ from .rows import Row
 from .streams import silence
 from .turns import with_opened_think
 
-# What is reported in one line; another exception is a fault of the program.
+# The exceptions that are reported in one line. Any other exception is a bug in minimas.
 ERRORS = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
-Settings = dict[str, Any]  # what a method was called with, name -> value
+Settings = dict[str, Any]  # the parameters of a call, name -> value
 POSITIONAL = {"question": "QUESTION", "text": "FILE"}
 OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, --quantize q4, fewer --latent-steps; "
 
@@ -42,9 +42,9 @@ def say(args: Namespace, text: str) -> None:
 
 
 def report_error(error: Exception, args: Namespace) -> int:
-    """Print an error in one line, and return the exit status that follows from it.
+    """Print an error in one line, and return the exit status.
 
-    Raises it again with --debug.
+    With --debug, raises the error again.
     """
     if args.debug:
         raise error
@@ -64,7 +64,7 @@ def report_error(error: Exception, args: Namespace) -> int:
 
 
 def bill(name: str, usages: Sequence[Usage]) -> str:
-    """Return what an agent, or all of them, needed, in one line."""
+    """Return one line with the total usage of an agent or of all agents."""
     total = Usage.total(usages)
     return (
         f"{name:>14}: {total.prompt_tokens:,} prompt tokens, {total.latent_steps:,} latent steps, "
@@ -75,9 +75,9 @@ def bill(name: str, usages: Sequence[Usage]) -> str:
 
 @dataclass
 class Screen:
-    """Shows one batch: the answer on stdout as it is generated, progress and bills on stderr.
+    """Show one batch: the answer on stdout as it is generated, progress and bills on stderr.
 
-    The batch begins with row number `first`, from 0, of the `total` of a file. With a `lens`,
+    The batch begins with row number `first`, from 0, of the `total` rows of a file. With a `lens`,
     thoughts are shown too.
     """
 
@@ -138,7 +138,7 @@ class Screen:
                 say(self.args, disp_trim(line, get_terminal_size().columns))
 
     def show(self, results: Sequence[Result], settings: Settings) -> None:
-        """Print what is not on stdout yet; of a batch without results, the text so far."""
+        """Print all results that are not on stdout yet, or the text so far if there are none."""
         self.bar.close()
         if not results and any(self.texts):
             if self.streams:
@@ -156,7 +156,7 @@ class Screen:
                 }
                 if self.lens:
                     record["thoughts"] = [
-                        [one._asdict() for one in thoughts]
+                        [view._asdict() for view in thoughts]
                         for _, thoughts in self.lens.seen[i :: len(self.batch)]
                     ]
                 print(json.dumps(record, default=str), flush=True)
@@ -181,7 +181,7 @@ def show_answers(
 ) -> list[Result]:
     """Answer the rows of each (kind, batch), print each answer, and return the results.
 
-    `options` are parameters of the method, and `settings` what a record holds about all answers.
+    `options` are parameters of the method. `settings` are part of each answer's JSON record.
     """
     questions = [row["question"] for _, batch in groups for row in batch]
     known = all(re.fullmatch(prompts.TINY_QUESTION, question.strip()) for question in questions)

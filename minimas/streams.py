@@ -1,7 +1,4 @@
-"""Standard streams that may be closed, full, left by their reader, or not UTF-8.
-
-Does not know: what is printed.
-"""
+"""Handle standard streams that are closed, full, not UTF-8, or no longer read by anyone."""
 
 import io
 import os
@@ -10,22 +7,22 @@ from typing import TextIO
 
 
 def prepare_streams() -> None:
-    """Replace closed streams by the null device, and let no text fail for its encoding."""
+    """Replace closed streams by the null device, and prevent encoding errors in the others."""
     for name, encoding, errors in (
-        ("stdin", "utf-8-sig", "surrogateescape"),  # UTF-8, as every file
+        ("stdin", "utf-8-sig", "surrogateescape"),  # UTF-8, as in every input file
         ("stdout", None, "backslashreplace"),
         ("stderr", None, "backslashreplace"),
     ):
         stream = getattr(sys, name)
-        if stream is None:  # closed, as by `>&-`
+        if stream is None:  # closed, for example by `>&-`
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=encoding, errors=errors)
 
 
 def silence(stream: TextIO) -> None:
-    """Discard what a stream that cannot be written still holds, and all that follows.
+    """Discard the buffered text of a stream that cannot be written, and all later text.
 
-    Otherwise it would fail once more when Python flushes it at the exit.
+    Otherwise the stream would fail again when Python flushes it at exit.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

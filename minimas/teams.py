@@ -1,6 +1,6 @@
-"""Agents and teams as values: the two of the paper, and a user's own from JSON.
+"""Agents and teams as data: the two teams of the paper, and a user's own teams from JSON.
 
-This file does not know models, or how a team works.
+This file does not depend on models or on methods.
 """
 
 import itertools
@@ -21,12 +21,11 @@ class Agent:
     """One role in a team.
 
     `prompt` is the user message, in which `{question}`, `{context}` and `{form}` are filled in.
-    `latent_steps` is how many thoughts the agent thinks; None is the number of the method or the
-    model folder. `writes` makes an agent before the last one generate text into its KV cache
-    before it hands over. `prefix` is text after the assistant header, such as "<think>\\n". `model`
-    is a name in the `models` of the call; None is the call's own model. The last agent always
-    generates text, and thinks only if its own `latent_steps` says so. Raises ValueError if
-    `latent_steps` is negative.
+    `latent_steps` is the agent's number of thoughts (None: the call's or the model folder's).
+    `writes` makes an agent other than the last one generate text into its KV cache before it hands
+    over. `prefix` is text after the assistant header, such as "<think>\\n". `model` is a name in
+    the call's `models` (None: the call's own model). The last agent always generates text, and
+    thinks only if its own `latent_steps` is set. Raises ValueError if `latent_steps` is negative.
     """
 
     name: str
@@ -49,19 +48,19 @@ class Agent:
 class Team:
     """Agents in order; the last one answers.
 
-    `parallel`: the agents before the last one work side by side, each from an empty KV cache, or
-    from the call's memory.
-    `layout` says where the prompts of `latent_mas` stand in the conversation:
+    If `parallel`, all agents but the last one work side by side, each from an empty KV cache or
+    from the call's `memory`. `layout` says where the prompts of `latent_mas` stand in the
+    conversation:
 
     - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).
     - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the
-      last agent opens an assistant turn. On real models answers survive this layout and not the
-      other one (docs/results.md).
+      last agent opens an assistant turn. On real models this layout preserves the answers, and the
+      other one does not (docs/results.md).
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
     layout "turn" it stands at the start of the user turn, where every `transfer` keeps it, and
-    again before the last agent's paragraph. Raises ValueError naming what an agent has that its
-    layout cannot have.
+    again before the last agent's paragraph. Raises ValueError naming the field of an agent that the
+    layout does not allow.
     """
 
     agents: tuple[Agent, ...]
@@ -92,14 +91,14 @@ class Team:
                         )
 
     def with_layout(self, layout: str | None) -> "Team":
-        """Return the same team in another layout; None keeps its own.
+        """Return the same team in another layout; None keeps the team's own.
 
-        Raises ValueError if the team cannot have that layout.
+        Raises ValueError if the layout does not allow a field of an agent.
         """
         return self if layout is None else replace(self, layout=layout)
 
     def require_question(self) -> None:
-        """Raise ValueError if no agent sees the question, as after a typo such as {Question}."""
+        """Raise ValueError if no agent sees the question, for example after a typo: {Question}."""
         if "{question}" not in "".join([self.opening, *(agent.prompt for agent in self.agents)]):
             expected = "expected {question} in the opening or in a prompt"
             raise ParameterError("team", f"found no agent who sees the question, {expected}")
@@ -137,7 +136,7 @@ def sequential() -> Team:
 
 
 def hierarchical(chained: bool = False) -> Team:
-    """Return three experts and a summarizer, who gets all their KV caches (paper, figure 2 right).
+    """Return three experts and a summarizer that gets all their KV caches (paper, figure 2 right).
 
     The experts work side by side and do not see each other. `chained` makes them work one after the
     other on one KV cache, as in the authors' code (LatentMAS #32).
@@ -147,7 +146,7 @@ def hierarchical(chained: bool = False) -> Team:
 
 
 def single_agent() -> Team:
-    """Return one agent, the team of `single`, with the teams' question and form of the answer."""
+    """Return the one-agent team of `single`, with the opening and answer form of the others."""
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
@@ -166,11 +165,11 @@ EXPECTED = {
 
 
 def _build(kind: type[Any], raw: Any, where: str) -> Any:
-    """Return an agent or a team of these fields; raises ValueError naming `where` and the field."""
+    """Return an agent or team with the fields `raw`; raises ValueError naming `where` and field."""
     hints = get_type_hints(kind)
     for field, value in raw.items() if isinstance(raw, dict) else ():
         hint = hints.get(field)
-        is_flag = type(value) is bool  # an int in Python
+        is_flag = type(value) is bool  # bool is a subclass of int
         if hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool)):
             raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[hint]}")
     try:

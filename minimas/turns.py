@@ -1,8 +1,8 @@
 """One turn of agents side by side: prefill the prompts, think, decode, close the chat turn.
 
-A `Run` is one call of a method. It checks the caller's arguments, fills the prompts in, and takes
-turns. All agents of a turn are rows of one batch: all questions of the first agent, then all of
-the second. This file does not know which agent comes after which.
+A `Run` is one call of a method. It checks the caller's arguments, fills in the prompts, and takes
+the turns. A turn is one batch: its rows are all questions of the first agent, then all questions of
+the second, and so on. This file does not depend on the order of the agents.
 
     B questions   R rows, B per agent   D hidden
 """
@@ -38,7 +38,7 @@ class TurnResult(NamedTuple):
     lm: LM
     cache: KVCache
     hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
-    ids: list[list[int]]  # of the prompts, per row
+    ids: list[list[int]]  # token ids of the prompts, per row
     thoughts: list[Thought]
     start: list[int]  # slots per row before the turn
     prompt_end: list[int]  # slots per row after the prompt
@@ -49,10 +49,10 @@ class TurnResult(NamedTuple):
     def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
         """Return the cache as the next agent gets it, and how many slots per row are its head.
 
-        `head` counts each row's slots that all agents share: memory, system message and opening.
+        `head` counts the slots per row that all agents share: memory, system message and opening.
         """
         cache, start = self.cache, list(map(max, self.start, head))
-        if transfer == "none":  # then every turn starts where the call's memory ends
+        if transfer == "none":  # every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
             cache = cache.drop(head, start)
@@ -65,8 +65,7 @@ class TurnResult(NamedTuple):
 class Run:
     """One call of a method: what is the same for all of its agents.
 
-    `choices` is None, one dict letter -> text, or one per question. `sampling` None is the model's.
-    `memory`, `keep_memory`, `continues` and `models`: see `latent_mas`.
+    For the fields, see the parameters of `latent_mas`. `choices` becomes a list, one per question.
     Raises ValueError naming the parameter or question, what was found and what was expected.
     """
 
@@ -81,8 +80,8 @@ class Run:
     continues: bool = False
     models: Any = None
 
-    seconds = 0.0  # in which the model has prefilled what others were fed, see `mixed`
-    stops_itself = False  # whether thoughts end where the turn would
+    seconds = 0.0  # spent on prefilling the turns of other models, see `mixed`
+    stops_itself = False  # whether a row stops thinking where its turn would end
 
     def __post_init__(self) -> None:
         self.tokenizer = text_tokenizer(self.lm)
@@ -114,7 +113,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.prefilled = [0] * len(self.questions)  # slots that were filled in these `seconds`
+        self.prefilled = [0] * len(self.questions)  # slots that were filled in `seconds`
         B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
@@ -125,7 +124,7 @@ class Run:
         self.memory_lengths = [memory.lengths[row] for row in self.memory_rows]
 
     def played_by(self, agent: Agent) -> Self:
-        """Return this run on the agent's own model. Prompts and sampling stay those of the call."""
+        """Return a copy of this run with the agent's model, but the call's prompts and sampling."""
         other = copy.copy(self)
         if agent.model:
             other.lm = self.models[agent.model]
@@ -138,11 +137,11 @@ class Run:
         return self.memory.select(self.memory_rows * agents)
 
     def is_new(self, cache: KVCache) -> bool:
-        """Return whether a KV cache holds no more than `new_cache` has put there."""
+        """Return whether a KV cache holds only what `new_cache` has put into it."""
         return cache.lengths[: len(self.questions)] == self.memory_lengths
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
-        """Return a prompt with question q, its context and the form of its answer filled in."""
+        """Return a prompt with question `q`, `context` and the form of the answer filled in."""
         options = (self.choices[q] or {}) if self.kind == "choice" else {}
         lines = [prompts.OPTION.format(letter=key, text=text) for key, text in options.items()]
         values = {
@@ -150,13 +149,13 @@ class Run:
             "{context}": context,
             "{form}": prompts.FORMS[self.kind],
         }
-        # In one pass, so that a question that holds "{context}" stays a question.
+        # In one pass, so that "{context}" inside a question is not replaced.
         text = re.sub("|".join(map(re.escape, values)), lambda match: values[match[0]], prompt)
-        # The blank lines around an earlier agent's text are not for the start of a prompt.
+        # A prompt must not start with the blank lines that separate {context} from other text.
         return text.lstrip("\n") if prompt.startswith("{context}") else text
 
     def layouts(self, team: Team) -> list[Layout]:
-        """Return where the team's prompts stand in the conversation, for every question."""
+        """Return the team's layout, with all prompts filled in, for each question."""
         layout = LAYOUTS[team.layout]
         found = []
         for q in range(len(self.questions)):
@@ -168,7 +167,7 @@ class Run:
     def require_context(
         self, agent: Agent, start: int, tokens: int, steps: int, decodes: bool, closes: bool
     ) -> int:
-        """Return how many slots an agent's turn fills at most; `start` of them are filled before.
+        """Return how many slots are filled at most after an agent's turn; `start` were before.
 
         Raises ContextError naming the agent and the flags if the model's context is shorter.
         """
@@ -200,8 +199,8 @@ class Run:
     ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
-        Yields what happens. `turns` holds one prompt per row. `final` is the turn of the agent who
-        answers; its cache is used afterwards only with `keep_memory`.
+        Yields events. `turns` holds one prompt per row. `final` marks the last agent's turn, after
+        which the cache is used only with `keep_memory`.
         """
         began = self.clock() - self.seconds
         start = list(cache.lengths)
@@ -223,12 +222,12 @@ class Run:
         keeps_cache = self.keep_memory if final else align is not None
         if decodes:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
-        if closes:  # left open, the next agent's system message would stand inside this answer
+        if closes:  # else the next agent's system message would be part of this answer
             self.prefill([self.closing] * len(ids), cache)
         seconds = (self.clock() - began) / len(ids)
         traces = []
         for row, out in enumerate(outputs):
-            # The last token at the limit is not fed, unless an agent continues from the cache.
+            # A last token at the length limit is fed only if the cache is used afterwards.
             unfed = out.finish_reason == "length" and not keeps_cache
             slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
             count = thoughts_end[row] - prompt_end[row]
@@ -242,7 +241,7 @@ class Run:
         self, align: Any, hidden: Tensor, cache: KVCache, steps: int
     ) -> Events[list[Thought]]:
         draws = getattr(align, "with_generators", None)
-        if draws is not None:  # a map that draws at random, for each row from its question's own
+        if draws is not None:  # a random map, which draws from each question's own generator
             align = draws(self.generators * (len(hidden) // len(self.questions)))
         until, thoughts = self.ends_turn if self.stops_itself else None, []
         for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
@@ -251,7 +250,10 @@ class Run:
         return thoughts
 
     def ends_turn(self, hidden: Tensor, thoughts: Tensor) -> Tensor:
-        """Return where the likeliest next token, after a thought, would end the turn: (R,) bool."""
+        """Return whether the likeliest next token would end the turn, (R,) bool.
+
+        It is always False before the first thought is fed.
+        """
         tokens = self.lm.model.logits(hidden)[:, 0].argmax(-1)
         ends = torch.tensor([*self.end_ids], device=tokens.device)
         return torch.isin(tokens, ends) & (thoughts.shape[1] > 1)
@@ -289,7 +291,7 @@ class Run:
         return [outputs[row] for row in range(len(ids))]
 
     def clock(self) -> float:
-        """Return the time in seconds, after all work that the model's device has been given."""
+        """Wait until the model's device has finished its work, and return the time in seconds."""
         if self.lm.model.device.type == "cuda":
             torch.cuda.synchronize(self.lm.model.device)  # a call returns before its kernels end
         elif self.lm.model.device.type == "mps":
@@ -298,5 +300,5 @@ class Run:
 
 
 def with_opened_think(prompt: str, text: str) -> str:
-    """Return a text with the `<think>` that the end of its prompt has opened for it."""
+    """Return a generated text, with `<think>` before it if its prompt ends with that tag."""
     return ("<think>" if prompt.rstrip().endswith("<think>") else "") + text

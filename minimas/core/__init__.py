@@ -1,8 +1,8 @@
-"""LatentMAS without agents: the model, its working memory, the alignment W_a and the latent loop.
+"""LatentMAS without agents: the model, its KV cache, the alignment W_a and the latent loop.
 
-This folder imports nothing of minimas but itself. Copied alone, it loads a folder of safetensors
-and runs the latent loop. Reading order: latent, rollout, cache, model, rotary, config, checkpoint,
-files.
+This folder imports nothing from the rest of minimas. A copy of it alone can load a folder of
+safetensors files and run the latent loop. Read the files in this order: latent, rollout, cache,
+model, rotary, config, checkpoint, files.
 """
 
 from .cache import KVCache

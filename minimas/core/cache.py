@@ -4,9 +4,9 @@ The invariant is *slot = position*: slots 0 to lengths[b] - 1 of row b are fille
 slot p was rotated for position p. A ragged batch is padded on the right. The slots from lengths[b]
 on are free: a query at position p sees only slots up to p, and the next append overwrites them.
 Therefore the causal mask hides the padding too, and a row does not depend on the other rows. A
-method that moves a slot also rotates its key. `append`, `advance` and `sign`, which the model
-calls, change the cache; the methods that copy, cut or join return a new one. This file does not
-know tokens, agents, or what a model computes.
+method that moves a slot also rotates its key. The model calls `append`, `advance` and `sign`, which
+change the cache in place. The methods that copy, cut or join return a new cache. This file does not
+depend on tokens, agents or the forward pass.
 
     B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -26,23 +26,23 @@ from .config import Config
 from .errors import ParameterError
 from .rotary import angles, rotate
 
-Lengths = int | Sequence[int] | Tensor  # one number for all rows, or one for each
+Lengths = int | Sequence[int] | Tensor  # one number for all rows, or one per row
 
 
 class Positions(NamedTuple):
-    """Where the T new positions of a forward pass are. Made once and used by every layer."""
+    """The T new positions of a forward pass. They are computed once and used by every layer."""
 
     cos: Tensor  # (B or 1, 1, T, d)
     sin: Tensor  # (B or 1, 1, T, d)
-    mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all True
-    total: int  # S, the slots that attention reads
-    where: Any  # the new ones among (B, S): an index of rows (B, 1) and slots (B, T), or slices
+    mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all do
+    total: int  # S, the number of slots that attention reads
+    where: Any  # index of the new slots in (B, S): rows (B, 1) and slots (B, T), or two slices
 
 
 class KVCache:
     """Keys and values (B, K, S, d) of every layer; `lengths` counts the filled slots of each row.
 
-    `lengths` is a list of B integers on the host, so that it never waits for a GPU.
+    `lengths` is a list of B integers on the host, so that reading it never waits for a GPU.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class KVCache:
             raise ValueError(f"inputs: found {rows} rows, expected {len(lengths)} as in the memory")
         ragged = min(lengths) != max(lengths)
         starts = torch.tensor(lengths if ragged else lengths[:1])[:, None]  # (B or 1, 1)
-        # A copy that blocks would wait for all kernels of the step before.
+        # A blocking copy would wait for all kernels of the previous step.
         slots = (starts + torch.arange(new)).to(self.device, non_blocking=True)  # (B or 1, T)
         return self.positions_at(slots, max(lengths) + new, ragged)
 
     def positions_at(self, slots: Tensor, total: int, ragged: bool) -> Positions:
         """Return the positions that write to `slots` (B, T) and attend to slots 0 … total - 1.
 
-        If not `ragged`, `slots` is (1, T): the last ones, the same for all rows.
+        If not `ragged`, all rows have equal lengths, and `slots` is (1, T): the last T slots.
         """
         c = self.config
         T = slots.shape[1]
@@ -113,8 +113,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, K, T, d) of one layer; returns all of its slots (B, K, S, d).
 
-        Keys are already rotated. The new slots count as filled only after `advance`, so a forward
-        pass that fails leaves the cache as it was.
+        Keys must already be rotated. The new slots count as filled only after `advance`, so a
+        forward pass that fails leaves the cache as it was.
         """
         total = positions.total
         for stores, new in ((self.keys, keys), (self.values, values)):
@@ -123,15 +123,19 @@ class KVCache:
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
     def advance(self, lengths: Lengths, most: int) -> None:
-        """Count the first `lengths` of `most` appended slots as filled, in all rows or per row.
+        """Count the first `lengths` of the `most` appended slots as filled.
 
-        Raises ValueError if a number is below 0 or above `most`.
+        `lengths` is one number for all rows or one per row. Raises ValueError if a number is below
+        0 or above `most`.
         """
         counts = self._per_row(lengths, most)
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
 
     def sign(self, model: Any) -> None:
-        """Record the model that computes the keys; raises ValueError if another one already has."""
+        """Record the model that computes the keys.
+
+        Raises ValueError if the cache holds keys of another model, or has another dtype or device.
+        """
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or (model.dtype, model.device) != (self.dtype, self.device):
             raise ValueError(
@@ -146,13 +150,13 @@ class KVCache:
         return self.select(range(len(self.lengths)))
 
     def select(self, rows: Tensor | Sequence[int]) -> "KVCache":
-        """Return a copy of `rows`, an index tensor or a list, which may repeat a row.
+        """Return a copy of the given `rows`, an index tensor or a list; a row may be repeated.
 
-        Raises IndexError if there is no row, or one that does not exist.
+        Raises IndexError if `rows` is empty or holds an index out of range.
         """
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         B = len(self.lengths)
-        # A mask of booleans is not a list of rows, though True == 1.
+        # A boolean mask is not a list of rows, although True == 1.
         if not rows or any(isinstance(row, bool | float) or row not in range(B) for row in rows):
             raise IndexError(f"rows: found {rows}, expected a list of indices below {B}")
         new = copy.copy(self)
@@ -163,28 +167,28 @@ class KVCache:
         return new
 
     def truncate(self, lengths: Lengths) -> "KVCache":
-        """Return the first `lengths` slots, the same number for all rows or one for each row.
+        """Return a cache of the first `lengths` slots, one number for all rows or one per row.
 
-        Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
+        Shorter rows stay as they are. Raises ValueError if a number is below 0.
         """
         return self.drop(lengths, self.lengths)
 
     def keep_last(self, lengths: Lengths) -> "KVCache":
-        """Return the last `lengths` slots, for all rows or for each, moved to the front.
+        """Return a cache of the last `lengths` slots, one number for all rows or one per row.
 
-        Rows that are shorter stay as they are. Raises ValueError if a number is below 0.
+        Shorter rows stay as they are. Raises ValueError if a number is below 0.
         """
         kept = zip(self.lengths, self._per_row(lengths), strict=True)
         return self.drop(0, [max(end - n, 0) for end, n in kept])
 
     def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
-        """Return the slots before `start`, and after them those from `stop` on, with keys moved.
+        """Return a cache without slots `start` to `stop` - 1; later slots move to close the gap.
 
-        Both may differ per row. As in a slice, slots that a row does not have are ignored. This
-        equals feeding what is left if the model has one layer, or if the slots from `stop` on did
-        not attend to the dropped ones, as after `concat`. Otherwise it is an approximation: above
-        the first layer they still hold what they read there. Raises ValueError if a number is
-        below 0.
+        Both may differ per row. As in a slice, slots that a row does not have are ignored. The
+        result equals a forward pass of the remaining input if the model has one layer, or if the
+        later slots did not attend to the dropped ones, as after `concat`. Otherwise it is an
+        approximation: above the first layer, the later slots still depend on the dropped ones.
+        Raises ValueError if a number is below 0.
         """
         rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
         starts = [min(row) for row in rows]
@@ -194,10 +198,10 @@ class KVCache:
         first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
         slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
         moves = gap * (slots >= first)  # (B, S)
-        # A slot after the end of a row is free and may hold anything.
+        # The slots after a row's end are free and may hold anything.
         index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
-        turn = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
-        new.keys = [rotate(keys.take_along_dim(index, 2), *turn) for keys in self.keys]
+        rotation = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
+        new.keys = [rotate(keys.take_along_dim(index, 2), *rotation) for keys in self.keys]
         new.values = [values.take_along_dim(index, 2) for values in self.values]  # (B, K, S, d)
         return new
 
@@ -205,9 +209,9 @@ class KVCache:
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
         """Join caches of equal batch size row by row; keys are rotated to their new positions.
 
-        For parts that were computed apart this equals one forward pass in which no part sees
-        another (a block mask), not a sequential one.
-        Raises ValueError for no caches, or different models, dtypes, devices or batch sizes.
+        For caches that were computed separately, the result equals one forward pass in which no
+        part sees another (a block mask), not a causal pass over all parts. Raises ValueError if
+        there are no caches, or if their models, dtypes, devices or batch sizes differ.
         """
         kinds = {f"{len(c.lengths)} rows of {c.dtype} on {c.device} of {c.config}" for c in caches}
         if len(kinds) != 1:
@@ -222,19 +226,19 @@ class KVCache:
                 joined.sign(cache.owner)
             width = max(cache.lengths)
             first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
-            turn = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            rotation = angles(first, c.head_dim, c.rope_theta, joined.dtype)
             rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
             slots = first + torch.arange(width, device=joined.device)  # (B, T)
-            # Without a mask, as nothing attends: it would be (T, S).
-            positions = Positions(*turn, None, max(joined.lengths) + width, (rows, slots))
+            # Nothing attends here, so a mask of (T, S) is not needed.
+            positions = Positions(*rotation, None, max(joined.lengths) + width, (rows, slots))
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-                keys = rotate(keys[:, :, :width], *turn)
+                keys = rotate(keys[:, :, :width], *rotation)
                 joined.append(layer, keys, values[:, :, :width], positions)
             joined.advance(cache.lengths, width)
         return joined
 
     def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
-        """Return one integer for each row."""
+        """Return one integer per row; raises ValueError unless all of them are 0 … `most`."""
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         each = given if isinstance(given, Iterable) else [given] * len(self.lengths)
         counts = list(map(int, each))
@@ -247,9 +251,9 @@ class KVCache:
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write the filled slots to a file, with the fingerprint of the model: see `files`.
 
-        `bits` 8 rounds keys and values to integers of 8 bits, None keeps them as they are. Raises
-        ValueError for other `bits` or if no model has written to the cache, OSError if the file
-        cannot be written.
+        `bits` 8 rounds keys and values to 8-bit integers, None keeps them as they are. Raises
+        ValueError for other `bits` or if no model has filled the cache, OSError if the file cannot
+        be written.
         """
         if bits not in (None, 8):
             raise ParameterError("bits", f"found {bits!r}, expected 8 or None")
@@ -265,10 +269,10 @@ class KVCache:
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> "KVCache":
-        """Read a cache that `save` wrote for `model`, onto its device and in its dtype.
+        """Read a cache that `save` has written for `model`, onto its device and in its dtype.
 
-        A cache saved in 8 bits is read back in the model's dtype: it is smaller in the file only.
-        Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
+        A cache saved in 8 bits is read back in the model's dtype: only the file is smaller. Raises
+        FileNotFoundError, or ValueError if the file is damaged, has another format or belongs to
         another model.
         """
         tensors = files.read(path, "memory", model)
@@ -289,15 +293,15 @@ class KVCache:
 
 
 def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
-    """Return `store` (B, K, S, d), or a copy with more than `slots` slots.
+    """Return `store` (B, K, S, d) if it has more than `slots` slots, else a larger copy.
 
-    The first append sets the number of heads: a shard of a layer has fewer.
+    The first append sets the number of `heads`, because a shard of a layer has fewer.
     """
     capacity = store.shape[2]
-    # One slot stays free: a slice of the whole store would be contiguous, with other strides, and
+    # One slot stays free. A slice of the whole store would be contiguous, with other strides, and
     # compiled steps would be compiled again.
     if slots < capacity:
         return store
-    # Zeros, not empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
+    # Zeros, not torch.empty: a masked slot still enters attention as 0 × value, and 0 × NaN is NaN.
     grown = max(slots + 1, capacity + capacity // 2 + 64)
     return F.pad(store, (0, 0, 0, grown - capacity, 0, heads - store.shape[1]))

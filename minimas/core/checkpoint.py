@@ -1,9 +1,9 @@
 """Load a model from a Hugging Face folder: config.json and safetensors, and nothing else.
 
-Tensors are read one at a time and go straight to their place, so there is never a second copy of
-the model. Nothing is ever unpickled. A name is checked against the model before a tensor is read:
-one that is missing, left over or of another shape is refused. Does not know: tokenizers, the hub,
-other formats, quantization.
+Tensors are read one at a time, straight into the model, so there is never a second copy of it.
+Nothing is ever unpickled. All names and shapes are checked before the first tensor is read: a
+tensor that is missing, unexpected or of another shape raises an error. This file does not depend
+on tokenizers, the hub, other formats or quantization.
 """
 
 import logging
@@ -27,7 +27,7 @@ def load_model(
 ) -> Qwen3:
     """Load the model in `folder`, from config.json and safetensors, for inference.
 
-    `dtype` None is the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
+    `dtype` None means the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
     the field or tensor, what was found and what was expected.
     """
     source = Folder(Path(folder))
@@ -37,7 +37,7 @@ def load_model(
 
 
 def empty_model(name: str, source: Any) -> Qwen3:
-    """Return a model without memory for weights, after checking that `source` has all of them.
+    """Return a model on the meta device, after checking that `source` has all of its weights.
 
     `source` is a `Folder` or an object with the same `path`, `config`, `shapes` and `read`. Raises
     ValueError for a tensor that is missing, unexpected or of another shape.
@@ -45,7 +45,8 @@ def empty_model(name: str, source: Any) -> Qwen3:
     with torch.device("meta"):
         model = Qwen3(source.config, name)
     wanted, shapes = model.state_dict(), source.shapes
-    if source.config.tie_word_embeddings and HEAD in shapes:  # beside the embedding or in its place
+    # A file may store tied embeddings as the LM head, in addition to or in place of the embedding.
+    if source.config.tie_word_embeddings and HEAD in shapes:
         wanted[HEAD] = wanted[EMBEDDING]
         shapes.setdefault(EMBEDDING, shapes[HEAD])
     for key, weight in wanted.items():
@@ -56,7 +57,7 @@ def empty_model(name: str, source: Any) -> Qwen3:
                 f"{source.path}: tensor {key}: found {found}, expected shape {shape} by config.json"
             )
     for key in shapes.keys() - wanted.keys():
-        if not key.endswith(".rotary_emb.inv_freq"):  # of old Llama checkpoints
+        if not key.endswith(".rotary_emb.inv_freq"):  # in old Llama checkpoints
             raise ValueError(
                 f"{source.path}: tensor {key} belongs to nothing in a model of this config.json"
             )
@@ -73,9 +74,9 @@ def fill(
 ) -> None:
     """Read every parameter of `model` from `source` onto `device` in `dtype`.
 
-    `replace` is a function of a module's name and the module. It may return another one to put in
-    its place, such as a quantized layer. `watch` iterates over the modules, as a progress bar does.
-    Raises ValueError if the model is tied and its LM head in the file is another matrix.
+    `replace` is called with each module's name and the module. It may return another module to put
+    in its place, such as a quantized layer. `watch` wraps the list of modules, for a progress bar.
+    Raises ValueError if the embeddings are tied, but the file has an LM head that differs.
     """
     for name, module in watch(list(model.named_modules())):
         new = replace(name, module)
@@ -97,13 +98,17 @@ def fill(
 class Folder:
     """A model folder in Hugging Face's layout: its config, and its tensors by name.
 
-    `shapes` maps the tensors' names to their shapes. A `GGUF` has the same attributes and methods.
+    `shapes` maps the tensors' names to their shapes. `formats.gguf.GGUF` has the same
+    attributes and methods.
     """
 
-    files = no_tokenizer = None  # a GGUF file holds the JSON files itself
+    files = no_tokenizer = None  # set in `GGUF`, because a GGUF file includes the JSON files
 
     def __init__(self, path: Path) -> None:
-        """Raises FileNotFoundError or ValueError for files that are missing or damaged."""
+        """Read the config and the shapes of all tensors.
+
+        Raises FileNotFoundError or ValueError for files that are missing or damaged.
+        """
         self.path = path
         source = path / "config.json"
         self.config = Config.from_dict(read_json(source), str(source))
@@ -129,19 +134,19 @@ class Folder:
             )
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """Read a tensor onto the CPU."""
-        key = key if key in self._files else HEAD  # see `empty_model`
-        # Opened for each tensor: a mapping that stays would keep the whole file in memory.
+        """Return the tensor `key` in `dtype`, on the CPU."""
+        key = key if key in self._files else HEAD  # an embedding that is stored as LM head
+        # Opened for each tensor: a mapping that stays open would keep the whole file in memory.
         with opened(self.path / self._files[key]) as file:
             return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
     def kept_as(self, key: str) -> str:
-        """Return "": safetensors hold no matrices of 4 or 8 bits."""
+        """Return "", because safetensors files hold no 4-bit or 8-bit matrices."""
         return ""
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Return the file names of a folder's tensors by name; {} if all are in model.safetensors.
+    """Return {tensor name: file name}, or {} if all tensors are in model.safetensors.
 
     Raises FileNotFoundError if a file is missing, ValueError for a damaged index.
     """
@@ -158,8 +163,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: weight_map: found {index!r:.80}, expected tensor names -> file names"
         )
-    there = {file.name for file in folder.glob("*.safetensors")}
-    if missing := set(map(str, index.values())) - there:
+    existing = {file.name for file in folder.glob("*.safetensors")}
+    if missing := set(map(str, index.values())) - existing:
         raise FileNotFoundError(
             f"{path}: weight_map: found {min(missing)!r}, expected a .safetensors file of this "
             "folder, which has none of that name"

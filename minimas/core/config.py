@@ -1,8 +1,9 @@
 """The shape of a model, read from a Hugging Face `config.json` and checked field by field.
 
-Names are Hugging Face's. A field that would change the mathematics and is not implemented is
-refused by name, at any depth. Fields that do not change a forward pass are listed, so that no other
-field is ignored without a warning. Does not know: tensors, tokenizers.
+Field names are Hugging Face's. A field that would change the forward pass and is not implemented
+raises an error that names it, at any depth of the JSON. Fields that do not affect the forward pass
+are listed here, and all other fields cause a warning. This file does not depend on tensors or
+tokenizers.
 """
 
 import json
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The same block three times: Qwen3 normalizes queries and keys per head, Qwen2 adds a bias to q, k
-# and v, Llama does neither.
+# All three have the same block. Qwen3 normalizes queries and keys per head, Qwen2 adds a bias to
+# q, k and v, and Llama does neither.
 FAMILIES = ("qwen3", "qwen2", "llama")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-# Fields that change the mathematics -> the values that leave it as it is. So does null.
+# Fields that can change the forward pass -> the values that do not. null is always allowed too.
 UNSUPPORTED: dict[str, Any] = {
     field: allowed
     for allowed, fields in (
@@ -38,7 +39,7 @@ UNSUPPORTED: dict[str, Any] = {
             """,
         ),
         (
-            (),  # the types of layers are keys of an object rope_parameters for each of them
+            (),  # no value but null; layer types appear as keys if each has its own RoPE parameters
             """
             quantization_config compression_config attention_multiplier query_pre_attn_scalar
             mrope_section long_factor short_factor attention_factor no_rope_layers
@@ -48,11 +49,11 @@ UNSUPPORTED: dict[str, Any] = {
             """,
         ),
         ((False, True), "tie_word_embeddings"),
-        (DTYPES, "dtype torch_dtype"),  # of transformers 5 and 4
+        (DTYPES, "dtype torch_dtype"),  # the names in transformers 5 and 4
     )
     for field in fields.split()
 }
-# The numbers of a config -> the largest value, in the field's type.
+# Numeric fields -> the largest allowed value, which has the field's type, int or float.
 NUMBERS = dict.fromkeys(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -74,7 +75,7 @@ KNOWN = UNSUPPORTED.keys() | set(
 
 @dataclass(frozen=True)
 class Config:
-    """Shape and constants of one decoder-only transformer; `from_dict` makes it."""
+    """Shape and constants of one decoder-only transformer, made by `from_dict`."""
 
     model_type: str
     vocab_size: int
@@ -83,26 +84,26 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int  # not hidden_size // num_attention_heads in Qwen3
+    head_dim: int  # in Qwen3 not always hidden_size // num_attention_heads
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool = False
-    dtype: str = "bfloat16"  # of the checkpoint
+    dtype: str = "bfloat16"  # the checkpoint's
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> "Config":
-        """Read the dict of a config.json.
+        """Return the configuration in the parsed JSON of a config.json.
 
         Raises ValueError naming `source`, the field, what was found and what was expected.
         """
         fields = {field: value for field, value in raw.items() if value is not None}
         family: Any = fields.get("model_type")
-        if family == "llama":  # its first configs lack these
+        if family == "llama":  # the first Llama configs lack these fields
             fields.setdefault("rope_theta", 1e4)
             fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-        if family == "qwen2":  # it always has a bias on q, k and v
+        if family == "qwen2":  # always has a bias on q, k and v
             fields.pop("attention_bias", None)
 
         def check(good: bool, field: str, expected: str) -> None:
@@ -113,27 +114,27 @@ class Config:
 
         check(family in FAMILIES, "model_type", f"one of {', '.join(FAMILIES)}")
         _refuse(fields, f"{source}: ")
-        # Of transformers 4 and 5. If both are there, the first counts, as in transformers.
+        # The names in transformers 4 and 5. If both exist, the first counts, as in transformers.
         name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
         block = fields.get(name, {})
         check(isinstance(block, dict), name, "an object or null")
         fields["rope_theta"] = block.get("rope_theta", fields.get("rope_theta"))
         sizes: dict[str, Any] = {}
-        for field, most in NUMBERS.items():
-            if field == "head_dim" and family != "qwen3":  # which has its own
+        for field, largest in NUMBERS.items():
+            if field == "head_dim" and family != "qwen3":  # Qwen3 sets its own
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
-            kind = type(most)
-            good = type(value) in (int, kind) and 0 < value <= most
+            kind = type(largest)
+            good = type(value) in (int, kind) and 0 < value <= largest
             number = "integer" if kind is int else "number"
-            check(good, field, f"a positive {number}, at most {most:,}")
+            check(good, field, f"a positive {number}, at most {largest:,}")
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")
         heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
         groups = heads % sizes["num_key_value_heads"] == 0
         check(groups, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-        # RoPE turns pairs.
+        # RoPE rotates pairs of dimensions.
         check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number")
         return cls(
             **sizes,
@@ -145,7 +146,7 @@ class Config:
 
 
 def _refuse(block: dict[str, Any], where: str, found: str = ": found ") -> None:
-    """Refuse what is not implemented, at any depth. Warn of unknown fields."""
+    """Raise ValueError for a field that is not implemented, at any depth; warn of unknown ones."""
     for field, value in block.items():
         allowed = (None, *UNSUPPORTED.get(field, (value,)))
         if value not in allowed:
@@ -157,9 +158,9 @@ def _refuse(block: dict[str, Any], where: str, found: str = ": found ") -> None:
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
-    """Read the object in a JSON file; returns {} for a missing file that is not `needed`.
+    """Return the object in a JSON file, or {} if the file is missing and not `needed`.
 
-    Raises FileNotFoundError or ValueError with the file's name.
+    Raises FileNotFoundError or ValueError naming the file.
     """
     if not needed and not path.exists():
         return {}
@@ -173,7 +174,7 @@ def read_json(path: Path, needed: bool = True) -> dict[str, Any]:
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
-    """Return a token id, a list of them or None as a tuple; raises ValueError naming `where`."""
+    """Return a token id, a list of ids or None as a tuple. Raises ValueError naming `where`."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError(f"{where}: found {value!r}, expected a token id or a list of them")

@@ -1,4 +1,4 @@
-"""Errors with a class of their own. Does not know: the command line, which names the flag."""
+"""Exception classes. The command line shows the flag in place of a parameter's name."""
 
 
 class ParameterError(ValueError):
@@ -17,4 +17,4 @@ class ParameterError(ValueError):
 
 
 class ContextError(ValueError):
-    """A turn needs more slots than the model's context has."""
+    """An agent's turn needs more slots of the KV cache than the model's context has."""

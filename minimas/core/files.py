@@ -1,13 +1,14 @@
 """Files of a KV cache and of an aligner: safetensors with the fingerprint of the model.
 
-A file is written whole or not at all. It is refused for any other model, where the same shapes
-have another meaning. Besides the format and the identity of the model it holds:
+A file is written completely or not at all. It can be read only for the model that it was made for,
+because tensors of the same shape mean something else in another model. Besides the format and the
+identity of the model, a file holds:
 
     memory     lengths (B,) int64; keys.i and values.i (B, K, S, d) of layer i, filled slots only;
                in 8 bits, int8 to be multiplied by scale.keys.i and scale.values.i (B, K, S, 1)
-    aligner    matrix (D, D), scale (D,), shift (D,), norm (): those that the map has
+    aligner    matrix (D, D), scale (D,), shift (D,) and norm (), each only if the map has it
 
-Nothing here is unpickled. Does not know: what caches and maps are for.
+Nothing here is unpickled.
 
     B rows   K key-value heads   S slots   d head size   D hidden
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 
 
 def identity(model: Any) -> dict[str, str]:
-    """Return the metadata that name a model; raises ValueError if it is something else."""
+    """Return the metadata that identify a model; raises ValueError if it is something else."""
     if not hasattr(model, "fingerprint"):
         raise ValueError(f"model: found {type(model).__name__}, expected a Qwen3, as lm.model is")
     return {"model": model.name, "fingerprint": model.fingerprint()}
@@ -36,9 +37,10 @@ def write(
     tensors: Mapping[str, Tensor | None],
     made_by: dict[str, str] | None,
 ) -> None:
-    """Write a file of kind `what`: the tensors that are not None, for the model `made_by`.
+    """Write the tensors that are not None to a file of kind `what`, "memory" or "aligner".
 
-    Raises ValueError if there is no model, OSError if the file cannot be written.
+    `made_by` is the `identity` of the model. Raises ValueError if it is None, OSError if the file
+    cannot be written.
     """
     if made_by is None:
         raise ValueError(f"{path}: found {what} of no model, expected one that a model has made")
@@ -47,7 +49,7 @@ def write(
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:
         save_file(stored, partial, metadata=metadata)
-        partial.replace(path)  # a full disk leaves an older file as it was
+        partial.replace(path)  # a full disk leaves an older file intact
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: cannot write the {what} ({error})") from error
     finally:
@@ -55,10 +57,10 @@ def write(
 
 
 def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
-    """Read the tensors that `write` wrote for `model`, by name, on the CPU.
+    """Return the tensors that `write` has saved for `model`, by name, on the CPU.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of another
-    model.
+    Raises FileNotFoundError, or ValueError if the file is damaged, has another format or belongs
+    to another model.
     """
     reader = identity(model)
     tensors, metadata = contents(path, what)
@@ -68,9 +70,9 @@ def read(path: str | Path, what: str, model: Any) -> dict[str, Tensor]:
 
 
 def contents(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file of one of the `kinds`, on the CPU.
+    """Return the tensors, on the CPU, and the metadata of a file of one of the `kinds`.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
+    Raises FileNotFoundError, or ValueError if the file is damaged or has another format.
     """
     with opened(path) as file:
         metadata = file.metadata() or {}
@@ -81,9 +83,9 @@ def contents(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str
 
 
 def opened(path: str | Path) -> Any:
-    """Return an open safetensors file, to be used in a `with` statement.
+    """Return an open safetensors file, for use in a `with` statement.
 
-    Raises FileNotFoundError, or ValueError if the file is damaged or of another format.
+    Raises FileNotFoundError, or ValueError if the file is damaged or has another format.
     """
     try:
         return safe_open(path, framework="pt")
@@ -104,10 +106,10 @@ def floats(
     model: Any,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return a tensor on the device of `model` in `dtype`; int8 is multiplied by its scale.
+    """Return tensor `name` on the model's device in `dtype`; int8 is multiplied by its scale.
 
-    Raises ValueError naming `path` and `name` unless it has the shape `shapes[name]` and holds
-    finite floating-point numbers, or int8 with a scale that does.
+    Raises ValueError naming `path` and `name` unless the tensor has the shape `shapes[name]` and
+    holds finite floating-point numbers, or int8 values with a valid scale.
     """
     part = tensors.get(name, torch.empty(0))
     rounded = part.dtype == torch.int8
@@ -125,6 +127,6 @@ def floats(
 
 
 def in_8_bits(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values int8 (…, d), −127 … 127, and a float32 scale (…, 1) for each vector."""
+    """Return int8 values (…, d), −127 … 127, and a float32 scale (…, 1) for each vector."""
     scale = part.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (part / scale).round().to(torch.int8), scale

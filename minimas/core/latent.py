@@ -1,17 +1,18 @@
 """Latent thoughts: the alignment W_a from hidden states to input embeddings.
 
-An agent who hands over does not decode after its prompt. Its last hidden state h (last layer, after
-the final norm) becomes the next input embedding e (LatentMAS, arXiv 2511.20639, section 3.1), in
-the loop of `rollout`:
+An agent that hands over does not decode after its prompt. Instead, the loop in `rollout` turns its
+last hidden state h (last layer, after the final norm) into the next input embedding e (LatentMAS,
+arXiv 2511.20639, section 3.1):
 
     e = rescale(h W_a)
     W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
 
-W_in (V, D) is the token embedding and W_out (V, D) the LM head. With tied embeddings W_out = W_in,
-so W_a is the identity up to λ, and only the rescaling is left. With W_in of another model that has
-the same tokens, W_a leads from one model to the other.
+W_in (V, D) is the token embedding and W_out (V, D) the LM head. `rescale` sets the norm of a vector
+to the mean norm of the embeddings. With tied embeddings, W_out = W_in, so W_a is the identity up to
+λ, and only the rescaling is left. If W_in belongs to another model with the same tokens, W_a maps
+from one model to the other.
 
-This file does not know tokens, prompts, agents or sampling.
+This file does not depend on tokens, prompts, agents or sampling.
 
     D hidden   V vocabulary
 """
@@ -28,9 +29,9 @@ from .errors import ParameterError
 from .model import Qwen3
 from .rotary import for_float64
 
-LAMBDA = 1e-5  # the paper's
+LAMBDA = 1e-5  # λ, the paper's value
 ALIGNMENTS = ("ridge", "identity", "prenorm", "random", "none")
-EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # of --align
+EXPECTED = f"expected one of {', '.join(ALIGNMENTS)} or FILE.safetensors"  # for --align
 
 
 def alignment_matrix(
@@ -38,15 +39,16 @@ def alignment_matrix(
 ) -> Tensor:
     """Return the ridge map W_a (D, D'), float64, for w_out (V, D) and w_in (V, D') (equation 3).
 
-    D' differs from D if the embeddings are those of another model with the same tokenizer.
-    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives equations whose matrix is
-    symmetric and positive definite, hence Cholesky:
+    D' may differ from D if w_in belongs to another model with the same tokenizer. `ridge` is λ.
+    Setting the gradient of ‖W_out W − W_in‖² + λ‖W‖² to zero gives linear equations. Their matrix
+    is symmetric and positive definite, so they are solved with a Cholesky factorization:
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
-    The sums over V are made in chunks of rows, without a whole copy: in float32, or in float64 for
-    float64 weights and for V ≤ D. For weights on an Apple GPU the CPU computes the map, and keeps
-    it. Raises ValueError for unequal V or weights that are not finite.
+    The sums over V are computed from `chunk` rows at a time, so that no matrix is copied as a
+    whole. They are float32, or float64 for float64 weights and for V ≤ D. For weights on an Apple
+    GPU, the map is computed and stays on the CPU. Raises ValueError for unequal V or weights that
+    are not finite.
     """
     if w_out.ndim != 2 or w_out.shape[:-1] != w_in.shape[:-1]:
         raise ValueError(
@@ -54,15 +56,15 @@ def alignment_matrix(
             "expected two equal V, (V, D) and (V, D')"
         )
     V, D = w_out.shape
-    # With V < D only λ makes the matrix invertible, and float32 loses λ.
+    # If V < D, only λ makes the matrix invertible, and float32 loses λ.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     device = for_float64(w_out[:0]).device
     gram = torch.zeros(D, D, dtype=wide, device=device)  # W_outᵀ W_out
     cross = torch.zeros(D, w_in.shape[1], dtype=wide, device=device)  # W_outᵀ W_in
-    for out, into in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
-        out = for_float64(out).to(wide)
-        gram += out.T @ out
-        cross += out.T @ for_float64(into).to(wide)
+    for rows_out, rows_in in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
+        rows_out = for_float64(rows_out).to(wide)
+        gram += rows_out.T @ rows_out
+        cross += rows_out.T @ for_float64(rows_in).to(wide)
     gram, cross = gram.double(), cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -79,8 +81,9 @@ class Aligner:
 
         e = rescale((h · scale) W) + shift
 
-    `matrix` is W (D, D), `scale` (D,), `norm` the length of rescaled vectors, `shift` (D,). None
-    leaves out its step. `model` is the model that the map is for: `save` needs it.
+    `matrix` is W (D, D), `scale` (D,), `norm` the norm of rescaled vectors, and `shift` (D,). A
+    step whose parameter is None is left out. `model` is the model that the map is for. Only `save`
+    needs it.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Aligner:
         model: Qwen3 | None = None,
     ) -> None:
         self.matrix, self.norm, self.scale, self.shift = matrix, norm, scale, shift
-        # Not the model itself: a map that is kept must not keep the weights in memory.
+        # Not the model itself: a map must not keep the model's weights in memory.
         self.made_for = None if model is None else files.identity(model)
 
     @classmethod
@@ -103,14 +106,15 @@ class Aligner:
         rows: int | None = None,
         receiver: Qwen3 | None = None,
     ) -> "Aligner":
-        """Compute one kind of map from the unquantized embeddings of a model.
+        """Compute a map of `kind` from the unquantized embeddings of a model.
 
-        "ridge" is the paper's W_a. "identity" only rescales h. "prenorm" is (h ÷ g) W_a, the
-        state before the gain g of the final norm. "random" has W_a's singular values and random
-        directions: a control. All are rescaled to the mean norm of the embeddings. "none" feeds h
-        back unchanged. `rows` is the number of embedding rows to use (None: all); the rows after
-        the tokenizer's last id are padding. `receiver` is the model whose embeddings W_in are to be
-        met (None: the same one). Raises ValueError for another kind, or rows out of range.
+        "ridge" is the paper's W_a. "identity" only rescales h. "prenorm" is (h ÷ g) W_a, where g
+        is the gain of the final norm, so it maps the state before the gain. "random" is a control
+        with W_a's singular values and random directions. All of these rescale to the mean norm of
+        the embeddings. "none" feeds h back unchanged. `rows` is the number of embedding rows to
+        use (None: all), as rows after the tokenizer's last id are padding. `receiver` is the model
+        that W_in belongs to (None: the same model). Raises ValueError for another kind, or rows
+        out of range.
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
@@ -123,12 +127,12 @@ class Aligner:
             return made
         w_in = w_in[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
-        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # without a whole copy
+        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # not copied as a whole
         made.norm = for_float64(torch.cat(norms)).double().mean().item()
         if kind == "identity":
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)
-        if kind == "random":  # between two random orthogonal bases, the same at every call
+        if kind == "random":  # two random orthogonal bases, the same in every call
             seed = torch.Generator().manual_seed(0)
             bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
@@ -151,10 +155,10 @@ class Aligner:
 
     @classmethod
     def load(cls, path: str | Path, model: Qwen3) -> "Aligner":
-        """Read a map that `save` wrote for `model`, onto its device and in at least float32.
+        """Read a map that `save` has written for `model`, onto its device, in at least float32.
 
-        Raises FileNotFoundError, or ValueError if the file is damaged, of another format or of
-        another model.
+        Raises FileNotFoundError, or ValueError if the file is damaged, has another format or
+        belongs to another model.
         """
         tensors = files.read(path, "aligner", model)
         D = model.config.hidden_size
@@ -164,7 +168,7 @@ class Aligner:
         for name, part in tensors.items():
             parts[name] = files.floats(path, tensors, name, shapes, model, wide)
             if name == "norm":
-                parts[name] = part.item()  # in float64, as it was
+                parts[name] = part.item()
         return cls(**parts, model=model)
 
     def __call__(self, hidden: Tensor) -> Tensor:

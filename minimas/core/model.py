@@ -1,15 +1,16 @@
-"""Qwen3 from embeddings to hidden states; its only state is the KV cache that it is given.
+"""Qwen3 from embeddings to hidden states; all of its state is in the KV cache that is passed in.
 
 The model takes embeddings and returns hidden states, so tokens, latent thoughts and mixtures of
-both take one path (paper, section 3.1). The cache is an argument, so any number of caches can be
-in use at once. Parameter names are Hugging Face's. The same block is Qwen2's with a bias on q, k
-and v and without QK-norm, and Llama's with neither.
+both go through the same code (paper, section 3.1). The cache is an argument, so any number of
+caches can be in use at once. Parameter names are Hugging Face's. Qwen2 has the same block with a
+bias on q, k and v and without QK-norm, and Llama has it with neither.
 
     B rows   T new positions   S cached + new   D hidden
     H query heads   K key-value heads   d head size   V vocabulary
 
 Sources: arXiv 2505.09388 (Qwen3), 1910.07467 (RMSNorm), 2305.13245 (grouped queries), 2002.05202
-(SwiGLU), 2104.09864 (RoPE). Does not know: tokenizers, sampling, alignment, agents, files.
+(SwiGLU), 2104.09864 (RoPE). This file does not depend on tokenizers, sampling, alignment, agents or
+files.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of T new positions on S slots."""
+    """Grouped-query attention from T new positions to the S slots of a KV cache."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -53,14 +54,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache, layer: int) -> Tensor:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)  # H and K are those of the weights: a shard has fewer
+        heads = (B, T, -1, self.head_dim)  # -1: H or K heads, fewer in a shard of a layer
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, d)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, d)
         q = rotate(q, positions.cos, positions.sin)
         k = rotate(k, positions.cos, positions.sin)
         k, v = cache.append(layer, k, v, positions)  # (B, K, S, d)
-        # The query heads of one key-value head become its rows, so no key or value is copied.
+        # Query heads that share a key-value head become its rows, so no key or value is copied.
         q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K · T, d)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=positions.mask)
         x = x.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
@@ -82,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each after a norm, with a residual around norm and part."""
+    """One layer: attention, then MLP, each with a norm before it and a residual around both."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -108,18 +109,18 @@ class Qwen3(nn.Module):
     def __init__(self, config: Config, name: str = "unnamed model") -> None:
         super().__init__()
         self.config, self.name = config, name
-        # A faster (inputs_embeds, cache) -> hidden for one position, or None.
+        # A faster forward pass of one position, (inputs_embeds, cache) -> hidden, or None.
         self.step: Callable[[Tensor, KVCache], Tensor] | None = None
-        # Not nn.Embedding(V, D): on the meta device its normal_() takes a second of imports.
+        # Not nn.Embedding(V, D): on the meta device, its normal_() spends a second on imports.
         embedding = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)  # (V, D)
         self.model: Any = nn.ModuleDict(
-            {  # the names of Hugging Face
+            {  # Hugging Face's names
                 "embed_tokens": nn.Embedding.from_pretrained(embedding),
                 "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        # None: tied to the embedding. A faster product with the embedding may take its place.
+        # None: tied to the embedding. `fast` may put a faster product with the embedding here.
         self.lm_head: Any = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -146,9 +147,9 @@ class Qwen3(nn.Module):
         """Return hidden states after the final norm, (B, T, D) -> (B, T, D).
 
         New positions see the slots of `cache` (None: an empty one) and are appended to it.
-        `lengths` counts the valid positions of each row in a right-padded chunk (None: all T). The
-        others are not kept in the cache, and their hidden states mean nothing. Raises ValueError
-        if the cache belongs to another model, or has another number of rows.
+        `lengths` counts the valid positions of each row in a right-padded input (None: all T).
+        Padding is not kept in the cache, and its hidden states are meaningless. Raises ValueError
+        if the cache belongs to another model or has another number of rows.
         """
         B, T, _ = inputs_embeds.shape
         cache = cache or self.new_cache(B)
@@ -164,7 +165,7 @@ class Qwen3(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the scores of the next token: (B, T, D) -> (B, T, V)."""
+        """Return the logits of the next token: (B, T, D) -> (B, T, V)."""
         if self.lm_head is None:
             return F.linear(hidden, self.model.embed_tokens.weight)
         return self.lm_head(hidden)  # type: ignore[no-any-return]
@@ -174,9 +175,9 @@ class Qwen3(nn.Module):
         return KVCache(self.config, batch_size, self.dtype, self.device)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that tell checkpoints apart, from a sample of every weight as bf16.
+        """Return 16 hex digits that identify a checkpoint, from a sample of every weight in bf16.
 
-        They do not depend on the dtype, except that float16 rounds differently.
+        They do not depend on the model's dtype, except that float16 rounds differently.
         """
         c = self.config
         digest = hashlib.sha256(
@@ -184,7 +185,7 @@ class Qwen3(nn.Module):
         )
         for module_name, module in self.named_modules():
             if any(module.children()):
-                continue  # one layer at a time: a packed weight is unpacked here
+                continue  # one layer at a time, because `state_dict` unpacks a packed weight
             for name, weight in sorted(module.state_dict().items()):
                 sample = weight.flatten()[:: max(1, weight.numel() // 1024)]
                 sample = sample.to("cpu", torch.bfloat16).contiguous()
@@ -198,8 +199,8 @@ def finite(
 ) -> Tensor:
     """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity.
 
-    On a GPU nothing is checked, because reading a value there waits for all kernels. `decode`
-    checks the scores, which it reads anyway.
+    On a GPU nothing is checked, because reading a value there waits for all kernels. `decode` in
+    `text.generate` checks the logits when it reads the tokens.
     """
     if x.is_cpu and not x.isfinite().all():
         raise ValueError(f"{name}: found a state that is not finite: {cause}")
@@ -209,7 +210,7 @@ def finite(
 def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     """Return the state of each row's last valid position: (B, T, D), B lengths -> (B, 1, D).
 
-    In a ragged batch `hidden[:, -1:]` would be the state of a pad (LatentMAS #26). Raises
+    In a ragged batch `hidden[:, -1:]` would be the state of padding (LatentMAS #26). Raises
     ValueError for lengths out of range.
     """
     counts, T = [int(length) for length in lengths], hidden.shape[1]
@@ -223,8 +224,8 @@ def prefill(
 ) -> Tensor:
     """Append one list of token ids per row to `cache`; returns the last hidden states, (B, 1, D).
 
-    A chunk of `chunk_tokens` positions bounds the (T, S) mask of a long prompt. Raises ValueError
-    for a row without ids or, on a CPU, a state that is not finite.
+    The ids are fed in chunks of `chunk_tokens` positions, which bounds the (T, S) mask of a long
+    prompt. Raises ValueError for a row without ids or, on a CPU, a state that is not finite.
     """
     if not all(ids):
         raise ValueError("ids: found a row without tokens, expected at least one in every row")

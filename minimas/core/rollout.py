@@ -1,8 +1,8 @@
-"""The latent loop, in which each row may stop by itself.
+"""The latent loop: think in embeddings in place of tokens. Each row may stop by itself.
 
-A map (see `latent`) makes an embedding of each row's last hidden state. It is fed in place of a
-token, and the state after it is the next one to be mapped. This file does not know tokens, prompts,
-agents or sampling.
+A map (see `latent`) turns each row's last hidden state into an embedding. The embedding is fed in
+place of a token's, and the next step maps the hidden state that results. This file does not depend
+on tokens, prompts, agents or sampling.
 
     B rows   n thoughts   D hidden   V vocabulary
 """
@@ -18,12 +18,12 @@ from .errors import ParameterError
 from .model import Qwen3, finite
 
 Align = Callable[[Tensor], Tensor]  # hidden states (B, 1, D) -> embeddings (B, 1, D), same dtype
-# Hidden states (B, 1, D) and embeddings (B, n, D), the new ones last -> (B,) bool: who stops.
+# Hidden states (B, 1, D), embeddings so far (B, n, D), newest last -> (B,) bool: rows that stop.
 Until = Callable[[Tensor, Tensor], Tensor]
 
 
 class Thought(NamedTuple):
-    """One latent step is done. In a row that has stopped, nothing was fed and nothing changes."""
+    """One latent step that is done. Rows that have stopped are fed nothing and do not change."""
 
     hidden: Tensor  # (B, 1, D): the states that the step started from
     embedding: Tensor  # (B, 1, D): what was fed, zeros in rows that have stopped
@@ -41,16 +41,16 @@ def think(
 ) -> tuple[Tensor, Tensor]:
     """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
 
-    Each step maps the last hidden state to an embedding by `align`, any callable from (B, 1, D) to
-    (B, 1, D) in the same dtype, and feeds it: `cache` grows by one slot. Returns the embeddings,
-    (B, steps, D), and the last hidden state, (B, 1, D), which has not been fed. With 0 steps
-    nothing changes.
+    Each step maps the last hidden state to an embedding with `align` and feeds it, so that `cache`
+    grows by one slot. `align` is any callable from (B, 1, D) to (B, 1, D) in the same dtype, such
+    as an `Aligner`. Returns the embeddings, (B, steps, D), and the last hidden state, (B, 1, D),
+    which has not been fed. With 0 steps nothing changes.
 
-    `until` makes each row stop by itself, after `steps` thoughts at most. It is any callable,
-    called before a thought is fed, with the hidden states (B, 1, D) and the embeddings so far
-    (B, n, D), the new ones last. It returns (B,) bool. Where that is True the new embedding is not
-    fed, the row's state and cache stay as they are from then on, and its further embeddings are
-    zeros. n in the result (B, n, D) is that of the row that stopped last.
+    `until` lets each row stop by itself before it has `steps` thoughts. It is any callable that
+    takes the hidden states (B, 1, D) and the embeddings so far (B, n, D), newest last, and returns
+    (B,) bool. It is called before each thought is fed. Where it returns True, the new embedding is
+    not fed, the row's state and cache no longer change, and its further embeddings are zeros. The
+    result (B, n, D) has as many embeddings as the row that stopped last.
 
     Raises ValueError for negative steps, a map or a rule that returns another shape or dtype, or,
     on a CPU, a state that is not finite.
@@ -68,7 +68,7 @@ def rollout(
     steps: int,
     until: Until | None = None,
 ) -> Iterator[Thought]:
-    """Yield each latent step of `think` when it is done. Parameters and errors as there."""
+    """Yield each latent step of `think` once it is done. Parameters and errors are the same."""
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
     finite(hidden, model.name)
@@ -92,7 +92,10 @@ def rollout(
 
 
 def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
-    """Return what a parameter has returned; raises ValueError if its dtype or shape is wrong."""
+    """Return what the callable `parameter` has returned.
+
+    Raises ValueError if it does not have the dtype and the shape of `like`.
+    """
     found, expected = (
         f"{getattr(x, 'dtype', type(x))} of shape {tuple(getattr(x, 'shape', ()))}"
         for x in (returned, like)

@@ -1,9 +1,8 @@
-"""Positions as rotations (RoPE, Su et al., arXiv 2104.09864): angles, and a rotation by them.
+"""Rotary position embeddings (RoPE, Su et al., arXiv 2104.09864): angles and rotation.
 
 A key rotated for position p and rotated again by Δ is the key for position p + Δ, because
 R(Δ) R(p) = R(p + Δ). Therefore a cache can be cut, moved and joined without running the model.
-
-Does not know: models, caches, attention.
+This file does not depend on models, caches or attention.
 """
 
 import torch
@@ -15,9 +14,9 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine for integer `positions` (B, T), each (B, 1, T, d), for `rotate`.
 
-    A key moves by the rotation for the difference of two positions, which may be negative.
-    Computed in float64 and rounded once: to float32 for models of 16 or 32 bits, not at all for
-    float64 ones. Angles in float32 are off by 1e-3 at position 10,000.
+    To move a key, rotate it by the difference of the two positions, which may be negative. Angles
+    are computed in float64, because in float32 they are off by 1e-3 at position 10,000. The result
+    is rounded once, to float32, unless the model's `dtype` is float64.
     """
     device, positions = positions.device, for_float64(positions)
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
@@ -28,7 +27,7 @@ def angles(
 
 
 def for_float64(x: Tensor) -> Tensor:
-    """Return `x`, on the CPU if its device is an Apple GPU, which has no float64."""
+    """Return `x`, moved to the CPU if it is on an Apple GPU, which has no float64."""
     return x.cpu() if x.is_mps else x
 
 

@@ -1,6 +1,6 @@
-"""The formats nf4 and int8, by the kernels of bitsandbytes, on CUDA and CPU.
+"""The formats nf4 and int8, with the kernels of bitsandbytes, on CUDA and CPU.
 
-What they gain is memory; for speed there are q4 and q8. Does not know: models, q4, q8.
+They save memory. For speed, use q4 or q8. This file does not depend on models or other formats.
 """
 
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def require(found: str, device: torch.device) -> None:
     """Check that bitsandbytes is installed, new enough and built for `device`.
 
-    Raises ImportError beginning with `found`.
+    Raises ImportError with a text that begins with `found`.
     """
     try:
         package = _package()
@@ -25,17 +25,17 @@ def require(found: str, device: torch.device) -> None:
     found += f" on {device} with bitsandbytes {package.__version__}"
     if tuple(map(int, package.__version__.split(".")[:2])) < (0, 46):
         raise ImportError(f"{found}, expected 0.46 or newer: pip install -U bitsandbytes")
-    # A build that failed to load has a function under any name.
+    # If the build failed to load, each of its attributes is a function, so compare with True.
     if device.type == "cuda" and package.cextension.lib.compiled_with_cuda is not True:
         expected = "expected a build for it: pip install -U bitsandbytes"
         raise ImportError(f"{found} built without CUDA, {expected}")
 
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Return the layer "nf4" or "int8" of a matrix (N, K), quantized on the matrix's device."""
+    """Return the layer of format "nf4" or "int8" for a matrix (N, K), quantized on its device."""
     bnb, (N, K) = _package().nn, weight.shape
     if name == "nf4":
-        # float16 stays: GPUs that compute no bf16 load models in it.
+        # float16 is kept, because GPUs without bf16 load models in it.
         dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
         made = bnb.Linear4bit(K, N, False, dtype, quant_type="nf4", device="meta")
         stored = bnb.Params4bit(weight.to(dtype), quant_type="nf4")
@@ -45,21 +45,21 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     made.weight = stored.to(weight.device)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
-    made.eval()(weight.new_zeros(1, K))  # packs at its first call
+    made.eval()(weight.new_zeros(1, K))  # the first call packs the weight
     made._save_to_state_dict = MethodType(_save_weight, made)
     return made  # type: ignore[no-any-return]
 
 
 def _package() -> Any:
-    """Return bitsandbytes, of whose log only errors are shown.
+    """Return bitsandbytes, and show only errors from its log.
 
-    It warns at its import of kernels that it does not find, and at every product of int8 that
-    activations are converted to fp16, as the format does.
+    At import it warns of kernels that it does not find. At every int8 product it warns that
+    activations are converted to fp16, which is part of the format.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return import_module("bitsandbytes")
 
 
 def _save_weight(layer: Any, state: Any, prefix: str, keep_vars: bool) -> None:
-    # Its own way rounds the scales anew each time, and a fingerprint must not change.
+    # The original method rounds the scales again each time, but a fingerprint must not change.
     state[prefix + "weight"] = layer.weight.data

@@ -1,17 +1,15 @@
 """Faster steps of one position: what `load(compile=True)` does to a model. Results stay the same.
 
 A step of one thought or token is hundreds of tiny operations between a few large products.
-torch.compile fuses them, one layer at a time. All layers share what was compiled, and a growing
-cache compiles nothing anew. On a GPU the whole step is also recorded as a CUDA graph, once per
-cache: one call then starts all of its kernels, and no kernel waits for Python. Longer inputs,
-where the products take nearly all the time, are not compiled.
+torch.compile fuses them, one layer at a time. All layers share the compiled code, and a growing
+cache does not cause another compilation. On a GPU the whole step is also recorded as a CUDA graph,
+once per cache: one call then starts all of its kernels, and no kernel waits for Python. Longer
+inputs, where the products take nearly all the time, are not compiled.
 
-What it gains on a CPU with AVX2 is mostly the loop of few_rows.py, which only a compiler makes
-fast: see there. Without it a compiled step of one row was 1.1 times as fast in bf16, q8 and q4
+On a CPU with AVX2 most of the gain comes from the loop in few_rows.py, which is fast only if it is
+compiled. Without this loop a compiled step of one row was 1.1 times as fast in bf16, q8 and q4
 (Qwen2.5-Coder-0.5B, one thread of a 2-core AMD EPYC, medians of 9 to 15 interleaved rounds,
 2026-11-29). A CUDA graph was not run.
-
-Does not know: prompts, agents.
 
     B rows   D hidden   S slots
 """
@@ -30,11 +28,11 @@ from ..core.model import Block, Qwen3
 from .few_rows import MAX_ROWS
 from .packed import CPULinear, can_pack, has_units
 
-SPARE_SLOTS = 256  # steps until a recorded step must be recorded anew
+SPARE_SLOTS = 256  # steps after which the step must be recorded again
 
 
 def check_compiler(device_type: str) -> None:
-    """Check, before any file is read, that torch.compile has the compilers that it calls.
+    """Check, before any file is read, that torch.compile has the compilers that it needs.
 
     Raises ValueError without a C++ compiler, or on a GPU without Triton.
     """
@@ -52,25 +50,25 @@ def check_compiler(device_type: str) -> None:
 
 
 def compile_steps(model: Qwen3) -> None:
-    """Compile the model's steps of one position, in place. The first step takes seconds for it.
+    """Compile the model's steps of one position, in place. The first step takes seconds longer.
 
-    On a CPU a model of packed bf16 weights or of float16 stays as it is: compiled, its steps were
-    less than 1.1 times as fast.
+    On a CPU a model with packed bf16 weights or in float16 stays as it is, because its compiled
+    steps were less than 1.1 times as fast.
     """
     plain = any(isinstance(layer, CPULinear) for layer in model.model.layers.modules())
     if plain and (can_pack() or model.dtype == torch.float16):
         return
-    # The compiler cannot trace this question, only keep its answer. Not a decorator: that would
-    # import the compiler, 2 s and 75 MB, with every `import minimas`.
+    # The compiler cannot trace `has_units`, but can keep its result. This is not a decorator,
+    # which would import the compiler, 2 s and 75 MB, with every `import minimas`.
     torch.compiler.assume_constant_result(has_units)
     compiled = Compiled(model)
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
 
 
 def allocate(cache: KVCache) -> None:
-    """Allocate the slot of the next step, and some to spare.
+    """Allocate the slot of the next step, and spare slots for later steps.
 
-    A compiled step cannot do it, and a recorded one needs tensors that stay where they are.
+    A compiled step cannot allocate slots, and a recorded step needs tensors that do not move.
     """
     needed = max(cache.lengths) + 1
     if cache.keys[0].shape[2] <= needed:  # `append` keeps one slot free
@@ -81,8 +79,8 @@ def allocate(cache: KVCache) -> None:
 class Compiled:
     """A model's step of one position with compiled layers.
 
-    On a CPU more than `few_rows.MAX_ROWS` rows are left to the layers as they are: there the
-    products take nearly all the time, and compiling them takes minutes.
+    On a CPU more than `few_rows.MAX_ROWS` rows go through the layers without compilation, because
+    the products take nearly all of their time, and compiling them takes minutes.
     """
 
     def __init__(self, model: Qwen3) -> None:
@@ -100,7 +98,7 @@ class Compiled:
         block = Block.forward if many else self.block
         decoder = self.model.model
         for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            # A cache of one layer: the number of a layer would become part of the compiled code.
+            # Pass a cache of one layer: a layer number would become part of the compiled code.
             one = copy.copy(cache)
             one.keys, one.values = [keys], [values]
             x = block(layer, x, positions, one, 0)
@@ -108,11 +106,12 @@ class Compiled:
 
 
 class Recorded:
-    """A model's step of one position on one cache, for as long as the cache keeps its tensors.
+    """A model's step of one position, recorded for one cache and its current tensors.
 
-    A recording holds addresses, not values. So positions are a tensor, keys go to the slots that
-    it names, and queries read all allocated slots under a mask. A step on another cache, or on one
-    that has grown, is recorded anew. The cache is not kept alive.
+    A recording holds addresses, not values. Therefore positions are a tensor, keys go to the slots
+    that this tensor names, and queries attend to all allocated slots under a mask. A step on
+    another cache, or on one that has grown, is recorded again. The recording does not keep the
+    cache alive.
     """
 
     def __init__(self, layers: Callable[..., Tensor]) -> None:
@@ -122,19 +121,19 @@ class Recorded:
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
         allocate(cache)
-        # Not blocking: the host would wait for the step before.
+        # A blocking copy would make the host wait for the previous step.
         slots = torch.tensor(cache.lengths)[:, None].to(cache.device, non_blocking=True)  # (B, 1)
-        # The tensors and not their addresses, which a later cache of another shape may have too.
-        # `self`, because a deep copy of this object is for another model.
+        # Compare the tensors, not their addresses, which a later cache of another shape may reuse.
+        # `self` is included because a deep copy of this object is for another model.
         used = (self, cache, *cache.keys, *cache.values)
         if [id(old()) for old in self.recorded_for] != [id(new) for new in used]:
-            self.recorded_for, self.replay = [], None  # its memory is free for the new one
+            self.recorded_for, self.replay = [], None  # frees its memory for the new recording
             self.replay = self._record(cache, inputs_embeds, slots)
             self.recorded_for = [weakref.ref(new) for new in used]
         return self.replay(inputs_embeds, slots).clone()  # type: ignore[no-any-return]
 
     def _record(self, cache: KVCache, *sample: Tensor) -> Callable[..., Any]:
-        """Return the step of `cache` as a recorded function of embeddings and slots."""
+        """Return the step on `cache` as a recorded function of embeddings and slots."""
         the_cache: Any = weakref.ref(cache)
         total = cache.keys[0].shape[2] - 1  # `append` keeps one slot free
 
@@ -143,5 +142,5 @@ class Recorded:
             return self.layers(inputs_embeds, positions, the_cache())
 
         with torch.cuda.device(cache.device):
-            copies = tuple(x.clone() for x in sample)  # what the recording reads
+            copies = tuple(x.clone() for x in sample)  # the inputs that the recording reads
             return torch.cuda.make_graphed_callables(step, copies)

@@ -1,20 +1,18 @@
-"""A few bf16 rows times a bf16 matrix, as sums that torch.compile turns into one loop.
+"""Multiply a few bf16 rows by a bf16 matrix, with sums that torch.compile turns into one loop.
 
-A step of few rows is bound by reading the weights, and torch's own kernel does not reach the
-memory's speed on a CPU without matrix units. Here each 32-bit word is read once and its two weights
-are taken out of it: bf16 is the upper half of float32. The outputs are computed in two halves of
-the matrix at the same time, because a core reads two streams faster than one. Without a compiler
-the function computes the same, slowly.
+A step of a few rows is limited by reading the weights, and torch's own kernel does not reach the
+memory's speed on a CPU without matrix units. Here each 32-bit word is read once, and a shift and a
+mask extract its two weights, because bf16 is the upper half of float32. The two halves of the
+matrix are multiplied at the same time, because a core reads two streams faster than one. Without a
+compiler the function returns the same result, slowly.
 
-What it gains (Qwen2.5-Coder-0.5B in bf16, one thread of a 2-core AMD EPYC with AVX2, 2026-11-29,
+The gain (Qwen2.5-Coder-0.5B in bf16, one thread of a 2-core AMD EPYC with AVX2, 2026-11-29,
 processor time, medians of 15 and of 7 interleaved rounds): a compiled latent step of one row takes
-81 ms with this loop and 128 ms without it, so it is 1.6 times as fast. A compiled step of eight
-rows takes 200 ms, and one that is not compiled 357 ms, 1.8 times as long. For 8-bit weights the
-same loop gained less than 1.2 times and was removed. It was not run on AVX-512.
+81 ms with this loop and 128 ms without it, so it is 1.6 times as fast. A step of eight rows takes
+200 ms compiled, and 357 ms not compiled, 1.8 times as long. For 8-bit weights the same loop gained
+less than 1.2 times and was removed. It was not run on AVX-512.
 
     R rows   K inputs   N outputs
-
-Does not know: layers.
 """
 
 import torch
@@ -31,9 +29,9 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x Wᵀ, bf16 (…, K) and (N, K) -> float32 (…, N)."""
-    # Even inputs, then odd ones, (R, 2, K / 2).
+    # The even inputs, then the odd inputs: (R, 2, K / 2).
     inputs = x.float().view(-1, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
-    # as_strided puts the inputs into memory; without it they are computed anew for every output.
+    # as_strided puts the inputs into memory. Without it they are computed again for every output.
     inputs = inputs.as_strided(inputs.shape, inputs.stride())
     sums = []
     # The words are passed as float32: the compiler's AVX2 code loads integers one by one.
@@ -42,5 +40,5 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         even = (words << 16).view(torch.float32)
         odd = (words & -65536).view(torch.float32)
         sums.append((even * inputs[:, 0] + odd * inputs[:, 1]).sum(-1))  # (N / 2, R)
-    # Contiguous: with another layout the layers after this one would be compiled anew.
+    # Contiguous: another layout would cause another compilation of the layers after this one.
     return torch.cat(sums).T.contiguous().view(*x.shape[:-1], -1)  # (…, N)

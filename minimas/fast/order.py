@@ -3,14 +3,12 @@
 torch multiplies a few rows by packed 4-bit values directly. That kernel unpacks the matrix again
 for every few rows of x, so a prefill is faster when the matrix is unpacked once and multiplied in
 16 or 32 bits. torch has no operator that unpacks, and each instruction set has its own order of
-values. The orders below are those of torch's source; `order_of_this_cpu` finds the right one by
-trial. What it gains in q4 (three layers of Qwen2.5-0.5B's shapes, one thread of a 2-core AMD EPYC
+values. The orders below are those in torch's source code. `order_of_this_cpu` finds the right one
+by trial. The gain in q4 (three layers of Qwen2.5-0.5B's shapes, one thread of a 2-core AMD EPYC
 with AVX2, 2026-11-29): a prefill of 512 rows takes 890 ms in place of 1,430 ms through the kernel,
-1.58 times as fast. On a CPU without vectors one of 16 rows takes 470 in place of 2,060 ms.
+1.58 times as fast. On a CPU without vectors, a prefill of 16 rows takes 470 in place of 2,060 ms.
 
     N outputs, rows of W   K inputs   G = K / 32 groups of inputs, each with a scale and a zero
-
-Does not know: formats, layers.
 """
 
 from functools import cache
@@ -27,8 +25,8 @@ TILE = 64  # every CPU's kernel takes a multiple of this number of rows of W
 class Order(NamedTuple):
     """How rows of W share bytes: in tiles of `tile` rows, two rows in each byte.
 
-    The low halves of a tile's bytes are its first half of rows, or the even rows if `alternate`.
-    `max_kernel_rows` is the number of rows of x up to which the kernel is faster than unpacking.
+    The low half of each byte holds a row from the first half of the tile, or an even row if
+    `alternate`. The kernel is faster than unpacking for at most `max_kernel_rows` rows of x.
     """
 
     tile: int
@@ -46,12 +44,12 @@ ORDERS = (
 
 
 def pack4(values: Tensor) -> Tensor:
-    """Return values uint8 (N, K) in 0 … 15 in the device's order; N is a multiple of 64."""
+    """Return uint8 values (N, K), 0 … 15, packed in the device's order; N is a multiple of 64."""
     if values.is_cpu:
         pack = aten._convert_weight_to_int4pack_for_cpu
         return pack(values.int(), 1)  # type: ignore[no-any-return]
-    pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # the even input in the high bits
-    tiles = 8 if values.shape[1] % 128 == 0 else 2  # of 16 inputs, read together
+    pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # even inputs in the high bits
+    tiles = 8 if values.shape[1] % 128 == 0 else 2  # tiles of 16 inputs that are read together
     return aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]
 
 
@@ -62,10 +60,10 @@ def multiply4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def unpack4(packed: Tensor, scales: Tensor, order: Order) -> Tensor:
-    """Return W (N, K) in bf16 = (values − 8) · scale + zero.
+    """Return W = (values − 8) · scale + zero, (N, K) in bf16.
 
-    `packed` is what `pack4` returns on a CPU of that `order`, `scales` (G, N, 2) has scales and
-    zeros. All steps keep the inputs first, as the kernel stores them, so nothing is transposed.
+    `packed` is the result of `pack4` on a CPU with this `order`, and `scales` (G, N, 2) has scales
+    and zeros. All steps keep the inputs first, as the kernel stores them, so nothing is transposed.
     """
     G, N, _ = scales.shape
     pairs = packed.view(-1, G * GROUP, order.tile // 2).transpose(0, 1)  # (K, N / tile, tile / 2)
@@ -77,7 +75,7 @@ def unpack4(packed: Tensor, scales: Tensor, order: Order) -> Tensor:
 
 @cache
 def order_of_this_cpu() -> Order | None:
-    """Return the order of this CPU's kernel, found by trial; None if it is not one of ORDERS."""
+    """Return the order of this CPU's kernel, found by trial, or None if it is not in ORDERS."""
     with torch.device("cpu"):
         values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)
         scales = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values

@@ -1,13 +1,13 @@
 """16-bit products on a CPU: weights packed for its matrix units, or else widened to 32 bits.
 
-Packing: `F.linear` in bf16 on AVX-512 reads memory at half speed and takes 1.5 times as long for
-eight rows; packed, eight rows cost as much as one. The README's latent step of one row took 63 ms,
-that of transformers without logits 118 ms (2-core AMD EPYC with AVX-512, 2026-11-24).
-Widening: without matrix units torch multiplies row by row. The products of 64 rows (a layer of
-Qwen2.5-0.5B, one thread) take 110 ms widened and 502 ms by `F.linear`, 4.6 times as fast; of eight
-rows 53 and 65 ms (2-core AMD EPYC with AVX2, 2026-11-29).
+Packing: on AVX-512, `F.linear` in bf16 reads memory at half speed and takes 1.5 times as long for
+eight rows as for one. With packed weights, eight rows take as long as one. The README's latent step
+of one row took 63 ms, and the same step in transformers without logits 118 ms (2-core AMD EPYC with
+AVX-512, 2026-11-24).
 
-Does not know: files, fewer bits.
+Widening: without matrix units torch multiplies row by row. The products of 64 rows (a layer of
+Qwen2.5-0.5B, one thread) take 110 ms widened and 502 ms with `F.linear`, so widening is 4.6 times
+as fast. The products of eight rows take 53 and 65 ms (2-core AMD EPYC with AVX2, 2026-11-29).
 """
 
 from functools import cache, partial
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from . import few_rows
 
 mkldnn = torch.ops.mkldnn
-MAX_NARROW_ROWS = 3  # up to here row by row is faster than widening (AVX2)
-CHUNK_WEIGHTS = 2**20  # widened at a time: 4 MB of float32 stay in the cache until they are used
+MAX_NARROW_ROWS = 3  # most rows for which row by row is faster than widening (AVX2)
+CHUNK_WEIGHTS = 2**20  # weights widened at a time: 4 MB of float32, which stay in the cache
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU multiplies `dtype`: bf16 from AVX-512 on x86, fp16 on few CPUs."""
+    """Return whether this CPU has units for `dtype`: on x86, bf16 from AVX-512, fp16 rarely."""
     if dtype.itemsize != 2:
         return True
     bf16, fp16 = mkldnn._is_mkldnn_bf16_supported, mkldnn._is_mkldnn_fp16_supported
@@ -46,10 +46,10 @@ def can_pack() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `F.linear`; many 16-bit rows on a CPU without units for them are computed in 32 bits.
+    """Return `F.linear`, but compute many 16-bit rows on a CPU without units for them in 32 bits.
 
-    Rounding happens once, at the end. Inputs with a gradient go to `F.linear`: a gradient would
-    keep every widened chunk.
+    The result is rounded once, at the end. Inputs with a gradient go to `F.linear`, because
+    autograd would keep every widened chunk.
     """
     few = x.shape[:-1].numel() <= MAX_NARROW_ROWS
     if not x.is_cpu or has_units(x.dtype) or few or x.requires_grad:
@@ -65,9 +65,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class CPULinear(nn.Module):
     """A linear layer whose frozen bf16 weight is replaced by a packed one at its first use.
 
-    Packing is the reordering that the compiler's freezing does; the results are bit-equal.
-    `.weight` and `state_dict()` return copies; `.to()` and `copy.deepcopy` restore the plain
-    weight. One that cannot be packed is multiplied by `linear`, and in compiled steps by
+    Packing is the same reordering as in the compiler's freezing, and the results are bit-equal.
+    `.weight` and `state_dict()` return copies. `.to()` and `copy.deepcopy` restore the plain
+    weight. A weight that cannot be packed is multiplied by `linear`, and in compiled steps by
     `few_rows`.
     """
 
@@ -87,7 +87,7 @@ class CPULinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def pack(self) -> bool:
-        """Pack a frozen bf16 weight on the CPU, where this CPU can. Returns if it is packed."""
+        """Pack a frozen bf16 weight on the CPU if this CPU can. Returns whether it is packed."""
         if self.packed is None and can_pack():
             weight = self.weight
             if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
@@ -101,14 +101,14 @@ class CPULinear(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # .to(), .float(), .cuda(): a packed weight is for one dtype and device.
+        # Called by .to(), .float() and .cuda(): a packed weight has a fixed dtype and device.
         packed, self.packed = self.packed, None
         if packed is not None:
             self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> Any:
-        # A packed weight cannot be copied: both copies are packed again at their next use.
+        # A packed weight cannot be copied, so both copies are packed again at their next use.
         self._apply(lambda weight: weight)
         return super().__getstate__()  # type: ignore[no-untyped-call]
 

@@ -1,14 +1,14 @@
 """One model on several GPUs: every rank of torchrun holds a part of each layer (tensor parallel).
 
-The heads of attention and the inner features of the MLP are divided among N ranks (Megatron-LM,
-arXiv 1909.08053): q, k, v, gate and up by their outputs, o and down by their inputs. So a rank
-computes an N-th of a layer, with an N-th of the KV cache, and its share of the layer's sum. Shares
-are added up after o and down by torch.distributed.tensor.parallel. A rank reads its part of a
-checkpoint as a smaller model, so every format that a layer can have works, except compiled steps.
-Norms, the embedding and the LM head are whole on every rank: W_a needs the last two.
+The heads of attention and the inner features of the MLP are divided among the ranks (Megatron-LM,
+arXiv 1909.08053): q, k, v, gate and up by their outputs, o and down by their inputs. Of R ranks,
+each one computes 1 / R of a layer, with 1 / R of the KV cache, and its share of the layer's sum.
+torch.distributed.tensor.parallel adds up the shares after o and down. A rank reads its part of a
+checkpoint as a smaller model, so every format of a layer works, but compiled steps do not. Norms,
+the embedding and the LM head are whole on every rank, because W_a needs the last two.
 
-Each rank runs the same program. What it computes is the same on all of them, because the shares are
-added in one order. Does not know: questions, who prints.
+Each rank runs the same program and gets the same results, because the shares are added in the same
+order everywhere. This file does not depend on questions or printing.
 
     N outputs   K inputs
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 from ..core.errors import ParameterError
 from .order import GROUP
 
-BY_INPUTS = ("o_proj", "down_proj")  # of the layers of a block; the others by their outputs
+BY_INPUTS = ("o_proj", "down_proj")  # divided by inputs; the other layers of a block by outputs
 
 
 def join(device: torch.device, parallel: Any) -> Any:
-    """Return the DeviceMesh of the ranks that hold one model: all if `parallel` is True, else it.
+    """Return the DeviceMesh of the ranks that hold one model: all ranks, or `parallel` itself.
 
     Raises ValueError if this process is not one of several ranks that torchrun has started.
     """
@@ -42,10 +42,13 @@ def join(device: torch.device, parallel: Any) -> Any:
 
 
 class Part:
-    """What one rank reads of a checkpoint, in place of a `Folder` or a `GGUF`."""
+    """One rank's part of a checkpoint, for use in place of a `Folder` or a `GGUF`."""
 
     def __init__(self, source: Any, mesh: Any) -> None:
-        """Raises ValueError if heads or features do not divide by the number of ranks."""
+        """Divide the sizes in the config by the number of ranks.
+
+        Raises ValueError if a size is not a multiple of it.
+        """
         self.source, self.rank, self.ranks = source, mesh.get_local_rank(), mesh.size()
         self.config = source.config
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -67,11 +70,11 @@ class Part:
         return part.contiguous()
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """Read this rank's part of a tensor onto the CPU."""
+        """Return this rank's part of the tensor `key` in `dtype`, on the CPU."""
         return self.of(key, self.source.read(key, dtype))
 
     def kept_as(self, key: str) -> str:
-        """Return the format of the file that a matrix keeps; "" if a group would be cut."""
+        """Return the format in which a matrix keeps its size, or "" if a group would be cut."""
         kept: str = self.source.kept_as(key)
         N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
         cut = N % self.ranks or K // GROUP % self.ranks
@@ -83,7 +86,7 @@ class Part:
 
 
 def add_shares(model: Any, mesh: Any) -> None:
-    """Let the layers that are divided by their inputs add up the shares of all ranks, in place."""
+    """Make the layers that are divided by their inputs add up all ranks' shares, in place."""
     from torch.distributed.tensor import Partial, Replicate
     from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 

@@ -1,17 +1,18 @@
-"""Linear layers of 4 and 8 bits: what each format stores, where it runs, how a matrix is quantized.
+"""Linear layers in 4 and 8 bits: what each format stores, where it runs, how weights are rounded.
 
-A step of one row reads every weight once and computes little, so fewer bytes take less time. Few
+A step of one row reads every weight once and computes little, so fewer bytes take less time. A few
 rows go through torch's kernels, which read the packed values. For more rows the matrix is unpacked
-and multiplied in 16 or 32 bits (see order.py for what that gains).
+and multiplied in 16 or 32 bits (see order.py for the gain).
 
 The README's latent step of one row is 1.76 times as fast in q4 as in bf16 (2-core AMD EPYC with
 AVX-512, 2026-11-24), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). The products of eight
 rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20 ms in q8, 2.0 and
-2.6 times as fast; those of one row 8, 7 and 7 ms (2-core AMD EPYC with AVX2, 2026-11-29).
+2.6 times as fast. The products of one row take 8, 7 and 7 ms (2-core AMD EPYC with AVX2,
+2026-11-29).
 
-W_a is computed from embedding and LM head, so no format changes them. Those of a GGUF file are few
-bits already and stay so. Packing belongs to a device, so a quantized model is not moved. Does not
-know: models, files, the order in which tensors arrive.
+W_a is computed from embedding and LM head, so no format changes them. In a GGUF file they may have
+few bits already, and keep them. Packing depends on the device, so a quantized model cannot be
+moved. This file does not depend on models, files or the order in which tensors are read.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 """
@@ -30,9 +31,9 @@ from .order import GROUP, TILE, aten, multiply4, order_of_this_cpu, pack4, unpac
 from .packed import linear
 
 FORMATS = {  # bits of each weight
-    "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, fitted
+    "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, see `fit`
     "q8": 8,  # 8-bit values, a bf16 scale for every row
-    "nf4": 4.127,  # 4-bit normal floats, an 8-bit scale for every 64
+    "nf4": 4.127,  # 4-bit normal floats, an 8-bit scale for every 64 values
     "int8": 8,  # 8-bit values, a float32 scale for every row
 }
 TORCH_FORMATS = ("q4", "q8")  # multiplied by torch's kernels, the others by those of bitsandbytes
@@ -66,7 +67,7 @@ def has_kernels(device: torch.device) -> bool:
 def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
     """Return the layer of format `name` for a matrix (N, K), on its device.
 
-    Returns None where the sizes do not divide into the format's blocks.
+    Returns None if the sizes do not divide into the format's blocks.
     """
     N, K = weight.shape
     if name == "q8":
@@ -91,14 +92,14 @@ def replacement(
 ) -> nn.Module | None:
     """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
-    `source` has `read` of tensors, `kept_as` and, if that is ever "q4", `blocks`. The matrices of a
-    GGUF file stay at its size in a 16-bit model where the kernels run: as q4 with the file's own
-    values, whatever `quantize` says, or in 8 bits, unless it says q4.
+    `source` is a `Folder`, `GGUF` or `Part`. If the model has 16 bits and the kernels run on the
+    device, the matrices of a GGUF file keep its size. Matrices in 4 bits become q4 with the file's
+    own values, also if `quantize` is q8. Others become 8-bit layers, unless `quantize` is q4.
     """
     key = f"{name}.weight"
     runs = dtype.itemsize == 2 and has_kernels(device)
     form = stored = source.kept_as(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
-    if name.endswith("_proj") and stored != "q4":  # W_a is computed from embedding and LM head
+    if name.endswith("_proj") and stored != "q4":  # not embedding and LM head: W_a needs them
         form = quantize or stored
     if not form:
         return None
@@ -113,9 +114,9 @@ def replacement(
 
 
 def finish(model: Any, quantize: str | None) -> None:
-    """Complete a model whose layers were replaced, and refuse to move it from now on.
+    """Complete a model whose layers were replaced. Moving it raises an error from now on.
 
-    A tied LM head is the embedding itself if that has 8 bits, else it becomes an 8-bit copy. Warns
+    A tied LM head becomes the embedding itself if that has 8 bits, else an 8-bit copy of it. Warns
     of matrices that were not quantized.
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
@@ -137,10 +138,10 @@ def finish(model: Any, quantize: str | None) -> None:
 
 
 def in_chunks(function: Any, weight: Tensor) -> Any:
-    """Return what `fit` or `round_rows` does, computed in chunks of rows.
+    """Return the result of `fit` or `round_rows`, computed in chunks of rows.
 
-    They stay in the cache of a CPU, which makes fitting 3.4 times as fast (AVX2). A GPU gets fewer
-    and larger ones.
+    The chunks stay in the cache of a CPU, which makes fitting 3.4 times as fast (AVX2). A GPU gets
+    fewer and larger chunks.
     """
     size = 2**18 if weight.is_cpu else 2**24
     parts = map(function, weight.split(size // weight.shape[1]))
@@ -150,10 +151,11 @@ def in_chunks(function: Any, weight: Tensor) -> Any:
 def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return values uint8 (N, K) in 0 … 15, scale and zero bf16 (N, G).
 
-    (values − 8) · scale + zero is near `weight`. Rounding between a group's extremes spends the
-    grid on them. Instead, as in llama.cpp's quantizer, the squared error is minimized over scale
-    and zero, and larger weights count more: rounding and weighted least squares in turn, from the
-    full range and from a narrower one. The best of all is kept, by the error of what is stored.
+    (values − 8) · scale + zero is near `weight`. A grid from a group's minimum to its maximum would
+    serve these extremes only. Instead, as in llama.cpp's quantizer, scale and zero minimize the
+    squared error, in which larger weights count more. Rounding and weighted least squares
+    alternate, beginning with the full range and with a narrower range. Of all candidates, the one
+    with the smallest error, after scale and zero are rounded to bf16, is kept.
     """
     x = weight.float().view(-1, GROUP)  # (N · G, 32)
     low, high = x.aminmax(dim=-1, keepdim=True)
@@ -179,7 +181,7 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             scale = torch.where(slope > 1e-30, slope, scale)
             zero = mean(x) - scale * centre
         grids.append((scale, zero))
-    # What is stored, (4, N · G, 1).
+    # Scale and zero as they are stored, (4, N · G, 1).
     scale, zero = (torch.stack(parts).bfloat16() for parts in zip(*grids, strict=True))
     error = nearest(scale, zero) * scale + zero - x
     best = mean(error.square()).argmin(0, keepdim=True)
@@ -189,10 +191,10 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values int8 (N, K) and scale bf16 (N,), so that values · scale is near `weight`."""
+    """Return int8 values (N, K) and a bf16 scale (N,); values · scale is near `weight`."""
     x = weight.float()
     scale = (x.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
-    # Below 127.5: rounding to bf16 makes the scale smaller by less than a part in 256.
+    # |x / scale| is below 127.5: rounding to bf16 makes the scale smaller by less than 1 / 256.
     return (x / scale).round_().to(torch.int8), scale[:, 0]
 
 
@@ -200,7 +202,7 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raise ValueError: the `_apply` of a quantized model, called before anything is moved."""
+    """Raise ValueError. This is the `_apply` of a quantized model, called before it is moved."""
     raise ValueError(
         "to(): found a quantized model, packed for its device; expected load() with device=, dtype="
     )
@@ -209,7 +211,7 @@ def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
 class QuantizedLinear(nn.Module):
     """x Wᵀ + b with W (N, K) in fewer bits; `.weight` and `state_dict()` return W in bf16.
 
-    `max_kernel_rows` is the number of rows of x up to which `multiply` is faster than unpacking.
+    `multiply` is faster than unpacking for at most `max_kernel_rows` rows of x.
     """
 
     bias: Tensor | None
@@ -284,7 +286,7 @@ class Q8Linear(QuantizedLinear):
         super().__init__(weight.shape, bias)
         self.dtype = weight.dtype
         self.values, scale = in_chunks(round_rows, weight)
-        # CUDA's kernel would convert them at every call.
+        # CUDA's kernel would convert a bf16 scale in every call.
         self.scale = scale if weight.is_cpu else scale.float()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()

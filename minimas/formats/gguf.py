@@ -1,9 +1,9 @@
 """Present a .gguf file as the Hugging Face folder it was made from: JSON files, tensors by name.
 
-What llama.cpp's converter did is undone: the tensors' names, the order of Q's and K's rows, tied
-embeddings that are stored twice. What is not supported, or not known for certain, is refused by
-name. Does not know: bytes (gguf_file.py), models, devices, which tensors are missing
-(core/checkpoint.py compares the shapes).
+The changes of llama.cpp's converter are undone: the names of tensors, the order of the rows of Q
+and K, and tied embeddings that are stored twice. A field that is not supported, or not known for
+certain, raises an error that names it. gguf_file.py reads the bytes, and core/checkpoint.py finds
+missing tensors.
 
 Source: llama.cpp's convert_hf_to_gguf.py and its list of pre-tokenizers, llama-vocab.cpp.
 """
@@ -19,8 +19,8 @@ from ..core.checkpoint import EMBEDDING, HEAD
 from ..core.config import Config
 from .gguf_file import FLOATS, StoredTensor, read_header, table
 
-CHUNK_WEIGHTS = 2**20  # decoded at a time
-# Parts of a model and of a layer, by GGUF's names and by Hugging Face's.
+CHUNK_WEIGHTS = 2**20  # weights decoded at a time
+# The parts of a model and of a layer: GGUF's names and Hugging Face's names.
 TOP = dict(
     table("""
         token_embd model.embed_tokens
@@ -58,7 +58,7 @@ FIELDS = dict(
         rope_theta rope.freq_base
     """)
 )
-# Metadata that changes the mathematics, and the values that mean "not in use", as absence does.
+# Metadata that changes the forward pass -> the values that mean "not in use", like absence.
 UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
@@ -74,8 +74,8 @@ UNSUPPORTED: dict[str, Any] = {
         (0,),
     ),
 }
-# How a text is cut into words, by tokenizer.ggml.pre. Only those whose Hugging Face tokenizer is
-# known for certain.
+# Regular expressions that cut text into words, by tokenizer.ggml.pre. A name is listed only if its
+# Hugging Face tokenizer is known for certain.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -95,17 +95,18 @@ PRE_TOKENIZERS = {
         ("gpt-2", GPT2_WORDS),
     )
 }
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
-# A file names one end token, and the model may generate another. llama.cpp stops at these too.
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values in tokenizer.ggml.token_type
+# A file names one end token, but the model may generate another. llama.cpp also stops at these.
 END_TOKENS = "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>".split()
 
 
 class GGUF:
     """A .gguf file, with its shards, as a Hugging Face folder: `files`, and tensors by name.
 
-    `files` holds config.json, generation_config.json and, unless `no_tokenizer` is a sentence that
-    says why not, tokenizer.json and tokenizer_config.json. `tensors` and their `shapes` are by
-    Hugging Face's names. `needs` says which package is missing to compare LM head and embedding.
+    `files` holds config.json and generation_config.json. It also holds tokenizer.json and
+    tokenizer_config.json, unless `no_tokenizer` is a sentence that says why not. `tensors` and
+    their `shapes` are by Hugging Face's names. `needs` says which package is missing to compare LM
+    head and embedding.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,13 +133,13 @@ class GGUF:
             value = header.metadata.get(field, allowed[0])
             header.require(value in allowed, field, repr(value), f"{allowed[0]!r}, nothing else")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
-        self._ids: dict[str, int] = {}  # of special tokens; -1, as in llama.cpp, if there is none
+        self._ids: dict[str, int] = {}  # of special tokens; -1 for none, as in llama.cpp
         for name in "eos eot eom unknown padding bos".split():
             field = f"tokenizer.ggml.{name}_token_id"
             self._ids[name] = value = header.value(field, int, -1)
             header.require(value < c.vocab_size, field, value, f"an id below {c.vocab_size:,}")
         tokens = header.value("tokenizer.ggml.tokens", list, [])
-        # Those that end a text or a turn, the file's own first.
+        # The tokens that end a text or a turn, the file's own first.
         ends = [i for i in list(self._ids.values())[:3] if i >= 0]
         ends += [i for i, token in enumerate(tokens) if token in END_TOKENS and i not in ends]
         self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
@@ -187,8 +188,8 @@ class GGUF:
     def _tie(self) -> bool:
         """Return whether embedding and LM head are one matrix.
 
-        They are if the file has no head, or if the two differ by their rounding only. Then the
-        finer one is kept for both.
+        They are if the file has no LM head, or if the two differ only by rounding. In the second
+        case, the more precise one is kept for both.
         """
         tensors, field = self.tensors, "tensor token_embd.weight"
         self._header.require(EMBEDDING in tensors, field, "nothing", "a matrix")
@@ -198,10 +199,10 @@ class GGUF:
         coarse, fine = sorted((embedding, head), key=lambda tensor: tensor.row_bytes)
         try:
             a, b = coarse.read(0, 64).float(), fine.read(0, 64).float()
-        except ImportError as error:  # enough to describe the file; `read` raises it again
+        except ImportError as error:  # the file can still be described; `read` raises again
             self.needs = f"; LM head and embedding were not compared: {error}"
             return False
-        # Measured: at most 0.12 from 4 bits on and 0.27 for Q2_K; unrelated matrices are at 1.4.
+        # Measured distance: at most 0.12 from 4 bits on, 0.27 for Q2_K, 1.4 for unrelated matrices.
         bits = 8 * coarse.row_bytes / coarse.shape[-1]
         if not torch.dist(a, b) <= max(0.2, 2.5 / 2**bits) * b.norm():
             return False
@@ -222,14 +223,14 @@ class GGUF:
             "model_type": family,
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
-            # The type of the matrices, if they all have the same.
+            # The type of the matrices, if all of them have the same.
             "dtype": FLOATS.get(" ".join(kinds), "bfloat16"),
         }
 
     def _tokenizer(self) -> dict[str, Any]:
         """Return the two files of a byte-level BPE tokenizer.
 
-        Raises ValueError where they would be a guess.
+        Raises ValueError if their content would be a guess.
         """
         value, require = self._header.value, self._header.require
         model = value("tokenizer.ggml.model", str)
@@ -241,7 +242,7 @@ class GGUF:
         types = value("tokenizer.ggml.token_type", list)
         expected = f"{len(tokens)}, one for every token"
         require(len(types) == len(tokens), "tokenizer.ggml.token_type", len(types), expected)
-        # Unused tokens are left out. Added ones are not: the library would renumber them.
+        # Unused tokens are left out. Added tokens stay, because the library would renumber them.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
         different = len(vocabulary) == len(types) - types.count(UNUSED)
         require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
@@ -267,7 +268,7 @@ class GGUF:
         }
         by_id = dict(enumerate(tokens))
         names = {"eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-        if self.config.model_type == "llama":  # Qwen has none, but the converter stores one
+        if self.config.model_type == "llama":  # Qwen has no bos token, but the converter stores one
             names["bos"] = "bos_token"
         settings = {field: by_id.get(self._ids[name]) for name, field in names.items()}
         settings["chat_template"] = self._header.metadata.get("tokenizer.chat_template")

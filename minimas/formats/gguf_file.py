@@ -1,9 +1,9 @@
 """Read a .gguf file by GGUF's own names: its metadata, and its tensors a range of rows at a time.
 
-The file is read, not mapped into memory. So it never stays resident, and a file that shrinks
-meanwhile raises an error, where a mapping would end the process. Every count, offset and type is
-checked against the file before it is used. The common types are decoded here, all others by the
-package `gguf`. Does not know: what the metadata and the tensors mean (gguf.py), models, devices.
+The file is read, not mapped into memory, so it never stays resident. If it becomes shorter in the
+meantime, an error is raised, whereas a mapping would crash the process. Every count, offset and
+type is checked against the file before it is used. The common types are decoded here, all others by
+the package `gguf`. gguf.py interprets the metadata and the tensors.
 
 Source: the GGUF specification (ggml, docs/gguf.md).
 """
@@ -23,12 +23,13 @@ def table(text: str) -> list[list[str]]:
     return [line.split() for line in text.strip().splitlines()]
 
 
-SCALARS = "BbHhIif?  Qqd"  # letter in `struct` of each type of a metadata value
-STRING, ARRAY = 8, 9  # the types that have none
-# Number of a tensor's type -> its name, weights per block and bytes per block, 0 if it cannot be
-# decoded. Then, for block types that are decoded here: the order of a block's parts, the value that
-# means 0 in a type without minimums, how low and high bits of values are spread (`bit_fields`), and
-# the parts' bytes. Parts are float16 numbers, a K-quant's factors of them, high bits, low bits.
+SCALARS = "BbHhIif?  Qqd"  # the letter in `struct` of each type of metadata value
+STRING, ARRAY = 8, 9  # the types without a letter
+# Number of a tensor's type -> its name, weights per block and bytes per block (0 if it cannot be
+# decoded). Block types that are decoded here also have: 1, or -1 if a block's parts are in reverse
+# order; the value that means 0 in a type without minimums; `bits` and `run` of `bit_fields` for the
+# low bits, then for the high bits; the bytes of each part. The parts are float16 numbers, a
+# K-quant's factors for them, high bits and low bits.
 TYPES: dict[int, Any] = {
     int(number): (name, *map(int, numbers))
     for number, name, *numbers in table("""
@@ -71,9 +72,10 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # their names
 
 
 def bit_fields(data: Tensor, bits: int, run: int) -> Tensor:
-    """Return the numbers of `bits` bits that bytes consist of, (…, n) -> (…, 8 n / bits) uint8.
+    """Split bytes into numbers of `bits` bits, (…, n) -> (…, 8 n / bits) uint8.
 
-    Of every `run` bytes the lowest bits are the first `run` numbers, and so on.
+    In every `run` bytes, the lowest bits are the first `run` numbers, the bits above them are the
+    next `run` numbers, and so on.
     """
     runs = data.unflatten(-1, (-1, run))  # (…, n / run, run)
     parts = [runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
@@ -83,17 +85,17 @@ def bit_fields(data: Tensor, bits: int, run: int) -> Tensor:
 class StoredTensor(NamedTuple):
     """A tensor of a file: where its bytes are, their type, and its shape. A vector is one row."""
 
-    name: str  # GGUF's
+    name: str  # GGUF's name
     path: Path
-    start: int  # byte of the file
+    start: int  # its first byte in the file
     kind: str  # name of the type
     shape: tuple[int, ...]  # in PyTorch's order, the reverse of the file's
     rows: int
     row_bytes: int
-    layout: list[int]  # the end of its line in TYPES, empty if it is not decoded here
+    layout: list[int]  # the end of its type's line in TYPES, empty if not decoded here
 
     def read_bytes(self, start: int, stop: int) -> Tensor:
-        """Return the bytes of rows `start` to `stop`, or to the last one, uint8 (n, row_bytes).
+        """Return the bytes of rows `start` to `stop`, or to the last row, uint8 (n, row_bytes).
 
         Raises ValueError if the file has become shorter since it was opened.
         """
@@ -109,11 +111,11 @@ class StoredTensor(NamedTuple):
         return torch.frombuffer(data, dtype=torch.uint8).view(-1, self.row_bytes)
 
     def read_blocks(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return values, scales and minimums of a range of rows of a type with a layout.
+        """Return values, scales and minimums of a range of rows; the type must have a `layout`.
 
         A weight is value · scale + minimum. Values are (n, B, g, w) for B blocks of g groups of w
-        weights, uint8 of Q4 and of types with minimums, else int8. Scales and minimums are float32
-        (n, B, g, 1).
+        weights. They are uint8 in Q4 types and in types with minimums, else int8. Scales and
+        minimums are float32 (n, B, g, 1).
         """
         order, middle, low_bits, low_run, high_bits, high_run, *sizes = self.layout
         blocks = self.read_bytes(start, stop).unflatten(1, (-1, sum(sizes)))  # (n, B, bytes)
@@ -125,8 +127,9 @@ class StoredTensor(NamedTuple):
         if self.kind == "Q6_K":
             scale = scale * parts[1].view(torch.int8)
         elif self.kind.endswith("K"):
-            # Four scales and four minimums have six bits of a byte each. Of the next four the other
-            # two bits of these bytes are the upper ones, and four bytes are the lower ones.
+            # Eight scales and eight minimums have six bits each. The first four scales are the low
+            # bits of `first`, and the first four minimums those of `second`. The top two bits of
+            # these bytes are the top bits of the last four, whose other four bits are in `rest`.
             first, second, rest = parts[1].split(4, -1)
             scale = scale * torch.cat([first & 63, rest & 15 | first >> 6 << 4], -1)
             minimums = [-minimums[0] * torch.cat([second & 63, rest >> 4 | second >> 6 << 4], -1)]
@@ -139,7 +142,7 @@ class StoredTensor(NamedTuple):
     def read(self, start: int, stop: int) -> Tensor:
         """Return the weights of a range of rows, floating-point (n, width), in the file's order.
 
-        Raises ImportError if that needs the package gguf.
+        Raises ImportError if the package gguf is needed and missing.
         """
         if self.layout:
             values, scale, minimum = self.read_blocks(start, stop)
@@ -204,7 +207,7 @@ class Header:
         return value
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
-        # A vocabulary has 300,000.
+        # A vocabulary has 300,000 elements.
         self.require(count <= 10**7, field, f"{count:,} elements", "at most 10,000,000")
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
@@ -249,11 +252,11 @@ class Header:
         return data
 
     def _unpack(self, form: str, field: str) -> tuple[Any, ...]:
-        """Parse what `form`, a format of the module struct, describes."""
+        """Read the values that `form`, a format of the module struct, describes."""
         return struct.unpack(f"<{form}", self._read(struct.calcsize(f"<{form}"), field))
 
     def _string(self, field: str) -> str:
-        # A usual vocabulary has 300,000 strings, and _unpack would take half as long again.
+        # A usual vocabulary has 300,000 strings, and _unpack would take 1.5 times as long.
         length = int.from_bytes(self._read(8, field), "little")
         try:
             return self._read(length, field).decode()
@@ -262,7 +265,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of a file. Of a shard, return that of the first one with all tensors.
+    """Return a file's header. For a shard, return the first shard's header with all tensors.
 
     Raises as `Header` does, and FileNotFoundError if a shard is missing.
     """

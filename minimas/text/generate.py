@@ -3,7 +3,7 @@
 `decode` yields one token per row and step, `stream` turns the tokens into pieces of text, and
 `generate` returns the finished texts. Random numbers come from one generator per question, seeded
 by (seed, question). A text is therefore independent of the other questions in the batch and of
-their order. This file does not know prompts, agents or alignment.
+their order. This file does not depend on prompts, agents or alignment.
 
     B rows   T new positions   D hidden   V vocabulary
 """
@@ -23,8 +23,8 @@ from ..core.model import Qwen3, finite
 from ..core.rotary import for_float64
 from .tokenizer import TextStream, Tokenizer
 
-SHRINK_AT = 0.75  # ended rows leave the batch once this share of its rows, or less, is running
-SMALLEST, LARGEST = math.ulp(0.0), 1e300  # of the numbers that a setting may be: above 0 and finite
+SHRINK_AT = 0.75  # ended rows leave the batch once at most this share of its rows is running
+SMALLEST, LARGEST = math.ulp(0.0), 1e300  # bounds of settings: above 0 and finite
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """The text of one row, its ids, and why it ended: "stop" (an end token) or "length"."""
+    """The text of one row, its token ids, and why it ended: "stop" (an end token) or "length"."""
 
     text: str
     ids: list[int]
@@ -93,8 +93,8 @@ def sample(
 ) -> Tensor:
     """Return the next token of each row, (B,) int64, from logits (B, V).
 
-    There is one generator per row. None stands for a row that has ended, so that no random number
-    is drawn for it. At temperature 0 no generator is used.
+    `generators` holds one generator per row, or None for a row that has ended, so that no random
+    number is drawn for it. At temperature 0 no generator is used.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -102,7 +102,7 @@ def sample(
     scores, order = for_float64(logits).double().topk(kept)  # (B, kept), descending
     # Relative to the largest: near temperature 0 the scores overflow, but their differences do not.
     probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
-    # A token stays if the ones before it have less than top_p; the most likely one always stays.
+    # A token stays if the probabilities before it sum to less than top_p. The first always stays.
     before = probabilities.cumsum(-1) - probabilities
     stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
     probabilities = probabilities.where(stays, 0.0)
@@ -111,10 +111,10 @@ def sample(
         0.0 if g is None else torch.rand((), dtype=torch.float64, generator=g).item()
         for g in generators
     ]
-    # Not blocking: the host would wait for the step before.
+    # A blocking copy would make the host wait for the previous step.
     draw = torch.tensor(draws, dtype=torch.float64).to(mass.device, non_blocking=True)  # (B,)
     place = torch.searchsorted(mass, draw[:, None] * mass[:, -1:], right=True)  # (B, 1)
-    possible = (probabilities > 0).sum(-1, keepdim=True)  # 0 for NaN
+    possible = (probabilities > 0).sum(-1, keepdim=True)  # number of tokens, 0 for NaN
     place = place.minimum(possible.clamp_min(1) - 1)
     return order.gather(1, place)[:, 0].to(logits.device)  # (B,)
 
@@ -139,13 +139,13 @@ def decode(
     prompts: Sequence[Sequence[int]],
     remember: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Yield one token per row and step from hidden (B, 1, D) on, None for a row that has ended.
+    """Yield one token per row in each step, from hidden (B, 1, D) on; None for ended rows.
 
-    Ends when all rows have ended. There is no limit: the caller stops asking. A token enters the
-    KV cache when the next one is asked for; an end token never does. `prompts` are the ids that a
-    repetition penalty counts as earlier tokens.
+    The iterator ends when all rows have ended. It has no limit, so the caller must stop. A token
+    enters the KV cache when the next step is requested, and an end token never does. `prompts`
+    holds the token ids per row that a repetition penalty counts as earlier tokens.
 
-    Without `remember` ended rows leave the batch, and `cache` must not be used afterwards. This
+    Without `remember`, ended rows leave the batch, and `cache` must not be used afterwards. This
     made 96 answers of unequal length 1.6 times as fast (Qwen2.5-0.5B, bf16, AVX2).
     Raises ValueError naming the model if a score is not finite.
     """
@@ -159,7 +159,7 @@ def decode(
         # Nothing is drawn for ended rows: their generators must not depend on the other rows.
         drawing = [generators[row] if row in running else None for row in rows]
         tokens = sample(logits, sampling, drawing)  # (B,)
-        # The one reading of a step: on a GPU it waits for all kernels.
+        # The only copy to the host in a step: on a GPU it waits for all kernels.
         chosen = tokens.where(logits.isfinite().all(-1), -1).tolist()
         if -1 in chosen:
             finite(logits.cpu(), model.name)
@@ -173,7 +173,7 @@ def decode(
         yield step
         if not running:
             return
-        # A compiled step is compiled for one number of rows.
+        # A compiled step has a fixed number of rows.
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
@@ -193,8 +193,8 @@ def stream(
 ) -> Iterator[tuple[int, str, GeneratedText | None]]:
     """Yield (row, piece of text, None) per token, and (row, last piece, GeneratedText) at the end.
 
-    Takes what `decode` takes, and stops after `max_new_tokens`. With `remember` the KV cache holds
-    all generated tokens afterwards; without, it must not be used any more.
+    The parameters are those of `decode`. Stops after `max_new_tokens`. With `remember`, the KV
+    cache holds all generated tokens afterwards. Without it, the cache must not be used again.
     """
     running = {row: TextStream(tokenizer) for row in range(len(generators))}
     steps = decode(model, hidden, cache, sampling, end_ids, generators, prompts, remember)
@@ -225,7 +225,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     remember: bool = False,
 ) -> list[GeneratedText]:
-    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters as in `stream`."""
+    """Return the finished text of each row, from hidden (B, 1, D) on. Parameters: see `stream`."""
     pieces = stream(
         model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, remember
     )

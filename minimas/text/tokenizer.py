@@ -2,9 +2,9 @@
 
 A user's text can never become a control token. Where a control token would touch user text,
 `encode_turn` cuts the text inside that token before encoding, so that the ids spell the same
-characters in ordinary tokens. All other text is encoded in one piece, so that any Hugging Face
-tokenizer gives the same ids. The template is the model's own, rendered in a sandbox, or ChatML if
-the model has none. This file does not know torch, models or roles.
+characters in ordinary tokens. All other text is encoded in one piece, so that the ids are those of
+the Hugging Face tokenizer. The template is the model's own, rendered in a sandbox, or ChatML if the
+model has none. This file does not depend on torch, models or roles.
 """
 
 import functools
@@ -29,15 +29,16 @@ CHATML = (
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Stands for a message in a rendered template, to see what the template puts around it. The two
-# private-use characters make sure that no template holds this text.
+# Stands for a message in a rendered template, to show what the template puts around it. The two
+# private-use characters make sure that no template contains this text.
 PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
-EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for another turn, answered
-# An added token such as <think> or [INST]; other ones may be ordinary words or characters.
+EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for an earlier or later turn
+# Added tokens that are control tokens, such as <think> or [INST]. Others may be ordinary words.
 TAG = r"<.*\w.*>|\[.*\w.*\]"
 EACH_MESSAGE = "every message once, as it is and in order"
+# The tags {% generation %} and {% endgeneration %}, see `Tokenizer._template`.
 GENERATION = r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})"
-# What compiling or rendering a faulty template raises.
+# The exceptions that compiling or rendering a faulty template may raise.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -78,14 +79,17 @@ class PromptText:
 class Tokenizer:
     """The tokenizer and chat template of a model folder, or of the `files` that a GGUF file holds.
 
-    `size` is the highest id + 1; `end_ids` are the tokens that end a turn; `turn_end` is the text
-    that the template puts after an assistant's message.
+    `size` is the highest token id + 1, `end_ids` are the tokens that end a turn, and `turn_end` is
+    the text that the template puts after an assistant's message.
     """
 
     def __init__(
         self, folder: str | Path, files: Mapping[str, dict[str, Any]] | None = None
     ) -> None:
-        """Raises FileNotFoundError or ValueError naming the file that is missing or broken."""
+        """Read the tokenizer and the chat template.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing or broken.
+        """
         self.path = Path(folder) / "tokenizer.json"
         self.template_path = self.path.with_name("tokenizer_config.json")
         given = files or {}
@@ -94,7 +98,7 @@ class Tokenizer:
         settings = given.get("tokenizer_config.json") or read_json(self.template_path, needed=False)
         try:
             self.backend = Backend.from_buffer(data)
-            self.backend.encode("\ue000 a")  # fails for a missing unknown token
+            self.backend.encode("\ue000 a")  # fails if the unknown token is missing
             self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{self.path}: not a readable tokenizer ({error})") from error
@@ -135,18 +139,18 @@ class Tokenizer:
         self._special["enable_thinking"] = thinks
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of trusted text, in which control tokens count as such; adds no token."""
+        """Return the ids of a trusted text, including its control tokens; adds no other tokens."""
         return self.encode_turn(PromptText(text))
 
     def encode_turn(self, turn: PromptText) -> list[int]:
-        """Return the ids of a turn in which no control token comes from an untrusted span.
+        """Return the ids of a turn, in which no control token comes from an untrusted span.
 
-        Raises ValueError if an untrusted span holds a control token of a single character.
+        Raises ValueError if an untrusted span holds a character that is itself a control token.
         """
         return [token for token, _, _ in self.tokens(turn)]
 
     def tokens(self, turn: PromptText) -> list[tuple[int, int, int]]:
-        """Return the tokens of a turn as (id, start, end), with the characters that they cover.
+        """Return the tokens of a turn as (id, start, end): the id and the characters it covers.
 
         Raises ValueError as `encode_turn` does.
         """
@@ -157,8 +161,8 @@ class Tokenizer:
                 piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
                 for token, (a, b) in zip(piece.ids, piece.offsets, strict=True):
                     tokens.append((token, start + a, start + b))
-            # A control token may begin in trusted text and only reach into untrusted text, as one
-            # that includes the spaces after it does. It is cut where the untrusted text begins.
+            # A control token that includes the spaces after it may begin in trusted text and reach
+            # into untrusted text. It is cut where the untrusted text begins.
             wrong = {
                 max(start + 1, first)
                 for token, start, end in tokens
@@ -190,9 +194,9 @@ class Tokenizer:
         """Return the turn of one user message, up to `prefix` in the open assistant turn.
 
         A system message comes before it if one is given. Both messages are untrusted, `prefix` is
-        trusted. A turn that is not the `first` follows an earlier one that was closed with
-        `turn_end`. One that is not the `last` ends where the template puts an assistant's message,
-        which is not always where it lets the assistant begin.
+        trusted. If not `first`, the turn follows an earlier one that was closed with `turn_end`. If
+        not `last`, it ends where the template puts an assistant's message that is part of the
+        conversation. Generation may begin at another place.
 
         Raises ValueError naming the template's file if it cannot be rendered, if it changes a
         message, or if it cannot put such a turn after another one.
@@ -221,8 +225,8 @@ class Tokenizer:
         """Return the turn of one user message, cut before the message and between its `parts`.
 
         The result is what comes before the message, then every part. The last part includes the
-        rest of the turn, up to `prefix` in the open assistant turn. `first` is as in `turn`, and
-        ValueError is raised as there.
+        rest of the turn, up to `prefix` in the open assistant turn. For `first` and ValueError, see
+        `turn`.
         """
         message = "".join(parts)
         turn = self.turn(message, system, prefix, first)
@@ -250,8 +254,8 @@ class Tokenizer:
     ) -> PromptText:
         """Return the template's text for (role, content) messages.
 
-        It has one untrusted span for each message: what the template leaves of it. A template may
-        strip the white space around a message.
+        The result has one untrusted span per message, without the white space that a template may
+        strip.
         """
         text = self._render(messages, generation_prompt)
         marked = [(role, PLACEHOLDER) for role, _ in messages]
@@ -288,30 +292,30 @@ class Tokenizer:
 
     @functools.cached_property
     def _template(self) -> Template:
-        """Compile the template, with what transformers gives to one and nothing more."""
+        """Compile the template, with the globals and filters of transformers and no others."""
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         sandbox.filters["tojson"] = _to_json
-        # {% generation %} marks the assistant's text for training, and is a scope like {% with %}.
+        # {% generation %} marks an assistant's text for training. It is a scope, like {% with %}.
         return sandbox.from_string(re.sub(GENERATION, r"\1with", self._source))
 
 
 class TextStream:
-    """The text of ids that come one at a time, in pieces that later ids do not change."""
+    """Decode ids that come one at a time, in pieces of text that later ids do not change."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self._settled = self._returned = 0  # ids that were decoded, characters returned so far
+        self._settled = self._returned = 0  # counts: ids decoded, characters returned
 
     def push(self, token: int) -> str:
-        """Return the text that `token` settles, "" while it may still change.
+        """Add a token, and return the new text that is final, "" while it may still change.
 
-        A character may be unfinished. A run of byte tokens such as <0xE2> is decoded as a whole,
-        and only a token with a text of its own ends it.
+        It may change while a character is unfinished, or in a run of byte tokens such as <0xE2>,
+        which is decoded as a whole and ends at the next token with text of its own.
         """
         self.ids.append(token)
         backend = self._tokenizer.backend
@@ -336,7 +340,7 @@ class TextStream:
 def read_text(path: Path) -> str:
     """Read a UTF-8 file, with or without a byte order mark.
 
-    Raises FileNotFoundError or ValueError naming it.
+    Raises FileNotFoundError or ValueError naming the file.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -356,7 +360,7 @@ def is_text(value: Any) -> bool:
 def _to_json(
     value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, **named: Any
 ) -> str:
-    """Return JSON text, with the parameters that transformers gives to templates."""
+    """Return JSON text: the filter `tojson`, with the parameters that it has in transformers."""
     named |= {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
     return json.dumps(value, **named)
 
