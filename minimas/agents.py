@@ -25,7 +25,7 @@ from .layout import user_text
 from .load import LM
 from .mixed import MAPS, receive, require_models
 from .results import Event, Events, OnEvent, Result, finish
-from .teams import TEAMS, Agent, Team
+from .teams import TEAMS, Agent, Team, single_agent
 from .text.generate import Sampling
 from .text.tokenizer import PromptText
 from .turns import Run, TurnResult
@@ -147,10 +147,13 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         # Question i gets the cache of question i + 1, on which all agents but the last work.
         handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
-    elif method in ("text_mas", "single"):
-        team = "single" if method == "single" else settings.pop("team", "sequential")
+    elif method == "text_mas":
+        team = settings.pop("team", "sequential")
         text_run = Run(**settings)
         last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
+    elif method == "single":
+        text_run = Run(**settings)
+        last = yield from hand_over_text(text_run, single_team(text_run.lm))
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())
@@ -167,9 +170,14 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         own = run.played_by(agents[0])
         cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, head)
         texts, head = run.prompts(numbers, cache, head)
-        steps, decodes = run.steps(agents[0]), agents[0].writes
         turn = yield from own.turn(
-            agents, texts, cache, steps, own.align_map, decodes, closes=run.closes_turns
+            agents,
+            texts,
+            cache,
+            run.steps(agents[0]),
+            own.align_map,
+            decodes=agents[0].writes,
+            closes=run.closes_turns,
         )
         cache, head = turn.hand_over(run.transfer, head)
         turns.append(turn)
@@ -219,7 +227,8 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
         for row, out in enumerate(turn.outputs):
             i, q = divmod(row, len(numbers))
             said[q].append((agents[i], out.text))
-    own, asked = run.played_by(last), [prompt(last, q) for q in numbers]
+    own = run.played_by(last)
+    asked = [prompt(last, q) for q in numbers]
     return LastTurn(own, last, asked, own.new_cache(), 0, None, turns)
 
 
@@ -308,16 +317,17 @@ class LatentRun(Run):
         given = [self.latent_steps, agent.latent_steps, default]
         return next(number for number in given if isinstance(number, int))
 
-    def stages(self) -> list[list[int]]:
+    def stages(self) -> list[Sequence[int]]:
         """Return which agents, by number, share a batch; the last agent is left out.
 
         Parallel agents share a batch if all have the same number of thoughts and the same `writes`.
         """
         *earlier, _ = self.resolved_team.agents
+        numbers = range(len(earlier))
         how = {(self.steps(agent), agent.writes) for agent in earlier}
         if self.resolved_team.parallel and len(how) == 1:
-            return [list(range(len(earlier)))]
-        return [[i] for i in range(len(earlier))]
+            return [numbers]
+        return [[i] for i in numbers]
 
     def prompts(
         self, numbers: Sequence[int], cache: KVCache, head: list[int]
@@ -385,6 +395,11 @@ class LatentRun(Run):
                 added = steps if self.transfer == "latents" else end - max(start, head)
                 kept = head if self.transfer == "last" else max(held, head)
                 held = base if self.transfer == "none" else kept + added
+
+
+def single_team(lm: LM) -> Team:
+    """Return the team of one agent: the folder's own, or the generic one."""
+    return lm.teams.get("single") or single_agent()
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

@@ -133,7 +133,7 @@ class LM:
             if file.suffix == ".safetensors":
                 self._aligners[key] = Aligner.load(kind, self.model)
             else:
-                other = receiver and receiver.model
+                other = receiver.model if receiver else None
                 self._aligners[key] = Aligner.from_model(self.model, kind, rows, other)
         return self._aligners[key]
 

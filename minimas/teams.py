@@ -150,11 +150,7 @@ def single_agent() -> Team:
     return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
-TEAMS = {
-    "sequential": sequential(),
-    "hierarchical": hierarchical(),
-    "single": single_agent(),
-}
+TEAMS = {"sequential": sequential(), "hierarchical": hierarchical()}
 
 EXPECTED = {
     bool: "true or false",

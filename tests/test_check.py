@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from minimas import LM, Agent, Team, latent_mas, sequential
+from minimas import LM, latent_mas
 from minimas.__main__ import main
 from minimas.answers import grade
 from minimas.check import QUESTIONS, ArmReport, Interval, Report, check, interval, judge
 from minimas.nll import losses_after
+from minimas.results import AgentStart, Event
 from minimas.text.generate import Sampling
 
 from .models import tiny_model, write_folder
@@ -164,5 +165,6 @@ def test_a_folders_own_team_is_the_one_that_is_checked(tmp_path: Path) -> None:
         "agents": [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}],
     }
     lm = load_text_lm(text_folder(tmp_path, {"sequential": team}))
-    assert check(lm, latent_steps=1).layout == "chat"
-    assert sequential() != Team((Agent("a", "{question}"), Agent("b", "{question}")))
+    events: list[Event] = []
+    assert check(lm, latent_steps=1, on_event=events.append).layout == "chat"
+    assert {event.agent for event in events if isinstance(event, AgentStart)} == {"a"}
