@@ -145,7 +145,7 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
     if method == "latent_mas":
         run = LatentRun(**settings)
         # Question i gets the cache of question i + 1, on which all agents but the last work.
-        handed = yield from hand_over(run.rotated() if run.transfer == "shuffled" else run)
+        handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
     elif method == "text_mas":
         team = settings.pop("team", "sequential")
@@ -161,8 +161,10 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
 
 def hand_over(run: "LatentRun") -> Events["HandOver"]:
     """Let every agent but the last prefill its prompt and think. Returns what the last gets."""
-    team, B = run.resolved_team, len(run.questions)
-    cache, head = run.new_cache(), run.memory_lengths
+    team = run.resolved_team
+    B = len(run.questions)
+    cache = run.new_cache()
+    head = run.memory_lengths
     turns: list[TurnResult] = []
     experts: list[tuple[KVCache, list[int]]] = []  # per parallel agent: its cache and the head
     for numbers in run.stages():
@@ -190,7 +192,11 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
 
 
 def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
-    """Return the KV caches of parallel agents as one. The head that all have is kept once."""
+    """Return the KV caches of parallel agents as one. The head that all have is kept once.
+
+    If there is a head, this is an approximation: all but the first agent's slots attended to their
+    head from the positions that they had before.
+    """
     (first, head), *others = experts
     return KVCache.concat([first, *(cache.drop(0, own_head) for cache, own_head in others)]), head
 
@@ -198,7 +204,8 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next. Returns the last agent's turn."""
     require_models(run, team)
-    numbers, turns = range(len(run.questions)), []
+    numbers = range(len(run.questions))
+    turns = []
     said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
 
     def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
@@ -237,7 +244,7 @@ class HandOver(NamedTuple):
 
     run: Run
     cache: KVCache
-    head: list[int]  # slots per row that all agents share: memory, system message, opening
+    head: list[int]  # slots per row that all agents share: memory, and the head of the layout
     turns: list[TurnResult]
 
 
@@ -339,11 +346,11 @@ class LatentRun(Run):
         first = self.is_new(cache)
         rows = [(layout, i) for i in numbers for layout in self.layouts_per_question]
         if first:
-            counts = [layout.head_tokens(i) for layout, i in rows]
+            counts = [len(layout.head_ids(i)) for layout, i in rows]
             head = list(map(add, cache.lengths, counts))
         return [layout.prompt(i, first) for layout, i in rows], head
 
-    def rotated(self) -> "LatentRun":
+    def shifted(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
         other = copy.copy(self)
         for field in (
@@ -362,7 +369,7 @@ class LatentRun(Run):
         first = self.is_new(cache)
         # The head in the cache holds another question: put this question's head in its place.
         if handed.run is not self and self.layouts_per_question[0].head.text and not first:
-            heads = [own.tokenizer.encode_turn(layout.head) for layout in self.layouts_per_question]
+            heads = [layout.head_ids(0) for layout in self.layouts_per_question]
             own_head = own.new_cache()
             prefill(own.lm.model, heads, own_head)
             cache = KVCache.concat([own_head, cache.drop(0, handed.head)])
@@ -373,10 +380,13 @@ class LatentRun(Run):
 
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
-        agents, parallel = self.resolved_team.agents, self.resolved_team.parallel
-        working = self.rotated() if self.transfer == "shuffled" else self
-        starts, others = working.memory_lengths, working.layouts_per_question
-        for base, own, other in zip(starts, self.layouts_per_question, others, strict=True):
+        agents = self.resolved_team.agents
+        parallel = self.resolved_team.parallel
+        working = self.shifted() if self.transfer == "shuffled" else self
+        starts = working.memory_lengths
+        others = working.layouts_per_question
+        rows = zip(starts, self.memory_lengths, self.layouts_per_question, others, strict=True)
+        for base, own_base, own, other in rows:
             held = head = base  # slots that are handed over, and slots of the head
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
@@ -385,7 +395,9 @@ class LatentRun(Run):
                 first = start == base
                 tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
                 if first:
-                    head = base + layout.head_tokens(i)
+                    head = base + len(layout.head_ids(i))
+                elif layout is not other and own.head.text:  # its own head is put there
+                    start += own_base + len(own.head_ids(0)) - head
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes

@@ -37,11 +37,13 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                 case ["/exit"]:
                     return
                 case ["/clear"]:
-                    memory, turns = start, 0
+                    memory = start
+                    turns = 0
                 case ["/save", file] if memory:
                     memory.save(file)
                 case ["/load", file]:
-                    memory, turns = KVCache.load(file, lm.model), 0
+                    memory = KVCache.load(file, lm.model)
+                    turns = 0
                 case ["/show"]:
                     for name, value in {"turns": turns, "KV cache": memory, **settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
@@ -51,7 +53,8 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                     options |= {"memory": memory, "continues": memory is not None}
                     asked = [("free", [{"question": line}])]
                     [result] = show_answers(args, lm, options, settings, asked)
-                    memory, turns = result.memory, turns + 1
+                    memory = result.memory
+                    turns += 1
         except KeyboardInterrupt:
             say(args, "\nminimas: stopped, the conversation is as it was")
         except ContextError as error:

@@ -182,7 +182,8 @@ def interval(values: Sequence[float]) -> Interval:
 def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
     """Return the verdict in one sentence, and the flags of the recommended command line."""
     alone, prompts, *mapped = arms
-    sample, shortest = f"On {len(QUESTIONS)} questions in layout {layout}:", SHORT * alone.tokens
+    sample = f"On {len(QUESTIONS)} questions in layout {layout}:"
+    shortest = SHORT * alone.tokens
     lengths = f"{prompts.tokens:.0f} tokens with the prompts' cache, {alone.tokens:.0f} without"
     if prompts.tokens < shortest:
         return (
@@ -190,7 +191,8 @@ def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
             "so their reasoning is lost.",
             "--layout turn " if layout == "chat" else "--method single ",
         )
-    said, harms = f"{sample} answers keep their length ({lengths})", []
+    said = f"{sample} answers keep their length ({lengths})"
+    harms = []
     for name, arm in zip(("the paper's map", "prenorm"), mapped, strict=True):
         rise: Any = arm.difference  # only "prompts only" has none
         harms.append(arm.tokens < shortest or (rise.low > 0 and rise.mean > HARM))

@@ -64,7 +64,8 @@ def run_ask(args: Namespace) -> None:
     groups = batches(rows, args.kind, size)
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
-        began, short = perf_counter(), {"sampling": Sampling(max_new_tokens=2)}
+        began = perf_counter()
+        short = {"sampling": Sampling(max_new_tokens=2)}
         texts = ["How" + " many" * n for n in range(len(groups[0][1]))]
         getattr(agents, args.method)(lm, texts, **options | short)
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")

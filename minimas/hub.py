@@ -17,7 +17,8 @@ def download(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    every, reason = needed + optional, ""
+    every = needed + optional
+    reason = ""
     # The last try needs no optional files, which may be missing when offline.
     for patterns, local in ((every, True), (every, False), (needed, True)):
         try:

@@ -45,7 +45,8 @@ def describe(
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
     cache = batch_size * (context + max_new_tokens) * slot
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
-    count, width = sum(weights.values()), c.hidden_size
+    count = sum(weights.values())
+    width = c.hidden_size
     sizes = weight_bytes(weights, c, gguf)
     peaks = peak_bytes(sizes, c, slot, batch_size, context, max_new_tokens)
     lines = {
@@ -85,7 +86,8 @@ def peak_bytes(
     rotation of the queries), or at the end, with the KV cache as it is allocated. tests/rehearsal
     compares this with the sum of all tensors of a call.
     """
-    D, queries = c.hidden_size, c.num_attention_heads * c.head_dim
+    D = c.hidden_size
+    queries = c.num_attention_heads * c.head_dim
     each = 8 * D + max(6 * c.intermediate_size, 16 * queries)  # bytes of a token's activations
     prefilling = min(context, CHUNK) * each + context * slot
     slots = max(context + new, context * 3 // 2 + 64)  # see `with_capacity`
@@ -128,7 +130,8 @@ def describe_memory(path: Path) -> dict[str, str]:
         "model": f"{metadata.get('model')}, fingerprint {metadata.get('fingerprint')}",
     }
     if kind == "memory":
-        keys, lengths = tensors["keys.0"], tensors["lengths"].tolist()
+        keys = tensors["keys.0"]
+        lengths = tensors["lengths"].tolist()
         layers = sum(name.startswith("keys.") for name in tensors)
         lines["memory"] = f"{len(lengths)} rows of {lengths} slots, {layers} layers, {keys.dtype}"
     else:

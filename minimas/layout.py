@@ -1,16 +1,17 @@
 """Where the agents' prompts stand in the conversation: a chat turn per agent, or one user turn.
 
-    chat   system · user: P1 · assistant: ⟨thoughts⟩ · end of turn · system · user: P2 · …
-    turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … Pn · assistant: (last agent answers)
+    chat   system · user: opening P1 · assistant: ⟨thoughts⟩ · user: opening P2 · …
+    turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … opening Pn · assistant: …
 
 Without the thoughts, a team's prompts together are the conversation as the chat template renders
 it. A template that makes this impossible raises an error. In layout "turn" there is no empty
 assistant turn before the last agent's, so the last agent has no empty answer to imitate
 (docs/results.md).
 
-In layout "turn", everything up to the end of the opening is the *head*. Every cut of the KV cache
-keeps the head, so that a paragraph always stands in a well-formed user turn. This file does not
-depend on models, thoughts, or the order in which agents work.
+In layout "turn", everything up to the end of the first opening is the *head*. A transfer that cuts
+the KV cache keeps it, or the next prompt repeats it, so that a paragraph always stands in a
+well-formed user turn. This file does not depend on models, thoughts, or the order in which agents
+work.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ class Layout:
     """Layout "chat", the base class: each agent's prompt is a chat turn of its own.
 
     `opening` and `prompts` are the team's, completely filled in for one question. `head` is the
-    beginning that all agents' prompts share and every hand-over keeps. `continues` means that a
-    conversation comes before the first agent's prompt.
+    beginning that all agents' prompts share. `continues` means that a conversation comes before the
+    first agent's prompt.
     """
 
     tokenizer: Tokenizer
@@ -41,15 +42,16 @@ class Layout:
 
     def prompt(self, agent: int, first: bool) -> PromptText:
         """Return the prompt of agent number `agent`; it is `first` if no agent comes before it."""
-        text, role = user_text(self.opening, self.prompts[agent]), self.team.agents[agent]
+        text = user_text(self.opening, self.prompts[agent])
+        role = self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)
         first = first and not self.continues
         return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
-    def head_tokens(self, agent: int) -> int:
-        """Return how many tokens of the agent's prompt, if it is the first, belong to the head."""
+    def head_ids(self, agent: int) -> list[int]:
+        """Return the tokens of the agent's prompt, if it is the first, that belong to the head."""
         tokens = self.tokenizer.tokens(self.prompt(agent, first=True))
-        return sum(start < len(self.head.text) for _, start, _ in tokens)
+        return [token for token, start, _ in tokens if start < len(self.head.text)]
 
 
 @dataclass
@@ -70,7 +72,8 @@ class TurnLayout(Layout):
             parts[:-1], role.system, role.prefix, not self.continues
         )
         self.head = before + first
-        self._separators, self._paragraphs = pieces[::2], pieces[1::2]
+        self._separators = pieces[::2]
+        self._paragraphs = pieces[1::2]
 
     def prompt(self, agent: int, first: bool) -> PromptText:
         paragraph = self._paragraphs[agent]

@@ -41,7 +41,8 @@ class Lens:
 
     def __init__(self, lm: LM, top: int = 3) -> None:
         """`top` is the number of likeliest tokens to show per thought."""
-        self.tokenizer, self.top = text_tokenizer(lm), top
+        self.tokenizer = text_tokenizer(lm)
+        self.top = top
         self.seen: list[tuple[AgentTrace, list[ThoughtView]]] = []
         self._thoughts: list[Thought] = []
 

@@ -53,7 +53,9 @@ class LM:
         no_tokenizer: str | None = None,
     ) -> None:
         """`folder` may be a .gguf file. Then `files` are the JSON files that it holds, by name."""
-        self.model, self.folder, self.files = model, folder, files or {}
+        self.model = model
+        self.folder = folder
+        self.files = files or {}
         self.no_tokenizer = no_tokenizer or f"{folder}: tokenizer.json is missing, expected one"
         self._aligners: dict[Any, Aligner] = {}
 
@@ -171,7 +173,8 @@ def load(
     FileNotFoundError, ImportError or ValueError naming the file or flag, the field, what was found
     and what was expected.
     """
-    target, asked = _device(device), _dtype(dtype)
+    target = _device(device)
+    asked = _dtype(dtype)
     _check(target, asked, quantize, compile, parallel)
     mesh = join(target, parallel)
     path = resolve(name)

@@ -33,15 +33,19 @@ def remember(
     if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
     if role == "plain":
-        opened, closing = PromptText.from_user(text), PromptText("")
+        opened = PromptText.from_user(text)
+        closing = PromptText("")
     elif role == "agent":
-        opened, closing = tokenizer.turn(text, last=False), PromptText(tokenizer.turn_end)
+        opened = tokenizer.turn(text, last=False)
+        closing = PromptText(tokenizer.turn_end)
     elif role in ("user", "system"):
         opened, closing = tokenizer.message(text, role)
     else:
         raise ParameterError("role", f"found {role!r}, expected user, system, agent or plain")
-    ids, end = tokenizer.encode_turn(opened), tokenizer.encode_turn(closing)
-    needed, limit = len(ids) + latent_steps + len(end), lm.model.config.max_position_embeddings
+    ids = tokenizer.encode_turn(opened)
+    end = tokenizer.encode_turn(closing)
+    needed = len(ids) + latent_steps + len(end)
+    limit = lm.model.config.max_position_embeddings
     if needed > limit:
         problem = f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context"
         raise ParameterError("text", problem)

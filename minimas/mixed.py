@@ -32,7 +32,8 @@ MAPS = ("ridge", "prenorm")  # the maps that also exist between two models
 
 def require_models(run: Run, team: Team) -> None:
     """Raise ValueError naming the parameter if a team cannot work with the models of a call."""
-    run.models, named = run.models or {}, sorted({a.model for a in team.agents if a.model})
+    run.models = run.models or {}
+    named = sorted({a.model for a in team.agents if a.model})
     if sorted(run.models) != named:
         problem = f"found {sorted(run.models)}, expected {named}, the models of the team's agents"
         raise ParameterError("models", problem)
@@ -53,7 +54,9 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[in
     """
     if turns and turns[-1].lm is run.lm:
         return cache
-    began, own, model = run.clock(), run.new_cache(), run.lm.model
+    began = run.clock()
+    own = run.new_cache()
+    model = run.lm.model
     for turn in turns if any(cache.lengths) else ():
         _, own = run.prefill(turn.ids, own)
         if turn.thoughts:

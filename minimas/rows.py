@@ -40,7 +40,8 @@ def checked_row(row: Any, line: int) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"found {type(row).__name__}, expected an object")
     found = {"id": f"line-{line}"} | {name: row[name] for name in row if row[name] is not None}
-    question, kind = found.get("question"), found.get("kind", "free")
+    question = found.get("question")
+    kind = found.get("kind", "free")
     if not is_text(question):
         shown = "nothing" if question is None else f"{question!r:.80}"
         raise ValueError(f"question: found {shown}, expected text that is not empty")

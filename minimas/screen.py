@@ -52,10 +52,12 @@ def report_error(error: Exception, args: Namespace) -> int:
         sys.stdout.flush()
     except OSError:
         silence(sys.stdout)
-    text, status = " ".join(str(error).split()) or type(error).__name__, 1
+    text = " ".join(str(error).split()) or type(error).__name__
+    status = 1
     if isinstance(error, ParameterError) and error.parameter in args:
         flag = f"--{error.parameter.replace('_', '-')}"
-        text, status = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}", 2
+        text = f"{POSITIONAL.get(error.parameter, flag)}: {error.problem}"
+        status = 2
     # On a CPU, torch raises a plain RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         text = OUT_OF_MEMORY + text

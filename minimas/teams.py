@@ -21,7 +21,7 @@ class Agent:
     """One role in a team.
 
     `prompt` is the user message, in which `{question}`, `{context}` and `{form}` are filled in.
-    `latent_steps` is the agent's number of thoughts (None: the call's or the model folder's).
+    `latent_steps` is the number of thoughts if the call gives none (None: the model folder's).
     `writes` makes an agent other than the last one generate text into its KV cache before it hands
     over. `prefix` is text after the assistant header, such as "<think>\\n". `model` is a name in
     the call's `models` (None: the call's own model). The last agent always generates text, and
@@ -58,8 +58,8 @@ class Team:
       other one does not (docs/results.md).
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
-    layout "turn" it stands at the start of the user turn, where every `transfer` keeps it, and
-    again before the last agent's paragraph. Raises ValueError naming the field of an agent that the
+    layout "turn" it stands at the start of the user turn, and again before the last agent's
+    paragraph. Raises ValueError naming the field of an agent that the
     layout does not allow.
     """
 
@@ -139,7 +139,7 @@ def hierarchical(chained: bool = False) -> Team:
     """Return three experts and a summarizer that gets all their KV caches (paper, figure 2 right).
 
     The experts work side by side and do not see each other. `chained` makes them work one after the
-    other on one KV cache, as in the authors' code (LatentMAS #32).
+    other on one KV cache, as in the authors' code (its issue 32).
     """
     agents = tuple(itertools.starmap(Agent, prompts.HIERARCHICAL.items()))
     return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)

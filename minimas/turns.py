@@ -49,9 +49,10 @@ class TurnResult(NamedTuple):
     def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
         """Return the cache as the next agent gets it, and how many slots per row are its head.
 
-        `head` counts the slots per row that all agents share: memory, system message and opening.
+        `head` counts the slots per row that all agents share: memory, and the head of the layout.
         """
-        cache, start = self.cache, list(map(max, self.start, head))
+        cache = self.cache
+        start = list(map(max, self.start, head))  # the first prompt holds the head too
         if transfer == "none":  # every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
@@ -114,7 +115,8 @@ class Run:
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
         self.prefilled = [0] * len(self.questions)  # slots that were filled in `seconds`
-        B, memory = len(self.questions), self.memory or self.lm.model.new_cache(1)
+        B = len(self.questions)
+        memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
             raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
@@ -128,7 +130,8 @@ class Run:
         other = copy.copy(self)
         if agent.model:
             other.lm = self.models[agent.model]
-            other.memory, other.end_ids = other.lm.model.new_cache(1), other.lm.end_ids
+            other.memory = other.lm.model.new_cache(1)
+            other.end_ids = other.lm.end_ids
         return other
 
     def new_cache(self, agents: int = 1) -> KVCache:
@@ -243,7 +246,8 @@ class Run:
         draws = getattr(align, "with_generators", None)
         if draws is not None:  # a random map, which draws from each question's own generator
             align = draws(self.generators * (len(hidden) // len(self.questions)))
-        until, thoughts = self.ends_turn if self.stops_itself else None, []
+        until = self.ends_turn if self.stops_itself else None
+        thoughts = []
         for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
             yield thought
             thoughts.append(thought)

@@ -33,7 +33,7 @@ from minimas.agents import TRANSFERS
 from minimas.core.config import FAMILIES
 from minimas.text.tokenizer import CHATML
 
-from .models import TINY, apart, distance, reference
+from .models import TINY, apart, distance, reference, tiny_model
 from .test_agents import ASKED, QUESTIONS, encoded, greedy, watched
 from .text import (
     CONTROL,
@@ -116,7 +116,10 @@ def by_hand(
             head, parts = lm.model.new_cache(1), [lm.model.new_cache(1)]
     if transfer == "shuffled" and team.opening and last:
         head = lm.model.new_cache(1)
-        prefill(lm, head_of(team, question), head)
+        first = prompt_of(team, 0, question, first=True)
+        offsets = plain_tokenizer(TINY).encode(first, add_special_tokens=False).offsets
+        size = sum(start < len(head_of(team, question)) for start, _ in offsets)
+        lm.model(lm.model.embed(encoded(first)[:, :size]), head)
     handed = KVCache.concat([head, *parts])
     prompts.append(prompt_of(team, last, question, first=handed.lengths[0] == 0))
     cache = handed.fork()
@@ -176,6 +179,47 @@ def test_any_team_in_one_turn_equals_the_same_by_hand(
         ]
         assert distance(caches[-1].select([i]).truncate(handed.lengths[0]), handed) < 1e-9
         assert result.text == text
+
+
+def test_a_shuffled_question_keeps_the_blank_line_after_its_head(tmp_path: Path) -> None:
+    """One token may cover the end of the opening and the blank line, which was lost with it.
+
+    With two equal questions, the KV cache of the next question is the own one.
+    """
+    folder = text_folder(tmp_path)
+    path, size = folder / "tokenizer.json", tiny_tokenizer().size
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    raw["added_tokens"].append({"id": size, "content": "?\n\n", **flags})
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    lm = LM(tiny_model(vocab_size=size + 1), folder)
+    team, last = replace(TURN, opening="Question: {question}"), []
+    for transfer in ("full", "shuffled"):
+        with watched(lm.model) as (_, caches, _):
+            latent_mas(lm, ["How many?"] * 2, team, 1, transfer=transfer, sampling=SHORT)
+        last.append(caches[-1])
+    assert last[0].lengths == last[1].lengths
+    assert distance(*last) < 1e-9
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS)
+def test_a_short_context_is_refused_before_any_work_or_suffices(lm: LM, transfer: str) -> None:
+    """A shuffled question with a long head was refused only after all other agents had worked."""
+    team, asked = replace(TURN, opening="{question}"), ["word " * 20 + "end", "a"]
+    options: dict[str, Any] = {"transfer": transfer, "sampling": SHORT}
+    with watched(lm.model) as (_, caches, _):
+        latent_mas(lm, asked, team, 1, **options)
+    used = max(max(cache.lengths) for cache in caches)
+    accepted = []
+    for context in range(used - 3, used + SHORT.max_new_tokens + 3):
+        model = tiny_model(vocab_size=tiny_tokenizer().size, max_position_embeddings=context)
+        with watched(model) as (_, caches, _):
+            try:
+                latent_mas(LM(model, lm.folder), asked, team, 1, **options)
+                accepted.append(context)
+            except ValueError:
+                assert caches == []
+    assert 0 < len(accepted) < SHORT.max_new_tokens + 6
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])

@@ -12,5 +12,5 @@ def last_turn(
     lm: LM, questions: Sequence[str], team: Any = "sequential", **options: Any
 ) -> LastTurn:
     run = LatentRun(lm, questions, team=team, **options)
-    working = run.rotated() if run.transfer == "shuffled" else run
+    working = run.shifted() if run.transfer == "shuffled" else run
     return run.last_turn(finish(hand_over(working)))

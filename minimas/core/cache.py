@@ -57,7 +57,9 @@ class KVCache:
             raise ValueError(f"batch_size: found {batch_size}, expected 1 or more")
         shape = (batch_size, config.num_key_value_heads, 0, config.head_dim)
         empty = torch.zeros(shape, dtype=dtype, device=device)
-        self.config, self.dtype, self.device = config, dtype, empty.device
+        self.config = config
+        self.dtype = dtype
+        self.device = empty.device
         self.owner: Any = None  # the model that computed the keys
         self.lengths = [0] * batch_size
         self.keys = [empty] * config.num_hidden_layers
@@ -261,7 +263,8 @@ class KVCache:
         tensors = {"lengths": torch.tensor(self.lengths)}
         for kind, stores in (("keys", self.keys), ("values", self.values)):
             for layer, store in enumerate(stores):
-                name, part = f"{kind}.{layer}", store[:, :, :filled]
+                name = f"{kind}.{layer}"
+                part = store[:, :, :filled]
                 if bits:
                     part, tensors[f"scale.{name}"] = files.in_8_bits(part)
                 tensors[name] = part
@@ -282,7 +285,8 @@ class KVCache:
         if not one_per_row or lengths.min() < 0:
             raise ValueError(f"{path}: lengths: found {lengths}, expected one count for each row")
         cache = model.new_cache(len(lengths))
-        cache.owner, cache.lengths = model, lengths.tolist()
+        cache.owner = model
+        cache.lengths = lengths.tolist()
         shape = (len(lengths), c.num_key_value_heads, max(cache.lengths), c.head_dim)
         for kind, stores in (("keys", cache.keys), ("values", cache.values)):
             for layer in range(len(stores)):

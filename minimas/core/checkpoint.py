@@ -44,7 +44,8 @@ def empty_model(name: str, source: Any) -> Qwen3:
     """
     with torch.device("meta"):
         model = Qwen3(source.config, name)
-    wanted, shapes = model.state_dict(), source.shapes
+    wanted = model.state_dict()
+    shapes = source.shapes
     # A file may store tied embeddings as the LM head, in addition to or in place of the embedding.
     if source.config.tie_word_embeddings and HEAD in shapes:
         wanted[HEAD] = wanted[EMBEDDING]

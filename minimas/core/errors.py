@@ -10,7 +10,8 @@ class ParameterError(ValueError):
 
     def __init__(self, parameter: str, problem: str) -> None:
         super().__init__(parameter, problem)
-        self.parameter, self.problem = parameter, problem
+        self.parameter = parameter
+        self.problem = problem
 
     def __str__(self) -> str:
         return f"{self.parameter}: {self.problem}"

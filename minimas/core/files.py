@@ -76,7 +76,8 @@ def contents(path: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str
     """
     with opened(path) as file:
         metadata = file.metadata() or {}
-        formats, found = [f"minimas-{kind}-1" for kind in kinds], metadata.get("format")
+        formats = [f"minimas-{kind}-1" for kind in kinds]
+        found = metadata.get("format")
         if found not in formats:
             raise ValueError(f"{path}: format: found {found!r}, expected {' or '.join(formats)}")
         return {name: file.get_tensor(name) for name in file.keys()}, metadata

@@ -1,6 +1,6 @@
-"""Latent thoughts: the alignment W_a from hidden states to input embeddings.
+"""The alignment W_a, which maps hidden states to latent thoughts; the loop is in rollout.py.
 
-An agent that hands over does not decode after its prompt. Instead, the loop in `rollout` turns its
+An agent that hands over does not decode after its prompt. Instead, the loop turns its
 last hidden state h (last layer, after the final norm) into the next input embedding e (LatentMAS,
 arXiv 2511.20639, section 3.1):
 
@@ -65,7 +65,8 @@ def alignment_matrix(
         rows_out = for_float64(rows_out).to(wide)
         gram += rows_out.T @ rows_out
         cross += rows_out.T @ for_float64(rows_in).to(wide)
-    gram, cross = gram.double(), cross.double()
+    gram = gram.double()
+    cross = cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
     matrix = torch.cholesky_solve(cross, factor)
@@ -94,7 +95,10 @@ class Aligner:
         shift: Tensor | None = None,
         model: Qwen3 | None = None,
     ) -> None:
-        self.matrix, self.norm, self.scale, self.shift = matrix, norm, scale, shift
+        self.matrix = matrix
+        self.norm = norm
+        self.scale = scale
+        self.shift = shift
         # Not the model itself: a map must not keep the model's weights in memory.
         self.made_for = None if model is None else files.identity(model)
 
@@ -133,8 +137,10 @@ class Aligner:
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)
         if kind == "random":  # two random orthogonal bases, the same in every call
-            seed = torch.Generator().manual_seed(0)
-            bases = torch.randn(2, *matrix.shape, generator=seed, dtype=torch.float64)  # (2, D, D)
+            generator = torch.Generator().manual_seed(0)
+            bases = torch.randn(
+                2, *matrix.shape, generator=generator, dtype=torch.float64
+            )  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
         made.matrix = matrix.to(wide).to(w_in.device)

@@ -40,8 +40,10 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        D, d = c.hidden_size, c.head_dim
-        q_size, kv_size = c.num_attention_heads * d, c.num_key_value_heads * d
+        D = c.hidden_size
+        d = c.head_dim
+        q_size = c.num_attention_heads * d
+        kv_size = c.num_key_value_heads * d
         bias = c.model_type == "qwen2"
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.head_dim = d
@@ -108,7 +110,8 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Config, name: str = "unnamed model") -> None:
         super().__init__()
-        self.config, self.name = config, name
+        self.config = config
+        self.name = name
         # A faster forward pass of one position, (inputs_embeds, cache) -> hidden, or None.
         self.step: Callable[[Tensor, KVCache], Tensor] | None = None
         # Not nn.Embedding(V, D): on the meta device, its normal_() spends a second on imports.
@@ -157,7 +160,8 @@ class Qwen3(nn.Module):
         if T == 1 and self.step and not inputs_embeds.requires_grad:
             x = self.step(inputs_embeds, cache)
         else:
-            x, positions = inputs_embeds, cache.next_positions(B, T)
+            x = inputs_embeds
+            positions = cache.next_positions(B, T)
             for layer, block in enumerate(self.model.layers):
                 x = block(x, positions, cache, layer)
             x = self.model.norm(x)
@@ -210,10 +214,11 @@ def finite(
 def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     """Return the state of each row's last valid position: (B, T, D), B lengths -> (B, 1, D).
 
-    In a ragged batch `hidden[:, -1:]` would be the state of padding (LatentMAS #26). Raises
-    ValueError for lengths out of range.
+    In a ragged batch `hidden[:, -1:]` would be the state of padding (issue 26 of the authors'
+    code). Raises ValueError for lengths out of range.
     """
-    counts, T = [int(length) for length in lengths], hidden.shape[1]
+    counts = [int(length) for length in lengths]
+    T = hidden.shape[1]
     if min(counts) < 1 or max(counts) > T:
         raise ValueError(f"lengths: found {counts}, expected 1 … {T} in every row")
     return torch.stack([x[n - 1 : n] for x, n in zip(hidden, counts, strict=True)])  # (B, 1, D)

@@ -18,7 +18,8 @@ def angles(
     are computed in float64, because in float32 they are off by 1e-3 at position 10,000. The result
     is rounded once, to float32, unless the model's `dtype` is float64.
     """
-    device, positions = positions.device, for_float64(positions)
+    device = positions.device
+    positions = for_float64(positions)
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
     phase = positions[:, None, :, None] * theta ** -(pairs / head_dim)  # (B, 1, T, d/2)
     phase = torch.cat([phase, phase], dim=-1)  # (B, 1, T, d)

@@ -100,7 +100,8 @@ class Compiled:
         for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
             # Pass a cache of one layer: a layer number would become part of the compiled code.
             one = copy.copy(cache)
-            one.keys, one.values = [keys], [values]
+            one.keys = [keys]
+            one.values = [values]
             x = block(layer, x, positions, one, 0)
         return decoder.norm(x)  # type: ignore[no-any-return]
 
@@ -127,7 +128,8 @@ class Recorded:
         # `self` is included because a deep copy of this object is for another model.
         used = (self, cache, *cache.keys, *cache.values)
         if [id(old()) for old in self.recorded_for] != [id(new) for new in used]:
-            self.recorded_for, self.replay = [], None  # frees its memory for the new recording
+            self.recorded_for = []
+            self.replay = None  # frees its memory for the new recording
             self.replay = self._record(cache, inputs_embeds, slots)
             self.recorded_for = [weakref.ref(new) for new in used]
         return self.replay(inputs_embeds, slots).clone()  # type: ignore[no-any-return]

@@ -28,7 +28,8 @@ def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU has units for `dtype`: on x86, bf16 from AVX-512, fp16 rarely."""
     if dtype.itemsize != 2:
         return True
-    bf16, fp16 = mkldnn._is_mkldnn_bf16_supported, mkldnn._is_mkldnn_fp16_supported
+    bf16 = mkldnn._is_mkldnn_bf16_supported
+    fp16 = mkldnn._is_mkldnn_fp16_supported
     supported = bf16 if dtype == torch.bfloat16 else fp16
     return torch.backends.mkldnn.is_available() and bool(supported())
 
@@ -74,7 +75,8 @@ class CPULinear(nn.Module):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.packed: Tensor | None = None
-        self.weight, self.bias = plain.weight, plain.bias
+        self.weight = plain.weight
+        self.bias = plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # nothing is packed, see `compile_steps`
@@ -102,7 +104,8 @@ class CPULinear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # Called by .to(), .float() and .cuda(): a packed weight has a fixed dtype and device.
-        packed, self.packed = self.packed, None
+        packed = self.packed
+        self.packed = None
         if packed is not None:
             self.weight = nn.Parameter(packed.to_dense(), requires_grad=False)
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -49,7 +49,9 @@ class Part:
 
         Raises ValueError if a size is not a multiple of it.
         """
-        self.source, self.rank, self.ranks = source, mesh.get_local_rank(), mesh.size()
+        self.source = source
+        self.rank = mesh.get_local_rank()
+        self.ranks = mesh.size()
         self.config = source.config
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             size = getattr(self.config, name)

@@ -268,7 +268,8 @@ class Q4Linear(QuantizedLinear):
         if self.order:
             weight = unpack4(self.packed, self.scales, self.order)
         else:  # only the kernel knows the order: multiply W by the unit vectors
-            K, like = len(self.scales) * GROUP, self.scales
+            K = len(self.scales) * GROUP
+            like = self.scales
             units = torch.eye(K, dtype=like.dtype, device=like.device)
             weight = multiply4(units, self.packed, self.scales).T
         return weight[: self.out_features]

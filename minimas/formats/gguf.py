@@ -115,7 +115,8 @@ class GGUF:
         Raises FileNotFoundError for a missing file or shard, and ValueError naming the file, the
         field, what was found and what was expected.
         """
-        self.path, self.needs = path, ""
+        self.path = path
+        self.needs = ""
         self._header = header = read_header(path)
         self.tensors: dict[str, StoredTensor] = {}
         for tensor in header.tensors:
@@ -191,14 +192,17 @@ class GGUF:
         They are if the file has no LM head, or if the two differ only by rounding. In the second
         case, the more precise one is kept for both.
         """
-        tensors, field = self.tensors, "tensor token_embd.weight"
+        tensors = self.tensors
+        field = "tensor token_embd.weight"
         self._header.require(EMBEDDING in tensors, field, "nothing", "a matrix")
-        embedding, head = tensors[EMBEDDING], tensors.get(HEAD)
+        embedding = tensors[EMBEDDING]
+        head = tensors.get(HEAD)
         if head is None or head.shape != embedding.shape:
             return head is None
         coarse, fine = sorted((embedding, head), key=lambda tensor: tensor.row_bytes)
         try:
-            a, b = coarse.read(0, 64).float(), fine.read(0, 64).float()
+            a = coarse.read(0, 64).float()
+            b = fine.read(0, 64).float()
         except ImportError as error:  # the file can still be described; `read` raises again
             self.needs = f"; LM head and embedding were not compared: {error}"
             return False
@@ -232,7 +236,8 @@ class GGUF:
 
         Raises ValueError if their content would be a guess.
         """
-        value, require = self._header.value, self._header.require
+        value = self._header.value
+        require = self._header.require
         model = value("tokenizer.ggml.model", str)
         require(model == "gpt2", "tokenizer.ggml.model", repr(model), "'gpt2', no other is read")
         pre = value("tokenizer.ggml.pre", str)

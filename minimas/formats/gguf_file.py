@@ -136,7 +136,8 @@ class StoredTensor(NamedTuple):
         if self.kind == "Q4_0":
             minimums = [-middle * scale]
         elif not minimums:
-            values, minimums = values.view(torch.int8) - middle, [0 * scale]
+            values = values.view(torch.int8) - middle
+            minimums = [0 * scale]
         return values.view(*scale.shape, -1), scale[..., None], minimums[0][..., None]
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -234,7 +235,8 @@ class Header:
             expected = f"sizes above 0, the last a multiple of {block} for {kind}"
             self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
             start = data_start + offset
-            rows, row_bytes = prod(shape[:-1]), shape[-1] // block * block_bytes
+            rows = prod(shape[:-1])
+            row_bytes = shape[-1] // block * block_bytes
             stop = start + rows * row_bytes
             expected = f"at most {self.size:,}"
             self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)

@@ -50,7 +50,8 @@ class Sampling:
             ("max_new_tokens", 1, LARGEST, "a whole number, 1 or more"),
             ("min_p", 0, 1, "0 to 1"),
         ):
-            value, kinds = getattr(self, name), (int, type(getattr(Sampling, name)))
+            value = getattr(self, name)
+            kinds = (int, type(getattr(Sampling, name)))
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise ParameterError(name, f"found {value!r:.40}, expected {expected}")
 
@@ -144,7 +145,6 @@ def decode(
     The iterator ends when all rows have ended. It has no limit, so the caller must stop. A token
     enters the KV cache when the next step is requested, and an end token never does. `prompts`
     holds the token ids per row that a repetition penalty counts as earlier tokens.
-
     Without `remember`, ended rows leave the batch, and `cache` must not be used afterwards. This
     made 96 answers of unequal length 1.6 times as fast (Qwen2.5-0.5B, bf16, AVX2).
     Raises ValueError naming the model if a score is not finite.
@@ -176,7 +176,9 @@ def decode(
         # A compiled step has a fixed number of rows.
         if not remember and len(running) <= SHRINK_AT * len(rows) and model.step is None:
             kept = [i for i, row in enumerate(rows) if row in running]
-            cache, tokens, rows = cache.select(kept), tokens[kept], sorted(running)
+            cache = cache.select(kept)
+            tokens = tokens[kept]
+            rows = sorted(running)
         hidden = model(model.embed(tokens[:, None]), cache, [int(row in running) for row in rows])
 
 
@@ -201,7 +203,8 @@ def stream(
     for count, tokens in enumerate(steps, start=1):
         at_limit = count == sampling.max_new_tokens
         for row, text in list(running.items()):
-            token, done = tokens[row], None
+            token = tokens[row]
+            done = None
             piece = "" if token is None else text.push(token)
             if token is None or at_limit:
                 del running[row]

@@ -123,7 +123,8 @@ class Tokenizer:
             source = named["default"]
         file = self.path.with_name("chat_template.jinja")
         if file.is_file():
-            self.template_path, source = file, read_text(file)
+            self.template_path = file
+            source = read_text(file)
         self._source = CHATML if source is None else source
         dialog = self._conversation(EXCHANGE, generation_prompt=False)
         names = self._special.get("eos_token", "<|im_end|>"), "<|im_end|>"
@@ -154,7 +155,8 @@ class Tokenizer:
 
         Raises ValueError as `encode_turn` does.
         """
-        cuts, control = {0, len(turn.text)}, set(self.control.values())
+        cuts = {0, len(turn.text)}
+        control = set(self.control.values())
         while True:
             tokens: list[tuple[int, int, int]] = []
             for start, end in itertools.pairwise(sorted(cuts)):
@@ -202,7 +204,8 @@ class Tokenizer:
         message, or if it cannot put such a turn after another one.
         """
         own = [("user", user)] if system is None else [("system", system), ("user", user)]
-        earlier, later = [] if first else EXCHANGE, [] if last else EXCHANGE[::-1]
+        earlier = [] if first else EXCHANGE
+        later = [] if last else EXCHANGE[::-1]
         turn = self._conversation([*earlier, *own, *later])
         if not last:
             turn = turn.cut(0, turn.untrusted[-2][0])
@@ -262,7 +265,8 @@ class Tokenizer:
         around = self._render(marked, generation_prompt).split(PLACEHOLDER)
         pattern = re.escape(around[0])
         for (_, message), after in zip(messages, around[1:], strict=False):
-            core, spaces_after = re.escape(message.strip()), len(message) - len(message.rstrip())
+            core = re.escape(message.strip())
+            spaces_after = len(message) - len(message.rstrip())
             pattern += rf"(\s*?{core}\s{{0,{spaces_after}}}){re.escape(after)}"
         whole = re.fullmatch(pattern, text)
         if whole is None or len(around) != len(messages) + 1:
@@ -307,7 +311,8 @@ class TextStream:
     """Decode ids that come one at a time, in pieces of text that later ids do not change."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
         self._settled = self._returned = 0  # counts: ids decoded, characters returned
 

@@ -80,7 +80,7 @@ def latent_turn(
     """
     run = VariantRun(lm, questions, **settings)
     if handed is None:
-        working = run.rotated() if run.transfer == "shuffled" else run
+        working = run.shifted() if run.transfer == "shuffled" else run
         given = finish(hand_over(working), on_event)
     else:
         assert handed.given is not None, "text agents do not hand over a KV cache"

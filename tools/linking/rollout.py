@@ -132,7 +132,7 @@ def last_turn(
     transfer "shuffled": a control.
     """
     run = start_run(lm, rows, how, align)
-    working = run.rotated() if others or how.transfer == "shuffled" else run
+    working = run.shifted() if others or how.transfer == "shuffled" else run
     return run.last_turn(finish(hand_over(working)))
 
 
