@@ -137,7 +137,7 @@ class Aligner:
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)
         if kind == "random":  # two random orthogonal bases, the same in every call
-            generator = torch.Generator().manual_seed(0)
+            source = torch.Generator().manual_seed(0)
             bases = torch.randn(
                 2, *matrix.shape, generator=generator, dtype=torch.float64
             )  # (2, D, D)
