@@ -139,7 +139,7 @@ class Aligner:
         if kind == "random":  # two random orthogonal bases, the same in every call
             source = torch.Generator().manual_seed(0)
             bases = torch.randn(
-                2, *matrix.shape, generator=generator, dtype=torch.float64
+                2, *matrix.shape, generator=source, dtype=torch.float64
             )  # (2, D, D)
             left, right = torch.linalg.qr(bases.to(matrix.device)).Q
             matrix = left * torch.linalg.svdvals(matrix) @ right.T
