@@ -179,6 +179,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
             run.steps(agents[0]),
             own.align_map,
             decodes=agents[0].writes,
+            keeps_cache=True,
             closes=run.closes_turns,
         )
         cache, head = turn.hand_over(run.transfer, head)
@@ -261,7 +262,8 @@ class LastTurn(NamedTuple):
 
     def answer(self) -> Events[list[Result]]:
         """Prefill, think if the agent has its own `latent_steps`, and decode the answers."""
-        turn = yield from self._take(final=True)
+        kept = self.run.keep_memory
+        turn = yield from self._take(final=True, keeps_cache=kept, closes=kept)
         return self.run.results([*self.turns, turn])
 
     def prefill(self) -> tuple[Tensor, KVCache]:

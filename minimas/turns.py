@@ -186,29 +186,33 @@ class Run:
         return needed
 
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
-        """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache."""
+        """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache.
+
+        A subclass may return another cache with the same content.
+        """
         return prefill(self.lm.model, ids, cache), cache
 
     def turn(
         self,
         agents: Sequence[Agent],
-        turns: Sequence[PromptText],
+        texts: Sequence[PromptText],
         cache: KVCache,
         steps: int = 0,
         align: Any = None,
         decodes: bool = True,
         final: bool = False,
+        keeps_cache: bool = False,
         closes: bool = False,
     ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
-        Yields events. `turns` holds one prompt per row. `final` marks the last agent's turn, after
-        which the cache is used only with `keep_memory`.
+        Yields events. `texts` holds one prompt per row, and `final` marks the last agent's turn.
+        With `keeps_cache` all generated tokens are in the cache afterwards, because an agent or a
+        later call continues from it. `closes` appends the end of the chat turn.
         """
         began = self.clock() - self.seconds
         start = list(cache.lengths)
-        closes = self.keep_memory if final else closes
-        ids = [self.tokenizer.encode_turn(turn) for turn in turns]
+        ids = [self.tokenizer.encode_turn(text) for text in texts]
         workers = [agent for agent in agents for _ in self.questions]  # one per row
         for agent, filled, row_ids in zip(workers, start, ids, strict=True):
             self.require_context(agent, filled, len(row_ids), steps, decodes, closes)
@@ -222,7 +226,6 @@ class Run:
         hidden = thoughts[-1].after if thoughts else hidden
         thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
-        keeps_cache = self.keep_memory if final else align is not None
         if decodes:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # else the next agent's system message would be part of this answer
@@ -235,7 +238,7 @@ class Run:
             slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
             count = thoughts_end[row] - prompt_end[row]
             bill = (prompt_tokens[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
-            traces.append(AgentTrace(*bill, workers[row].name, turns[row].text, out.text))
+            traces.append(AgentTrace(*bill, workers[row].name, texts[row].text, out.text))
         yield AgentEnd(name, traces, cache)
         ends = start, prompt_end, thoughts_end
         return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
