@@ -38,7 +38,7 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 ANSWER_HEAD = [
-    "arm", "n", "right, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
+    "arm", "n", "correct, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
 ]  # fmt: skip
 LOSS_HEAD = ["arm", "n", "gold NLL, 95 %"]
 
