@@ -592,6 +592,7 @@ def test_every_aime_answer_is_right_with_and_without_leading_zeros() -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_option_of_every_row_is_extracted_as_itself(name: str) -> None:
     """Options can contain other options, be numbers, or end with a full stop."""
@@ -714,6 +715,7 @@ def split_formats(text: str) -> list[str]:
     return text.strip().replace("|\n", "|").split("|")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k_test", "aime2024"])
 def test_every_gold_number_is_right_in_every_format_and_its_neighbours_are_wrong(name: str) -> None:
     r"""One model generates \boxed{1,234}, another **1234.00**.
@@ -735,6 +737,7 @@ def test_every_gold_number_is_right_in_every_format_and_its_neighbours_are_wrong
                 assert not grade("math", template.format(form), gold), (row["id"], template, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arc_easy_test", "arc_challenge_test", "medqa"])
 def test_every_gold_option_is_right_in_every_format_and_the_others_are_wrong(name: str) -> None:
     """ "(A mouse runs)" is not a letter. The text of an option in brackets means that option."""

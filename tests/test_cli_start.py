@@ -106,6 +106,7 @@ print(load.__name__, minimas.load is load, same is LM, minimas.__version__, sort
 # -- streams -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_closed_stream_gives_no_traceback() -> None:
     """Cron and daemons close streams, which are then None in Python."""
     for redirect, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0)):
@@ -150,6 +151,7 @@ def test_a_closed_stdout_stops_a_run_over_a_file_without_an_error(tmp_path: Path
     assert "[40/40]" not in said
 
 
+@pytest.mark.slow
 def test_utf8_input_works_in_a_c_locale() -> None:
     """The bytes of the question became surrogates, and the error said that it was empty."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -294,6 +294,7 @@ def test_a_model_that_would_not_get_faster_is_not_compiled(
         assert (model.step is not None) == compiled, (dtype, can_pack)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_copy_of_a_compiled_model_uses_its_own_weights() -> None:
     """The compiled code found a layer by a number, and the copy had the same number."""

@@ -331,6 +331,7 @@ def audited(tmp_path: Path, align: str, count: int, metric: str) -> Record:
     return summary
 
 
+@pytest.mark.slow
 def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """weights/tiny needs its thoughts.
 

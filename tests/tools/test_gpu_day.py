@@ -24,6 +24,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_variant_is_measured_and_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,6 +226,7 @@ def test_a_run_without_thoughts_has_a_report(tmp_path: Path) -> None:
     ] * 3
 
 
+@pytest.mark.slow
 def test_a_thousand_records_with_thoughts_take_at_most_5_mb(tmp_path: Path) -> None:
     """Three agents have 20 thoughts each, with three tokens and a heat map of 24 layers."""
     records = [record_of(i, steps=20, layers=24) for i in range(1000)]

@@ -79,6 +79,7 @@ def test_with_another_questions_memory_the_judger_answers_that_question(
     assert right(results, told[1:] + told[:1]) >= 85
 
 
+@pytest.mark.slow
 def test_experts_with_different_facts_need_their_kv_caches(lm: LM) -> None:
     """The question is about facts that are only in the prompts of the experts."""
     rng, found = random.Random("split"), {"full": 0, "none": 0}
