@@ -15,14 +15,14 @@ from .test_evaluate import write_data
 
 ROOT = TINY.parents[1]
 pytestmark = pytest.mark.slow
-NOBODY = "import sys; sys.stdin.close()"  # a reader that closes the pipe at once
+CLOSING_READER = "import sys; sys.stdin.close()"
 
 
 def shell(command: str, *values: Any, **variables: str) -> tuple[int, str, str]:
     """Run a bash command with `values` as "$@", and return its status, stdout and stderr."""
     argv = ["bash", "-o", "pipefail", "-c", command, sys.executable, *map(str, values)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    env = os.environ | {"NOBODY": NOBODY} | variables
+    env = os.environ | {"CLOSING_READER": CLOSING_READER} | variables
     with Process(argv, cwd=ROOT, env=env, text=True, **pipes) as process:
         out, err = process.communicate()
     return process.returncode, out, err
@@ -46,8 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         (">&-", 0),
         ("2>&-", 0),
         ("<&- >&- 2>&-", 0),
-        ('| "$0" -c "$NOBODY"', 0),
-        ('2>&1 | "$0" -c "$NOBODY"', 0),
+        ('| "$0" -c "$CLOSING_READER"', 0),
+        ('2>&1 | "$0" -c "$CLOSING_READER"', 0),
         pytest.param(
             ">/dev/full", 1, marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="none")
         ),
@@ -71,7 +71,7 @@ def test_evaluate_saves_its_files_with_any_streams(
 def test_a_closed_stderr_pipe_does_not_stop_a_run(run: list[Any], tmp_path: Path) -> None:
     """`evaluate … 2>&1 | head` must compute all results."""
     flags = [*run[:-1], tmp_path / "run", "--batch-size", 1]
-    status, _, _ = shell('"$0" tools/evaluate.py "$@" 2>&1 | "$0" -c "$NOBODY"', *flags)
+    status, _, _ = shell('"$0" tools/evaluate.py "$@" 2>&1 | "$0" -c "$CLOSING_READER"', *flags)
     assert status == 0
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "run" / "summary.json").exists()
@@ -92,13 +92,13 @@ def test_a_table_is_printed_in_any_encoding(encoding: str, run: list[Any]) -> No
 def test_results_and_benchmark_also_end_quietly(tmp_path: Path) -> None:
     assert shell('"$0" tools/results.py --help >&- 2>&-') == (0, "", "")
     assert shell('"$0" tools/results.py --check >&- 2>&-')[0] == 0
-    status, _, err = shell('"$0" tools/results.py --help | "$0" -c "$NOBODY"')
+    status, _, err = shell('"$0" tools/results.py --help | "$0" -c "$CLOSING_READER"')
     assert (status, err) == (0, "")
     rows, out = tmp_path / "rows.jsonl", tmp_path / "page.md"
     row = {"id": 1, "question": "How many is two and three?", "answer": "5"}
     rows.write_text(json.dumps(row) + "\n")
     flags = ["--perplexity", TINY, "--text", rows, "--formats", "q8", "--threads", 1, "--out", out]
-    for redirection in ('| "$0" -c "$NOBODY"', ">&-"):
+    for redirection in ('| "$0" -c "$CLOSING_READER"', ">&-"):
         status, _, err = shell(f'"$0" tools/benchmark.py "$@" {redirection}', *flags)
         assert status == 0 and "Traceback" not in err and "ignored" not in err, err
         assert "| q8 |" in out.read_text(encoding="utf-8")
