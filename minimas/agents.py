@@ -293,23 +293,28 @@ class LatentRun(Run):
                 "transfer", f"found {self.transfer!r}, expected one of {', '.join(TRANSFERS)}"
             )
         if self.transfer == "shuffled" and len(self.questions) == 1:
-            found = "found 'shuffled' with one question, expected two or more of a kind (--file)"
-            raise ParameterError("transfer", found)
+            raise ParameterError(
+                "transfer",
+                "found 'shuffled' with one question, expected two or more of a kind (--file)",
+            )
         steps = self.latent_steps
-        if steps not in (None, "auto") and (not isinstance(steps, int) or steps < 0):
-            found = f"found {steps!r}, expected a whole number, 0 or more, or 'auto'"
-            raise ParameterError("latent_steps", found)
+        if steps not in (None, "auto") and (type(steps) is not int or steps < 0):
+            raise ParameterError(
+                "latent_steps", f"found {steps!r}, expected a whole number, 0 or more, or 'auto'"
+            )
         self.resolved_team = choose_team(self.lm, self.team).with_layout(self.layout)
         if not self.close and self.resolved_team.layout == "turn":
-            found = "found no with layout 'turn', expected yes: no turn is closed there"
-            raise ParameterError("close", found)
+            raise ParameterError(
+                "close", "found no with layout 'turn', expected yes: no turn is closed there"
+            )
         self.stops_itself = steps == "auto"
         self.layouts_per_question = self.layouts(self.resolved_team)
         self.closes_turns = self.close and self.layouts_per_question[0].closes_turns
         require_models(self, self.resolved_team)
         if self.models and self.align not in MAPS:
-            found = f"found {self.align!r:.80} with models, expected {' or '.join(MAPS)}"
-            raise ParameterError("align", found)
+            raise ParameterError(
+                "align", f"found {self.align!r:.80} with models, expected {' or '.join(MAPS)}"
+            )
         self._require_context_of_all()
         _ = self.align_map  # raises for a wrong map
 
@@ -426,6 +431,7 @@ def choose_team(lm: LM, team: str | Team) -> Team:
         return team
     teams = TEAMS | lm.teams
     if not isinstance(team, str) or team not in teams:
-        found = f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
-        raise ParameterError("team", found)
+        raise ParameterError(
+            "team", f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
+        )
     return teams[team]

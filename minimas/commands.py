@@ -56,8 +56,9 @@ def run_ask(args: Namespace) -> None:
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
     if args.parallel and args.save_memory:
-        problem = "found with --parallel, expected neither: each rank has its own heads"
-        raise ParameterError("save_memory", problem)
+        raise ParameterError(
+            "save_memory", "found with --parallel, expected neither: each rank has its own heads"
+        )
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swapped within a batch
@@ -145,8 +146,9 @@ def method_options(args: Namespace) -> Settings:
         if name in parameters:
             options[name] = parameters[name].default if given is None else given
         elif given is not None:
-            problem = f"found with --method {args.method}, expected a method that uses it"
-            raise ParameterError(name, problem)
+            raise ParameterError(
+                name, f"found with --method {args.method}, expected a method that uses it"
+            )
     return options
 
 

@@ -276,8 +276,9 @@ def _check(
     if compile and (mps or parallel):
         raise ParameterError("compile", "found with --device mps or --parallel, expected neither")
     if mps and (quantize or parallel or dtype == torch.float64):
-        problem = "found mps with --quantize, --parallel or float64, expected none of them"
-        raise ParameterError("device", problem)
+        raise ParameterError(
+            "device", "found mps with --quantize, --parallel or float64, expected none of them"
+        )
     if mps:
         log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
     if quantize is not None:

@@ -47,8 +47,10 @@ def remember(
     needed = len(ids) + latent_steps + len(end)
     limit = lm.model.config.max_position_embeddings
     if needed > limit:
-        problem = f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context"
-        raise ParameterError("text", problem)
+        raise ParameterError(
+            "text",
+            f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context",
+        )
     cache = lm.model.new_cache(1)
     hidden = prefill(lm.model, [ids], cache)
     if latent_steps:

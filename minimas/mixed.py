@@ -35,15 +35,20 @@ def require_models(run: Run, team: Team) -> None:
     run.models = run.models or {}
     named = sorted({a.model for a in team.agents if a.model})
     if sorted(run.models) != named:
-        problem = f"found {sorted(run.models)}, expected {named}, the models of the team's agents"
-        raise ParameterError("models", problem)
+        raise ParameterError(
+            "models",
+            f"found {sorted(run.models)}, expected {named}, the models of the team's agents",
+        )
     if named and (team.parallel or any(run.memory_lengths)):
-        problem = "found some with parallel agents or a memory, expected neither"
-        raise ParameterError("models", problem)
+        raise ParameterError(
+            "models", "found some with parallel agents or a memory, expected neither"
+        )
     for name, lm in run.models.items():
         if text_tokenizer(lm).backend.get_vocab() != run.tokenizer.backend.get_vocab():
-            problem = f"found {name!r} with another tokenizer, expected that of {run.lm.model.name}"
-            raise ParameterError("models", problem)
+            raise ParameterError(
+                "models",
+                f"found {name!r} with another tokenizer, expected that of {run.lm.model.name}",
+            )
 
 
 def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[int]) -> KVCache:

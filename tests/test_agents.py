@@ -861,6 +861,7 @@ def test_an_end_token_from_any_file_ends_the_answer(tmp_path: Path, lm: LM, wher
         ({"team": "single"}, r"team: found 'single'"),
         ({"latent_steps": -1}, r"latent_steps: found -1, expected"),
         ({"latent_steps": 1.5}, r"latent_steps: found 1.5, expected"),
+        ({"latent_steps": True}, r"latent_steps: found True, expected"),
         ({"latent_steps": "3"}, r"latent_steps: found '3', expected"),
         ({"align": "rigde"}, r"align: found 'rigde', expected one of ridge"),
         ({"transfer": "some"}, r"transfer: found 'some', expected one of full"),

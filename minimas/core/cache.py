@@ -259,12 +259,11 @@ class KVCache:
         """
         if bits not in (None, 8):
             raise ParameterError("bits", f"found {bits!r}, expected 8 or None")
-        filled = max(self.lengths)
         tensors = {"lengths": torch.tensor(self.lengths)}
         for kind, stores in (("keys", self.keys), ("values", self.values)):
             for layer, store in enumerate(stores):
                 name = f"{kind}.{layer}"
-                part = store[:, :, :filled]
+                part = store[:, :, : max(self.lengths)]
                 if bits:
                     part, tensors[f"scale.{name}"] = files.in_8_bits(part)
                 tensors[name] = part

@@ -17,9 +17,11 @@ from .config import Config, read_json
 from .files import opened
 from .model import Qwen3
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 STORED = "BF16 F16 F32 F64".split()
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def load_model(

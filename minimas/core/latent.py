@@ -66,10 +66,9 @@ def alignment_matrix(
         gram += rows_out.T @ rows_out
         cross += rows_out.T @ for_float64(rows_in).to(wide)
     gram = gram.double()
-    cross = cross.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    matrix = torch.cholesky_solve(cross, factor)
+    matrix = torch.cholesky_solve(cross.double(), factor)
     if failed or not matrix.isfinite().all():
         raise ValueError(
             "w_out, w_in: found NaN, infinity or numerical singularity, expected finite embeddings"
@@ -132,17 +131,18 @@ class Aligner:
         w_in = w_in[:rows]
         wide = torch.promote_types(w_in.dtype, torch.float32)
         norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # not copied as a whole
-        made.norm = for_float64(torch.cat(norms)).double().mean().item()
+        made.norm = float(for_float64(torch.cat(norms)).double().mean())
         if kind == "identity":
             return made
         matrix = alignment_matrix(head.weight[:rows], w_in)
-        if kind == "random":  # two random orthogonal bases, the same in every call
+        if kind == "random":  # orthogonal bases, the same in every call
             source = torch.Generator().manual_seed(0)
-            bases = torch.randn(
-                2, *matrix.shape, generator=source, dtype=torch.float64
-            )  # (2, D, D)
-            left, right = torch.linalg.qr(bases.to(matrix.device)).Q
-            matrix = left * torch.linalg.svdvals(matrix) @ right.T
+            draws = [
+                torch.randn(n, min(matrix.shape), generator=source, dtype=torch.float64)
+                for n in matrix.shape
+            ]
+            left, right = (torch.linalg.qr(draw.to(matrix.device)).Q for draw in draws)
+            matrix = left * torch.linalg.svdvals(matrix) @ right.T  # (D, D')
         made.matrix = matrix.to(wide).to(w_in.device)
         if kind == "prenorm":
             gain = model.model.norm.weight.to(wide)
@@ -174,7 +174,7 @@ class Aligner:
         for name, part in tensors.items():
             parts[name] = files.floats(path, tensors, name, shapes, model, wide)
             if name == "norm":
-                parts[name] = part.item()
+                parts[name] = float(part)
         return cls(**parts, model=model)
 
     def __call__(self, hidden: Tensor) -> Tensor:

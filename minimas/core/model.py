@@ -217,7 +217,7 @@ def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
     In a ragged batch `hidden[:, -1:]` would be the state of padding (issue 26 of the authors'
     code). Raises ValueError for lengths out of range.
     """
-    counts = [int(length) for length in lengths]
+    counts = list(map(int, lengths))
     T = hidden.shape[1]
     if min(counts) < 1 or max(counts) > T:
         raise ValueError(f"lengths: found {counts}, expected 1 … {T} in every row")
@@ -240,5 +240,4 @@ def prefill(
         chunk = slice(start, start + chunk_tokens)
         counts = [len(row[chunk]) for row in ids]
         states.append(model(model.embed(padded[:, chunk].to(model.device)), cache, counts))
-    last = take_last(torch.cat(states, 1), list(map(len, ids)))  # (B, 1, D)
-    return finite(last, model.name)
+    return finite(take_last(torch.cat(states, 1), list(map(len, ids))), model.name)  # (B, 1, D)

@@ -42,8 +42,9 @@ def check_compiler(device_type: str) -> None:
     try:
         get_cpp_compiler()
     except RuntimeError as error:
-        problem = f"found no C++ compiler, expected g++ or clang++ ({error})"
-        raise ParameterError("compile", problem) from error
+        raise ParameterError(
+            "compile", f"found no C++ compiler, expected g++ or clang++ ({error})"
+        ) from error
     if device_type == "cuda" and not has_triton():
         expected = "expected compute capability 7.0 or newer, and: pip install triton"
         raise ParameterError("compile", f"found no Triton that runs on this GPU, {expected}")

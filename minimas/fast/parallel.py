@@ -56,8 +56,9 @@ class Part:
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             size = getattr(self.config, name)
             if size % self.ranks:
-                problem = f"found {self.ranks} ranks, expected a divisor of {name}, {size}"
-                raise ParameterError("parallel", problem)
+                raise ParameterError(
+                    "parallel", f"found {self.ranks} ranks, expected a divisor of {name}, {size}"
+                )
             self.config = replace(self.config, **{name: size // self.ranks})
 
     def __getattr__(self, name: str) -> Any:

@@ -165,6 +165,20 @@ def test_the_random_map_has_the_singular_values_of_the_ridge(model: Qwen3) -> No
     assert control.norm == ridge.norm
 
 
+@pytest.mark.parametrize("hidden_size", [8, 24])
+def test_a_random_map_to_another_model_has_that_models_width(hidden_size: int) -> None:
+    """A map with the sender's width could not be fed to the receiver."""
+    sender = tiny_model()
+    receiver = tiny_model(hidden_size=hidden_size)
+    ridge = Aligner.from_model(sender, "ridge", receiver=receiver).matrix
+    control = Aligner.from_model(sender, "random", receiver=receiver).matrix
+    assert ridge is not None
+    assert control is not None
+    assert control.shape == ridge.shape == (16, hidden_size)
+    values = torch.linalg.svdvals(ridge)
+    torch.testing.assert_close(torch.linalg.svdvals(control), values, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ALIGNMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 0, 16), (2, 3, 1, 16)])
