@@ -164,14 +164,14 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     team = run.resolved_team
     B = len(run.questions)
     cache = run.new_cache()
-    head = run.memory_lengths
+    shared = run.memory_lengths
     turns: list[TurnResult] = []
-    experts: list[tuple[KVCache, list[int]]] = []  # per parallel agent: its cache and the head
+    experts: list[tuple[KVCache, list[int]]] = []  # per agent: its cache and shared slots
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
         own = run.played_by(agents[0])
-        cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, head)
-        texts, head = run.prompts(numbers, cache, head)
+        cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, shared)
+        texts, shared = run.prompts(numbers, cache, shared)
         turn = yield from own.turn(
             agents,
             texts,
@@ -182,24 +182,25 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
             keeps_cache=True,
             closes=run.closes_turns,
         )
-        cache, head = turn.hand_over(run.transfer, head)
+        cache, shared = turn.hand_over(run.transfer, shared)
         turns.append(turn)
         if team.parallel:
-            for at in range(0, len(head), B):
-                experts.append((cache.select(range(at, at + B)), head[at : at + B]))
+            for at in range(0, len(shared), B):
+                experts.append((cache.select(range(at, at + B)), shared[at : at + B]))
     if experts:
-        cache, head = join(experts[-1:] if run.transfer == "last" else experts)
-    return HandOver(run, cache, head, turns)
+        cache, shared = join(experts[-1:] if run.transfer == "last" else experts)
+    return HandOver(run, cache, shared, turns)
 
 
 def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
-    """Return the KV caches of parallel agents as one. The head that all have is kept once.
+    """Return the KV caches of parallel agents as one. The slots that all share are kept once.
 
-    If there is a head, this is an approximation: all but the first agent's slots attended to their
-    head from the positions that they had before.
+    If there are such slots, this is an approximation: all but the first agent's own slots attended
+    to them from the positions that they had before.
     """
-    (first, head), *others = experts
-    return KVCache.concat([first, *(cache.drop(0, own_head) for cache, own_head in others)]), head
+    (first, shared), *others = experts
+    own = [cache.drop(0, other_shared) for cache, other_shared in others]
+    return KVCache.concat([first, *own]), shared
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
@@ -245,7 +246,7 @@ class HandOver(NamedTuple):
 
     run: Run
     cache: KVCache
-    head: list[int]  # slots per row that all agents share: memory, and the head of the layout
+    shared: list[int]  # slots per row that all agents share: memory and preamble
     turns: list[TurnResult]
 
 
@@ -344,18 +345,18 @@ class LatentRun(Run):
         return [[i] for i in numbers]
 
     def prompts(
-        self, numbers: Sequence[int], cache: KVCache, head: list[int]
+        self, numbers: Sequence[int], cache: KVCache, shared: list[int]
     ) -> tuple[list[PromptText], list[int]]:
-        """Return the prompts of a batch of agents after `cache`, and the slots of the head per row.
+        """Return the prompts of a batch of agents after `cache`, and the shared slots per row.
 
-        In an empty KV cache the head comes from the prompts themselves; else it is `head`.
+        If nothing is handed over yet, the prompts begin with the preamble, which is counted here.
         """
         first = self.is_new(cache)
         rows = [(layout, i) for i in numbers for layout in self.layouts_per_question]
         if first:
-            counts = [len(layout.head_ids(i)) for layout, i in rows]
-            head = list(map(add, cache.lengths, counts))
-        return [layout.prompt(i, first) for layout, i in rows], head
+            counts = [len(layout.preamble_ids(i)) for layout, i in rows]
+            shared = list(map(add, cache.lengths, counts))
+        return [layout.prompt(i, first) for layout, i in rows], shared
 
     def shifted(self) -> "LatentRun":
         """Return the same run with question i + 1 in place of question i, the first one last."""
@@ -372,14 +373,14 @@ class LatentRun(Run):
         """Return the last agent's turn after what this run or another one has handed over."""
         last = self.resolved_team.agents[-1]
         own = self.played_by(last)
-        cache = receive(own, handed.turns, handed.cache, handed.head)
+        cache = receive(own, handed.turns, handed.cache, handed.shared)
         first = self.is_new(cache)
-        # The head in the cache holds another question: put this question's head in its place.
-        if handed.run is not self and self.layouts_per_question[0].head.text and not first:
-            heads = [layout.head_ids(0) for layout in self.layouts_per_question]
-            own_head = own.new_cache()
-            prefill(own.lm.model, heads, own_head)
-            cache = KVCache.concat([own_head, cache.drop(0, handed.head)])
+        # The preamble in the cache holds another question: put this question's in its place.
+        if handed.run is not self and self.layouts_per_question[0].preamble.text and not first:
+            preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
+            own_preamble = own.new_cache()
+            prefill(own.lm.model, preambles, own_preamble)
+            cache = KVCache.concat([own_preamble, cache.drop(0, handed.shared)])
         texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         return LastTurn(
             own, last, texts, cache, self.steps(last, final=True), own.align_map, handed.turns
@@ -394,7 +395,7 @@ class LatentRun(Run):
         others = working.layouts_per_question
         rows = zip(starts, self.memory_lengths, self.layouts_per_question, others, strict=True)
         for base, own_base, own, other in rows:
-            held = head = base  # slots that are handed over, and slots of the head
+            held = shared = base  # slots that are handed over, and slots that all share
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
                 layout = own if final else other
@@ -402,17 +403,17 @@ class LatentRun(Run):
                 first = start == base
                 tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
                 if first:
-                    head = base + len(layout.head_ids(i))
-                elif layout is not other and own.head.text:  # its own head is put there
-                    start += own_base + len(own.head_ids(0)) - head
+                    shared = base + len(layout.preamble_ids(i))
+                elif layout is not other and own.preamble.text:  # its own preamble is put there
+                    start += own_base + len(own.preamble_ids(0)) - shared
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
                 for later in agents[i:]:  # its model may prefill this turn again
                     run = self.played_by(later)
                     end = run.require_context(agent, start, tokens, steps, decodes, closes)
-                added = steps if self.transfer == "latents" else end - max(start, head)
-                kept = head if self.transfer == "last" else max(held, head)
+                added = steps if self.transfer == "latents" else end - max(start, shared)
+                kept = shared if self.transfer == "last" else max(held, shared)
                 held = base if self.transfer == "none" else kept + added
 
 

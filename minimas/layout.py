@@ -8,8 +8,8 @@ it. A template that makes this impossible raises an error. In layout "turn" ther
 assistant turn before the last agent's, so the last agent has no empty answer to imitate
 (docs/results.md).
 
-In layout "turn", everything up to the end of the first opening is the *head*. A transfer that cuts
-the KV cache keeps it, or the next prompt repeats it, so that a paragraph always stands in a
+In layout "turn", everything up to the end of the first opening is the *preamble*. A transfer that
+cuts the KV cache keeps it, or the next prompt repeats it, so that a paragraph always stands in a
 well-formed user turn. This file does not depend on models, thoughts, or the order in which agents
 work.
 """
@@ -27,7 +27,7 @@ SEPARATOR = "\n\n"  # between two paragraphs
 class Layout:
     """Layout "chat", the base class: each agent's prompt is a chat turn of its own.
 
-    `opening` and `prompts` are the team's, completely filled in for one question. `head` is the
+    `opening` and `prompts` are the team's, completely filled in for one question. `preamble` is the
     beginning that all agents' prompts share. `continues` means that a conversation comes before the
     first agent's prompt.
     """
@@ -38,7 +38,7 @@ class Layout:
     prompts: Sequence[str]
     continues: bool = False
     closes_turns = True
-    head = PromptText("")
+    preamble = PromptText("")
 
     def prompt(self, agent: int, first: bool) -> PromptText:
         """Return the prompt of agent number `agent`; it is `first` if no agent comes before it."""
@@ -48,10 +48,10 @@ class Layout:
         first = first and not self.continues
         return self.tokenizer.turn(text, role.system, role.prefix, first, last)
 
-    def head_ids(self, agent: int) -> list[int]:
-        """Return the tokens of the agent's prompt, if it is the first, that belong to the head."""
+    def preamble_ids(self, agent: int) -> list[int]:
+        """Return the ids of the preamble, as tokenized within the agent's prompt if it is first."""
         tokens = self.tokenizer.tokens(self.prompt(agent, first=True))
-        return [token for token, start, _ in tokens if start < len(self.head.text)]
+        return [token for token, start, _ in tokens if start < len(self.preamble.text)]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class TurnLayout(Layout):
         before, first, *pieces = self.tokenizer.user_turn(
             parts[:-1], role.system, role.prefix, not self.continues
         )
-        self.head = before + first
+        self.preamble = before + first
         self._separators = pieces[::2]
         self._paragraphs = pieces[1::2]
 
@@ -81,7 +81,7 @@ class TurnLayout(Layout):
             return self._separators[agent] + paragraph
         if paragraph is self._paragraphs[-1]:
             return super().prompt(agent, first)
-        return self.head + self._separators[0] + paragraph
+        return self.preamble + self._separators[0] + paragraph
 
 
 def user_text(opening: str, prompt: str) -> str:

@@ -51,7 +51,7 @@ def require_models(run: Run, team: Team) -> None:
             )
 
 
-def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[int]) -> KVCache:
+def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, shared: list[int]) -> KVCache:
     """Return the KV cache of the run's model after `turns`; the last turn hands over `cache`.
 
     This is `cache` itself if the last turn had the same model. Otherwise the run's model prefills
@@ -73,6 +73,6 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, head: list[in
         if any(rest):
             run.prefill(rest, own)
         run.prefilled = list(map(add, run.prefilled, map(sub, own.lengths, turn.start)))
-        own, _ = turn._replace(cache=own).hand_over(run.transfer, head)
+        own, _ = turn._replace(cache=own).hand_over(run.transfer, shared)
     run.seconds = run.clock() - began
     return own  # type: ignore[no-any-return]

@@ -46,20 +46,20 @@ class TurnResult(NamedTuple):
     traces: list[AgentTrace]
     outputs: list[GeneratedText]
 
-    def hand_over(self, transfer: str, head: list[int]) -> tuple[KVCache, list[int]]:
-        """Return the cache as the next agent gets it, and how many slots per row are its head.
+    def hand_over(self, transfer: str, shared: list[int]) -> tuple[KVCache, list[int]]:
+        """Return the cache as the next agent gets it, and how many of its slots per row are shared.
 
-        `head` counts the slots per row that all agents share: memory, and the head of the layout.
+        `shared` counts the slots per row that all agents share: memory, and the layout's preamble.
         """
         cache = self.cache
-        start = list(map(max, self.start, head))  # the first prompt holds the head too
+        start = list(map(max, self.start, shared))  # the first prompt holds the preamble too
         if transfer == "none":  # every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
-            cache = cache.drop(head, start)
+            cache = cache.drop(shared, start)
         if transfer == "latents":
             cache = cache.truncate(self.thoughts_end).drop(start, self.prompt_end)
-        return cache, head
+        return cache, shared
 
 
 @dataclass

@@ -62,7 +62,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
-def head_of(team: Team, question: str) -> str:
+def preamble_of(team: Team, question: str) -> str:
     system = team.agents[-1].system
     before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     return f"{before}<|im_start|>user\n{team.opening.replace('{question}', question)}"
@@ -75,7 +75,7 @@ def prompt_of(team: Team, i: int, question: str, first: bool) -> str:
     last = i == len(team.agents) - 1
     start = "\n\n" + (opening if last else "")
     if first:
-        start = head_of(team, question) + ("\n\n" if team.opening else "")
+        start = preamble_of(team, question) + ("\n\n" if team.opening else "")
     return start + paragraph + (END + team.agents[i].prefix if last else "")
 
 
@@ -94,33 +94,33 @@ def by_hand(
 ) -> tuple[KVCache, str, list[str]]:
     """Return the KV cache that the last agent gets, its greedy text, and all agents' prompts."""
     align, last = lm.aligner("ridge"), len(team.agents) - 1
-    head, parts, prompts = lm.model.new_cache(1), [lm.model.new_cache(1)], []
+    preamble, parts, prompts = lm.model.new_cache(1), [lm.model.new_cache(1)], []
     for i in range(last):
-        cache = lm.model.new_cache(1) if team.parallel else KVCache.concat([head, *parts])
+        cache = lm.model.new_cache(1) if team.parallel else KVCache.concat([preamble, *parts])
         held = cache.lengths[0]
         prompts.append(prompt_of(team, i, remembered, first=held == 0))
         hidden = prefill(lm, prompts[-1], cache)
         offsets = plain_tokenizer(TINY).encode(prompts[-1], add_special_tokens=False).offsets
         size = (
-            sum(start < len(head_of(team, remembered)) for start, _ in offsets)
+            sum(start < len(preamble_of(team, remembered)) for start, _ in offsets)
             if held == 0
-            else head.lengths[0]
+            else preamble.lengths[0]
         )
         think(lm.model, align, hidden, cache, steps[i])
-        head = cache.truncate(size) if held == 0 and (i == 0 or not team.parallel) else head
+        preamble = cache.truncate(size) if held == 0 and (i == 0 or not team.parallel) else preamble
         own = {"latents": cache.keep_last(steps[i])}.get(
             transfer, cache.keep_last(cache.lengths[0] - max(held, size))
         )
         parts = [own] if transfer == "last" else [*parts, own]
         if transfer == "none":
-            head, parts = lm.model.new_cache(1), [lm.model.new_cache(1)]
+            preamble, parts = lm.model.new_cache(1), [lm.model.new_cache(1)]
     if transfer == "shuffled" and team.opening and last:
-        head = lm.model.new_cache(1)
+        preamble = lm.model.new_cache(1)
         first = prompt_of(team, 0, question, first=True)
         offsets = plain_tokenizer(TINY).encode(first, add_special_tokens=False).offsets
-        size = sum(start < len(head_of(team, question)) for start, _ in offsets)
-        lm.model(lm.model.embed(encoded(first)[:, :size]), head)
-    handed = KVCache.concat([head, *parts])
+        size = sum(start < len(preamble_of(team, question)) for start, _ in offsets)
+        lm.model(lm.model.embed(encoded(first)[:, :size]), preamble)
+    handed = KVCache.concat([preamble, *parts])
     prompts.append(prompt_of(team, last, question, first=handed.lengths[0] == 0))
     cache = handed.fork()
     hidden = prefill(lm, prompts[-1], cache)
@@ -204,7 +204,7 @@ def test_a_shuffled_question_keeps_the_blank_line_after_its_head(tmp_path: Path)
 
 @pytest.mark.parametrize("transfer", TRANSFERS)
 def test_a_short_context_is_refused_before_any_work_or_suffices(lm: LM, transfer: str) -> None:
-    """A shuffled question with a long head was refused only after all other agents had worked."""
+    """A shuffled question with a long preamble was refused only after other agents had worked."""
     team, asked = replace(TURN, opening="{question}"), ["word " * 20 + "end", "a"]
     options: dict[str, Any] = {"transfer": transfer, "sampling": SHORT}
     with watched(lm.model) as (_, caches, _):
@@ -431,7 +431,7 @@ def test_an_opening_is_in_every_chat_turn_and_once_in_a_shared_turn(lm: LM) -> N
     with watched(lm.model) as (_, caches, _):
         texts("shuffled", QUESTIONS[:2])
     own = lm.model.new_cache(1)
-    prefill(lm, head_of(team, QUESTIONS[0]), own)
+    prefill(lm, preamble_of(team, QUESTIONS[0]), own)
     assert distance(caches[-1].select([0]).truncate(own.lengths[0]), own) < 1e-9
 
 

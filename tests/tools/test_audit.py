@@ -468,20 +468,20 @@ def test_the_parts_of_a_hand_over_fit_every_transfer(
     settings: dict[str, Any] = {"latent_steps": 2, "sampling": Sampling(), "layout": layout}
     given = latent_turn(lm, questions, team=team, transfer=transfer, **settings)
     assert given.given is not None
-    for q, head in enumerate(given.given.head):
+    for q, shared in enumerate(given.given.shared):
         traces, parts = given.traces(q), given.parts(q)
         if transfer == "none":
             assert parts == []
             continue
         agent, what, start, end = parts[0]
-        follows = team == "sequential"  # the last agent's prompt does not have the head
+        follows = team == "sequential"  # the last agent's prompt does not have the preamble
         expected = {
             "full": traces[0].prompt_tokens,
-            "latents": head or 2,
-            "last": traces[-1].prompt_tokens + (head if follows else 0),
+            "latents": shared or 2,
+            "last": traces[-1].prompt_tokens + (shared if follows else 0),
         }[transfer]
         assert (start, end) == (0, expected)
-        assert what == ("thoughts" if transfer == "latents" and not head else "prompt")
+        assert what == ("thoughts" if transfer == "latents" and not shared else "prompt")
         assert agent == (len(traces) - 1 if transfer == "last" else 0)
         thoughts = [end - start for _, what, start, end in parts if what == "thoughts"]
         assert thoughts == [2] * (1 if transfer == "last" else len(traces))

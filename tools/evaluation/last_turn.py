@@ -144,7 +144,7 @@ class LastTurn:
             return []
         whole = run.transfer != "latents"
         closing = self.closing_tokens if whole and run.closes_turns else 0
-        shared = self.given.head[question] if run.resolved_team.parallel else 0  # is stored once
+        shared = self.given.shared[question] if run.resolved_team.parallel else 0  # is stored once
         first = len(traces) - 1 if run.transfer == "last" else 0
         parts, end = list[tuple[int, str, int, int]](), held
         for agent in reversed(range(first, len(traces))):
