@@ -2,7 +2,7 @@
 
     python examples/latentmas.py ["QUESTION"]
 
-Uses only `minimas.core` and the tokenizer of weights/tiny, a small model that was trained for it.
+It uses minimas.core and weights/tiny, a small model for such questions, trained without the method.
 """
 
 import json
@@ -33,7 +33,7 @@ cache = model.new_cache(batch_size=1)
 
 
 def read(text: str) -> torch.Tensor:
-    """Prefill `text` after what the cache holds; returns the last hidden state, (1, 1, D)."""
+    """Prefill `text` into the cache, and return the last hidden state (1, 1, D)."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     print(f"  prefilled {len(ids)} tokens, now {cache.lengths[0] + len(ids)} slots")
     return prefill(model, [ids], cache)

@@ -19,7 +19,7 @@ with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "planner.safetensors"
     memory.save(path)
     print(f"saved {memory.lengths[0]} slots in {path.stat().st_size:,} bytes")
-    loaded = KVCache.load(path, lm.model)  # refused for another model
+    loaded = KVCache.load(path, lm.model)  # an error for another model
 
 # The judger sees the plan and the thoughts only in the memory: the question has no numbers.
 judger = Team((Agent("judger", "Judger: give the answer. {question}"),))

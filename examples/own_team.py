@@ -1,4 +1,4 @@
-"""Make a team of your own: two agents in order, then two side by side and one who sums up.
+"""Make a team of your own: two agents in order, then two side by side and one that sums up.
 
 python examples/own_team.py
 """

@@ -1,4 +1,4 @@
-"""See what latent thoughts stand for: the tokens that the LM head gives for each of them.
+"""See what latent thoughts stand for: the likeliest tokens of the LM head for each of them.
 
     python examples/see_thoughts.py
 

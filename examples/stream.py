@@ -1,6 +1,9 @@
-"""Follow a team while it works: one event per agent, thought and piece of text.
+"""Follow a team while it works, event by event.
 
-python examples/stream.py
+    python examples/stream.py
+
+The events are the start and the end of each agent, each thought and each piece of text. At the end
+there is a result for each question.
 """
 
 import sys

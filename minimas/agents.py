@@ -1,4 +1,4 @@
-"""Three methods for agents that are all played by one model: single, text_mas and latent_mas.
+"""Three methods for a team of agents: single, text_mas and latent_mas.
 
 Each method is a loop over agents: prefill the prompt, think, hand over. The last agent decodes the
 answer. The methods differ in what is handed over: nothing, text, or the KV cache of all earlier
@@ -31,7 +31,7 @@ from .text.tokenizer import PromptText
 from .turns import Run, TurnResult
 
 TRANSFERS = ("full", "latents", "last", "none", "shuffled")
-AUTO_STEPS = 40  # with latent_steps="auto", the most thoughts of an agent without its own number
+AUTO_STEPS = 40  # limit per agent for latent_steps="auto", unless the agent has its own
 
 
 def single(
@@ -100,13 +100,13 @@ def latent_mas(
     embeddings. An earlier agent also decodes if its `writes` is set, see `Agent`.
 
     `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
-    question) determine the form and the extraction of the answer. `sampling` None is the model's.
+    question) determine the form and the extraction of the answer. `sampling=None` is the model's.
     `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
     `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
     (the shared beginning and all thoughts), "last" (the shared beginning and what the previous
     agent added; after parallel agents, the last of them), or, as controls, "none" or "shuffled"
     (question i gets the cache of question i + 1, and the last question gets the first's).
-    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close` False leaves the chat
+    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` leaves the chat
     turns of agents that hand over open, as the authors' code does.
 
     `memory` is a KV cache after which every agent starts, such as one from `remember`. It has one
@@ -144,7 +144,7 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
     """Run a method as a generator, which yields its events and returns its results."""
     if method == "latent_mas":
         run = LatentRun(**settings)
-        # Question i gets the cache of question i + 1, on which all agents but the last work.
+        # Shuffled: all agents but the last work on question i + 1, and question i gets the cache.
         handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
     elif method == "text_mas":
@@ -169,7 +169,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     experts: list[tuple[KVCache, list[int]]] = []  # per agent: its cache and shared slots
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
-        own = run.played_by(agents[0])
+        own = run.with_model_of(agents[0])
         cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, shared)
         texts, shared = run.prompts(numbers, cache, shared)
         turn = yield from own.turn(
@@ -229,14 +229,14 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in side_by_side:
-        own = run.played_by(agents[0])
+        own = run.with_model_of(agents[0])
         rows = [prompt(agent, q) for agent in agents for q in numbers]
         turn = yield from own.turn(agents, rows, own.new_cache(len(agents)))
         turns.append(turn)
         for row, out in enumerate(turn.outputs):
             i, q = divmod(row, len(numbers))
             said[q].append((agents[i], out.text))
-    own = run.played_by(last)
+    own = run.with_model_of(last)
     asked = [prompt(last, q) for q in numbers]
     return LastTurn(own, last, asked, own.new_cache(), 0, None, turns)
 
@@ -296,7 +296,7 @@ class LatentRun(Run):
         if self.transfer == "shuffled" and len(self.questions) == 1:
             raise ParameterError(
                 "transfer",
-                "found 'shuffled' with one question, expected two or more of a kind (--file)",
+                "found 'shuffled' with one question, expected several of one kind (--file)",
             )
         steps = self.latent_steps
         if steps not in (None, "auto") and (type(steps) is not int or steps < 0):
@@ -306,7 +306,7 @@ class LatentRun(Run):
         self.resolved_team = choose_team(self.lm, self.team).with_layout(self.layout)
         if not self.close and self.resolved_team.layout == "turn":
             raise ParameterError(
-                "close", "found no with layout 'turn', expected yes: no turn is closed there"
+                "close", "found False in layout 'turn', expected True: no turn closes there"
             )
         self.stops_itself = steps == "auto"
         self.layouts_per_question = self.layouts(self.resolved_team)
@@ -325,7 +325,7 @@ class LatentRun(Run):
         return self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
-        """Return an agent's number of thoughts; the last one thinks only with its own number."""
+        """Return an agent's number of thoughts; the last agent thinks only if it has its own."""
         if final and agent.latent_steps is None:
             return 0
         default = AUTO_STEPS if self.stops_itself else self.lm.default_steps
@@ -372,7 +372,7 @@ class LatentRun(Run):
     def last_turn(self, handed: HandOver) -> LastTurn:
         """Return the last agent's turn after what this run or another one has handed over."""
         last = self.resolved_team.agents[-1]
-        own = self.played_by(last)
+        own = self.with_model_of(last)
         cache = receive(own, handed.turns, handed.cache, handed.shared)
         first = self.is_new(cache)
         # The preamble in the cache holds another question: put this question's in its place.
@@ -410,7 +410,7 @@ class LatentRun(Run):
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
                 for later in agents[i:]:  # its model may prefill this turn again
-                    run = self.played_by(later)
+                    run = self.with_model_of(later)
                     end = run.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, shared)
                 kept = shared if self.transfer == "last" else max(held, shared)
@@ -433,6 +433,6 @@ def choose_team(lm: LM, team: str | Team) -> Team:
     teams = TEAMS | lm.teams
     if not isinstance(team, str) or team not in teams:
         raise ParameterError(
-            "team", f"found {team!r:.80}, expected a Team or one of {', '.join(TEAMS)}"
+            "team", f"found {team!r:.80}, expected a Team or one of {', '.join(teams)}"
         )
     return teams[team]

@@ -96,7 +96,7 @@ _NOT_VERIFIED = r"""(?x) [=:<>;A-Z] | \. | \\[lc]?dots | (?<![\\A-Za-z])[A-Za-z]
 
 
 def _verified(answer: str, gold: str) -> bool:
-    """Return whether math-verify takes gold / answer for 1.
+    """Return whether gold / answer is 1, according to math-verify.
 
     It compares the quotient, because math-verify takes the difference of two tiny numbers for 0.
     """
@@ -123,19 +123,19 @@ _UNICODE = {
     "。": ". ",
 }
 _FONT = r"\\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)[a-z]*\b"
-_HELD = r"(?:\\.|[^{}\\])*+"
+_BRACED = r"(?:\\.|[^{}\\])*+"
 for _depth in range(5):  # braces in braces
-    _HELD = rf"(?:\\.|[^{{}}\\]|\{{{_HELD}\}})*+"
+    _BRACED = rf"(?:\\.|[^{{}}\\]|\{{{_BRACED}\}})*+"
 _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"  # an empty \boxed{} quotes the instruction
 # Signs that a box is only a part of the answer. The text begins inside the box before the last one,
 # and "@" stands for the \boxed of the last box.
-_PART = rf"""(?xs) \A({_HELD})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours and \boxed{{30}}
+_PART = rf"""(?xs) \A({_BRACED})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours and \boxed{{30}}
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$? @\{{(?!\1\}})
     | (?: \bor[\s$}}]* (?:\w+\ *=\ *)?  # 18 or \boxed{{20}}
         | (?:[\d)=$]\s*- | [+/×÷^] | \w\s*\*) \s*  # 1 + \boxed{{42}}
         | [-\d] ) \$? @\{{  # -\boxed{{5}}
-    | @\{{{_HELD}\}} (?: [a-zA-Z](?![a-zA-Z])  # \boxed{{5}}x
+    | @\{{{_BRACED}\}} (?: [a-zA-Z](?![a-zA-Z])  # \boxed{{5}}x
         | [ $.,;(]* (?:\\text\w*\{{)? \ * (?:or|possibly|maybe|perhaps)\b [\s$}}]* [\d\\]
         | [ $]* (?: \^(?!\{{?\\circ)
           | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)  # \boxed{{42}} + 1
@@ -169,7 +169,7 @@ def _box(text: str) -> tuple[str | None, str]:
     parts = re.split(_OPENED, text)
     if len(parts) == 1:
         return None, text
-    box = re.match(rf"(?s)({_HELD})\}}(.*)", parts[-1])
+    box = re.match(rf"(?s)({_BRACED})\}}(.*)", parts[-1])
     if not box or re.search(_PART, f"{parts[-2]}@{{{parts[-1]}"):
         return "", ""
     return box[1], box[2]
@@ -200,7 +200,7 @@ _REWRITES = {
     r"(?<!\d{4})(?<!\b0)(?<=\d)(?:,|\{,\}|\\,|['_])(?=\d{3}(?!\d))": "",
     rf"{_FONT} ?\{{([^{{}}]*)\}}": r" \1 ",
     rf"{_FONT}|(?:\\[\\,;: ]|\\q?quad(?![a-z])|~|[^\S\n])+|</?[a-z]+>|<\|\w+\|>": " ",
-    # Chinese, Japanese and Korean stand next to a number; but 5万 is not 5.
+    # Chinese, Japanese and Korean may touch a number; but 5万 is not 5.
     r"""(?x) (?:(?<!\d)(?<!\d\ )|(?![万萬亿億兆千百十半点點打ダ만억조천백십]))
       [\u2e80-\u9fff\uac00-\ud7a3]+""": " ",
     r"\A(-?\d{1,3}) (\d{3})(?: (\d{3}))?\.?\Z": r"\1\2\3",  # 12 345
@@ -222,10 +222,10 @@ _REWRITES = {
     r"(?m)^ *=> *": "",  # an arrow before the answer
     _DENIED: "",
     r" ?(?:(?<![<>!])=|\\approx(?![a-z])) ?": " = ",
-    # "minus 5"; "- 5" alone is no list
+    # "minus 5"; "- 5" alone is not a list
     r"(?i)(?:\bnegative|(?<![\d)%] )\bminus) (?=\d)|\A\s*- (?=\S+\s*\Z)": "-",
     r"(?:(?<=\b(?:is|be|'s) )|(?<=(?:are|was) )|(?<=[:=] ))- (?=\d)": "-",  # it is - 5
-    r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: the 2 is no number
+    r"(?<=\d )([ckm]?m|ft|units)\^[23]\b": r"\1",  # 18 m^2: 2 is not a number
 }
 _END = r"\n|(?<=[.!?])\s(?!=)"  # the end of a sentence
 _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 18.
@@ -413,7 +413,7 @@ def _number(word: str) -> str | None:
 
 # -- choice ----------------------------------------------------------------------------------------
 
-# Words that an option follows, and as group `said` the option with the rest of its line
+# Words before an option; group `said` holds the option and the rest of its line
 _CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
       (?:(?!\ \(?(?-i:[A-J])\b)[^\n.:=]){{0,40}}?(?:{_IS}|(?<=[案え])(?=\W*[选選]))
     | ^[\#\ *]*(?:final\ )?answer[*\ ]*\n\s*  # a heading
@@ -433,7 +433,7 @@ _NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
 _ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
     answer(?:\ is\b:?|:|\**\ *:)\**(.*[^*\n])?\**$"""
-_DRESS = rf"""(?x) ^\s*(?:-|>|\#{{1,3}})\ +(?=\W*[A-Za-z]) | </?[a-z]{{1,6}}> | {_FONT}
+_MARKUP = rf"""(?x) ^\s*(?:-|>|\#{{1,3}})\ +(?=\W*[A-Za-z]) | </?[a-z]{{1,6}}> | {_FONT}
     | \\[()\[\]!] | [*_`${{}}] | \\(?=[%&#]) | <\|\w+\|>"""
 _AROUND = " .,;:!\"'\n"
 # Markup and quotes at both ends, a bracket around all of it, the sign of a currency, the full stop.
@@ -520,7 +520,7 @@ def _bare(text: str) -> str:
     """Return a text without case, LaTeX and Markdown, and without spaces, punctuation or brackets
     around all of it.
     """
-    text = re.sub(_DRESS, "", re.sub(r"\\[,;: ]|~", " ", _plain(text)))
+    text = re.sub(_MARKUP, "", re.sub(r"\\[,;: ]|~", " ", _plain(text)))
     return _whole(text.strip(_AROUND)).strip(_AROUND)
 
 

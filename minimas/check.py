@@ -1,4 +1,4 @@
-"""Measure a hand-over without any data: `python -m minimas check MODEL`.
+"""Measure a hand-over on built-in questions: `python -m minimas check MODEL`.
 
 The last agent of a team answers in four settings: without a KV cache, with the cache of the other
 agents' prompts, and with the cache of prompts and latent thoughts from each of two maps. These are
@@ -126,8 +126,8 @@ def check(
 ) -> Report:
     """Measure what hand-overs in the sequential team do to the last agent's greedy answers.
 
-    `layout` None is the team's own. A check takes two minutes for 0.5B parameters on two CPU cores.
-    Raises ValueError for a model without tokenizer, or one whose context is too short.
+    `layout=None` is the team's own. A check takes two minutes for 0.5B parameters on two CPU cores.
+    Raises ValueError for a model without a tokenizer, or one whose context is too short.
     """
     team = choose_team(lm, "sequential").with_layout(layout)
     settings: dict[str, Any] = {
@@ -197,7 +197,7 @@ def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
         rise: Any = arm.difference  # only "prompts only" has none
         harms.append(arm.tokens < shortest or (rise.low > 0 and rise.mean > HARM))
         said += (
-            f"; {name} {'harms' if harms[-1] else 'shows no harm'} "
+            f"; {name} {'hurts' if harms[-1] else 'shows no harm'} "
             f"({rise} nats per token, {arm.tokens:.0f} tokens)"
         )
     flags = f"--layout {layout} "

@@ -23,7 +23,7 @@ from .info import describe
 from .load import LM, load
 from .memory import remember
 from .rows import batches, read_input, read_rows
-from .screen import ERRORS, Screen, Settings, bill, report_error, say, show_answers
+from .screen import ERRORS, Screen, Settings, report_error, say, show_answers, usage_line
 from .streams import silence
 from .teams import Team
 from .text.generate import Sampling
@@ -51,13 +51,13 @@ def run(args: Namespace) -> int:
 
 
 def run_ask(args: Namespace) -> None:
-    """Answer one question or a file of them. Wrong arguments are refused before a model loads."""
+    """Answer one question or a file of them. Most arguments are checked before the model loads."""
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and len(rows) > 1:
         raise ParameterError("save_memory", f"found {len(rows)} questions, expected one")
     if args.parallel and args.save_memory:
         raise ParameterError(
-            "save_memory", "found with --parallel, expected neither: each rank has its own heads"
+            "save_memory", "found with --parallel, expected without: each rank has its own heads"
         )
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
@@ -73,7 +73,7 @@ def run_ask(args: Namespace) -> None:
     results = show_answers(args, lm, options, settings, groups)
     if results[0].memory is not None:
         results[0].memory.save(args.save_memory)
-    say(args, bill("total", [result.usage for result in results]))
+    say(args, usage_line("total", [result.usage for result in results]))
     say(args, f"{'wall time':>14}: {perf_counter() - args.began:.2f} s")
 
 
@@ -138,7 +138,7 @@ def load_model(args: Namespace, name: str | None = None) -> LM:
 
 
 def method_options(args: Namespace) -> Settings:
-    """Return the method's options, given or default. Raises ValueError for flags of others."""
+    """Return the method's options. Raises ValueError for another method's flags."""
     options: Settings = {}
     parameters = signature(getattr(agents, args.method)).parameters
     for name in METHOD_FLAGS:

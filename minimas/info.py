@@ -22,7 +22,7 @@ from .load import resolve
 OVERHEAD = 0.5e9  # bytes that CUDA, or Python and torch, take in addition to all tensors
 CHUNK = 512  # prompt tokens that are prefilled at a time
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
-KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by the result of `GGUF.kept_as`
+KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by the result of `GGUF.low_bits`
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
 
@@ -68,7 +68,7 @@ def describe(
     }
     if gguf:
         kinds = {
-            f"{tensor.kind} {KEPT.get(gguf.kept_as(key), f'as {c.dtype}')}"
+            f"{tensor.kind} {KEPT.get(gguf.low_bits(key), f'as {c.dtype}')}"
             for key, tensor in gguf.tensors.items()
             if tensor.rows > 1
         }
@@ -82,7 +82,7 @@ def peak_bytes(
 ) -> dict[str, float]:
     """Return the bytes of all tensors at their peak, for weights of `sizes` in each format.
 
-    The peak is reached in the solution of W_a, in the last chunk of a prompt (in an MLP or in a
+    The peak is reached in solving for W_a, in the last chunk of a prompt (in an MLP or in a
     rotation of the queries), or at the end, with the KV cache as it is allocated. tests/rehearsal
     compares this with the sum of all tensors of a call.
     """
@@ -101,7 +101,7 @@ def peak_bytes(
 
 
 def places(peaks: dict[str, float]) -> str:
-    """Return the formats that fit on each usual GPU and on this machine, in words."""
+    """Return the formats that fit on each common GPU and on this machine, in words."""
     fits = []
     for place, total in memories().items():
         formats = [form for form, peak in peaks.items() if peak + OVERHEAD < total]
@@ -110,7 +110,7 @@ def places(peaks: dict[str, float]) -> str:
 
 
 def memories() -> dict[str, float]:
-    """Return the bytes of usual GPUs, of this machine and of its GPUs, by name."""
+    """Return the memory of common GPUs, of this machine and of its GPUs, by name."""
     found = {f"{size} GB": size * 1e9 for size in (8, 12, 16, 24)}
     if hasattr(os, "sysconf"):  # Windows does not have it
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -150,8 +150,8 @@ def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[
         sizes[name] = 2 * count - matrices * (2 - bits / 8) + head * (name in TORCH_FORMATS)
     if gguf:
         saved = sum(
-            size * (2 - FORMATS.get(gguf.kept_as(key), 16) / 8) for key, size in weights.items()
+            size * (2 - FORMATS.get(gguf.low_bits(key), 16) / 8) for key, size in weights.items()
         )
-        copied = saved > 0 and not gguf.kept_as(EMBEDDING)
+        copied = saved > 0 and not gguf.low_bits(EMBEDDING)
         sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - saved + head * copied
     return sizes

@@ -1,4 +1,4 @@
-"""Where the agents' prompts stand in the conversation: a chat turn per agent, or one user turn.
+"""Where the agents' prompts go in the conversation: a chat turn per agent, or one user turn.
 
     chat   system · user: opening P1 · assistant: ⟨thoughts⟩ · user: opening P2 · …
     turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … opening Pn · assistant: …
@@ -9,9 +9,9 @@ assistant turn before the last agent's, so the last agent has no empty answer to
 (docs/results.md).
 
 In layout "turn", everything up to the end of the first opening is the *preamble*. A transfer that
-cuts the KV cache keeps it, or the next prompt repeats it, so that a paragraph always stands in a
-well-formed user turn. This file does not depend on models, thoughts, or the order in which agents
-work.
+cuts the KV cache keeps the preamble, or the next prompt repeats it, so that a paragraph is always
+in a well-formed user turn. This file does not depend on models, thoughts, or the order in which
+agents work.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Layout:
     preamble = PromptText("")
 
     def prompt(self, agent: int, first: bool) -> PromptText:
-        """Return the prompt of agent number `agent`; it is `first` if no agent comes before it."""
+        """Return the prompt of agent number `agent`; `first` means that no agent precedes it."""
         text = user_text(self.opening, self.prompts[agent])
         role = self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)

@@ -24,7 +24,7 @@ from .core.latent import Aligner
 from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
-from .fast.parallel import Part, add_shares, join
+from .fast.parallel import Part, add_shares, device_mesh
 from .fast.quantize import check, finish, has_kernels, replacement
 from .formats.gguf import GGUF
 from .formats.gguf_file import read_header
@@ -79,7 +79,7 @@ class LM:
         if tokenizer.size > most:
             raise ValueError(
                 f"{tokenizer.path}: found {tokenizer.size:,} ids, "
-                f"expected at most {most:,}, vocab_size"
+                f"expected at most vocab_size, {most:,}"
             )
         return tokenizer
 
@@ -112,7 +112,7 @@ class LM:
         raw, path = self._settings("teams.json")
         steps: int = raw.get("latent_steps", 40)
         if type(steps) is not int or steps < 0:
-            raise ValueError(f"{path}: latent_steps: found {steps!r}, expected an integer above -1")
+            raise ValueError(f"{path}: latent_steps: found {steps!r}, expected an integer >= 0")
         return steps
 
     def _settings(self, name: str) -> tuple[dict[str, Any], str]:
@@ -148,7 +148,7 @@ def text_tokenizer(lm: Any) -> Tokenizer:
     if not isinstance(lm, LM):
         raise ParameterError("lm", f"found {lm!r:.80}, expected what `load` returns")
     if lm.tokenizer is None:
-        raise ValueError(f"{lm.no_tokenizer}: questions, memories and thoughts are texts")
+        raise ValueError(f"{lm.no_tokenizer}: questions and memories need a tokenizer")
     return lm.tokenizer
 
 
@@ -163,20 +163,21 @@ def load(
 ) -> LM:
     """Load the model `name`: a folder, a .gguf file or a hub id.
 
-    `device` "auto" is a CUDA GPU if there is one, else the CPU, never an Apple GPU ("mps"). `dtype`
-    "auto" is the checkpoint's own, or if the device cannot compute it, another one with a warning.
+    `device="auto"` is a CUDA GPU if there is one, else the CPU, never an Apple GPU ("mps").
+    `dtype="auto"` is the checkpoint's own, or if the device cannot compute it, another one with a
+    warning.
     `quantize` is a format of quantize.FORMATS. None keeps the weights of a folder in 16 or 32 bits,
     and the low-bit types of a GGUF file in 4 or 8. `compile` makes steps of one position faster,
-    after a warm-up. On a terminal, a progress bar is shown on stderr, unless `quiet`. `parallel`
-    True divides the model among all ranks of torchrun, and a DeviceMesh divides it among its own
-    ranks (see fast/parallel.py). Peak memory is the weights plus the largest tensor. Raises
+    after a warm-up. On a terminal, a progress bar is shown on stderr, unless `quiet`. With
+    `parallel=True` the model is divided among all ranks of torchrun, and with a DeviceMesh among
+    its own ranks (see fast/parallel.py). Peak memory is the weights plus the largest tensor. Raises
     FileNotFoundError, ImportError or ValueError naming the file or flag, the field, what was found
     and what was expected.
     """
     target = _device(device)
     asked = _dtype(dtype)
     _check(target, asked, quantize, compile, parallel)
-    mesh = join(target, parallel)
+    mesh = device_mesh(target, parallel)
     path = resolve(name)
     source: Any = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
@@ -203,15 +204,12 @@ def load(
 def resolve(name: str | Path, only_config: bool = False) -> Path:
     """Return the folder or .gguf file of the model `name`.
 
-    `name` is a path, the embedded model, or a hub id: repo, repo:FOLDER/FILE.gguf or repo:Q8_0. A
+    `name` is a path, the bundled model, or a hub id: repo, repo:FOLDER/FILE.gguf or repo:Q8_0. A
     hub id is looked up in the hub's cache first. `only_config` leaves out the weights.
     """
     path = Path(name).expanduser()
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(
-            f"{name}: found a file, expected a folder with config.json and {WEIGHTS}, "
-            ".gguf or hub id"
-        )
+        raise ValueError(f"{name}: found a file, expected a model folder, a .gguf file or a hub id")
     if str(name) and path.exists():
         return path
     if str(name) == TINY:
@@ -288,11 +286,11 @@ def _check(
 
 
 def _default_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return a checkpoint's dtype, or another dtype for a device that is slow or wrong in it."""
+    """Return a checkpoint's dtype, or another dtype for a device that handles it badly."""
     instead = {} if has_kernels(device) else {"bfloat16": "float16", "float64": "float32"}
     used = instead.get(name, name)
     if used != name:
-        log.warning("--dtype auto: %s has no fast %s, %s is used", device, name, used)
+        log.warning("--dtype auto: %s has no fast %s: using %s", device, name, used)
     return getattr(torch, used)  # type: ignore[no-any-return]
 
 

@@ -31,7 +31,7 @@ def remember(
     """
     tokenizer = text_tokenizer(lm)
     if not is_text(text):
-        raise ParameterError("text", f"found {text!r:.80}, expected a text that is not empty")
+        raise ParameterError("text", f"found {text!r:.80}, expected a text that is not blank")
     if role == "plain":
         opened = PromptText.from_user(text)
         closing = PromptText("")
@@ -49,7 +49,7 @@ def remember(
     if needed > limit:
         raise ParameterError(
             "text",
-            f"found {needed:,} tokens and thoughts, expected {limit:,} or fewer, the context",
+            f"found {needed:,} tokens and thoughts, expected at most {limit:,} (the context)",
         )
     cache = lm.model.new_cache(1)
     hidden = prefill(lm.model, [ids], cache)

@@ -50,7 +50,7 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
         if not row or needed > limit:
             raise ValueError(
                 f"question {q + 1}: found {needed} slots with a solution of {len(row)} tokens, "
-                f"expected {limit} or fewer, the context, and a solution of 1 token or more"
+                f"expected at most {limit} (the context), and a solution of 1 token or more"
             )
     # The last token predicts nothing.
     fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]

@@ -13,16 +13,16 @@ from typing import Any, NoReturn
 from . import __version__
 
 ASK = """answer a question with a team of agents
---kind            math,choice,code,free  of question (default: by a row's fields, else free)
+--kind            math,choice,code,free  question kind (default: from its fields, else free)
 --batch-size      ≥1=1    rows of a file at once (default: %(default)s)
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --save-memory     text    write the KV cache after the answer to this file
 --compile         yes     faster steps after a warm-up of up to a minute
---models          named   the model that agents of a team file call NAME; repeat the flag
+--models          named   model for a team file's agents whose model is NAME; repeatable
 --parallel        yes     divide the model among the ranks of torchrun (docs/design.md)
 """
-CHAT = """talk with one agent or a team: a message per line, the KV cache is kept between turns
+CHAT = """talk with one agent or a team: one message per line; keeps the KV cache
 --method          single,latent_mas,text_mas=single  who answers (default: %(default)s)
 """
 ANSWERING = """
@@ -32,31 +32,31 @@ ANSWERING = """
 --align           text    ridge, identity, prenorm, random, none or a file (default: ridge)
 --layout          turn,chat  one user turn, or a chat turn for each agent (default: the team's)
 --max-new-tokens -n  ≥1   (default: the model's, else 256)
---think           switch  whether a thinking model thinks first (default: as its template)
+--think           switch  let a thinking model think first (default: as in its template)
 --temperature --temp  real  0: greedy (default: the model's)
 --top-p           real    keep the likeliest tokens up to this mass (default: the model's)
 --top-k           ≥0      keep this many tokens; 0: all (default: the model's)
 --seed -s         ≥0=0    (default: %(default)s)
---memory          files   KV cache of `remember` to start after; repeat the flag to join several
---show-thoughts   top     the K likeliest tokens of each thought (K: 3)
+--memory          files   start after this KV cache from `remember`; repeat to join several
+--show-thoughts   top     K likeliest tokens per thought (default: 3)
 --json            yes     one JSON object per result on stdout
 """
 CHECK = """measure what a hand-over does to a model's answers
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf or hub id:Q8_0
 --layout          turn,chat  (default: the team's)
---latent-steps    ≥1=10   of each agent (default: %(default)s)
---json            yes     one JSON object per result on stdout
+--latent-steps    ≥1=10   thoughts per agent (default: %(default)s)
+--json            yes     print the report as one JSON object
 """
 REMEMBER = """prefill a text once, and write its KV cache to a file
 text              file    a text file, or - for stdin
 --out             text=memory.safetensors  the file to write (default: %(default)s)
 --model -m        text=weights/tiny  (default: %(default)s)
---role            user,system,agent,plain=user  of the text in the conversation (default: user)
+--role            user,system,agent,plain=user  chat role of the text (default: user)
 --latent-steps    ≥0=0    thoughts at the end of the text (default: %(default)s)
 --align           text=ridge  (default: %(default)s)
---bits            bits    8: round keys and values, half a file (default: as computed)
+--bits            bits    8: round to 8 bits, a smaller file (default: not rounded)
 """
-INFO = """describe a model and the memory that it needs, or the file of a KV cache
+INFO = """describe a model and the memory it needs, or a saved KV cache or map
 model             text    folder, FILE.gguf, hub id, hub id:FILE.gguf, or FILE.safetensors
 --batch-size      ≥1=1    (default: %(default)s)
 --context         ≥1=960  prompt tokens and latent steps of a row (default: %(default)s)
@@ -104,7 +104,7 @@ VALUES = {
 
 class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; a text after --show-thoughts is not its K, but the next argument."""
+        """Parse `args`. A text after --show-thoughts is not its K, but the next argument."""
         for i, flag in enumerate(args[:-1] if args else []):  # None in the top parser
             if flag == "--show-thoughts" and not args[i + 1].isdecimal():
                 args[i] = "--show-thoughts=3"

@@ -54,7 +54,7 @@ class Result:
     question: str
     text: str
     answer: str | None
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop", "length" or "interrupted"
     agents: list[AgentTrace]
     memory: KVCache | None = field(default=None, repr=False, compare=False)
 
@@ -105,7 +105,7 @@ Events = Generator[Event, None, T]  # yields events and returns a T
 
 
 def finish(events: Events[T], on_event: OnEvent | None = None) -> T:
-    """Run a generator of events to its end, calling `on_event` with each; returns its result."""
+    """Run a generator of events to its end, calling `on_event` with each. Returns its result."""
     while True:
         try:
             event = next(events)

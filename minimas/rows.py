@@ -44,7 +44,7 @@ def checked_row(row: Any, line: int) -> Row:
     kind = found.get("kind", "free")
     if not is_text(question):
         shown = "nothing" if question is None else f"{question!r:.80}"
-        raise ValueError(f"question: found {shown}, expected text that is not empty")
+        raise ValueError(f"question: found {shown}, expected text that is not blank")
     if kind not in KINDS:
         raise ValueError(f"kind: found {kind!r:.80}, expected one of {', '.join(KINDS)}")
     if "choices" in found:
@@ -78,7 +78,7 @@ def read_rows(path: Path) -> list[Row]:
     N: FIELD: found X, expected Y", also for a file without rows.
     """
     rows = []
-    # Not `splitlines`: U+2028 and U+0085 may stand inside a JSON text.
+    # Not `splitlines`: U+2028 and U+0085 may be inside a JSON text.
     for line, source in enumerate(read_input(path).split("\n"), start=1):
         try:
             if source.strip():
@@ -89,7 +89,7 @@ def read_rows(path: Path) -> list[Row]:
             problem = error if ours else f"found bad JSON ({error}), expected an object"
             raise ValueError(f"{path}: line {line}: {problem}") from error
     if not rows:
-        raise ValueError(f"{path}: found no rows, expected one JSON object with a question a line")
+        raise ValueError(f"{path}: found no rows, expected a JSON object with a question per line")
     return rows
 
 
@@ -109,7 +109,7 @@ def kind_of(row: Row) -> str:
 
 
 def batches(rows: list[Row], kind: str | None, size: int) -> list[tuple[str, list[Row]]]:
-    """Return batches (kind, at most `size` rows) in order; `kind` None means each row's own."""
+    """Return batches (kind, at most `size` rows) in order; `kind=None` means each row's own."""
     return [
         (name, list(run))
         for start in range(0, len(rows), size)

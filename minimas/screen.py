@@ -1,4 +1,4 @@
-"""What the command line prints: answers and JSON on stdout; progress, bills, errors on stderr.
+"""What the command line prints: answers and JSON on stdout; progress, usage, errors on stderr.
 
 This file does not depend on how arguments are parsed or how answers are made.
 """
@@ -65,7 +65,7 @@ def report_error(error: Exception, args: Namespace) -> int:
     return status
 
 
-def bill(name: str, usages: Sequence[Usage]) -> str:
+def usage_line(name: str, usages: Sequence[Usage]) -> str:
     """Return one line with the total usage of an agent or of all agents."""
     total = Usage.total(usages)
     return (
@@ -77,7 +77,7 @@ def bill(name: str, usages: Sequence[Usage]) -> str:
 
 @dataclass
 class Screen:
-    """Show one batch: the answer on stdout as it is generated, progress and bills on stderr.
+    """Show one batch: the answer on stdout as it is generated, progress and usage on stderr.
 
     The batch begins with row number `first`, from 0, of the `total` rows of a file. With a `lens`,
     thoughts are shown too.
@@ -117,7 +117,7 @@ class Screen:
                     print(flush=True)  # the answer is complete
                 for start in range(0, len(all_traces), len(self.batch)):
                     traces = all_traces[start : start + len(self.batch)]
-                    say(self.args, bill(self.label + traces[0].name, traces))
+                    say(self.args, usage_line(self.label + traces[0].name, traces))
                     if self.lens:
                         self._show_thoughts(self.lens.seen[start - len(all_traces) :])
             case Piece(question, text, final=True):

@@ -49,7 +49,7 @@ class Team:
     """Agents in order; the last one answers.
 
     If `parallel`, all agents but the last one work side by side, each from an empty KV cache or
-    from the call's `memory`. `layout` says where the prompts of `latent_mas` stand in the
+    from the call's `memory`. `layout` says where the prompts of `latent_mas` go in the
     conversation:
 
     - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).
@@ -58,9 +58,9 @@ class Team:
       other one does not (docs/results.md).
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
-    layout "turn" it stands at the start of the user turn, and again before the last agent's
-    paragraph. Raises ValueError naming the field of an agent that the
-    layout does not allow.
+    layout "turn" it comes at the start of the user turn, and again before the last agent's
+    paragraph. Raises ValueError naming the field of an agent that the layout
+    does not allow.
     """
 
     agents: tuple[Agent, ...]
@@ -118,7 +118,7 @@ class Team:
         Raises ValueError naming `source` and the field.
         """
         if not isinstance(raw, dict) or not isinstance(raw.get("agents"), list):
-            raise ValueError(f"{source}: found {raw!r:.80}, expected an object with a list, agents")
+            raise ValueError(f"{source}: found {raw!r:.80}, expected an object with an agents list")
         agents = [
             _build(Agent, fields, f"{source}: agents[{i}]")
             for i, fields in enumerate(raw["agents"])
@@ -161,7 +161,7 @@ EXPECTED = {
 
 
 def _build(kind: type[Any], raw: Any, where: str) -> Any:
-    """Return an agent or team with the fields `raw`; raises ValueError naming `where` and field."""
+    """Return an agent or team with the fields `raw`. Raises ValueError naming `where` and field."""
     hints = get_type_hints(kind)
     for field, value in raw.items() if isinstance(raw, dict) else ():
         hint = hints.get(field)

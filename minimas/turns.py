@@ -94,7 +94,7 @@ class Run:
         for i, question in enumerate(self.questions, start=1):
             if not is_text(question):
                 raise ValueError(
-                    f"question {i}: found {question!r:.80}, expected a text that is not empty"
+                    f"question {i}: found {question!r:.80}, expected a text that is not blank"
                 )
         if self.kind not in KINDS:
             raise ParameterError("kind", f"found {self.kind!r}, expected one of {', '.join(KINDS)}")
@@ -120,12 +120,12 @@ class Run:
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
             raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
-        memory.sign(self.lm.model)
+        memory.set_owner(self.lm.model)
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
         self.memory_lengths = [memory.lengths[row] for row in self.memory_rows]
 
-    def played_by(self, agent: Agent) -> Self:
+    def with_model_of(self, agent: Agent) -> Self:
         """Return a copy of this run with the agent's model, but the call's prompts and sampling."""
         other = copy.copy(self)
         if agent.model:
@@ -170,7 +170,7 @@ class Run:
     def require_context(
         self, agent: Agent, start: int, tokens: int, steps: int, decodes: bool, closes: bool
     ) -> int:
-        """Return how many slots are filled at most after an agent's turn; `start` were before.
+        """Return the maximum number of slots after an agent's turn that starts with `start` slots.
 
         Raises ContextError naming the agent and the flags if the model's context is shorter.
         """
@@ -181,7 +181,7 @@ class Run:
             raise ContextError(
                 f"{agent.name}: {start} slots of working memory, a prompt of {tokens} tokens, "
                 f"{steps} thoughts (--latent-steps) and {generated} tokens to generate "
-                f"(--max-new-tokens) make {needed}, expected {limit} or fewer, the context"
+                f"(--max-new-tokens) make {needed}, expected at most {limit} (the context)"
             )
         return needed
 
@@ -237,8 +237,8 @@ class Run:
             unfed = out.finish_reason == "length" and not keeps_cache
             slots = thoughts_end[row] + len(out.ids) - unfed + closes * len(self.closing)
             count = thoughts_end[row] - prompt_end[row]
-            bill = (prompt_tokens[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
-            traces.append(AgentTrace(*bill, workers[row].name, texts[row].text, out.text))
+            usage = (prompt_tokens[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
+            traces.append(AgentTrace(*usage, workers[row].name, texts[row].text, out.text))
         yield AgentEnd(name, traces, cache)
         ends = start, prompt_end, thoughts_end
         return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
@@ -282,13 +282,13 @@ class Run:
         cache: KVCache,
         ids: list[list[int]],
         final: bool,
-        remember: bool,
+        keep_cache: bool,
     ) -> Events[list[GeneratedText]]:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(
             self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
-            self.generators * (len(ids) // B), ids, remember,
+            self.generators * (len(ids) // B), ids, keep_cache,
         )  # fmt: skip
         for row, piece, done in pieces:
             if piece or done is None:

@@ -274,7 +274,7 @@ def test_show_describes_the_conversation(chat: Chat) -> None:
         ("/save {tmp}/none/talk", "none/talk: cannot write the memory"),
         ("/save {tmp}", "cannot write the memory"),
         ("/load {tmp}/none", "none: no such file"),
-        ("/load {tmp}", "truncated or foreign"),
+        ("/load {tmp}", "damaged file or another format"),
         ("/load {other}", "other: model: found memory of"),
         ("half \udcff of a character", "expected a text"),
     ],
@@ -312,7 +312,7 @@ def test_a_full_context_is_an_error_that_suggests_clear(chat: Chat, folder: Path
     assert status == 0
     found, said = records(out), errors(err)
     assert len(found) + len(said) == len(lines) + 1 and len(said) > 1
-    assert all("expected 150 or fewer, the context" in line and "/clear" in line for line in said)
+    assert all("expected at most 150 (the context)" in line and "/clear" in line for line in said)
     assert found[-1]["usage"]["memory_bytes"] == found[0]["usage"]["memory_bytes"]
 
 
@@ -322,7 +322,7 @@ def test_a_full_context_in_ask_does_not_suggest_a_chat_command(
     """`ask` also suggested "/clear", which only a chat has."""
     assert main(["ask", "one two three " * 60, "-m", str(folder), "--method", "single"]) == 1
     err = capsys.readouterr().err
-    assert "expected 150 or fewer, the context" in err and "/clear" not in err
+    assert "expected at most 150 (the context)" in err and "/clear" not in err
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -345,6 +345,7 @@ def terminal() -> Any:
             os.close(end)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
     """The conversation stays as it was before the message. At the prompt, Ctrl-C ends the chat."""
     with terminal() as (master, slave):
@@ -368,6 +369,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
     assert (process.returncode, out, err) == (130, "", "\nminimas: stopped\n")
 
 
+@pytest.mark.slow
 def test_the_prompt_sign_is_shown_only_on_a_terminal(tmp_path: Path) -> None:
     """The prompt sign is on stderr, so that answers can be redirected."""
     with terminal() as (master, slave), start("chat", "--quiet", stdin=slave) as process:
@@ -377,6 +379,7 @@ def test_the_prompt_sign_is_shown_only_on_a_terminal(tmp_path: Path) -> None:
     assert err.count("> ") == 2
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_ends_the_chat_quietly(endless: Path) -> None:
     flags = ["chat", "-m", endless, "-n", 90_000, "--quiet"]
     with start(*flags, stdin=subprocess.PIPE) as process:

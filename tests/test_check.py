@@ -100,8 +100,8 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
     [
         (made("turn", 58, FINE, FINE), "--layout turn ", "the paper's map shows no harm"),
         (made("turn", 58, UNSURE, FINE), "--layout turn ", "the paper's map shows no harm"),
-        (made("turn", 58, BAD, FINE), "--layout turn --align prenorm ", "the paper's map harms"),
-        (made("turn", 58, BAD, BAD), "--layout turn --latent-steps 0 ", "prenorm harms"),
+        (made("turn", 58, BAD, FINE), "--layout turn --align prenorm ", "the paper's map hurts"),
+        (made("turn", 58, BAD, BAD), "--layout turn --latent-steps 0 ", "prenorm hurts"),
         (made("chat", 5, FINE, FINE), "--layout turn ", "their reasoning is lost"),
         (made("turn", 5, FINE, FINE), "--method single ", "their reasoning is lost"),
     ],
@@ -144,7 +144,7 @@ def test_the_command_prints_a_table_or_one_json_object(
     ("tokenizer", "context", "found"),
     [
         (False, 4096, "tokenizer.json is missing, expected one"),
-        (True, 200, r"found \d+ slots.*, expected 200 or fewer, the context"),
+        (True, 200, r"found \d+ slots.*, expected at most 200 \(the context"),
     ],
 )
 def test_a_model_that_cannot_be_checked_is_refused_in_one_line(

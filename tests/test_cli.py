@@ -695,6 +695,7 @@ def test_the_first_command_works_in_any_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_ends_a_process_with_status_1_and_one_line(tmp_path: Path) -> None:
     with start("ask", "q", "--model", tmp_path / "none") as process:
         out, err = process.communicate(timeout=60)
@@ -747,6 +748,7 @@ def test_ctrl_c_during_startup_ends_quietly() -> None:
     assert "Traceback" not in err and process.returncode == 130, (out, err)
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_ends_ask_quietly(folder: Path) -> None:
     """A reader that closes the pipe has read enough, so this is not an error.
 
@@ -760,6 +762,7 @@ def test_a_closed_stdout_ends_ask_quietly(folder: Path) -> None:
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_gives_one_line(folder: Path) -> None:
     argv = ["ask", "-m", folder, "hi", "-n", 3, "--quiet"]

@@ -196,8 +196,8 @@ def test_a_file_that_is_not_a_memory_is_refused_by_name(files: Files) -> None:
     load().aligner("identity").save(files["map.safetensors"])
     for name, problem in (
         ("none.safetensors", "no such file"),
-        (".", "found a truncated or foreign file, expected safetensors"),
-        ("eva.txt", "found a truncated or foreign file, expected safetensors"),
+        (".", "found a damaged file or another format, expected safetensors"),
+        ("eva.txt", "found a damaged file or another format, expected safetensors"),
         ("map.safetensors", "format: found 'minimas-aligner-1', expected minimas-memory-1"),
     ):
         path = files[name]
@@ -232,7 +232,7 @@ def test_a_text_that_cannot_be_remembered_gives_one_line(
         assert "FILE: found " in files.refused("remember", "-", *out)
     files["long.txt"].write_text("word " * 400)
     said = files.refused("remember", files["long.txt"], "-m", stranger, *out)
-    assert "expected 300 or fewer, the context" in said
+    assert "expected at most 300 (the context)" in said
     assert "none.txt" in files.refused("remember", files["none.txt"], *out)
     files["latin.txt"].write_bytes(b"caf\xe9")
     assert "latin.txt: found bytes" in files.refused("remember", files["latin.txt"], *out)

@@ -118,6 +118,7 @@ def test_a_closed_stream_gives_no_traceback() -> None:
     assert b"parameters" in shell("<&-", "info", TINY).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_progress_that_cannot_be_printed_does_not_lose_the_answer() -> None:
     """The disk of the log is full, but the answer goes elsewhere."""
@@ -125,6 +126,7 @@ def test_progress_that_cannot_be_printed_does_not_lose_the_answer() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, b"6")
 
 
+@pytest.mark.slow
 def test_a_closed_stderr_pipe_does_not_lose_the_answer(tmp_path: Path) -> None:
     """An example is `2> >(head -1)`."""
     read, write = os.pipe()
@@ -137,6 +139,7 @@ def test_a_closed_stderr_pipe_does_not_lose_the_answer(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, b"6")
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_stops_a_run_over_a_file_without_an_error(tmp_path: Path) -> None:
     """`minimas ask --file … | head -1` ends after the first answers with status 0."""
     (tmp_path / "q.jsonl").write_text(f'{{"question": "{ASKED}"}}\n' * 40)

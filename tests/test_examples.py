@@ -43,6 +43,7 @@ def test_the_latentmas_example_fits_on_a_page() -> None:
     assert len(lines) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

@@ -93,5 +93,5 @@ def test_the_thoughts_of_the_default_model_are_numbers() -> None:
 
 def test_a_lens_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="thoughts are texts"):
+    with pytest.raises(ValueError, match="need a tokenizer"):
         Lens(LM(tiny_model(), tmp_path))

@@ -221,7 +221,7 @@ def test_the_shorter_context_of_two_models_is_respected_before_any_work(lm: LM) 
     short = LM(tiny_model(vocab_size=size, max_position_embeddings=40), lm.folder)
     team = Team((Agent("a", "word " * 20 + "{question}"), Agent("b", "{question}", model="short")))
     events: list[Event] = []
-    with pytest.raises(ValueError, match=r"expected 40 or fewer, the context"):
+    with pytest.raises(ValueError, match=r"expected at most 40 \(the context"):
         latent_mas(lm, ["a"], team, latent_steps=1, models={"short": short}, on_event=events.append)
     assert events == []
 

@@ -20,7 +20,7 @@ whose library is not installed is left out with a message.
     load          in new processes: from the file to a model, its first token, peak memory (Linux)
 
 First calls, which pack weights and compile steps, are timed separately. Three other measurements
-need a real model and a run of their own (tools/benchmarking/end_to_end.py and quality.py):
+need a real model and are run separately (tools/benchmarking/end_to_end.py and quality.py):
 
     python tools/benchmark.py --end-to-end FOLDER --questions FILE.jsonl --limit 10
                                                        # latent_mas, text_mas and single
@@ -29,8 +29,8 @@ need a real model and a run of their own (tools/benchmarking/end_to_end.py and q
     python tools/benchmark.py --perplexity FOLDER --text FILE [--gguf FILE]
                                                        # perplexity of each weight format
 
-The benchmark does not grade answers, sample, use a GPU or wait for an idle machine. Other
-processes affect every figure. The page shows the load average before the run.
+The benchmark does not sample, use a GPU or wait for an idle machine. Other processes affect every
+figure. The page shows the load average before the run.
 """
 
 import sys

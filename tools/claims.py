@@ -1,13 +1,14 @@
-"""Measure a claim of the paper: a picture, the numbers beside it, and one sentence.
+"""Measure a claim of the paper, and write its numbers, a picture and one sentence.
 
     python tools/claims.py --list                               # the names, and what each checks
     python tools/claims.py lossless --out claims                # on weights/tiny
     python tools/claims.py depth --model DIR --data FILE.jsonl --limit 40 --out claims
     python tools/claims.py all --out claims
 
-Writes OUT/claims-NAME.json, .svg and .png and prints the sentence. What the claims are and what was
-found is in docs/claims.md. A claim that does not hold is a result, not a failure. Needs matplotlib:
-pip install matplotlib. Status: 0 done, 1 failed, 2 usage, 130 stopped by Ctrl-C.
+The command writes OUT/claims-NAME.json, .svg and .png, and prints the sentence. docs/claims.md has
+the claims and what was found. A claim that does not hold is a result, not a failure. The command
+needs matplotlib (pip install matplotlib). Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped
+by Ctrl-C.
 """
 
 import sys

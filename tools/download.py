@@ -4,8 +4,8 @@
 
 The raw files are downloaded with huggingface_hub. The command prints the revision and SHA-256 of
 each file, and writes DIR/TASK.jsonl in the format that tools/evaluation/tasks.py reads. Parquet
-files need pyarrow (pip install pyarrow). GPQA is gated, and its authors ask that its questions are
-not published: accept the terms on its page, log in, and do not publish the file. This module does
+files need pyarrow (pip install pyarrow). GPQA is gated, and its authors ask that its questions not
+be published: accept the terms on its page, log in, and do not publish the file. This module does
 not depend on how rows are used.
 """
 
@@ -19,6 +19,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools
+
+from tools.shared.arguments import print_error
+from tools.shared.files import replacing
 
 Raw = dict[str, Any]
 
@@ -36,7 +41,7 @@ class Source(NamedTuple):
 
 
 def gsm8k(raw: Raw, i: int) -> Raw:
-    """Convert {"question", "answer": "…\\n#### 1,234"}; the answer is the number after ####."""
+    """Convert {"question", "answer": "…\\n#### 1,234"}. The answer is the number after ####."""
     answer = raw["answer"].rpartition("####")[2].strip().replace(",", "")
     return {
         "id": f"gsm8k-test-{i}",
@@ -62,7 +67,7 @@ def aime2025(raw: Raw, i: int) -> Raw:
 
 
 def _whole(answer: Any) -> str:
-    """Return a number without leading zeros and degree sign (one answer of 2025 has one)."""
+    """Return a number without leading zeros or a degree sign (one answer of 2025 has one)."""
     return str(int(re.sub(r"\^\{?\\circ\}?|°|\$", "", str(answer))))
 
 
@@ -177,7 +182,7 @@ SOURCES = {
 def raw_rows(path: Path) -> Iterator[Raw]:
     """Yield the rows of a .jsonl, .csv or .parquet file.
 
-    Raises ValueError naming the line that is not valid JSON, ImportError if pyarrow is missing.
+    Raises ValueError naming a line that is not valid JSON, and ImportError if pyarrow is missing.
     """
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -249,11 +254,9 @@ def download(task: str, out: Path) -> Path:
     rows = convert(source, paths)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{task}.jsonl"
-    partial = path.with_suffix(".partial")  # so that an interrupted write leaves no TASK.jsonl
-    partial.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
-    partial.replace(path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with replacing(path) as partial:  # so that an interrupted write leaves no TASK.jsonl
+        partial.write_text(text, encoding="utf-8")
     print(f"{task}: {len(rows)} rows in {path}")
     return path
 
@@ -265,7 +268,10 @@ def _revision(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Download all tasks. Returns 0, or 1 if a task failed; the others are downloaded anyway."""
+    """Download all tasks.
+
+    Returns 0, or 1 if a task failed. The other tasks are downloaded anyway.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "tasks", nargs="+", metavar="TASK", help=f"all, or one or more of: {', '.join(SOURCES)}"
@@ -283,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             download(task, options.out)
         except (OSError, ValueError, ImportError) as error:
-            print(f"download: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print_error("download", error)
             status = 1
     return status
 

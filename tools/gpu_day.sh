@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in at most 12 minutes: the tests marked cuda, then the speed of latent
-# steps, decode steps and prompts at the shapes of Qwen3-0.6B, 4B and 8B, in every format.
+# Measures what needs a GPU, in at most 12 minutes: the tests marked cuda, then the speed of latent
+# steps, decode steps and prefills at the shapes of Qwen3-0.6B, 4B and 8B, in every format.
 #
 #   tools/gpu_day.sh [--out FILE.json]    on a machine with a CUDA GPU; PYTHON is the interpreter
-#   tools/gpu_day.sh --rehearse           tiny shapes on the CPU, in seconds: does this script run?
+#   tools/gpu_day.sh --rehearse           tiny shapes on the CPU, in seconds, to try the script
 #
-# Status: 0 all ran, 1 no GPU, a failed test or a failed measurement.
+# Exit status: 0 all ran, 1 no GPU, a failed test or a failed measurement, 2 wrong usage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

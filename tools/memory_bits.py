@@ -61,7 +61,7 @@ def losses(lm: LM, row: Row) -> list[float]:
 
 
 def report(found: list[list[float]]) -> list[str]:
-    """Return the lines of a Markdown table. `found` has the results of `losses` per question."""
+    """Return the lines of a Markdown table. `found` has the result of `losses` per question."""
     lines = [
         f"| {len(found)} questions | loss per token | difference, 95 % | largest |",
         "|---|--:|--:|--:|",
@@ -77,7 +77,7 @@ def report(found: list[list[float]]) -> list[str]:
 
 
 def main() -> int:
-    """Run the command line. Returns the exit status, 0 done or 1 failed."""
+    """Run the command line. Returns 0 if done, 1 if failed."""
     top = Parser("memory_bits", description=(__doc__ or "").partition("\n")[0])
     top.add_argument("model", metavar="FOLDER")
     about = "questions with answers, and solutions if known"

@@ -2,7 +2,7 @@
 
     python tools/plot.py steps RUN [RUN …] --out steps          # by number of latent steps
     python tools/plot.py costs RUN [RUN …] --paper paper_tables.json --task GSM8K --out costs
-    python tools/plot.py audit RUN --out audit                  # the difference of each arm
+    python tools/plot.py audit RUN --out audit                  # the difference made by each arm
     python tools/plot.py drift RUN --out drift                  # for a run with --lens
     python tools/plot.py thoughts --model DIR --data FILE.jsonl --align ridge,prenorm --out thoughts
     python tools/plot.py again steps.json --out elsewhere       # from the numbers, without the run
@@ -31,7 +31,7 @@ MAPS = "ridge,prenorm,identity,fitted,token,pause,random"  # the default of `tho
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         figure = collect(args)
@@ -55,7 +55,7 @@ def parser() -> Parser:
         command = what.add_parser(name)
         command.add_argument("runs", type=Path, nargs=count, metavar="RUN", help="folder of a run")
     add = what.choices["costs"].add_argument
-    add("--paper", type=Path, metavar="FILE", help="tables of the paper, to draw below")
+    add("--paper", type=Path, metavar="FILE", help="tables of the paper, drawn below")
     add("--task", default="GSM8K", help="task in the tables of the paper (default: %(default)s)")
     add = what.add_parser("thoughts").add_argument
     add("--model", "-m", default="weights/tiny")

@@ -8,7 +8,7 @@ Open the file in a browser; it needs no other file and no network. It shows the 
 numbers of each arm, the verdict of an audit, and for each question the agents with their prompts,
 thoughts and token counts. Thoughts and attention are shown if the run was made with --lens
 (thoughts also if the answers were made with --show-thoughts). An unfinished run is shown up to its
-last record. Exit status: 0 done, 1 failed, 2 wrong usage.
+last record. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import sys

@@ -69,10 +69,10 @@ def values(records: Sequence[Record], field: str) -> dict[tuple[str, int], float
 
 
 def label(record: Record) -> str:
-    """Return the name of a record's arm, with all settings that are not those of every team.
+    """Return the name of a record's arm: its method, its latent steps × map, and unusual settings.
 
-    An evaluation names only the settings that differ in its own run. A name that was set by hand
-    stays.
+    Unusual settings are a team, layout or transfer other than the default. An evaluation names only
+    the settings that differ within its own run. A name that was set by hand is kept.
     """
     method = record.get("method", "?")
     if not record["arm"].startswith(method):
@@ -129,7 +129,7 @@ def loss_line(records: Sequence[Record]) -> list[str]:
 
 
 def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) -> str:
-    """Return the paired difference to the base arm as text; "" without a common question."""
+    """Return the paired difference from the base arm as text, or "" without a common question."""
     field = "nll" if losses else "correct"
     line = paired(values(records, field), values(base, field), exact=not losses)
     if line is None:
@@ -150,7 +150,10 @@ def rewritten(page: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 done, 1 failed or, with --check, a table that differs."""
+    """Run the command line.
+
+    Returns 0 if done, and 1 if it failed or, with --check, if a table differs.
+    """
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="only compare, write nothing")
@@ -168,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rewrite(only_check: bool) -> int:
-    """Write the page with new tables; with `only_check` write nothing, return 1 if it differs."""
+    """Write the page with new tables, or only compare them.
+
+    Returns 1 if `only_check` is True and a table differs, otherwise 0.
+    """
     old = PAGE.read_text(encoding="utf-8")
     new = rewritten(old)
     if not only_check:

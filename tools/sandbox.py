@@ -2,8 +2,8 @@
 
     python tools/sandbox.py FILE [--timeout SECONDS] [--memory MB]
 
-Exit status: 0 the program reached its last statement, 1 it did not, 2 wrong usage or a file that
-cannot be read.
+Exit status: 0 if the program reached its last statement, 1 if it did not, 2 for wrong usage or a
+file that cannot be read.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Run every cell of docs/tour.ipynb, and write the notebook with its new outputs.
 
-    python tools/tour.py                      # after every change of a cell
+    python tools/tour.py                      # after every change to a cell
     python tools/tour.py --out FILE.ipynb     # write another file, as the test does
 
 The command needs nbclient, ipykernel and matplotlib, which are in the extra `test`.

@@ -4,10 +4,10 @@
     python tools/train_link.py -m FOLDER --data FILE.jsonl --rows 200:1200 --out link.safetensors
     python -m minimas ask -m FOLDER --align link.safetensors QUESTION
 
-The link with the lowest held-out loss is in --out from the start on. The same command continues
-where it stopped, and more --updates train on. Beside --out are a state and a log of JSON lines.
-docs/link.md has data, controls and results. Status: 0 done, 1 failed, 2 usage, 130 stopped by
-Ctrl-C; what is done is kept.
+At any time, --out holds the link with the lowest held-out loss so far. The same command continues a
+stopped run, and a larger --updates trains longer. A state and a log of JSON lines are written next
+to --out. docs/link.md has data, controls and results. Exit status: 0 done, 1 failed, 2 wrong usage,
+130 stopped by Ctrl-C; the best link so far is kept.
 """
 
 import sys

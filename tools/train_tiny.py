@@ -1,12 +1,13 @@
 """Train weights/tiny, a Qwen3 model with 0.7 M parameters on which latent collaboration works.
 
-    python tools/train_tiny.py --seed 0 --out DIR          # 0 1 2: three seeds, writes the best
+    python tools/train_tiny.py --seed 0 --out DIR
+    python tools/train_tiny.py --seed 0 1 2 --out DIR      # train three seeds, and write the best
 
-After the training the command measures every row of the model card, and fails if a row misses its
-bar. An interrupted training continues from the last saved round. The training does not use the
-method: it sees text transcripts, no latent steps and no soft embeddings. The map W_a is computed
-from the weights as for any other model. Three properties make this map accurate: rows of equal norm
-in W_in and W_out, a final norm without a gain, and noise on the input embeddings.
+After training, the command measures every row of the model card, and fails if a row misses its bar.
+An interrupted run continues from the last saved round. Training does not use the method: the model
+sees text transcripts, but no latent steps and no soft embeddings. The map W_a is computed from the
+weights, as for any other model. Three properties make this map accurate: rows of equal norm in W_in
+and W_out, a final norm without a gain, and noise on the input embeddings.
 """
 
 import sys

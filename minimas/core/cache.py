@@ -4,9 +4,9 @@ The invariant is *slot = position*: slots 0 to lengths[b] - 1 of row b are fille
 slot p was rotated for position p. A ragged batch is padded on the right. The slots from lengths[b]
 on are free: a query at position p sees only slots up to p, and the next append overwrites them.
 Therefore the causal mask hides the padding too, and a row does not depend on the other rows. A
-method that moves a slot also rotates its key. The model calls `append`, `advance` and `sign`, which
-change the cache in place. The methods that copy, cut or join return a new cache. This file does not
-depend on tokens, agents or the forward pass.
+method that moves a slot also rotates its key. The model calls `append`, `advance` and `set_owner`,
+which change the cache in place. The methods that copy, cut or join return a new cache. This file
+does not depend on tokens, agents or the forward pass.
 
     B rows   T new positions   S slots   H query heads   K key-value heads   d head size
 """
@@ -82,10 +82,10 @@ class KVCache:
         return sum(self.lengths) * self.slot_nbytes
 
     def next_positions(self, rows: int, new: int) -> Positions:
-        """Return the next `new` positions of every row; raises ValueError if `rows` is not B."""
+        """Return the next `new` positions of every row. Raises ValueError if `rows` is not B."""
         lengths = self.lengths
         if rows != len(lengths):
-            raise ValueError(f"inputs: found {rows} rows, expected {len(lengths)} as in the memory")
+            raise ValueError(f"inputs: found {rows} rows, expected {len(lengths)} as in the cache")
         ragged = min(lengths) != max(lengths)
         starts = torch.tensor(lengths if ragged else lengths[:1])[:, None]  # (B or 1, 1)
         # A blocking copy would wait for all kernels of the previous step.
@@ -113,7 +113,7 @@ class KVCache:
     def append(
         self, layer: int, keys: Tensor, values: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, K, T, d) of one layer; returns all of its slots (B, K, S, d).
+        """Store keys and values (B, K, T, d) of one layer. Returns all of its slots (B, K, S, d).
 
         Keys must already be rotated. The new slots count as filled only after `advance`, so a
         forward pass that fails leaves the cache as it was.
@@ -133,7 +133,7 @@ class KVCache:
         counts = self._per_row(lengths, most)
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
 
-    def sign(self, model: Any) -> None:
+    def set_owner(self, model: Any) -> None:
         """Record the model that computes the keys.
 
         Raises ValueError if the cache holds keys of another model, or has another dtype or device.
@@ -141,9 +141,9 @@ class KVCache:
         known = self.owner in (None, model) or self.owner.fingerprint() == model.fingerprint()
         if not known or (model.dtype, model.device) != (self.dtype, self.device):
             raise ValueError(
-                f"cache: found {self.dtype} on {self.device} and model "
+                f"cache: found {self.dtype} on {self.device} of model "
                 f"{getattr(self.owner, 'name', None)!r}, expected {model.dtype} on {model.device} "
-                f"and {model.name!r}, with the same weights"
+                f"of {model.name!r}, with the same weights"
             )
         self.owner = model
 
@@ -219,13 +219,13 @@ class KVCache:
         if len(kinds) != 1:
             raise ValueError(
                 f"caches: found {sorted(kinds)}, "
-                "expected memories of one model, number of rows, dtype and device"
+                "expected one model, number of rows, dtype and device for all"
             )
         joined = caches[0].truncate(0)
         c = joined.config
         for cache in caches:
             if cache.owner is not None:
-                joined.sign(cache.owner)
+                joined.set_owner(cache.owner)
             width = max(cache.lengths)
             first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
             rotation = angles(first, c.head_dim, c.rope_theta, joined.dtype)
@@ -240,7 +240,7 @@ class KVCache:
         return joined
 
     def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
-        """Return one integer per row; raises ValueError unless all of them are 0 … `most`."""
+        """Return one integer per row. Raises ValueError unless all of them are 0 … `most`."""
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         each = given if isinstance(given, Iterable) else [given] * len(self.lengths)
         counts = list(map(int, each))
@@ -253,7 +253,7 @@ class KVCache:
     def save(self, path: str | Path, bits: int | None = None) -> None:
         """Write the filled slots to a file, with the fingerprint of the model: see `files`.
 
-        `bits` 8 rounds keys and values to 8-bit integers, None keeps them as they are. Raises
+        `bits=8` rounds keys and values to 8-bit integers; None keeps them as they are. Raises
         ValueError for other `bits` or if no model has filled the cache, OSError if the file cannot
         be written.
         """

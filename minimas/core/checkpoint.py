@@ -29,7 +29,7 @@ def load_model(
 ) -> Qwen3:
     """Load the model in `folder`, from config.json and safetensors, for inference.
 
-    `dtype` None means the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
+    `dtype=None` means the checkpoint's own. Raises FileNotFoundError or ValueError naming the file,
     the field or tensor, what was found and what was expected.
     """
     source = Folder(Path(folder))
@@ -62,7 +62,7 @@ def empty_model(name: str, source: Any) -> Qwen3:
     for key in shapes.keys() - wanted.keys():
         if not key.endswith(".rotary_emb.inv_freq"):  # in old Llama checkpoints
             raise ValueError(
-                f"{source.path}: tensor {key} belongs to nothing in a model of this config.json"
+                f"{source.path}: tensor {key}: unexpected in a model with this config.json"
             )
     return model
 
@@ -131,7 +131,7 @@ class Folder:
                     self._files[key] = name
         if index and index != self._files:
             logging.getLogger(__name__).warning(
-                "%s: tensor %s, file %s: index and files disagree; what the files hold is used",
+                "%s: tensor %s, file %s: index and files disagree; using the files",
                 path / INDEX,
                 *min(index.items() ^ self._files.items()),
             )
@@ -143,7 +143,7 @@ class Folder:
         with opened(self.path / self._files[key]) as file:
             return file.get_tensor(key).to(dtype, copy=True)  # type: ignore[no-any-return]
 
-    def kept_as(self, key: str) -> str:
+    def low_bits(self, key: str) -> str:
         """Return "", because safetensors files hold no 4-bit or 8-bit matrices."""
         return ""
 
@@ -169,7 +169,7 @@ def read_index(folder: Path) -> dict[str, str]:
     existing = {file.name for file in folder.glob("*.safetensors")}
     if missing := set(map(str, index.values())) - existing:
         raise FileNotFoundError(
-            f"{path}: weight_map: found {min(missing)!r}, expected a .safetensors file of this "
+            f"{path}: weight_map: found {min(missing)!r}, expected a .safetensors file in this "
             "folder, which has none of that name"
         )
     return index

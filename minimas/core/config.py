@@ -2,8 +2,8 @@
 
 Field names are Hugging Face's. A field that would change the forward pass and is not implemented
 raises an error that names it, at any depth of the JSON. Fields that do not affect the forward pass
-are listed here, and all other fields cause a warning. This file does not depend on tensors or
-tokenizers.
+are listed here, and any other field that is set causes a warning. This file does not depend on
+tensors or tokenizers.
 """
 
 import json
@@ -135,7 +135,7 @@ class Config:
         divides = heads % sizes["num_key_value_heads"] == 0
         check(divides, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
         # RoPE rotates pairs of dimensions.
-        check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "an even number")
+        check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "even, ≤ 1e7 / heads")
         return cls(
             **sizes,
             model_type=family,
@@ -154,7 +154,7 @@ def _refuse(block: dict[str, Any], where: str, found: str = ": found ") -> None:
         if isinstance(value, dict):
             _refuse(value, f"{where}{field}{found}", " ")
         elif value and field not in KNOWN:
-            logging.getLogger(__name__).warning("%s%s is not known, and ignored", where, field)
+            logging.getLogger(__name__).warning("%s%s is unknown and ignored", where, field)
 
 
 def read_json(path: Path, needed: bool = True) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from torch import Tensor
 
 
 def identity(model: Any) -> dict[str, str]:
-    """Return the metadata that identify a model; raises ValueError if it is something else."""
+    """Return the metadata that identify a model. Raises ValueError for any other object."""
     if not hasattr(model, "fingerprint"):
-        raise ValueError(f"model: found {type(model).__name__}, expected a Qwen3, as lm.model is")
+        raise ValueError(f"model: found {type(model).__name__}, expected a Qwen3, like lm.model")
     return {"model": model.name, "fingerprint": model.fingerprint()}
 
 
@@ -43,7 +43,7 @@ def write(
     cannot be written.
     """
     if made_by is None:
-        raise ValueError(f"{path}: found {what} of no model, expected one that a model has made")
+        raise ValueError(f"{path}: found {what} without a model, expected one made by a model")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
     metadata = {"format": f"minimas-{what}-1"} | made_by
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
@@ -94,8 +94,7 @@ def opened(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path}: found a truncated or foreign file, expected safetensors "
-            f"(not a readable file: {error})"
+            f"{path}: found a damaged file or another format, expected safetensors ({error})"
         ) from error
 
 
@@ -117,7 +116,7 @@ def floats(
     if part.shape != shapes.get(name) or not (part.is_floating_point() or rounded):
         raise ValueError(
             f"{path}: {name}: found {part.dtype} of shape {tuple(part.shape)}, "
-            f"expected floats among {shapes}"
+            f"expected floats: {shapes}"
         )
     if rounded:
         part = part * floats(path, tensors, f"scale.{name}", shapes, model, torch.float32).cpu()

@@ -1,8 +1,8 @@
 """The alignment W_a, which maps hidden states to latent thoughts; the loop is in rollout.py.
 
-An agent that hands over does not decode after its prompt. Instead, the loop turns its
-last hidden state h (last layer, after the final norm) into the next input embedding e (LatentMAS,
-arXiv 2511.20639, section 3.1):
+After its prompt, an agent thinks: instead of decoding tokens, the loop turns its last hidden state
+h (last layer, after the final norm) into the next input embedding e (LatentMAS, arXiv 2511.20639,
+section 3.1):
 
     e = rescale(h W_a)
     W_a = argmin_W ‖W_out W − W_in‖² + λ‖W‖² = (W_outᵀ W_out + λI)⁻¹ W_outᵀ W_in
@@ -53,7 +53,7 @@ def alignment_matrix(
     if w_out.ndim != 2 or w_out.shape[:-1] != w_in.shape[:-1]:
         raise ValueError(
             f"w_out, w_in: found {tuple(w_out.shape)} and {tuple(w_in.shape)}, "
-            "expected two equal V, (V, D) and (V, D')"
+            "expected (V, D) and (V, D') with one V"
         )
     V, D = w_out.shape
     # If V < D, only λ makes the matrix invertible, and float32 loses λ.
@@ -125,7 +125,7 @@ class Aligner:
         w_in = (receiver or model).model.embed_tokens.weight
         head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         if rows is not None and not 1 <= rows <= len(w_in):
-            raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)}, of the embedding")
+            raise ValueError(f"rows: found {rows}, expected 1 … {len(w_in)} embedding rows")
         if kind == "none":
             return made
         w_in = w_in[:rows]

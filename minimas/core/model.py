@@ -156,7 +156,7 @@ class Qwen3(nn.Module):
         """
         B, T, _ = inputs_embeds.shape
         cache = cache or self.new_cache(B)
-        cache.sign(self)
+        cache.set_owner(self)
         if T == 1 and self.step and not inputs_embeds.requires_grad:
             x = self.step(inputs_embeds, cache)
         else:
@@ -201,7 +201,7 @@ class Qwen3(nn.Module):
 def finite(
     x: Tensor, name: str, cause: str = "damaged weights or map, or --dtype float32 is needed"
 ) -> Tensor:
-    """Return `x`; raises ValueError with `name` and `cause` if it holds NaN or infinity.
+    """Return `x`. Raises ValueError with `name` and `cause` if it holds NaN or infinity.
 
     On a GPU nothing is checked, because reading a value there waits for all kernels. `decode` in
     `text.generate` checks the logits when it reads the tokens.
@@ -227,7 +227,7 @@ def take_last(hidden: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
 def prefill(
     model: Qwen3, ids: Sequence[Sequence[int]], cache: KVCache, chunk_tokens: int = 512
 ) -> Tensor:
-    """Append one list of token ids per row to `cache`; returns the last hidden states, (B, 1, D).
+    """Append one list of token ids per row to `cache`. Returns the last hidden states, (B, 1, D).
 
     The ids are fed in chunks of `chunk_tokens` positions, which bounds the (T, S) mask of a long
     prompt. Raises ValueError for a row without ids or, on a CPU, a state that is not finite.

@@ -1,8 +1,8 @@
-"""The latent loop: think in embeddings in place of tokens. Each row may stop by itself.
+"""The latent loop: think in embeddings instead of tokens. Each row may stop early.
 
-A map (see `latent`) turns each row's last hidden state into an embedding. The embedding is fed in
-place of a token's, and the next step maps the hidden state that results. This file does not depend
-on tokens, prompts, agents or sampling.
+A map (see `latent`) turns each row's last hidden state into an embedding. The embedding is fed
+instead of a token's, and the next step maps the hidden state that results. This file does not
+depend on tokens, prompts, agents or sampling.
 
     B rows   n thoughts   D hidden   V vocabulary
 """
@@ -46,7 +46,7 @@ def think(
     as an `Aligner`. Returns the embeddings, (B, steps, D), and the last hidden state, (B, 1, D),
     which has not been fed. With 0 steps nothing changes.
 
-    `until` lets each row stop by itself before it has `steps` thoughts. It is any callable that
+    `until` lets each row stop before it has `steps` thoughts. It is any callable that
     takes the hidden states (B, 1, D) and the embeddings so far (B, n, D), newest last, and returns
     (B,) bool. It is called before each thought is fed. Where it returns True, the new embedding is
     not fed, the row's state and cache no longer change, and its further embeddings are zeros. The
@@ -92,7 +92,7 @@ def rollout(
 
 
 def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
-    """Return what the callable `parameter` has returned.
+    """Return a result of the callable `parameter`.
 
     Raises ValueError if it does not have the dtype and the shape of `like`.
     """
@@ -101,5 +101,5 @@ def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
         for x in (returned, like)
     )
     if found != expected:
-        raise ParameterError(parameter, f"found a map to {found}, expected {expected}")
+        raise ParameterError(parameter, f"found {found}, expected {expected}")
     return returned  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ inputs, where the products take nearly all the time, are not compiled.
 On a CPU with AVX2 most of the gain comes from the loop in few_rows.py, which is fast only if it is
 compiled. Without this loop a compiled step of one row was 1.1 times as fast in bf16, q8 and q4
 (Qwen2.5-Coder-0.5B, one thread of a 2-core AMD EPYC, medians of 9 to 15 interleaved rounds,
-2026-11-29). A CUDA graph was not run.
+2026-11-29). CUDA graphs are untested.
 
     B rows   D hidden   S slots
 """

@@ -25,7 +25,7 @@ CHUNK_WEIGHTS = 2**20  # weights widened at a time: 4 MB of float32, which stay 
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has units for `dtype`: on x86, bf16 from AVX-512, fp16 rarely."""
+    """Return whether this CPU has units for `dtype`: on x86, bf16 with AVX-512, rarely fp16."""
     if dtype.itemsize != 2:
         return True
     bf16 = mkldnn._is_mkldnn_bf16_supported
@@ -47,7 +47,7 @@ def can_pack() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `F.linear`, but compute many 16-bit rows on a CPU without units for them in 32 bits.
+    """Return `F.linear`; many 16-bit rows on a CPU without 16-bit units are computed in 32 bits.
 
     The result is rounded once, at the end. Inputs with a gradient go to `F.linear`, because
     autograd would keep every widened chunk.

@@ -26,7 +26,7 @@ from .order import GROUP
 BY_INPUTS = ("o_proj", "down_proj")  # divided by inputs; the other layers of a block by outputs
 
 
-def join(device: torch.device, parallel: Any) -> Any:
+def device_mesh(device: torch.device, parallel: Any) -> Any:
     """Return the DeviceMesh of the ranks that hold one model: all ranks, or `parallel` itself.
 
     Raises ValueError if this process is not one of several ranks that torchrun has started.
@@ -76,9 +76,9 @@ class Part:
         """Return this rank's part of the tensor `key` in `dtype`, on the CPU."""
         return self.of(key, self.source.read(key, dtype))
 
-    def kept_as(self, key: str) -> str:
-        """Return the format in which a matrix keeps its size, or "" if a group would be cut."""
-        kept: str = self.source.kept_as(key)
+    def low_bits(self, key: str) -> str:
+        """Return the low-bit format of a matrix, or "" if a group would be cut."""
+        kept: str = self.source.low_bits(key)
         N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
         cut = N % self.ranks or K // GROUP % self.ranks
         return "" if cut else kept

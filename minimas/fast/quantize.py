@@ -53,7 +53,7 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
         bnb.require(f"quantize: found {name!r}", device)
     elif not has_kernels(device):
         seen = torch.cuda.get_device_capability(device)
-        problem = f" on a GPU of compute capability {seen}, expected CPU, CUDA from 8.0; nf4 runs"
+        problem = f" on a GPU of compute capability {seen}, expected a CPU, 8.0 or newer, or nf4"
     if problem:
         raise ParameterError("quantize", f"found {name!r}{problem}")
 
@@ -93,12 +93,13 @@ def replacement(
     """Return the layer to put in place of a model's `module`; None keeps it in 16 or 32 bits.
 
     `source` is a `Folder`, `GGUF` or `Part`. If the model has 16 bits and the kernels run on the
-    device, the matrices of a GGUF file keep its size. Matrices in 4 bits become q4 with the file's
-    own values, also if `quantize` is q8. Others become 8-bit layers, unless `quantize` is q4.
+    device, the matrices of a GGUF file stay in 4 or 8 bits. Matrices in 4 bits become q4 with the
+    file's own values, also if `quantize` is q8. Others become 8-bit layers,
+    unless `quantize` is q4.
     """
     key = f"{name}.weight"
     runs = dtype.itemsize == 2 and has_kernels(device)
-    form = stored = source.kept_as(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
+    form = stored = source.low_bits(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
     if name.endswith("_proj") and stored != "q4":  # not embedding and LM head: W_a needs them
         form = quantize or stored
     if not form:
@@ -116,15 +117,15 @@ def replacement(
 def finish(model: Any, quantize: str | None) -> None:
     """Complete a model whose layers were replaced. Moving it raises an error from now on.
 
-    A tied LM head becomes the embedding itself if that has 8 bits, else an 8-bit copy of it. Warns
-    of matrices that were not quantized.
+    In q4 and q8, a tied LM head becomes the 8-bit embedding itself, or else an 8-bit copy of it.
+    Warns of matrices that were not quantized.
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     plain = sum(type(layer) is nn.Linear for layer in layers)
     kept = any(isinstance(module, QuantizedLinear) for module in model.modules())
     if quantize and plain:
         logging.getLogger("minimas").warning(
-            "%s: %d matrices stay in 16 bits, their sizes do not divide into the blocks of %s",
+            "%s: %d matrices are not quantized: their sizes do not fit the blocks of %s",
             *(model.name, plain, quantize),
         )
     if model.lm_head is None and kept:
@@ -243,7 +244,7 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> NoReturn:
         raise ValueError(
-            f"{prefix}weight: found a quantized layer, expected one in 16 or 32 bits: load it anew"
+            f"{prefix}weight: found a quantized layer, expected one in 16 or 32 bits: reload it"
         )
 
     _apply = refuse_to_move

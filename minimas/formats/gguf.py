@@ -122,9 +122,9 @@ class GGUF:
         for tensor in header.tensors:
             field = f"tensor {tensor.name!r:.80}"
             plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
-            header.require(plain, field, "RoPE scaling", "none, it is not supported")
+            header.require(plain, field, "RoPE scaling", "none (not supported)")
             key = ".".join((TOP | LAYER).get(part, part) for part in tensor.name.split("."))
-            header.require(key not in self.tensors, field, "it twice", "it once")
+            header.require(key not in self.tensors, field, "it repeated", "it once")
             self.tensors[key] = tensor
         raw = self._config()
         self.config = c = Config.from_dict(raw, f"{path}: config.json")
@@ -132,7 +132,7 @@ class GGUF:
         for name, allowed in (UNSUPPORTED | sizes).items():
             field = f"{c.model_type}.{name}"
             value = header.metadata.get(field, allowed[0])
-            header.require(value in allowed, field, repr(value), f"{allowed[0]!r}, nothing else")
+            header.require(value in allowed, field, repr(value), f"{allowed[0]!r}")
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
         self._ids: dict[str, int] = {}  # of special tokens; -1 for none, as in llama.cpp
         for name in "eos eot eom unknown padding bos".split():
@@ -162,8 +162,8 @@ class GGUF:
             result[start : start + step] = tensor.read(start, start + step)
         return self._reorder(key, result.view(tensor.shape))
 
-    def kept_as(self, key: str) -> str:
-        """Return the format in which a matrix keeps its size: "q4", "q8", or "" for 16 bits."""
+    def low_bits(self, key: str) -> str:
+        """Return the low-bit format to load a matrix in: "q4", "q8", or "" for 16 bits."""
         tensor = self.tensors.get(key)
         if tensor is None or tensor.kind in FLOATS:
             return ""
@@ -177,8 +177,8 @@ class GGUF:
     def _reorder(self, key: str, rows: Tensor) -> Tensor:
         """Return rows (N, any) in Hugging Face's order.
 
-        RoPE rotates pairs of rows of Q and K. In a llama file, and in no other family's, the two
-        rows of a pair are neighbours; in Hugging Face's they are half a head apart.
+        RoPE rotates pairs of rows of Q and K. In Llama files only, the two rows of a pair are
+        adjacent; in Hugging Face's layout they are half a head apart.
         """
         if self.config.model_type == "llama" and re.search(r"\.[qk]_proj\.", key):
             half = self.config.head_dim // 2
@@ -239,7 +239,7 @@ class GGUF:
         value = self._header.value
         require = self._header.require
         model = value("tokenizer.ggml.model", str)
-        require(model == "gpt2", "tokenizer.ggml.model", repr(model), "'gpt2', no other is read")
+        require(model == "gpt2", "tokenizer.ggml.model", repr(model), "'gpt2'")
         pre = value("tokenizer.ggml.pre", str)
         expected = f"one of {', '.join(PRE_TOKENIZERS)}"
         require(pre in PRE_TOKENIZERS, "tokenizer.ggml.pre", repr(pre), expected)
@@ -250,7 +250,7 @@ class GGUF:
         # Unused tokens are left out. Added tokens stay, because the library would renumber them.
         vocabulary = {str(token): i for i, token in enumerate(tokens) if types[i] != UNUSED}
         different = len(vocabulary) == len(types) - types.count(UNUSED)
-        require(different, "tokenizer.ggml.tokens", "a token twice", "different ones")
+        require(different, "tokenizer.ggml.tokens", "a repeated token", "distinct ones")
         pairs = [str(merge).split(" ") for merge in value("tokenizer.ggml.merges", list)]
         wrong = [
             pair

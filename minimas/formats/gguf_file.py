@@ -183,7 +183,7 @@ class Header:
             for _ in range(fields):
                 name = self._string("metadata name")
                 field = f"{name!r:.80}"
-                self.require(name not in self.metadata, field, "it twice", "it once")
+                self.require(name not in self.metadata, field, "it repeated", "it once")
                 [kind] = self._unpack("I", field)
                 if kind == ARRAY:
                     kind, size = self._unpack("IQ", field)
@@ -208,12 +208,12 @@ class Header:
         return value
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
-        # A vocabulary has 300,000 elements.
+        # Large vocabularies have 300,000.
         self.require(count <= 10**7, field, f"{count:,} elements", "at most 10,000,000")
         if kind == STRING:
             return [self._string(field) for _ in range(count)]
         known = kind != ARRAY and kind < len(SCALARS)
-        self.require(known, field, f"value type {kind}", "GGUF's, no nested array")
+        self.require(known, field, f"value type {kind}", "a scalar or a string")
         return list(self._unpack(f"{count}{SCALARS[kind]}", field))
 
     def _parse_tensors(self, count: int) -> None:
@@ -258,7 +258,7 @@ class Header:
         return struct.unpack(f"<{form}", self._read(struct.calcsize(f"<{form}"), field))
 
     def _string(self, field: str) -> str:
-        # A usual vocabulary has 300,000 strings, and _unpack would take 1.5 times as long.
+        # A large vocabulary has 300,000 strings, and _unpack would take 1.5 times as long.
         length = int.from_bytes(self._read(8, field), "little")
         try:
             return self._read(length, field).decode()

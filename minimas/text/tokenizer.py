@@ -35,7 +35,7 @@ PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
 EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for an earlier or later turn
 # Added tokens that are control tokens, such as <think> or [INST]. Others may be ordinary words.
 TAG = r"<.*\w.*>|\[.*\w.*\]"
-EACH_MESSAGE = "every message once, as it is and in order"
+EACH_MESSAGE = "each message once, unchanged and in order"
 # The tags {% generation %} and {% endgeneration %}, see `Tokenizer._template`.
 GENERATION = r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})"
 # The exceptions that compiling or rendering a faulty template may raise.
@@ -119,7 +119,7 @@ class Tokenizer:
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             if "default" not in named:
-                raise self._refusal(f"the names {list(named)}", "one that is 'default'")
+                raise self._refusal(f"the names {list(named)}", "'default' among them")
             source = named["default"]
         file = self.path.with_name("chat_template.jinja")
         if file.is_file():
@@ -136,7 +136,7 @@ class Tokenizer:
     def set_thinking(self, thinks: bool) -> None:
         """Set the template's `enable_thinking`. Raises ValueError for a template without it."""
         if "enable_thinking" not in self._source:
-            raise self._refusal("no enable_thinking", "it (--think and --no-think switch it)")
+            raise self._refusal("no enable_thinking", "one, for --think and --no-think")
         self._special["enable_thinking"] = thinks
 
     def encode(self, text: str) -> list[int]:
@@ -212,7 +212,7 @@ class Tokenizer:
         if not first:
             before = self.turn("x", last=False).text + "x" + self.turn_end
             if not turn.text.startswith(before):
-                raise self._refusal("one that puts no whole turn after the end of another one")
+                raise self._refusal("one that can append a turn to a closed one")
             turn = turn.cut(len(before), len(turn.text))
             if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
                 raise self._refusal("one that numbers the turns")

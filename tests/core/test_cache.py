@@ -357,11 +357,11 @@ def rewritten(
     ("damage", "kind", "said"),
     [
         (lambda path: path.unlink(), FileNotFoundError, "no such file"),
-        (lambda path: path.write_bytes(b""), ValueError, "not a readable"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "not a readable"),
-        (lambda path: path.write_bytes(b"\x80\x04}." * 99), ValueError, "not a readable"),
-        (lambda path: torch.save({}, path), ValueError, "not a readable"),
-        (lambda path: (path.unlink(), path.mkdir()), ValueError, "not a readable"),
+        (lambda path: path.write_bytes(b""), ValueError, "a damaged file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), ValueError, "a damaged file"),
+        (lambda path: path.write_bytes(b"\x80\x04}." * 99), ValueError, "a damaged file"),
+        (lambda path: torch.save({}, path), ValueError, "a damaged file"),
+        (lambda path: (path.unlink(), path.mkdir()), ValueError, "a damaged file"),
         (lambda path: save_file({"x": torch.zeros(2)}, path), ValueError, "format: found None"),
         (
             rewritten(lambda t, m: m.update(format="minimas-memory-9")),
@@ -437,7 +437,7 @@ def test_a_failed_save_keeps_the_older_file(
 
 def test_a_cache_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:
     """A cache without a model has no fingerprint. A missing folder is named."""
-    with pytest.raises(ValueError, match="found memory of no model, expected"):
+    with pytest.raises(ValueError, match="found memory without a model, expected"):
         random_cache([2]).save(tmp_path / "m")
     with pytest.raises(OSError, match="nowhere/m: cannot write the memory"):
         remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "nowhere" / "m")
@@ -482,7 +482,7 @@ def test_a_cache_in_8_bits_is_off_by_at_most_half_a_step(
     cache = random_cache(lengths)
     size = data.draw(st.floats(1e-6, 1e6))
     cache.keys = [keys * size for keys in cache.keys]
-    cache.sign(model)
+    cache.set_owner(model)
     path = tmp_path_factory.mktemp("bits") / "m"
     cache.save(path, bits=8)
     loaded = KVCache.load(path, model)

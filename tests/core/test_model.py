@@ -169,7 +169,7 @@ def test_inputs_for_another_number_of_rows_are_refused(
     shape: tuple[int, ...], model: Qwen3
 ) -> None:
     """One row would silently be broadcast over all rows of the cache."""
-    with pytest.raises(ValueError, match="expected 2 as in the memory"):
+    with pytest.raises(ValueError, match="expected 2 as in the cache"):
         model(torch.zeros(shape, dtype=torch.float64), model.new_cache(2))
 
 

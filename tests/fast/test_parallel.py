@@ -167,7 +167,7 @@ def test_blocks_of_a_gguf_file_are_divided_without_widening(kind: str, tmp_path:
         for own, whole in zip(zip(*parts, strict=True), source.blocks(name), strict=True):
             assert torch.equal(torch.cat(own, dim), whole)
     down = "model.layers.0.mlp.down_proj.weight"  # 192 inputs are six groups of 32
-    kept = [Part(source, Mesh(0, ranks)).kept_as(down) for ranks in (2, 4)]
+    kept = [Part(source, Mesh(0, ranks)).low_bits(down) for ranks in (2, 4)]
     assert kept == ["q4", ""], "a group of a scale would be cut"
 
 
@@ -178,6 +178,6 @@ def test_8_bit_weights_of_a_gguf_file_stay_in_8_bits_on_every_rank(tmp_path: Pat
     path = write(tmp_path / "a.gguf", random_model(config, dtype=torch.float32), kinds="Q8_0")
     source = GGUF(path)
     down = "model.layers.0.mlp.down_proj.weight"
-    assert Part(source, Mesh(1, 2)).kept_as(down) == source.kept_as(down) == "q8"
+    assert Part(source, Mesh(1, 2)).low_bits(down) == source.low_bits(down) == "q8"
     part = Part(source, Mesh(1, 2)).read(down, torch.float32)
     assert torch.equal(part, source.read(down, torch.float32)[:, 96:])

@@ -348,7 +348,7 @@ def test_blocks_contain_the_numbers_of_the_file(
     )
     assert scale.dtype == torch.float32 and scale.shape == (rows, 2)
     assert minimum.shape == scale.shape and not (kind == "Q8_0" and bool(minimum.any()))
-    assert file.kept_as(key) == ("q8" if kind == "Q8_0" else "q4")
+    assert file.low_bits(key) == ("q8" if kind == "Q8_0" else "q4")
     weights = values.view(rows, 2, 32) * scale[..., None] + minimum[..., None]
     assert torch.equal(weights.flatten(1), expected)
     assert torch.equal(file.read(key, torch.float32), expected)
@@ -371,7 +371,7 @@ def test_other_types_are_decoded_by_the_gguf_package(
         file = stored(tmp_path / "a.gguf", "blk.0.attn_q.weight", raw, kind, family)
         key = "model.layers.0.self_attn.q_proj.weight"
         assert file.shapes[key] == (24, 2 * block) and file.tensors[key].kind == kind
-        assert file.kept_as(key) == "q8"
+        assert file.low_bits(key) == "q8"
         read = file.read(key, torch.float32)
         assert torch.equal(permute(read, 4) if family == "llama" else read, expected)
 
@@ -558,13 +558,13 @@ def test_a_shard_that_is_missing_or_foreign_is_named(tmp_path: Path) -> None:
     first, second, third = sharded(tmp_path, tiny_model("llama", dtype=torch.float32))
     content = second.read_bytes()
     second.write_bytes(third.read_bytes())
-    with pytest.raises(ValueError, match=r"found it twice, expected it once"):
+    with pytest.raises(ValueError, match=r"found it repeated, expected it once"):
         GGUF(first)
     second.unlink()
     with pytest.raises(FileNotFoundError, match=r"m-00002-of-00003\.gguf'"):
         GGUF(third)
     second.write_bytes(content.replace(b"blk.0.", b"blk.1.").replace(b"blk.1.", b"blk.0."))
-    with pytest.raises(ValueError, match="found it twice, expected it once"):
+    with pytest.raises(ValueError, match="found it repeated, expected it once"):
         GGUF(first)
     second.write_bytes(content)
     with pytest.raises(FileNotFoundError, match=r"renamed\.gguf-00001-of-00003\.gguf'"):
@@ -727,7 +727,7 @@ def test_pre_tokenizers_split_a_text_differently() -> None:
         ({"token_type": [1, 1]}, r"tokenizer\.ggml\.token_type: found 2, expected 4"),
         (
             {"tokens": ["a", "a"], "token_type": [1, 1], "merges": ["a a"]},
-            r"tokenizer\.ggml\.tokens: found a token twice",
+            r"tokenizer\.ggml\.tokens: found a repeated token",
         ),
     ],
 )
@@ -792,7 +792,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "an unknown value": (bad({"x": struct.pack("<I", 13)}), "'x': found value type 13"),
     "a nested array": (
         bad({"x": struct.pack("<IIQ", 9, 9, 1)}),
-        "'x': found value type 9, .* no nested array",
+        "'x': found value type 9, .* a scalar or a string",
     ),
     "a vast array": (
         bad({"x": struct.pack("<IIQ", 9, 0, 2**40)}),
@@ -813,7 +813,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "no UTF-8": (bad({"x": struct.pack("<IQ", 8, 1) + b"\xff"}), "'x': found .*, expected UTF-8"),
     "a field twice": (
         lambda: raw_file({"a": 1, "b": 2}).replace(text("b"), text("a")),
-        "'a': found it twice",
+        "'a': found it repeated",
     ),
     "alignment zero": (bad({"general.alignment": 0}), r"general\.alignment: found 0, expected"),
     "an alignment in words": (
@@ -842,7 +842,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a tensor twice": (
         bad(tensors=[*TINY_TENSORS.items()] * 2),
-        r"'token_embd\.weight': found it twice, expected it once",
+        r"'token_embd\.weight': found it repeated, expected it once",
     ),
     "an unknown type": (
         bad(tensors={"output.weight": ((32, 2), 999, 0)}),
@@ -858,7 +858,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a scaling": (
         bad(tensors={"rope_freqs.weight": ((4,), 0, 0)}),
-        r"rope_freqs\.weight': found RoPE scaling, expected none, it is not supported",
+        r"rope_freqs\.weight': found RoPE scaling, expected none",
     ),
     "no embeddings": (
         bad(tensors=[("output.weight", ((16, 41), 0, 0))]),
@@ -960,7 +960,7 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(
     """If an expert or an adapter is ignored, the model is not that of the file."""
     model = tiny_model(dtype=torch.float32)
     path = write(tmp_path / "a.gguf", model, extra={name: torch.ones(4)})
-    with pytest.raises(ValueError, match=rf"a\.gguf: tensor {key} belongs to nothing"):
+    with pytest.raises(ValueError, match=rf"a\.gguf: tensor {key}: unexpected"):
         load(path, device="cpu")
 
 
@@ -1046,7 +1046,7 @@ def test_a_damaged_file_gives_an_error_or_another_model_but_no_crash(
             if file.shapes == expected:
                 for name in file.shapes:
                     file.read(name, torch.float32)
-                    if file.kept_as(name) == "q4":
+                    if file.low_bits(name) == "q4":
                         file.blocks(name)
     except ValueError as error:
         assert str(error).startswith(str(tmp_path / "a.gguf")) and "\n" not in str(error)

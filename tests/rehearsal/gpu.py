@@ -78,7 +78,7 @@ class FakeSource:
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.shapes[key], dtype=dtype)
 
-    def kept_as(self, key: str) -> str:
+    def low_bits(self, key: str) -> str:
         """Nothing is quantized."""
         return ""
 

@@ -158,5 +158,5 @@ def test_auto_chooses_a_dtype_that_the_device_supports(
     """GPUs before compute capability 8.0 emulated bf16, many times slower than float16."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert _default_dtype(name, torch.device(device)) == getattr(torch, used)
-    explained = f"--dtype auto: {device} has no fast {name}, {used} is used"
+    explained = f"--dtype auto: {device} has no fast {name}: using {used}"
     assert [record.message for record in caplog.records] == [explained] * (name != used)

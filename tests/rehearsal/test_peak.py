@@ -34,7 +34,10 @@ def allocated(size: str, quantize: str | None, rows: int) -> int:
     return gpu.peak
 
 
-@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(size, marks=[pytest.mark.slow] * (size != "8B")) for size in SHAPES],
+)
 @pytest.mark.parametrize(("quantize", "rows"), [(None, 1), (None, 8), ("q4", 1), ("q8", 8)])
 def test_info_reports_the_peak_memory_of_a_call(
     size: str, quantize: str | None, rows: int, tmp_path: Path

@@ -170,7 +170,7 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
             "full": moved(-0.5),
             "shuffled": moved(-0.2),
         },
-        "they help, but no difference to another question's memory is found": {
+        "they help, but no difference from another question's memory is found": {
             "full": moved(-0.5),
             "shuffled": moved(-0.5),
         },
@@ -191,9 +191,9 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
         in verdict(right)
     )
     wrong = records("accuracy", full=[0.0] * 40, none=[1.0] * 20 + [0.0] * 20)
-    assert "0% of the answers are right, without it 50%: it harms (p < 0.001)" in verdict(wrong)
+    assert "0% of the answers are right, without it 50%: it hurts (p < 0.001)" in verdict(wrong)
     thoughts = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 20 + [0.0] * 20)
-    assert "with the thoughts 0% of the answers are right, without them 50%: they harm" in verdict(
+    assert "with the thoughts 0% of the answers are right, without them 50%: they hurt" in verdict(
         thoughts
     )
     same = records("accuracy", full=[1.0] * 20 + [0.0] * 20, none=[1.0] * 19 + [0.0] * 21)
@@ -216,11 +216,11 @@ def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
         "nll", full=[2.5 + rng.gauss(0, 0.1) for _ in range(40)], prompts_only=[2.0] * 40
     )
     better = records("accuracy", full=[1.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
-    assert "they harm" in verdict(losses)
-    assert "harm" not in verdict(losses + better)
+    assert "they hurt" in verdict(losses)
+    assert "hurt" not in verdict(losses + better)
     assert "the answers say the opposite; with the thoughts 100% of" in verdict(losses + better)
     worse = records("accuracy", full=[0.0] * 40, prompts_only=[1.0] * 13 + [0.0] * 27)
-    assert verdict(losses + worse).count("harm") == 2
+    assert verdict(losses + worse).count("hurt") == 2
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_planted_effect_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_harmful_thoughts_are_reported_as_harmful(tmp_path: Path) -> None:
     """A random map gives the same number of slots, but a higher loss than no thoughts."""
-    assert "they harm" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
+    assert "they hurt" in audited(tmp_path, "random,pause", 24, "nll")["verdict"]
 
 
 def test_no_effect_is_found_between_two_seeds_of_a_noisy_map(tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ import torch
 
 from minimas import Config
 from tools.benchmarking import command as benchmark
-from tools.benchmarking import contenders as cast
-from tools.benchmarking import end_to_end, quality, race
+from tools.benchmarking import contenders, end_to_end, quality, race
 
 from ..processes import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Config.from_dict(cast.QWEN3_06B)
+CONFIG = Config.from_dict(contenders.QWEN3_06B)
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -36,19 +35,21 @@ def test_results_that_differ_are_an_error() -> None:
 
 
 def test_patterns_choose_contenders_and_keep_the_reference_and_the_yardstick() -> None:
-    assert cast.chosen(["llama*Q*"]) == [
-        cast.REFERENCE,
-        cast.YARDSTICK,
+    assert contenders.chosen(["llama*Q*"]) == [
+        contenders.REFERENCE,
+        contenders.YARDSTICK,
         "llama.cpp-Q8_0",
         "llama.cpp-Q4_0",
     ]
-    assert cast.chosen(["*"]) == list(cast.FIELD)
+    assert contenders.chosen(["*"]) == list(contenders.CONTENDERS)
     with pytest.raises(ValueError, match="--contenders: found 'gpt'"):
-        cast.chosen(["*", "gpt"])
+        contenders.chosen(["*", "gpt"])
 
 
 def test_weight_bytes_match_the_format() -> None:
-    exact, four, theirs = (cast.weight_bytes(CONFIG, format) for format in ("bf16", "q4", "Q4_0"))
+    exact, four, theirs = (
+        contenders.weight_bytes(CONFIG, format) for format in ("bf16", "q4", "Q4_0")
+    )
     # All parameters of the tied model, in 16 bits.
     assert exact["trunk"] + exact["head"] == 2 * 596_049_920
     assert four["trunk"] / exact["trunk"] == pytest.approx(5 / 16, rel=1e-3)
@@ -56,11 +57,12 @@ def test_weight_bytes_match_the_format() -> None:
     assert race.slot_bytes(CONFIG) == 2 * 28 * 8 * 128 * 2
 
 
+@pytest.mark.slow
 def test_contenders_that_do_not_fit_into_memory_are_left_out_or_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = list(cast.FIELD)
-    for free, left in ((2**50, set()), (23 * 2**30, set(cast.SPARE[:2])), (2**30, None)):
+    names = list(contenders.CONTENDERS)
+    for free, left in ((2**50, set()), (23 * 2**30, set(contenders.SPARE[:2])), (2**30, None)):
         monkeypatch.setattr(race, "proc_bytes", lambda *_, free=free: free)
         if left is None:
             with pytest.raises(ValueError, match=r"found 1\.0 GiB of free memory"):
@@ -123,15 +125,15 @@ def test_every_other_mode_prints_its_table(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--rounds", "0"], "expected 1 or more of everything"),
+        (["--rounds", "0"], "expected numbers of 1 or more"),
         (["--model", "nowhere"], "found no config.json in nowhere"),
         (
             ["--perplexity", "weights/tiny"],
-            "expected --questions FILE.jsonl with --end-to-end, --text FILE",
+            "expected --questions FILE.jsonl with --end-to-end, and --text FILE",
         ),
         (
             ["--perplexity", "weights/tiny", "--memory-error", "weights/tiny"],
-            "expected one of them",
+            "expected only one of them",
         ),
         (["--contenders", "gpt"], "--contenders: found 'gpt'"),
     ],

@@ -53,6 +53,7 @@ def measured(name: str, out: Path, *flags: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_has_figures_a_picture_and_a_sentence(
     name: str, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -118,6 +119,7 @@ def test_a_tied_model_gets_an_untied_twin(tmp_path: Path) -> None:
     assert lm.model.config.tie_word_embeddings and not twin.model.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_injecting_a_teams_own_plan_changes_no_answer(tmp_path: Path) -> None:
     """Otherwise the injection itself would flip answers. A wrong plan does, in a team of two."""
     found = measured("errors", tmp_path, "--limit", "12")
@@ -149,6 +151,7 @@ def test_a_probe_decodes_a_planted_code_but_nothing_with_wrong_targets() -> None
     assert abs(tokens_read(code, letters.roll(1, 0))["read"]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_counted_flops_equal_the_formula_with_prefill() -> None:
     """The coefficients follow from the config: 2 FLOPs per weight, 4 per slot and query number."""
     model = tiny_model(dtype=torch.float32)

@@ -30,7 +30,7 @@ from tools.evaluation.bench import Bench, same_mark, vote
 from tools.evaluation.command import Evaluation, main
 from tools.evaluation.grading import gold_text, grader, option_texts, plain_grader, right_letter
 from tools.evaluation.last_turn import PrefillOnce, latent_turn, slots, text_turn
-from tools.evaluation.ledger import Key, Ledger, take_up, whole_units
+from tools.evaluation.ledger import Key, Ledger, remove_incomplete_units, whole_units
 from tools.evaluation.rows import read_rows
 from tools.evaluation.summary import summarize
 from tools.training.tiny_task import split_stories, split_team, story
@@ -345,7 +345,7 @@ def test_a_duplicate_unit_is_refused(tmp_path: Path) -> None:
         book.append(unit)
         book.close()
     with pytest.raises(ValueError, match=r"rank1.jsonl: found \(0, 'a', 0\), which another file"):
-        take_up(tmp_path, {}, units)
+        remove_incomplete_units(tmp_path, {}, units)
     book = Ledger(tmp_path / "results-rank0.jsonl", {"settings": {}})
     book.append(unit)
     book.close()
@@ -357,7 +357,7 @@ def test_two_processes_cannot_write_to_one_file(tmp_path: Path) -> None:
     """The same command may be started a second time in another window."""
     book = Ledger(tmp_path / "results.jsonl", {"settings": {}})
     with pytest.raises(ValueError, match="another process is writing to it"):
-        take_up(tmp_path, {}, {})
+        remove_incomplete_units(tmp_path, {}, {})
     book.close()
 
 
@@ -390,7 +390,7 @@ def test_a_unit_written_while_another_process_resumes_the_run_is_not_cut_off(
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "whole_units", read_and_interrupted)
-        done, sizes = take_up(tmp_path, {}, TWO_UNITS)
+        done, sizes = remove_incomplete_units(tmp_path, {}, TWO_UNITS)
     assert done == {Key(0, "a", 0)}
     assert sizes == {"results.jsonl": path.stat().st_size}
 
@@ -401,11 +401,11 @@ def test_a_unit_written_after_a_run_was_resumed_is_not_computed_again(
     """The unit would be in the file twice, and the file would be refused from then on."""
     path = tmp_path / "results.jsonl"
     write_unit(path, ONE)
-    _, sizes = take_up(tmp_path, {}, TWO_UNITS)
+    _, sizes = remove_incomplete_units(tmp_path, {}, TWO_UNITS)
     write_unit(path, ANOTHER)
     with pytest.raises(ValueError, match=r"results.jsonl: found \d+ bytes, expected \d+: another"):
         Ledger(path, {"settings": {}}, sizes[path.name])
-    done, sizes = take_up(tmp_path, {}, TWO_UNITS)
+    done, sizes = remove_incomplete_units(tmp_path, {}, TWO_UNITS)
     assert done == set(TWO_UNITS)
     Ledger(path, {"settings": {}}, sizes[path.name]).close()
 
@@ -1168,8 +1168,10 @@ def test_a_lens_adds_only_thoughts_and_attention_to_the_records(
     command = ["--data", str(data), "--out", str(tmp_path), *FIXED, "--lens", "2"]
     assert main(command) == 0
     said = capsys.readouterr().err.splitlines()
-    blind = [f"evaluate: --lens records nothing for {arm}: no thoughts" for arm in SINGLES]
-    assert sorted(said) == sorted(blind)
+    expected_warnings = [
+        f"evaluate: --lens records nothing for {arm}: no thoughts" for arm in SINGLES
+    ]
+    assert sorted(said) == sorted(expected_warnings)
     found, layers = lines(tmp_path), 3
     for record in found:
         *earlier, last = record["agents"]

@@ -60,8 +60,8 @@ def test_models_that_have_no_effect_are_refused(
     data, team = files
     start = ["--data", data, "--out", str(tmp_path), "--models", "small=weights/tiny"]
     for more, said in (
-        ([], "--models): found ['small'], expected names of agents' models"),
-        (["--team", team, "--lens", "2"], "--models): found some with --lens or --audit"),
+        ([], "--models): found ['small'], expected names that agents use"),
+        (["--team", team, "--lens", "2"], "--models): found models with --lens or --audit"),
     ):
         assert main([*start, *more]) == 1
         assert said in capsys.readouterr().err

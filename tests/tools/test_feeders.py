@@ -12,7 +12,7 @@ from minimas import LM, Aligner, Qwen3, Sampling, latent_mas, load, think
 from minimas.text.generate import generator
 from tools.evaluation import feeders
 from tools.evaluation.arms import Arm
-from tools.evaluation.bench import Bench, How
+from tools.evaluation.bench import Bench, CallOptions
 from tools.evaluation.feeders import (
     TOKENS,
     Feeders,
@@ -335,9 +335,9 @@ def test_every_arm_uses_its_own_feeder(lm: LM, made: Feeders) -> None:
     memories = []
     for kind in ("ridge", "fitted", "pause"):
         memories.append(bench.last_turn([0], Arm("x", latent_steps=2, align=kind)).memory.keys[1])
-        by_hand = bench.last_turn([0], Arm("x", latent_steps=2), How(align=made(kind))).memory.keys[
-            1
-        ]
+        by_hand = bench.last_turn(
+            [0], Arm("x", latent_steps=2), CallOptions(align=made(kind))
+        ).memory.keys[1]
         assert torch.equal(memories[-1], by_hand)
     assert apart(memories[0], memories[1]) > 1e-3 < apart(memories[1], memories[2])
 

@@ -47,7 +47,7 @@ def record(
         "model": "m",
         "text": "x",
     }
-    bill = {
+    usage = {
         "read": 1,
         "thought": 2,
         "written": 3,
@@ -55,7 +55,7 @@ def record(
         "memory_bytes": 5,
         "finish_reason": "stop",
     }
-    return made | bill | settings
+    return made | usage | settings
 
 
 @pytest.fixture(scope="module")

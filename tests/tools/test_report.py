@@ -71,12 +71,12 @@ def record_of(number: int, arm: str = "latent_mas", steps: int = 4, layers: int 
     names = ("planner", "critic", "refiner", "judger")
     agents = [agent_of(rng, n, question, 0 if n == "judger" else steps, layers) for n in names]
     agents[-1]["text"] = text_of(rng, 60)
-    bill = {k: sum(a[k] for a in agents) for k in ("read", "thought", "written", "seconds")}
+    usage = {k: sum(a[k] for a in agents) for k in ("read", "thought", "written", "seconds")}
     gold = str(number % 7)
     return {
         "id": f"q-{number}", "batch": 0, "arm": arm, "method": "latent_mas", "metric": "accuracy",
         "seed": 0, "text": agents[-1]["text"], "answer": str(number % 5), "gold": gold,
-        "correct": str(number % 5) == gold, "finish_reason": "stop", **bill, "memory_bytes": 10**7,
+        "correct": str(number % 5) == gold, "finish_reason": "stop", **usage, "memory_bytes": 10**7,
         "agents": agents,
     }  # fmt: skip
 

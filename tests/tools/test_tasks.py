@@ -60,7 +60,7 @@ BAD = {  # rows, expected error
     "a missing answer": ([{"id": "a", "question": "b"}], "line 1: answer: found nothing"),
     "an empty question": (
         [row(0, question=" \n")],
-        r"line 1: question: found ' \\n', expected text that is not empty",
+        r"line 1: question: found ' \\n', expected text that is not blank",
     ),
     "an empty answer": ([row(0, answer="")], "line 1: answer: found ''"),
     "no question": ([row(0, question=None)], "line 1: question: found nothing"),

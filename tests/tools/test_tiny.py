@@ -33,6 +33,7 @@ def right(results: list[Result], told: list[Any]) -> int:
     return sum(r.answer == str(one.totals[-1]) for r, one in zip(results, told, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "team"), [(single, None), (text_mas, "sequential"), (text_mas, "hierarchical")]
 )

@@ -29,7 +29,7 @@ from tools.linking.ceiling import ceiling, optimize, thoughts_of
 from tools.linking.data import from_file, generator, read_data, rotated
 from tools.linking.link import Link, vectors_path
 from tools.linking.rollout import (
-    How,
+    TeamSettings,
     divergence,
     last_turn,
     nll,
@@ -64,16 +64,18 @@ def tiny() -> LM:
     return load(TINY, device="cpu", dtype="float32")
 
 
-def how(**changes: Any) -> How:
+def how(**changes: Any) -> TeamSettings:
     """Return settings for three agents with four latent steps each, before a fourth agent."""
-    return How(TEAMS["sequential"], 4)._replace(**changes)
+    return TeamSettings(TEAMS["sequential"], 4)._replace(**changes)
 
 
-def loss(lm: LM, aligner: Any, how: How, rows: Sequence[Any] = ROWS) -> Tensor:
+def loss(lm: LM, aligner: Any, how: TeamSettings, rows: Sequence[Any] = ROWS) -> Tensor:
     return torch.cat(nll(lm, rows, how, aligner)).mean()
 
 
-def slope(lm: LM, start: Aligner, direction: Tensor, how: How, step: float = 1e-4) -> float:
+def slope(
+    lm: LM, start: Aligner, direction: Tensor, how: TeamSettings, step: float = 1e-4
+) -> float:
     """Return the derivative along `direction`, from four losses with the fast cache."""
     assert start.matrix is not None
     losses = {}
@@ -84,7 +86,7 @@ def slope(lm: LM, start: Aligner, direction: Tensor, how: How, step: float = 1e-
     return (8 * (losses[1] - losses[-1]) - (losses[2] - losses[-2])) / (12 * step)
 
 
-def gradient(lm: LM, start: Aligner, how: How) -> Tensor:
+def gradient(lm: LM, start: Aligner, how: TeamSettings) -> Tensor:
     assert start.matrix is not None
     matrix = start.matrix.clone().requires_grad_()
     loss(lm, Aligner(matrix, start.norm, start.scale), how).backward()
@@ -111,7 +113,7 @@ CASES += [how(team=TEAMS["hierarchical"], layout=layout) for layout in ("turn", 
 
 @pytest.mark.parametrize("how", CASES, ids=lambda how: f"{how.layout}-{how.transfer}")
 def test_the_gradient_through_three_agents_equals_differences_of_the_fast_caches_losses(
-    lm: LM, how: How
+    lm: LM, how: TeamSettings
 ) -> None:
     """A slot that is copied without its graph, or overwritten, changes the gradient but no loss.
 
@@ -279,6 +281,7 @@ def test_gist_slots_do_not_depend_on_the_question(lm: LM, tmp_path: Path) -> Non
         lm.aligner(str(file))
 
 
+@pytest.mark.slow
 def test_free_thoughts_are_optimized_separately_for_each_question(lm: LM) -> None:
     """The ceiling of one question must not depend on the others in its batch."""
     setting, align = how(transfer="latents"), lm.aligner("ridge")
@@ -359,7 +362,7 @@ def make_training(lm: LM, out: Path, updates: int, **settings: Any) -> Training:
     data = read_data("tiny", 12, 4, 0, slice(None))
     used = Settings(updates=updates, batch_size=3, evaluate_every=2, **settings)
     identity = {"rate": used.rate}
-    setting = How(replace(lm.teams["sequential"]), 2)
+    setting = TeamSettings(replace(lm.teams["sequential"]), 2)
     return Training(lm, Link(lm.model, lm.aligner("ridge"), 2), data, setting, used, out, identity)
 
 
@@ -432,6 +435,7 @@ def run(out: Path, *flags: object, status: int = 0) -> None:
     assert found == status
 
 
+@pytest.mark.slow
 def test_a_trained_link_can_be_used_as_a_map_for_align(
     tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -545,7 +549,7 @@ def test_a_file_that_is_not_from_a_run_is_not_overwritten(
     tiny.aligner("prenorm").save(out)
     before = out.read_bytes()
     run(out, status=1)
-    assert "link.safetensors: found a file of no run" in one_line(capsys)
+    assert "link.safetensors: found a file without its state" in one_line(capsys)
     assert out.read_bytes() == before
     run(out, "--restart")
     assert out.read_bytes() != before

@@ -1,6 +1,6 @@
-"""What the contenders load: random weights, and GGUF files in the formats of llama.cpp.
+"""Write what the contenders load: random weights, and GGUF files in the formats of llama.cpp.
 
-It does not know tasks and timing.
+This module does not depend on tasks or timing.
 """
 
 import json
@@ -36,9 +36,9 @@ def write_random(folder: Path, layers: int, vocab_size: int = QWEN3_06B["vocab_s
 
 
 def write_source(folder: Path, entry: Entry, work: Path) -> Path:
-    """Return what a contender loads: the folder, or for llama.cpp a GGUF file in `work`.
+    """Return the path that a contender loads: the folder, or for llama.cpp a GGUF file in `work`.
 
-    llama.cpp itself quantizes the file. Raises ValueError if it cannot.
+    llama.cpp itself quantizes the file. Raises ValueError if that fails.
     """
     if entry.make is not LlamaCpp:
         return folder
@@ -58,7 +58,7 @@ def write_source(folder: Path, entry: Entry, work: Path) -> Path:
 def write_gguf(folder: Path, out: Path) -> None:
     """Write the weights of a Qwen folder as a bf16 GGUF file.
 
-    Its vocabulary holds placeholder names, because the benchmark only passes ids. Raises
+    The vocabulary holds placeholder names, because the benchmark passes only ids. Raises
     ValueError for the Llama layout, whose queries and keys have another order in GGUF.
     """
     import gguf

@@ -13,11 +13,11 @@ import torch
 from minimas import Config
 from minimas.fast.quantize import FORMATS
 from tools.shared.arguments import print_error
+from tools.shared.streams import print_progress
 
-from . import contenders as cast
-from . import end_to_end, loading, page, quality, race
+from . import contenders, end_to_end, loading, page, quality, race
 from .checkpoints import write_random
-from .contenders import FIELD, STEPS, YARDSTICK
+from .contenders import CONTENDERS, STEPS, YARDSTICK
 
 Report = Callable[[argparse.Namespace], tuple[list[str], dict[str, Any]]]
 REPORTS: dict[str, Report] = {
@@ -28,7 +28,7 @@ REPORTS: dict[str, Report] = {
 
 
 def main(description: str) -> int:
-    """Run the command line; returns 0 done, 1 failed. A wrong flag exits with 2."""
+    """Run the command line. Returns 0 if done, 1 if failed. A wrong flag exits with status 2."""
     parser = make_parser(description)
     args = parser.parse_args()
     mode = check_flags(parser, args)
@@ -41,9 +41,9 @@ def main(description: str) -> int:
 
 
 def report(mode: str | None, args: argparse.Namespace) -> None:
-    """Run one measurement, write the file of `--out` and print its page.
+    """Run one measurement, write the file of `--out` and print the page.
 
-    Raises ValueError, OSError or ImportError if it cannot be measured.
+    Raises ValueError, OSError or ImportError if the measurement is not possible.
     """
     torch.set_num_threads(args.threads)
     if mode is None:
@@ -54,7 +54,7 @@ def report(mode: str | None, args: argparse.Namespace) -> None:
             rest, samples = REPORTS[mode](args)
         lines += rest
     text = "\n".join(lines)
-    if args.out:  # before it is printed: a measurement takes long, and stdout may be gone
+    if args.out:  # written before printing: after a long measurement, stdout may be closed
         whole = text
         if args.out.suffix == ".json":
             whole = json.dumps(samples | {"page": lines}, indent=1)
@@ -67,30 +67,31 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    text = "also write this file: every sample if it ends in .json, otherwise the page"
+    text = "file to write as well: every sample if its name ends in .json, otherwise the page"
     parser.add_argument("--out", type=Path, help=text)
 
     add = parser.add_argument_group("the comparison of speed (default)").add_argument
     text = "folder with config.json and safetensors (default: random weights)"
     add("--model", type=Path, help=text)
-    add("--layers", type=int, default=28, help="of the random model; fewer for a quick look")
-    text = "tokens before the steps, and of the prefill"
+    text = "layers of the random model (default: 28; fewer for a quick look)"
+    add("--layers", type=int, default=28, help=text)
+    text = "tokens before the timed steps, and in the prefill (default: 512)"
     add("--context", type=int, default=512, help=text)
     add("--rounds", type=int, default=7)
     tasks = [*page.TASKS, "load"]
     add("--only", nargs="+", choices=tasks, default=tasks)
-    text = f"or pattern: {', '.join(FIELD)}"
+    text = f"names or patterns of names: {', '.join(CONTENDERS)}"
     add("--contenders", nargs="+", default=["*"], metavar="NAME", help=text)
 
-    title = "latent_mas, text_mas and single on the same questions, greedy"
+    title = "latent_mas, text_mas and single on the same questions, with greedy decoding"
     add = parser.add_argument_group(title).add_argument
     add("--end-to-end", type=Path, metavar="FOLDER")
-    text = 'rows with "question" and optional "answer"'
+    text = 'rows with "question" and "answer"'
     add("--questions", type=Path, metavar="FILE.jsonl", help=text)
-    add("--limit", type=int, default=10, help="questions")
+    add("--limit", type=int, default=10, help="number of questions (default: 10)")
     add("--quantize", choices=FORMATS)
     add("--compile", action="store_true")
-    add("--latent-steps", type=int, help="default: the model's, or 40")
+    add("--latent-steps", type=int, help="(default: the model's own number, or 40)")
     add("--max-new-tokens", type=int, default=256)
     add("--align", default="ridge")
     add_quality_flags(parser)
@@ -101,41 +102,41 @@ def add_quality_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of --memory-error and --perplexity."""
     title = "effect of the weight formats on the KV cache, and on the perplexity of a text"
     add = parser.add_argument_group(title).add_argument
-    text = "of a prompt (with --questions: the first question)"
+    text = "measure the error for a prompt (with --questions: for the first question)"
     add("--memory-error", type=Path, metavar="FOLDER", help=text)
     add("--perplexity", type=Path, metavar="FOLDER")
-    text = "a text, or .jsonl rows of question and solution"
+    text = "a text, or a .jsonl file of questions and solutions"
     add("--text", type=Path, metavar="FILE", help=text)
-    text = "of the text, in windows of --window"
+    text = "number of tokens of the text, which is read in windows of --window tokens"
     add("--tokens", type=int, default=1024, help=text)
     add("--window", type=int, default=256)
     add("--formats", nargs="*", default=[*FORMATS])
-    add("--gguf", type=Path, nargs="*", default=[], metavar="FILE", help="of the same model")
+    add("--gguf", type=Path, nargs="*", default=[], metavar="FILE", help="files of the same model")
     add("--all-layers", action="store_true")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str | None:
     """Return the chosen key of REPORTS, or None for the comparison of speed.
 
-    Exits with 2 if a flag is wrong.
+    Exits with status 2 if a flag is wrong.
     """
     numbers = [args.layers, args.rounds, args.threads, args.limit, args.max_new_tokens]
     numbers += [args.tokens, *args.batch_sizes]
     if min(numbers) < 1 or args.context < STEPS or args.window < 2:
         parser.error(
-            f"expected 1 or more of everything, a --context of {STEPS} and a --window of 2 or more"
+            f"expected numbers of 1 or more, --context {STEPS} or more and --window 2 or more"
         )
     asked = [mode for mode in REPORTS if getattr(args, mode)]
     if len(asked) > 1:
         flags = " and ".join("--" + mode.replace("_", "-") for mode in asked)
-        parser.error(f"found {flags}, expected one of them")
+        parser.error(f"found {flags}, expected only one of them")
     mode = asked[0] if asked else None
     folder = getattr(args, mode or "model")
     if folder and not (folder / "config.json").is_file():
         parser.error(f"found no config.json in {folder}")
     if (args.end_to_end and not args.questions) or (args.perplexity and not args.text):
         parser.error(
-            "expected --questions FILE.jsonl with --end-to-end, --text FILE with --perplexity"
+            "expected --questions FILE.jsonl with --end-to-end, and --text FILE with --perplexity"
         )
     return mode
 
@@ -143,18 +144,18 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
 def installed(patterns: list[str]) -> list[str]:
     """Return the contenders that match a pattern and whose libraries are installed."""
     names = []
-    for name in cast.chosen(patterns):
-        if (package := cast.missing(FIELD[name])) is None:
+    for name in contenders.chosen(patterns):
+        if (package := contenders.missing(CONTENDERS[name])) is None:
             names.append(name)
         else:
-            race.say(f"{name} is left out: pip install {package}")
+            print_progress(f"{name} is left out. To include it: pip install {package}")
     if YARDSTICK not in names:
         raise ValueError("transformers is missing: pip install -e '.[bench]'")
     return names
 
 
 def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """Compare speed and loading; return the page and every sample."""
+    """Compare speed and loading. Returns the page and every sample."""
     what = args.model or f"Random weights in the shape of Qwen3-0.6B, {args.layers} of 28 layers"
     lines = page.heading(f"{what}, context {args.context}, {args.rounds} rounds", args.threads)
     tasks = [task for task in page.TASKS if task in args.only]
@@ -164,7 +165,7 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     loads: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         work = Path(temporary)
-        # An empty folder, so that graphs which an earlier run compiled are not used.
+        # An empty folder, so that graphs which an earlier run compiled are not reused.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "inductor")
         folder = args.model or work
         if not args.model:
@@ -173,17 +174,18 @@ def compare(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         if tasks:
             kept = race.fitting(names, config, max(args.batch_sizes), args.context)
             if left := [name for name in names if name not in kept]:
-                lines += [f"Left out, as memory is too small for all: {', '.join(left)}.", ""]
+                lines += [f"Left out, because memory is too small for all: {', '.join(left)}.", ""]
                 names = kept
             race.check(names, folder, work, tasks)
         if "load" in args.only:
-            eager = [name for name in names if not FIELD[name].compiled]  # compiled ones load alike
+            # Compiled contenders load in the same way, so only the others are timed.
+            eager = [name for name in names if not CONTENDERS[name].compiled]
             loads = loading.load_all(eager, folder, work, min(args.rounds, 5), args.threads)
         if tasks:
-            field = race.enter(names, folder, work, torch.bfloat16)
+            loaded = race.enter(names, folder, work, torch.bfloat16)
             for batch in args.batch_sizes:
                 rows += race.race(
-                    field, tasks, batch, args.context, args.rounds, race.full_tolerance
+                    loaded, tasks, batch, args.context, args.rounds, race.full_tolerance
                 )
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     speed = max(speed, race.bandwidth())

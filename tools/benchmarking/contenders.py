@@ -2,8 +2,9 @@
 
 All of them load the same checkpoint. A contender prefills a context (`start`) and removes what
 came after it (`rewind`). It has a method for each task that it supports: `latent`, `decode`,
-`prefill`. Its `reads` names for each task the weights that one step reads. To add a contender,
-write such a class and add a row to `FIELD`. This file does not know timing, rounds and tables.
+`prefill`. For each task, its `reads` names the weights that one step reads. To add a contender,
+write such a class and add a row to `CONTENDERS`. This module does not depend on timing, rounds or
+tables.
 
     B rows   T context   D hidden   V vocabulary
 """
@@ -51,8 +52,8 @@ class Minimas:
     """The library as its own agents use it: `prefill`, `think`, and a decoding loop."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    # The embedding matrix is never read as a whole. Only a token needs the LM head, only a latent
-    # step needs W_a.
+    # The embedding matrix is never read as a whole. Only a decode step needs the LM head, and only
+    # a latent step needs W_a.
     reads: ClassVar[Reads] = {
         "latent": ("trunk", "W_a"),
         "decode": ("trunk", "head"),
@@ -68,13 +69,13 @@ class Minimas:
         self.align = align
 
     def start(self, ids: Tensor) -> None:
-        """Prefill the context (B, T); latent and decode steps continue from it."""
+        """Prefill the context (B, T), from which latent and decode steps continue."""
         self.cache = self.model.new_cache(len(ids))
         self.hidden = prefill(self.model, ids.tolist(), self.cache)  # (B, 1, D)
         self.filled = self.cache.lengths
 
     def rewind(self) -> None:
-        """Remove all slots after the context. Slots from `lengths` on are free: no copy."""
+        """Remove all slots after the context without a copy: slots from `lengths` on are free."""
         self.cache.lengths = self.filled
 
     def stop(self) -> None:
@@ -82,14 +83,14 @@ class Minimas:
         del self.cache
 
     def latent(self, ids: Tensor) -> Tensor:
-        """Take `STEPS` latent steps; return the last hidden state (B, D)."""
+        """Take `STEPS` latent steps. Returns the last hidden state (B, D)."""
         assert self.align is not None
         return think(self.model, self.align, self.hidden, self.cache, STEPS)[1][:, -1]  # (B, D)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Decode `STEPS` times; return the last logits (B, V).
+        """Decode `STEPS` times. Returns the last logits (B, V).
 
-        The next token is given, not the chosen one: contenders may choose differently if two
+        The next token is given instead of chosen, because contenders may choose differently if two
         logits are close.
         """
         for token in ids[:, :STEPS].split(1, dim=1):  # (B, 1)
@@ -98,18 +99,18 @@ class Minimas:
         return logits[:, -1]  # (B, V)
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Prefill the context (B, T) into an empty cache; return the last hidden state (B, D)."""
+        """Prefill the context (B, T) into an empty cache. Returns the last hidden state (B, D)."""
         return prefill(self.model, ids.tolist(), self.model.new_cache(len(ids)))[:, -1]  # (B, D)
 
 
 class Authors:
     """The method of LatentMAS's models.py (github.com/Gen-Verse/LatentMAS) in transformers.
 
-    The authors call the whole causal LM, with a mask of ones, the hidden states of every layer
-    and no `logits_to_keep`. So each latent step also computes logits that are not used, and a
-    prefill computes the logits of every position. The state is mapped in float32, by a matrix
-    even if that is the identity. Three things are left out in their favour: copies of the
-    thoughts, the sampling code of `generate`, and float32, which they choose on a CPU.
+    The authors call the whole causal LM with a mask of ones, with the hidden states of every layer
+    and without `logits_to_keep`. So each latent step also computes logits that are not used, and a
+    prefill computes the logits of every position. The state is multiplied by a matrix in float32,
+    even if the matrix is the identity. Three things are left out in the authors' favour: copies of
+    the thoughts, the sampling code of `generate`, and float32, which they choose on a CPU.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("transformers",)
@@ -127,7 +128,7 @@ class Authors:
         transformers_logging.disable_progress_bar()
         self.model = self.load(entry, source, dtype)
         self.align = align
-        # transformers 5.24 calls it `cache` and warns at every call that uses the older name.
+        # transformers 5.24 calls it `cache`, and warns at every call that uses the older name.
         parameters = inspect.signature(self.model.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
@@ -136,13 +137,13 @@ class Authors:
         return transformers_model(source, dtype)
 
     def start(self, ids: Tensor) -> None:
-        """As in `Minimas`."""
+        """Prefill the context (B, T), as in `Minimas`."""
         self.cache = self.new_cache()
         self.context = ids.shape[1]
         self.hidden = self.forward(self.cache, input_ids=ids)  # (B, D)
 
     def rewind(self) -> None:
-        """As in `Minimas`. The result is a view; each step copies the layer in any case."""
+        """Remove all slots after the context. Cropping makes views, which the next step copies."""
         if extra := self.cache.get_seq_length() - self.context:
             self.cache.crop(-extra)
 
@@ -157,7 +158,7 @@ class Authors:
         return DynamicCache(config=self.model.config)
 
     def arguments(self, cache: Any, given: Tensor) -> dict[str, Any]:
-        """Return what every call takes besides its new positions `given` (B, T, …)."""
+        """Return what every call takes in addition to its new positions `given` (B, T, …)."""
         mask = torch.ones(len(given), cache.get_seq_length() + given.shape[1], dtype=torch.int64)
         return {"attention_mask": mask, self.cache_argument: cache, "use_cache": True}
 
@@ -173,7 +174,7 @@ class Authors:
         return output.hidden_states[-1][:, -1]  # type: ignore[no-any-return]
 
     def latent(self, ids: Tensor) -> Tensor:
-        """As in `Minimas`."""
+        """Take `STEPS` latent steps, as in `Minimas`."""
         assert self.align is not None
         matrix, norm = self.align.matrix, self.align.norm
         assert matrix is not None and norm is not None  # the ridge map has both
@@ -185,32 +186,32 @@ class Authors:
         return hidden
 
     def decode(self, ids: Tensor) -> Tensor:
-        """As in `Minimas`."""
+        """Decode `STEPS` times, as in `Minimas`."""
         for token in ids[:, :STEPS].split(1, dim=1):  # (B, 1)
             logits = self.model(token, **self.arguments(self.cache, token), logits_to_keep=1).logits
             logits.argmax(-1).tolist()
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """As in `Minimas`."""
+        """Prefill the context into an empty cache, as in `Minimas`."""
         return self.forward(self.new_cache(), input_ids=ids)
 
 
 class TrunkOnly(Authors):
-    """The authors' method without what it does not need: logits, hidden states of other layers."""
+    """The authors' method without what is not needed: logits and hidden states of other layers."""
 
     # No "decode": it needs the logits.
     reads: ClassVar[Reads] = {"latent": ("trunk", "W_a"), "prefill": ("trunk",)}
 
     def forward(self, cache: Any, **inputs: Tensor) -> Tensor:
-        """As in `Authors`."""
+        """Return the state of the last position (B, D), as in `Authors`."""
         [given] = inputs.values()
         output = self.model.model(**inputs, **self.arguments(cache, given))
         return output.last_hidden_state[:, -1]  # type: ignore[no-any-return]
 
 
 class BitsAndBytes(TrunkOnly):
-    """transformers with bitsandbytes; the LM head runs only if logits are needed."""
+    """transformers with bitsandbytes. The LM head runs only if logits are needed."""
 
     needs: ClassVar[tuple[str, ...]] = ("transformers", "accelerate", "bitsandbytes")
     reads: ClassVar[Reads] = Minimas.reads
@@ -219,8 +220,8 @@ class BitsAndBytes(TrunkOnly):
         """Return the model of transformers with weights in the format of the entry."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        # int8 warns in every call of every matrix that it casts to float16. The warning takes
-        # longer than the product.
+        # int8 warns at every product that it casts to float16, and the warning takes longer than
+        # the product.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="MatMul8bitLt")
         options: dict[str, Any] = {"load_in_8bit": True}
@@ -239,19 +240,20 @@ class BitsAndBytes(TrunkOnly):
 
 @lru_cache(maxsize=1)
 def transformers_model(source: Path, dtype: torch.dtype) -> Any:
-    """Return one model for all contenders that need it; only the latest one is kept."""
+    """Return one model for all contenders that need it. Only the latest model is kept."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
 
 class LlamaCpp:
-    """llama.cpp through its C interface: one `llama_decode` per step, default settings but threads.
+    """llama.cpp through its C interface: one `llama_decode` per step, with default settings.
 
-    It has no latent step, but a batch may hold embeddings and ask for states after the final
-    norm. A latent step is such a call after the map in float32. llama.cpp also computes the
-    logits of every position whose state is asked for. A prefill therefore asks for the logits of
-    the last position, as its users do, not for the state.
+    Only the number of threads is set. llama.cpp has no latent step, but a batch may hold
+    embeddings and ask for states after the final norm. A latent step is such a call after the map
+    in float32. llama.cpp also computes the logits of every position whose state is asked for.
+    Therefore a prefill asks for the logits of the last position, as its users do, and not for its
+    state.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("llama_cpp", "gguf")
@@ -271,7 +273,7 @@ class LlamaCpp:
         self.D = self.c.llama_model_n_embd(self.model)
 
     def start(self, ids: Tensor) -> None:
-        """As in `Minimas`: allocate slots for (B, T) and the steps, and the batches to be sent."""
+        """Prefill the context (B, T), after allocating slots and the batches that will be sent."""
         rows, self.width = ids.shape
         params = self.c.llama_context_default_params()
         params.n_ctx = rows * (self.width + 256)
@@ -288,8 +290,8 @@ class LlamaCpp:
             self.place(name, 1, self.width)
         self.give("whole", ids)
         self.prefill(ids)
-        # The state of the last token comes from a second call for that token. The states of the
-        # whole context would bring gigabytes of logits.
+        # The state of the last token comes from a second call for that token, because the states of
+        # the whole context would come with gigabytes of logits.
         self.rewind(self.width - 1)
         self.give("token", ids[:, -1:])
         self.hidden = self.run("token", states=True, step=-1).clone()
@@ -300,7 +302,7 @@ class LlamaCpp:
         ctypes.memmove(self.batches[name].token, tokens.data_ptr(), tokens.nbytes)
 
     def place(self, name: str, width: int, first: int) -> None:
-        """Set row and position of each entry of a batch; ask for the result of each row's last."""
+        """Set the row and position of each entry of a batch, and ask for each row's last result."""
         batch = self.batches[name]
         batch.n_tokens = width * self.c.llama_n_seq_max(self.context)
         for i in range(batch.n_tokens):
@@ -332,7 +334,7 @@ class LlamaCpp:
         return torch.frombuffer(floats, dtype=torch.float32).view(rows, size)  # (B, D) or (B, V)
 
     def rewind(self, length: int | None = None) -> None:
-        """As in `Minimas`; with `length` keep only so many positions."""
+        """Remove all slots after the context, or after the first `length` positions."""
         first = self.width if length is None else length
         for row in range(self.c.llama_n_seq_max(self.context)):
             self.c.llama_memory_seq_rm(self.memory, row, first, -1)
@@ -346,7 +348,7 @@ class LlamaCpp:
         self.context = None
 
     def latent(self, ids: Tensor) -> Tensor:
-        """As in `Minimas`."""
+        """Take `STEPS` latent steps, as in `Minimas`."""
         assert self.align is not None
         hidden = self.hidden  # (B, D)
         for step in range(STEPS):
@@ -356,7 +358,7 @@ class LlamaCpp:
         return hidden.clone()
 
     def decode(self, ids: Tensor) -> Tensor:
-        """As in `Minimas`."""
+        """Decode `STEPS` times, as in `Minimas`."""
         for step, token in enumerate(ids[:, :STEPS].split(1, dim=1)):  # (B, 1)
             self.give("token", token)
             logits = self.run("token", states=False, step=step)
@@ -364,21 +366,24 @@ class LlamaCpp:
         return logits.clone()
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Return the last logits (B, V); the cache then holds the context, as after `start`."""
+        """Prefill the context, which the cache holds afterwards. Returns the last logits (B, V)."""
         self.c.llama_memory_clear(self.memory, False)
         return self.run("whole", states=False).clone()
 
 
 @lru_cache(maxsize=1)
 def silent_log() -> Any:
-    """Return a log function for C that prints nothing. The cache keeps it alive: C calls it."""
+    """Return a log function for C that prints nothing.
+
+    `lru_cache` keeps the function alive, because C code calls it.
+    """
     import llama_cpp
 
     return llama_cpp.llama_log_callback(lambda *_: None)
 
 
 def quiet_llama() -> Any:
-    """Return the C interface of llama.cpp, without the page of log lines for every file."""
+    """Return the C interface of llama.cpp, without its page of log lines for every file."""
     import llama_cpp
 
     llama_cpp.llama_log_set(silent_log(), ctypes.c_void_p())
@@ -389,7 +394,7 @@ def quiet_llama() -> Any:
 
 
 class Entry(NamedTuple):
-    """How to make one contender: its class, the format of its weights, compiled steps or not."""
+    """How to make a contender: its class, its weight format, and whether its steps are compiled."""
 
     make: Any  # Minimas, Authors … LlamaCpp
     format: str
@@ -399,7 +404,7 @@ class Entry(NamedTuple):
 Contender = Minimas | Authors | LlamaCpp
 REFERENCE = "minimas-bf16"  # all results are compared with its results
 YARDSTICK = "authors-bf16"  # all times are compared with its times
-FIELD = {
+CONTENDERS = {
     REFERENCE: Entry(Minimas, "bf16"),
     "minimas-bf16-compiled": Entry(Minimas, "bf16", True),
     "minimas-q8": Entry(Minimas, "q8"),
@@ -433,9 +438,9 @@ BITS: dict[str, tuple[float, float]] = {
     "Q4_0": (4.5, 6.5625),
 }
 BITS |= {name: (bits, 8 if name in TORCH_FORMATS else 16) for name, bits in FORMATS.items()}
-# Largest relative difference from bf16 that a format explains after one layer of random weights,
-# which have no redundancy: twice the measured value. After four latent steps it is three times as
-# large (4 bits: 0.8; unrelated results give 1.4).
+# The largest relative difference from bf16 that a format explains after one layer of random
+# weights, which have no redundancy. Each limit is twice the measured difference. After four latent
+# steps the difference is about three times as large (0.8 for 4 bits; for unrelated results, 1.4).
 TOLERANCE = {
     "bf16": 0.02,
     "q8": 0.08,
@@ -454,21 +459,21 @@ def chosen(patterns: Sequence[str]) -> list[str]:
     """
     kept = {REFERENCE, YARDSTICK}
     for pattern in patterns:
-        matching = [name for name in FIELD if fnmatch(name, pattern)]
+        matching = [name for name in CONTENDERS if fnmatch(name, pattern)]
         if not matching:
-            expected = f"{', '.join(FIELD)}, or a pattern of them"
+            expected = f"{', '.join(CONTENDERS)}, or a pattern for them"
             raise ValueError(f"--contenders: found {pattern!r}, expected {expected}")
         kept.update(matching)
-    return [name for name in FIELD if name in kept]
+    return [name for name in CONTENDERS if name in kept]
 
 
 def missing(entry: Entry) -> str | None:
-    """Return the package that a contender needs and that cannot be imported here, if any."""
+    """Return the first package that a contender needs and that cannot be imported, or None."""
     needs = (*entry.make.needs, *(("bitsandbytes",) if entry.format in ("nf4", "int8") else ()))
     for package in needs:
         try:
             importlib.import_module(package)
-        except (ImportError, OSError, RuntimeError):  # the last two: a broken build
+        except (ImportError, OSError, RuntimeError):  # a broken build raises one of the last two
             return str(package)
     return None
 

@@ -1,14 +1,13 @@
 """Compare `latent_mas`, `text_mas` and `single` on the same questions of a real model.
 
 All methods use the same model, questions and limit of tokens, and decode greedily. `latent_mas`
-runs once more as tools/evaluate.py runs it, with marks of every memory, grades, records and a
+runs once more as tools/evaluate.py runs it, with marks of every KV cache, grades, records and a
 synced file, to measure what that costs. The methods take turns on every batch of questions, and
 the first one changes from batch to batch, so a machine that slows down affects all alike.
-Run by tools/benchmark.py. This file does not know formats, kernels and other libraries.
+tools/benchmark.py runs this module, which does not depend on formats, kernels or other libraries.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tools.evaluation.feeders import Feeders
 from tools.evaluation.grading import plain_grader
 from tools.evaluation.ledger import Ledger
 from tools.evaluation.rows import kind_of, read_rows
+from tools.shared.streams import print_progress
 
 METHODS: dict[str, Callable[..., list[Result]]] = {
     "single": single,
@@ -36,7 +36,7 @@ Columns = dict[str, list[Any]]  # one value per question
 
 
 class Asker:
-    """Asks a model questions with any of the methods and records what that took."""
+    """Asks a model questions with any of the methods, and records what that costs."""
 
     def __init__(self, lm: LM, args: argparse.Namespace) -> None:
         self.lm = lm
@@ -46,7 +46,7 @@ class Asker:
         self.feeders = Feeders(lm)
 
     def ask(self, name: str, rows: Rows) -> Columns:
-        """Ask one batch of questions; return seconds, counts of tokens, and grades."""
+        """Ask one batch of questions. Returns seconds, counts of tokens, and grades."""
         started = time.perf_counter()
         found = self._harness(rows) if name == HARNESS else self._method(name, rows)
         seconds = (time.perf_counter() - started) / len(rows)
@@ -86,14 +86,16 @@ class Asker:
 def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Return the tables of --end-to-end, one per batch size, and every sample.
 
-    Raises ValueError unless all questions are of one kind, which is not code.
+    Raises ValueError if the questions are of several kinds, or of the kind code.
     """
     lm = load(args.end_to_end, device="cpu", quantize=args.quantize, compile=args.compile)
     rows = read_rows(args.questions)[: args.limit]
     kinds = {kind_of(row) for row in rows}
     if "code" in kinds or len(kinds) > 1:
         found = ", ".join(sorted(kinds))
-        raise ValueError(f"{args.questions}: kind: found {found}, expected one, and no code")
+        raise ValueError(
+            f"{args.questions}: kind: found {found}, expected one kind other than code"
+        )
     asker = Asker(lm, args)
     weights = (args.quantize or "as stored") + (", compiled" if args.compile else "")
     lines = [
@@ -109,28 +111,32 @@ def report(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
 
 
 def take_turns(asker: Asker, rows: Rows, batch: int) -> dict[str, Columns]:
-    """Ask all questions with all methods, batch by batch; return the columns of each method."""
+    """Ask all questions with all methods, batch by batch. Returns the columns of each method."""
     parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     started = time.perf_counter()
     for name in NAMES:  # the first calls pack weights and compile
         asker.ask(name, parts[0])
-    say(f"batch {batch}: a first time, not counted, took {time.perf_counter() - started:.1f} s")
+    print_progress(f"batch {batch}: the warm-up took {time.perf_counter() - started:.1f} s")
     found: dict[str, Columns] = {name: {} for name in NAMES}
     for turn, part in enumerate(parts):
         for place in range(len(NAMES)):
             name = NAMES[(turn + place) % len(NAMES)]
             for key, values in asker.ask(name, part).items():
                 found[name].setdefault(key, []).extend(values)
-        say(f"batch {batch}: {min((turn + 1) * batch, len(rows))} of {len(rows)} questions")
+        done = min((turn + 1) * batch, len(rows))
+        print_progress(f"batch {batch}: {done} of {len(rows)} questions")
     return found
 
 
 def table(batch: int, found: dict[str, Columns]) -> list[str]:
-    """Return one line per method; the last columns compare `latent_mas` with it."""
+    """Return a Markdown table, one line per method.
+
+    The last columns compare `latent_mas` with the method.
+    """
     lines = [
         "",
         "| batch | | s per question | median | prompt tokens | latent steps | generated tokens "
-        "| right | cut off | latent_mas: faster, of the totals (medians) | fewer generated |",
+        "| right | cut off | speed-up by latent_mas, totals (medians) | fewer generated tokens |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     latent = found["latent_mas"]
@@ -149,8 +155,3 @@ def table(batch: int, found: dict[str, Columns]) -> list[str]:
             cells += [f"{total:.2f} × ({medians:.2f} ×)", f"{fewer:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def say(what: str) -> None:
-    """Print a line of progress to stderr."""
-    print(what, file=sys.stderr, flush=True)

@@ -1,12 +1,13 @@
-"""Speed on a GPU at the shapes of Qwen3-0.6B, 4B and 8B: tools/gpu_day.sh runs it.
+"""Measure the speed on a GPU at the shapes of Qwen3-0.6B, 4B and 8B.
 
     python -m tools.benchmarking.gpu_day --out gpu_day.json
     python -m tools.benchmarking.gpu_day --rehearse           # tiny shapes on the CPU
 
-Weights are random and made on the device, and the layers are those that `load` makes. One row, 512
-tokens of context. The share of the bandwidth is what a step must read, divided by its time and by
-the speed of a copy. Whatever does not fit into the memory or the time is left out, and said. The
-JSON is written after every measurement. Does not know: prompts, checkpoints, other machines.
+tools/gpu_day.sh runs this module. The weights are random and made on the device, and the layers are
+those that `load` makes. Every measurement has one row and 512 tokens of context. The share of the
+bandwidth is the number of bytes that a step must read, divided by its time and by the speed of a
+copy. A variant that does not fit into the memory or the time is left out with a message. The JSON
+file is written after every variant. This module does not use prompts or checkpoints.
 """
 
 import argparse
@@ -30,17 +31,18 @@ from minimas.fast.compiled import check_compiler, compile_steps
 from minimas.fast.quantize import check, finish, replacement
 from tools.shared.arguments import Parser, whole
 from tools.shared.files import write_whole
+from tools.shared.streams import print_progress
 
 from .contenders import QWEN3_06B, STEPS, Authors, Minimas, weight_bytes
-from .race import say, slot_bytes
+from .race import slot_bytes
 
-SIZES = {  # hidden size, intermediate size, layers, query heads; untied or not
+SIZES = {  # hidden size, intermediate size, layers, query heads, tied embeddings or not
     "0.6B": (1024, 3072, 28, 16, True),
     "4B": (2560, 9728, 36, 32, True),
     "8B": (4096, 12288, 36, 32, False),
 }
-TINY = {"tiny": (128, 192, 2, 16, True)}  # of a rehearsal
-VARIANTS = (  # format, recorded or not; the most important first
+TINY = {"tiny": (128, 192, 2, 16, True)}  # for a rehearsal
+VARIANTS = (  # format, recorded steps or not; the most important variants come first
     ("bf16", True),
     ("transformers", False),
     ("bf16", False),
@@ -74,14 +76,14 @@ class RandomWeights:
         self.device = device
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
-        """Return the tensor `key`; a vector is a gain of 1."""
+        """Return the tensor `key`. Vectors are gains, and have only ones."""
         size = self.shapes[key]
         if len(size) == 1:
             return torch.ones(size, dtype=dtype, device=self.device)
         return torch.randn(size, dtype=dtype, device=self.device).mul_(size[1] ** -0.5)
 
-    def kept_as(self, key: str) -> str:
-        """Return "": there are no matrices of 4 or 8 bits."""
+    def low_bits(self, key: str) -> str:
+        """Return "", because no matrix is stored in 4 or 8 bits."""
         return ""
 
 
@@ -123,7 +125,7 @@ class TransformersOnDevice(Authors):
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
 
     def arguments(self, cache: Any, given: Tensor) -> Record:
-        """As in `Authors`, with the mask on the device."""
+        """Return the arguments as in `Authors`, with the mask on the device."""
         found = super().arguments(cache, given)
         return found | {"attention_mask": found["attention_mask"].to(given.device)}
 
@@ -168,7 +170,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_speed(device: torch.device) -> float:
-    """Return the bytes per second that a copy reads and writes: the fastest of ten."""
+    """Return the bytes per second that the fastest of ten copies reads and writes."""
     size = 2**30 if device.type == "cuda" else 2**24
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, seconds = torch.empty_like(source), []
@@ -199,24 +201,34 @@ def records(
 
 
 def aims(made: Sequence[Record]) -> list[str]:
-    """Return whether the aims were reached: the bandwidth in bf16, and against transformers."""
+    """Return lines of text that compare measurements with the aims.
+
+    The aims are a share of the bandwidth in bf16, and a speed compared with transformers.
+    """
     steps = {(r["size"], r["format"], r["recorded"]): r for r in made if r["task"] == "decode"}
     lines = []
     for size in ("4B", "8B"):
         if record := steps.get((size, "bf16", True)):
-            lines.append(f"{size}, bf16, recorded: {record['share']:.0%} of the bandwidth, aim 60%")
+            share = f"{record['share']:.0%} of the bandwidth (aim: 60%)"
+            lines.append(f"{size}, bf16, recorded: {share}")
     mine, theirs = (steps.get(("0.6B", *kind)) for kind in VARIANTS[:2])
     if mine and theirs:
         ratio = mine["per_second"] / theirs["per_second"]
-        lines.append(f"0.6B, bf16, recorded: {ratio:.1f} × transformers' decode, aim 3")
+        lines.append(
+            f"0.6B, bf16, recorded: decodes {ratio:.1f} × as fast as transformers (aim: 3)"
+        )
     return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every variant at every size; returns 0, or 1 if one has failed."""
+    """Measure every variant at every size.
+
+    Returns 0, or 1 if there is no GPU or if a variant has failed.
+    """
     parser = Parser("gpu_day", description="Speed on a GPU at the shapes of Qwen3.")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--seconds", type=whole(1), default=420, help="after which none begins")
+    text = "seconds after which no measurement begins (default: %(default)s)"
+    parser.add_argument("--seconds", type=whole(1), default=420, help=text)
     parser.add_argument("--out", type=Path, default=Path("gpu_day.json"), metavar="FILE.json")
     args = parser.parse_args(argv)
     device = torch.device("cpu" if args.rehearse else "cuda")
@@ -227,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Day:
-    """One run: what was measured, what was left out, and the file of both."""
+    """One run: what was measured, what was left out, and the file with both."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device, self.began = args, device, time.perf_counter()
@@ -238,9 +250,9 @@ class Day:
         self.failed = False
 
     def run(self) -> int:
-        """Measure all, the most important first; returns 0, or 1 if a measurement has failed."""
+        """Measure all variants, the most important first. Returns 0, or 1 if one has failed."""
         sizes = TINY if self.args.rehearse else SIZES
-        say(f"a copy reads and writes {self.speed / 1e9:,.0f} GB/s")
+        print_progress(f"a copy reads and writes {self.speed / 1e9:,.0f} GB/s")
         with torch.no_grad():
             for format, recorded in VARIANTS:
                 for size in sizes:
@@ -254,7 +266,7 @@ class Day:
         name = f"{size} {format}{' recorded' * recorded}"
         try:
             if time.perf_counter() - self.began > self.args.seconds:
-                raise TimeoutError(f"no time was left of {self.args.seconds} s")
+                raise TimeoutError(f"no time was left of the {self.args.seconds} s")
             found = measure(shape(size), format, recorded, self.device, self.tokens)
         except (ImportError, TimeoutError, torch.OutOfMemoryError) as error:
             self.left_out.append(f"{name} is left out: {' '.join(str(error).split()):.200}")
@@ -269,12 +281,12 @@ class Day:
                 speed = f"{record['per_second']:,.1f} {UNITS[record['task']]}"
                 print(f"{name}: {speed}{share}", flush=True)
         self.write()
-        gc.collect()  # the model of this variant, before the next is made
+        gc.collect()  # frees the model of this variant before the next one is made
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def write(self) -> None:
-        """Write what is known so far."""
+        """Write everything that has been measured so far."""
         on_gpu = self.device.type == "cuda"
         whole_day = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu, rehearsed",

@@ -1,6 +1,6 @@
 """Measure the time and memory that contenders need to load, each time in a new process.
 
-It does not know races, tasks and tables.
+This module does not depend on races, tasks or tables.
 """
 
 import sys
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 
 from . import checkpoints
-from .contenders import FIELD, missing
+from .contenders import CONTENDERS, missing
 
 PLAIN = "plain read"  # reads the bytes of the files and makes no model
 MiB = 2**20
 
 
 def proc_bytes(path: str, field: str) -> float:
-    """Return the line `field` of a file of /proc (Linux), in bytes."""
+    """Return the value of the line `field` in a file of /proc (Linux), in bytes."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def resident(field: str) -> float:
-    """Return the bytes of this process in memory, mapped files included.
+    """Return the bytes that this process has in memory, including mapped files.
 
     `field` is "VmRSS" (now) or "VmHWM" (maximum so far). The maximum of getrusage is not usable:
     a process inherits it from the process that started it.
@@ -36,10 +36,10 @@ def resident(field: str) -> float:
 
 
 def load_once(name: str, source: Path, threads: int) -> dict[str, float]:
-    """Load once in this process, which must be new.
+    """Load a contender once in this process, which must be new.
 
-    Returns seconds of loading and of a first and second token, and the peak memory after loading
-    and after the tokens, in bytes.
+    Returns the seconds for loading and for a first and a second token, and the peak memory after
+    loading and after the tokens, in bytes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,7 +48,7 @@ def load_once(name: str, source: Path, threads: int) -> dict[str, float]:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     if name != PLAIN:
-        missing(FIELD[name])
+        missing(CONTENDERS[name])
     torch.set_num_threads(threads)
     token = torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
@@ -57,7 +57,8 @@ def load_once(name: str, source: Path, threads: int) -> dict[str, float]:
         if name == PLAIN:
             loaded = [path.read_bytes() for path in source.glob("*.safetensors")]
         else:
-            loaded = FIELD[name].make(FIELD[name], source, None, torch.bfloat16)
+            entry = CONTENDERS[name]
+            loaded = entry.make(entry, source, None, torch.bfloat16)
         result = {"load": time.perf_counter() - started, "peak": resident("VmHWM") - before}
         for which in ("first", "second") if name != PLAIN else ():
             started = time.perf_counter()
@@ -84,7 +85,7 @@ def load_all(
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 try:
                     if name != PLAIN:
-                        source = checkpoints.write_source(folder, FIELD[name], work)
+                        source = checkpoints.write_source(folder, CONTENDERS[name], work)
                     samples[name].append(process.submit(load_once, name, source, threads).result())
                 except (ImportError, ValueError) as error:
                     print(f"load: {name} is left out: {error}", file=sys.stderr)

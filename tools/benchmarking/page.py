@@ -1,4 +1,7 @@
-"""The Markdown of tools/benchmark.py: heading, speed, warm-up and loading. It measures nothing."""
+"""Make the Markdown page of tools/benchmark.py: heading, speed, warm-up and loading.
+
+This module does not measure anything.
+"""
 
 import datetime
 import os
@@ -11,12 +14,12 @@ from statistics import median
 
 from minimas import Config
 
-from .contenders import FIELD, LEGEND, STEPS, YARDSTICK, stored_bytes
+from .contenders import CONTENDERS, LEGEND, STEPS, YARDSTICK, stored_bytes
 from .loading import PLAIN, MiB
 from .race import Row
 
 TASKS = {"latent": "latent step, ms", "decode": "decode step, ms", "prefill": "prefill, tokens/s"}
-# Formats of the same size: minimas and llama.cpp.
+# Formats of the same size, of minimas and of llama.cpp.
 RIVALS = {"q8": "Q8_0", "q4": "Q4_0"}
 
 
@@ -43,14 +46,15 @@ def heading(what: str, threads: int) -> list[str]:
 
 
 def race_table(rows: list[Row], speed: float) -> list[str]:
-    """Return one line per row; `speed` is the memory bandwidth in bytes per second.
+    """Return a Markdown table, one line per row.
 
-    A ratio is that of the medians. The lowest and highest ratio of a round are in brackets.
+    `speed` is the memory bandwidth in bytes per second. Speed-ups are ratios of the medians. The
+    lowest and highest ratio of a round are in brackets.
     """
     by_key = {(row.task, row.batch, row.name): row for row in rows}
     lines = [
-        f"| | batch | | median | faster than {YARDSTICK} | reads | GB/s | minimum "
-        "| of the bandwidth |",
+        f"| | batch | | median | speed-up over {YARDSTICK} | reads | GB/s | minimum, ms "
+        "| share of the bandwidth |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -67,7 +71,7 @@ def race_table(rows: list[Row], speed: float) -> list[str]:
         task = TASKS[row.task]
         lines.append(f"| {task} | {row.batch} | {row.name} | {value} | {faster} | {reads} |")
     note = f"Memory is read at {speed / 1e9:.1f} GB/s (the fastest of 36 reads, before and after). "
-    note += f"The minimum is the time of reading at that speed. {LEGEND}"
+    note += f"The minimum is the time for reading at that speed. {LEGEND}"
     return [*lines, "", note, *rivals_table(by_key)]
 
 
@@ -82,19 +86,19 @@ def rivals_table(by_key: dict[tuple[str, int, str], Row]) -> list[str]:
                 if row and rival:
                     faster = f"{rival.name} {ratio(rival, row)}"
                     lines.append(f"| {TASKS[task]} | {batch} | {name} | {faster} |")
-    head = ["", "| | batch | | faster than |", "|---|--:|---|--:|"]
+    head = ["", "| | batch | | speed-up over |", "|---|--:|---|--:|"]
     return head + lines if lines else []
 
 
 def ratio(slow: Row, fast: Row) -> str:
-    """Return how many times faster `fast` is: by the medians, and in the worst and best round."""
+    """Return the speed-up of `fast` over `slow`, by medians and in the worst and best round."""
     rounds = [s / f for s, f in zip(slow.seconds, fast.seconds, strict=True)]
     medians = median(slow.seconds) / median(fast.seconds)
     return f"{medians:.2f} × ({min(rounds):.2f} … {max(rounds):.2f})"
 
 
 def warm_up_table(rows: list[Row], context: int) -> list[str]:
-    """Return the extra time of first calls (packing, compiling): contenders by tasks."""
+    """Return a table of the extra time of first calls (packing, compiling), by contender."""
     cells = {}
     for row in rows:
         usual = median(row.seconds) * (row.batch * context if row.task == "prefill" else STEPS)
@@ -103,7 +107,7 @@ def warm_up_table(rows: list[Row], context: int) -> list[str]:
     titles = [TASKS[task].partition(",")[0] for task in tasks]
     lines = [
         "",
-        "Warm-up, seconds by which a first call was longer than a later one (not counted above):",
+        "Warm-up: seconds by which a first call took longer than a later one (not counted above):",
         "",
         f"| | batch | {' | '.join(titles)} |",
         "|---|--:|" + "--:|" * len(tasks),
@@ -115,20 +119,20 @@ def warm_up_table(rows: list[Row], context: int) -> list[str]:
 
 
 def load_table(loads: dict[str, dict[str, float]], size: int, config: Config) -> list[str]:
-    """Return one line for each way to load a checkpoint of `size` bytes."""
+    """Return a Markdown table with a line for each way to load a checkpoint of `size` bytes."""
     lines = [
         "",
         f"Loading {size / MiB:,.0f} MiB from the page cache (llama.cpp: its own file, mapped). "
-        "Peak memory is what comes on top of the imports.",
+        "Peak memory is counted from its value after the imports.",
         "",
-        "| | load, s | of a plain read | first token beyond the second, s | weights | peak "
-        "| with a token, MiB |",
+        "| | load, s | compared with a plain read | first token minus second, s | weights, MiB "
+        "| peak, MiB | peak with a token, MiB |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, result in loads.items():
-        # minimas packs its matrices in the first token
+        # minimas packs its matrices at the first token
         extra = "" if name == PLAIN else f"{result['first'] - result['second']:.2f}"
-        stored = size if name == PLAIN else stored_bytes(config, FIELD[name])
+        stored = size if name == PLAIN else stored_bytes(config, CONTENDERS[name])
         relative = result["load"] / loads[PLAIN]["load"]
         sizes = (stored, result["peak"], result["peak, token"])
         peaks = " | ".join(f"{bytes_ / MiB:,.0f}" for bytes_ in sizes)

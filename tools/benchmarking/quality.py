@@ -1,7 +1,8 @@
 """Measure the error of quantized weights in the KV cache (--memory-error) and in perplexity.
 
-The reference is the same folder in bf16. Besides the reference one model at a time is in memory.
-Run by tools/benchmark.py. This file does not know timing and answers.
+The reference is the same folder in bf16. Models are loaded one after another, and each stays in
+memory until the next one is loaded. For --perplexity, the matrices of the reference are kept as
+well. tools/benchmark.py runs this module, which does not depend on timing or answers.
 
     T prompt tokens   S thoughts   K key-value heads   d head size   D hidden   V vocabulary
 """
@@ -34,10 +35,10 @@ QUESTION = (
 
 
 def models(args: argparse.Namespace, folder: Path, wider: bool = False) -> Iterator[tuple[str, LM]]:
-    """Yield (name, model): bf16, float32 if `wider`, every format, every GGUF file.
+    """Yield (name, model) for bf16, for float32 if `wider`, for every format and every GGUF file.
 
-    A model that cannot be loaded is left out with a message. Raises ImportError or ValueError if
-    bf16 cannot be loaded.
+    A model that cannot be loaded is left out with a message. The caller's variable keeps a model in
+    memory until the next one is loaded. Raises ImportError or ValueError if bf16 cannot be loaded.
     """
     on_cpu = partial(load, device="cpu", dtype="bfloat16")
     loaders: dict[str, Any] = {"bf16": partial(on_cpu, folder)}
@@ -122,7 +123,7 @@ def prompt_ids(args: argparse.Namespace, lm: LM) -> list[int]:
     """Return the ids of the first agent's prompt. Raises ValueError without a tokenizer."""
     if lm.tokenizer is None:
         raise ValueError(
-            f"{args.memory_error}: tokenizer.json is missing, expected one: the prompt is text"
+            f"{args.memory_error}: tokenizer.json is missing, expected one, as the prompt is text"
         )
     question = read_rows(args.questions)[0]["question"] if args.questions else QUESTION
     text = sequential().agents[0].prompt.replace("{question}", question).replace("{context}", "")
@@ -132,15 +133,15 @@ def prompt_ids(args: argparse.Namespace, lm: LM) -> list[int]:
 def memory_page(samples: dict[str, Any], prompt_tokens: int, all_layers: bool) -> list[str]:
     """Return the tables of --memory-error."""
     lines = [
-        f"Relative error against bf16, of a prompt of {prompt_tokens} tokens, per layer. float32",
-        "shows the rounding of bf16 itself. The keys of a model with biases, such as Qwen2, are",
-        "mostly bias:",
+        f"Relative error compared with bf16, for a prompt of {prompt_tokens} tokens, per layer.",
+        "float32 shows the rounding of bf16 itself. The keys of a model with biases, such as",
+        "Qwen2, are mostly bias:",
         "",
         *layer_table("model | ", samples["prompt"], all_layers),
         "",
-        "Thoughts: relative error (cosine) of the embedding of that step. The errors of a model",
+        "Thoughts: relative error (cosine) of the embedding at that step. The errors of a model",
         "that is fed its own thoughts add up. A model that is fed the thoughts of bf16 shows the",
-        "error of each step, on its own keys and values of these thoughts.",
+        "error of each single step, after its own keys and values of these thoughts.",
         "",
         f"| map | model | fed | {' | '.join(map(str, TABLE_STEPS))} | largest |",
         "|---|---|---|" + "--:|" * (len(TABLE_STEPS) + 1),
@@ -157,7 +158,7 @@ def memory_page(samples: dict[str, Any], prompt_tokens: int, all_layers: bool) -
 
 
 def compare(found: Tensor, expected: Tensor) -> list[tuple[float, float]]:
-    """Return relative error and cosine of the thoughts (S, D), one pair per step."""
+    """Return the relative error and the cosine of the thoughts (S, D), one pair per step."""
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)  # (S,)
     cosines = F.cosine_similarity(found, expected, dim=-1)  # (S,)
     return list(zip(errors.tolist(), cosines.tolist(), strict=True))
@@ -168,7 +169,7 @@ def layers(
 ) -> dict[str, list[float]]:
     """Return the relative error of keys and of values in the slots first … last - 1, per layer.
 
-    `last` None is the number of filled slots.
+    If `last` is None, it is the number of filled slots.
     """
     end = int(expected.lengths[0]) if last is None else last
     errors: dict[str, list[float]] = {}
@@ -182,7 +183,7 @@ def layers(
 
 
 def layer_table(labels: str, errors: dict[str, list[float]], all_layers: bool) -> list[str]:
-    """Return one line per model; the columns are some layers, and the largest error."""
+    """Return a Markdown table, one line per model. Its columns are layers and the largest error."""
     count = len(next(iter(errors.values())))
     shown: Sequence[int] = range(count)
     if not all_layers:
@@ -246,7 +247,7 @@ def token_windows(args: argparse.Namespace, lm: LM) -> list[list[int]]:
     """Return the first `--tokens` ids of the text, cut into windows of `--window` ids."""
     if lm.tokenizer is None:
         raise ValueError(
-            f"{args.perplexity}: tokenizer.json is missing, expected one: the model reads a text"
+            f"{args.perplexity}: tokenizer.json is missing, expected one, as the model reads text"
         )
     ids = lm.tokenizer.encode(read_text(args.text))[: args.tokens]
     return [ids[i : i + args.window] for i in range(0, len(ids) - 1, args.window)]
@@ -274,7 +275,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def losses(lm: LM, ids: list[int], chunk_tokens: int) -> Tensor:
-    """Return −log p of every token but the first, (T − 1,), from forwards of `chunk_tokens`."""
+    """Return −log p of every token except the first, (T − 1,), in chunks of `chunk_tokens`."""
     cache = lm.model.new_cache(1)
     tokens = torch.tensor([ids])  # (1, T)
     parts = []
@@ -289,8 +290,8 @@ def losses(lm: LM, ids: list[int], chunk_tokens: int) -> Tensor:
 def matrices(model: nn.Module, exact: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield every matrix of the layers as the model multiplies by it, (out, in).
 
-    The matrix is the module's output for the unit vectors. The bias is removed for the moment: in
-    16 bits a large bias hides the weights.
+    The matrix is the module's output for the unit vectors. The bias is removed meanwhile, because a
+    large bias hides the weights in 16 bits.
     """
     for name, module in model.named_modules():
         if name in exact:

@@ -1,6 +1,6 @@
 """Time the contenders on the same tasks, interleaved, and compare their results.
 
-It does not know flags, tables, or how a contender computes.
+This module does not depend on flags, tables, or how a contender computes.
 """
 
 import math
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from minimas import Aligner, Config
+from tools.shared.streams import print_progress
 
-from . import contenders as cast
+from . import contenders
 from .checkpoints import write_random, write_source
-from .contenders import FIELD, REFERENCE, STEPS, YARDSTICK, Contender, Minimas
+from .contenders import CONTENDERS, REFERENCE, STEPS, YARDSTICK, Contender, Minimas
 from .loading import proc_bytes
 
 Tolerance = Callable[[str, str], float]  # task, format -> largest relative difference
-# A contender may differ from its own first result: threads add up in another order.
+# A contender may differ from its own first result, because threads add in another order.
 REPEAT_TOLERANCE = 0.02
 
 
@@ -33,11 +34,11 @@ class Row(NamedTuple):
     name: str
     seconds: list[float]  # per step, or per token of the prefill
     bytes_read: int  # weights and KV cache of one step
-    first: float  # seconds of the first call: a whole sample with packing and compiling
+    first: float  # seconds of the first call, a whole sample that includes packing and compiling
 
 
 def race(
-    field: dict[str, Contender],
+    loaded: dict[str, Contender],
     tasks: list[str],
     batch: int,
     context: int,
@@ -48,39 +49,39 @@ def race(
 
     Raises ValueError if a result differs from that of the first contender by more than the
     `tolerance` of the task and the format. A compiled contender is compared with the same
-    contender uncompiled, to the tolerance of bf16.
+    contender uncompiled, with the tolerance of bf16.
     """
-    config = next(iter(field.values())).model.config
+    config = next(iter(loaded.values())).model.config
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(config.vocab_size, (batch, context), generator=generator)  # (B, T)
     prefills = {}
-    for name, contender in field.items():
+    for name, contender in loaded.items():
         started = time.perf_counter()
         contender.start(ids)
         prefills[name] = time.perf_counter() - started
-        say(f"batch {batch}: {name} has prefilled the context in {prefills[name]:.1f} s")
+        print_progress(f"batch {batch}: {name} prefilled the context in {prefills[name]:.1f} s")
     rows: list[Row] = []
     for task in tasks:
-        able = {name: contender for name, contender in field.items() if task in contender.reads}
+        able = {name: contender for name, contender in loaded.items() if task in contender.reads}
         first = {name: sample(contender, task, ids) for name, contender in able.items()}
         results = {name: result for name, (_, result) in first.items()}
         compare_first(able, results, task, batch, tolerance)
         new = {}
         for name, contender in able.items():
-            sizes = cast.weight_bytes(config, FIELD[name].format)
+            sizes = contenders.weight_bytes(config, CONTENDERS[name].format)
             bytes_read = sum(sizes[part] for part in contender.reads[task])
             bytes_read += batch * context * slot_bytes(config)
             seconds = prefills[name] if task == "prefill" else first[name][0]
             new[name] = Row(task, batch, name, [], bytes_read, seconds)
         time_rounds(able, new, results, ids, rounds)
         rows += new.values()
-    for contender in field.values():
+    for contender in loaded.values():
         contender.stop()
     return rows
 
 
 def sample(contender: Contender, task: str, ids: Tensor) -> tuple[float, Tensor]:
-    """Run one task once after the context; return its seconds and its result."""
+    """Run one task once after the context. Returns its seconds and its result."""
     contender.rewind()
     started = time.perf_counter()
     result: Tensor = getattr(contender, task)(ids)
@@ -100,13 +101,13 @@ def compare_first(
         if eager != name and eager in able:
             other, format = eager, "bf16"
         else:
-            other, format = next(iter(able)), FIELD[name].format
+            other, format = next(iter(able)), CONTENDERS[name].format
         expected = results[other]
         if task == "prefill" and result.shape != expected.shape:  # llama.cpp returns logits
             expected = able[other].model.logits(expected)
-        what = f"{task}, batch {batch}: {name} against {other}"
+        what = f"{task}, batch {batch}: {name} compared with {other}"
         error = agree(result, expected, tolerance(task, format), what)
-        say(f"{task}, batch {batch}: {name} differs from {other} by {error:.1e}")
+        print_progress(f"{task}, batch {batch}: {name} differs from {other} by {error:.1e}")
 
 
 def time_rounds(
@@ -116,9 +117,10 @@ def time_rounds(
     ids: Tensor,
     rounds: int,
 ) -> None:
-    """Add one sample per round to each row; the first contender changes from round to round.
+    """Add one sample per round to each row.
 
-    Raises ValueError if a result differs from the contender's first one.
+    The first contender changes from round to round. Raises ValueError if a result differs from the
+    contender's first result.
     """
     graphs = compiled_graphs()
     names = list(able)
@@ -128,25 +130,25 @@ def time_rounds(
             row = rows[name]
             seconds, result = sample(able[name], row.task, ids)
             row.seconds.append(seconds / (ids.numel() if row.task == "prefill" else STEPS))
-            what = f"{row.task}, batch {row.batch}: {name}, round {turn + 1} against its first"
+            what = f"{row.task}, batch {row.batch}: {name}, round {turn + 1} and its first"
             agree(result, results[name], REPEAT_TOLERANCE, what)
     if late := compiled_graphs() - graphs:
         row = rows[names[0]]
-        say(f"{row.task}, batch {row.batch}: {late} graphs were compiled during the timing")
+        print_progress(f"{row.task}, batch {row.batch}: {late} graphs were compiled while timing")
 
 
 def check(names: list[str], folder: Path, work: Path, tasks: list[str]) -> None:
     """Raise ValueError unless all contenders compute the same function.
 
-    bf16 contenders run in float32, and every format runs on one layer, because rounding errors
-    hide mistakes in a deep model of few bits.
+    bf16 contenders run in float32, and every format runs on one layer, because in a deep model
+    with few bits, rounding errors hide mistakes.
     """
-    eager = [name for name in names if not FIELD[name].compiled]
-    exact = [name for name in eager if FIELD[name].format == "bf16"]
-    exact = [name for name in exact if FIELD[name].make is not cast.LlamaCpp]
-    say("in float32:")
+    eager = [name for name in names if not CONTENDERS[name].compiled]
+    exact = [name for name in eager if CONTENDERS[name].format == "bf16"]
+    exact = [name for name in exact if CONTENDERS[name].make is not contenders.LlamaCpp]
+    print_progress("in float32:")
     race(enter(exact, folder, work, torch.float32), tasks, 2, 64, 0, lambda *_: 1e-3)
-    say("one layer of random weights in every format:")
+    print_progress("one layer of random weights in every format:")
     small = work / "one layer"
     small.mkdir()
     write_random(small, layers=1, vocab_size=4096)
@@ -155,7 +157,7 @@ def check(names: list[str], folder: Path, work: Path, tasks: list[str]) -> None:
 
 def one_layer_tolerance(task: str, format: str) -> float:
     """Return the largest relative difference on one layer."""
-    return cast.TOLERANCE[format] * (3 if task == "latent" else 1)
+    return contenders.TOLERANCE[format] * (3 if task == "latent" else 1)
 
 
 def full_tolerance(task: str, format: str) -> float:
@@ -168,54 +170,55 @@ def full_tolerance(task: str, format: str) -> float:
 
 
 def enter(names: list[str], folder: Path, work: Path, dtype: torch.dtype) -> dict[str, Contender]:
-    """Load contenders with the same weights; one that cannot run here is left out with a message.
+    """Load contenders with the same weights.
 
-    Raises ImportError or ValueError if the reference or the yardstick cannot run.
+    A contender that cannot run here is left out with a message. Raises ImportError or ValueError if
+    the reference or the yardstick cannot run.
     """
-    field: dict[str, Contender] = {}
+    loaded: dict[str, Contender] = {}
     align: Aligner | None = None
     for name in names:
-        entry = FIELD[name]
+        entry = CONTENDERS[name]
         started = time.perf_counter()
         try:
             contender = entry.make(entry, write_source(folder, entry, work), align, dtype)
         except (ImportError, ValueError) as error:
             if name in (REFERENCE, YARDSTICK):
                 raise
-            say(f"{name} is left out: {error}")
+            print_progress(f"{name} is left out: {error}")
             continue
-        say(f"{name}: loaded in {time.perf_counter() - started:.1f} s")
+        print_progress(f"{name}: loaded in {time.perf_counter() - started:.1f} s")
         if name == REFERENCE:  # all contenders use W_a of the exact embeddings
             assert isinstance(contender, Minimas)
             align = contender.align = contender.lm.aligner("ridge")
-        field[name] = contender
-    return field
+        loaded[name] = contender
+    return loaded
 
 
 def fitting(names: list[str], config: Config, batch: int, context: int) -> list[str]:
     """Return the contenders that fit into the free memory together.
 
-    Raises ValueError if they do not fit without those in `SPARE` either.
+    Raises ValueError if they do not fit even without those in `SPARE`.
     """
-    # The factor covers the slots that a cache allocates in advance, the constant scratch buffers.
+    # The factor is for slots that a cache allocates in advance, the constant for scratch buffers.
     memory = 1.6 * batch * context * slot_bytes(config) + 2**27
     logits = 2 * batch * context * config.vocab_size  # the authors' prefill computes all of them
     available = proc_bytes("/proc/meminfo", "MemAvailable")
     kept = list(names)
-    for spare in ("", *cast.SPARE):
+    for spare in ("", *contenders.SPARE):
         kept = [name for name in kept if name != spare]
-        own = [name for name in kept if name != "trunk-bf16"]  # it shares the authors' weights
-        weights = sum(cast.stored_bytes(config, FIELD[name]) for name in own)
+        own = [name for name in kept if name != "trunk-bf16"]  # shares the weights of authors-bf16
+        weights = sum(contenders.stored_bytes(config, CONTENDERS[name]) for name in own)
         needed = weights + len(kept) * memory + logits + 2**30
         if needed <= available:
-            say(
-                f"{len(kept)} contenders will take some {needed / 2**30:.0f} of "
+            print_progress(
+                f"{len(kept)} contenders will need about {needed / 2**30:.0f} of "
                 f"{available / 2**30:.0f} GiB"
             )
             return kept
     raise ValueError(
         f"found {available / 2**30:.1f} GiB of free memory, expected {needed / 2**30:.1f} for "
-        f"{len(kept)} contenders together: choose some with --contenders, or smaller --batch-sizes"
+        f"{len(kept)} contenders together: choose fewer --contenders or smaller --batch-sizes"
     )
 
 
@@ -225,26 +228,26 @@ def slot_bytes(config: Config) -> int:
 
 
 def compiled_graphs() -> int:
-    """Return how many graphs torch.compile has made in this process; 0 if it was never used."""
+    """Return how many graphs torch.compile has made in this process (0 if it was not used)."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def agree(result: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
-    """Return the relative difference of two results (B, …).
+    """Return the relative difference between two results (B, …).
 
     Raises ValueError if it is larger than `tolerance` or not a number.
     """
     error = float((result.float() - expected.float()).norm() / expected.float().norm())
-    if not error <= tolerance:  # true for NaN
+    if not error <= tolerance:  # also if the error is NaN
         raise ValueError(
-            f"{what}: found a relative difference of {error:.1e}, expected {tolerance} at most"
+            f"{what}: found a relative difference of {error:.1e}, expected at most {tolerance}"
         )
     return error
 
 
 def bandwidth(repeats: int = 9) -> float:
-    """Return the bytes per second that all threads together read: the fastest read of 512 MiB."""
+    """Return the bytes per second of all threads together, in the fastest read of 512 MiB."""
     block = torch.ones(2**15, 2**12)
     readers: tuple[Callable[[], Tensor], ...] = (lambda: block.sum(), lambda: block @ block[0])
     seconds = []
@@ -254,8 +257,3 @@ def bandwidth(repeats: int = 9) -> float:
             reader()
             seconds.append(time.perf_counter() - started)
     return block.nbytes / min(seconds)
-
-
-def say(what: str) -> None:
-    """Print a line of progress to stderr."""
-    print(what, file=sys.stderr, flush=True)

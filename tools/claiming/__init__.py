@@ -1,1 +1,1 @@
-"""The claims of the paper, each measured by one command: see tools/claims.py."""
+"""Parts of the command `python tools/claims.py`, which measures the claims of the paper."""

@@ -1,12 +1,13 @@
-"""What the alignment W_a adds: ridge, identity, none and random, on a tied and an untied model.
+"""Measure what W_a adds, with the maps ridge, identity, none and random, on a model and its twin.
 
-The model itself is tied or untied. A twin of it is always untied, and computes the same function:
-its final norm's gain is multiplied by a power of two in each dimension, drawn at random, and the
-columns of its LM head are divided by it. Powers of two are exact in floating point, so that logits
-are equal bit by bit. Only thoughts can differ: W_a is not determined by what the model computes.
+The model is tied or untied. Its twin is always untied, and computes the same function: the gain of
+its final norm is multiplied by a power of two in each dimension, drawn at random, and the columns
+of its LM head are divided by the same powers. Powers of two are exact in floating point, so all
+logits are equal bit by bit, and only thoughts can differ. This shows that what a model computes
+does not determine W_a.
 
-Beside the answers stands what the map is: how far it is from the identity, for the model and, if it
-is untied, for its embeddings tied by hand.
+In addition to the answers, the map itself is measured: how far it is from the identity, for the
+model and, if the model is untied, for its embeddings tied by hand.
 
     V vocabulary   D hidden
 """
@@ -53,10 +54,10 @@ def measure(setting: Setting) -> Finding:
     )
     distances = {name: one["from the identity"] for name, one in geometry.items()}
     sentence = (
-        f"{said(kind, panels, differences, metric)}; W_a is "
-        f"{' and '.join(f'{far:.2g} ({name})' for name, far in distances.items())} from the "
-        f"identity. {said('untied twin', panels, differences, metric)}; the twin has the same "
-        "logits, so W_a is not fixed by what a model computes."
+        f"{said(kind, panels, differences, metric)}; the distance of W_a from the identity is "
+        f"{' and '.join(f'{far:.2g} ({name})' for name, far in distances.items())}. "
+        f"{said('untied twin', panels, differences, metric)}; the twin has the same logits, so "
+        "what a model computes does not determine W_a."
     )
     figure = {
         "metric": metric,
@@ -69,17 +70,17 @@ def measure(setting: Setting) -> Finding:
 
 
 def said(kind: str, panels: Mapping[str, Any], differences: Mapping[str, Any], metric: str) -> str:
-    """Return what was found about the maps on one model, as a sentence without its end."""
+    """Return what was found about the maps on one model, as a sentence without a full stop."""
     own = panels[kind]
     others = ", ".join(
-        f"{name} {value(own[name], metric)} ({p_value(differences[kind][name])})"
+        f"{value(own[name], metric)} with {name} ({p_value(differences[kind][name])})"
         for name in MAPS[1:]
     )
-    return f"{kind.capitalize()}: ridge has {value(own['ridge'], metric)}, {others}"
+    return f"{kind.capitalize()}: {value(own['ridge'], metric)} with ridge, {others}"
 
 
 def answers(setting: Setting, rows: Sequence[Any], metric: str, lm: LM) -> dict[str, list[Record]]:
-    """Return the records of each map, and those without thoughts."""
+    """Return the records with each map, and those without thoughts."""
     full = Arm("", metric=metric, team="sequential", transfer="full")
     arms = [replace(full, name=ZERO, latent_steps=0, align="ridge")]
     steps = setting.steps(most=10)
@@ -89,7 +90,7 @@ def answers(setting: Setting, rows: Sequence[Any], metric: str, lm: LM) -> dict[
 
 
 def zero_losses(setting: Setting, rows: Sequence[Any], lm: LM) -> list[Record]:
-    """Return the records of the gold NLL without thoughts, of the first batch."""
+    """Return the records of the first batch, for the gold NLL without thoughts."""
     arm = Arm(ZERO, metric="nll", team="sequential", latent_steps=0, align="ridge")
     return setting.bench(rows, lm).compute(0, replace(arm, transfer="full"), 0)
 
@@ -118,7 +119,7 @@ def value(point: Point, metric: str) -> str:
 
 
 def verdict(own: Mapping[str, Any]) -> str:
-    """Return whether the ridge map is better than rescaling alone, and than no map."""
+    """Return the verdict: whether ridge is better than rescaling alone and than no map."""
     others = [own["identity"], own["none"]]
     if all(line["better"] > 0 and line["p"] < 0.05 for line in others):
         return HOLDS
@@ -130,14 +131,14 @@ def verdict(own: Mapping[str, Any]) -> str:
 
 
 def untied_twin(lm: LM, seed: int = 0) -> LM:
-    """Return an untied model with the same logits and other hidden states, see the module.
+    """Return an untied model with the same logits and other hidden states, as the module explains.
 
-    It shares all weights but the final norm and the LM head with `lm`.
+    It shares all weights with `lm`, except the final norm and the LM head.
     """
     model = lm.model
     source = torch.Generator().manual_seed(seed)
     size = model.config.hidden_size
-    scale = 2.0 ** torch.randint(-1, 2, (size,), generator=source)  # (D,), of ½, 1 and 2
+    scale = 2.0 ** torch.randint(-1, 2, (size,), generator=source)  # (D,), each ½, 1 or 2
     scale = scale.to(model.device, model.dtype)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
@@ -153,7 +154,7 @@ def untied_twin(lm: LM, seed: int = 0) -> LM:
 
 
 def embeddings(lm: LM, all_rows: bool = False) -> tuple[Tensor, Tensor]:
-    """Return W_out and W_in of a model, (V, D) each, of the tokenizer's rows or of all."""
+    """Return W_out and W_in of a model, (V, D) each, with the tokenizer's rows or all rows."""
     model, rows = lm.model, None if all_rows or not lm.tokenizer else lm.tokenizer.size
     w_in = model.model.embed_tokens.weight
     w_out = w_in if model.config.tie_word_embeddings else model.lm_head.weight
@@ -161,11 +162,12 @@ def embeddings(lm: LM, all_rows: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def of_map(w_out: Tensor, w_in: Tensor) -> dict[str, float]:
-    """Return what the ridge map of two embeddings (V, D) is, and how long it takes to compute.
+    """Return measures of the ridge map between two embeddings (V, D), and its computing time.
 
     "residual" is ‖W_out W_a − W_in‖ / ‖W_in‖. "normal equations" is how far the gradient that
-    defines W_a is from 0, relative to W_outᵀ W_in. "bound", of tied embeddings only, is λ / σ², σ
-    the smallest singular value: W_a is no farther from the identity.
+    defines W_a is from 0, relative to W_outᵀ W_in. "bound", which only tied embeddings have, is the
+    largest possible distance of W_a from the identity: λ / σ², where σ is the smallest singular
+    value.
     """
     start = time.perf_counter()
     matrix = alignment_matrix(w_out, w_in)

@@ -1,6 +1,6 @@
-"""The command of tools/claims.py: its flags, the claims by name, and the files that it writes.
+"""The command line of tools/claims.py: flags, the claims by name, and the files that it writes.
 
-Does not know: how a claim is measured or drawn.
+This module does not depend on how a claim is measured or drawn.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from .setting import Finding, Setting
 
 
 class Claim(NamedTuple):
-    """What a claim says, in one line, and the function that measures it."""
+    """What is checked, in one line, and the function that measures it."""
 
     checks: str
     measure: Callable[[Setting], Finding]
@@ -30,11 +30,11 @@ class Claim(NamedTuple):
 
 CLAIMS = {
     "expressiveness": Claim(
-        "how many random tokens a probe reads out of one thought, against d_h / log2 V",
+        "how many random tokens a probe reads out of one thought, compared with d_h / log2 V",
         expressiveness.measure,
     ),
     "complexity": Claim(
-        "FLOPs and seconds by thoughts and prompt tokens, text beside it, and the prefill's share",
+        "FLOPs and seconds of thoughts and of text, by prompt tokens, and the prefill's share",
         complexity.measure,
     ),
     "depth": Claim("accuracy or gold NLL with 0 to 80 thoughts", depth.measure),
@@ -43,25 +43,27 @@ CLAIMS = {
         alignment.measure,
     ),
     "overlap": Claim(
-        "do thoughts lie among the tokens of text agents, and name them?", geometry.measure_overlap
+        "whether thoughts lie among the tokens of text agents, and are nearest to the right ones",
+        geometry.measure_overlap,
     ),
     "drift": Claim(
         "norms and cosines of 80 thoughts, step by step, for four maps", geometry.measure_drift
     ),
     "errors": Claim(
-        "a wrong plan of the first agent, by text and by thoughts: flips and recoveries",
+        "flips and recoveries after a wrong plan of the first agent, by text and by thoughts",
         errors.measure,
     ),
-    "speed": Claim("seconds against text agents and a single agent", costs.measure_speed),
-    "tokens": Claim("tokens against text agents and a single agent", costs.measure_tokens),
+    "speed": Claim("seconds compared with text agents and a single agent", costs.measure_speed),
+    "tokens": Claim("tokens compared with text agents and a single agent", costs.measure_tokens),
     "lossless": Claim(
-        "a handed-over KV cache equals the same inputs fed again, in float64", lossless.measure
+        "whether a handed-over KV cache equals the same inputs fed again, in float64",
+        lossless.measure,
     ),
 }
 
 
 class ListAction(argparse.Action):
-    """Prints the claims and ends the command."""
+    """Prints the claims and exits."""
 
     def __call__(self, *_: Any, **__: Any) -> None:
         width = max(map(len, CLAIMS))
@@ -72,28 +74,28 @@ class ListAction(argparse.Action):
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    about = "Measure a claim of the paper: a picture, the numbers beside it, and one sentence."
+    about = "Measure a claim of the paper, and write its numbers, a picture and one sentence."
     top = Parser("claims", description=about, allow_abbrev=False)
     add = top.add_argument
-    add("name", choices=(*CLAIMS, "all"), metavar="NAME", help="a name of --list, or all")
+    add("name", choices=(*CLAIMS, "all"), metavar="NAME", help="a name from --list, or all")
     add("--list", action=ListAction, nargs=0, help="print the names and what each checks")
     add("--model", "-m", default="weights/tiny", help="(default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets claims-NAME.json, .svg, .png")
-    built_in = "questions with answers (default: of the tiny task for weights/tiny, else six)"
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for claims-NAME.*")
+    built_in = "questions with answers (default: new ones of its task for weights/tiny, else six)"
     add("--data", type=Path, metavar="FILE.jsonl", help=built_in)
-    limit = "number of questions, or of 20 sequences of expressiveness (default: each claim's own)"
+    limit = "number of questions; expressiveness uses 20 sequences for each (default: the claim's)"
     add("--limit", type=whole(1), help=limit)
     add("--batch-size", type=whole(1), default=50, help="(default: %(default)s)")
-    tokens = "of an answer (default: 24 for weights/tiny, else 256)"
+    tokens = "maximum number per answer (default: 24 for weights/tiny, else 256)"
     add("--max-new-tokens", type=whole(1), help=tokens)
-    add("--seed", type=whole(0), default=0, help="of what is drawn (default: %(default)s)")
+    add("--seed", type=whole(0), default=0, help="seed of all random draws (default: %(default)s)")
     add("--dtype", default="auto")
     add("--device", default="auto")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
     args = vars(parser().parse_args(argv))
     name, out = args.pop("name"), args.pop("out")
     args.pop("list")
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_can_write(out: Path) -> None:
-    """Make the folder and try to write to it, before any work. Raises OSError naming it."""
+    """Make the folder and check that it can be written to. Raises OSError naming the folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -1,9 +1,10 @@
-"""What thoughts cost: floating-point operations and seconds, by thoughts m and prompt tokens t.
+"""Measure what thoughts cost: FLOPs and seconds, by thoughts m and prompt tokens t.
 
-FLOPs are counted by torch on a model of the same shape: of a large one without values (device
-"meta"), so that any size is counted in a minute. Seconds are measured on the model itself. The
-paper says that an agent costs O((d² m + d m² + d t m) L). The count is fitted twice: with these
-three terms, and with the two of the prefill, d² t and d t², beside them.
+torch counts the FLOPs on a model of the same shape. Unless the model is weights/tiny, its copy has
+no values (device "meta"), so that any size is counted within a minute. Seconds are measured on the
+model itself. According to the paper, an agent costs O((d² m + d m² + d t m) L). Two formulas are
+fitted to the counts: one with these three terms, and one with the two terms of the prefill as well,
+d² t and d t².
 
     t prompt tokens   m thoughts or generated tokens   d hidden size   L layers
 """
@@ -27,14 +28,14 @@ from .setting import FAILS, HOLDS, Finding, Setting
 PROMPTS = (16, 64, 256, 1024)
 TIMED_PROMPTS = (16, 64, 256)
 THOUGHTS = (0, 5, 10, 20, 40)
-USUAL = (256, 40)  # t and m of the sentence: a prompt with its question, and the paper's thoughts
+USUAL = (256, 40)  # t and m in the sentence: a usual prompt, and as many thoughts as in the paper
 PAPER = ("m", "m²", "t m")
 PREFILL = ("t", "t²")
 Grid = dict[tuple[int, int], float]  # (t, m) -> FLOPs or seconds
 
 
 def measure(setting: Setting) -> Finding:
-    """Return counts, seconds and fitted exponents, of thoughts and of generated text."""
+    """Return counts, seconds and fitted exponents, for thoughts and for generated text."""
     model = setting.lm.model
     config = model.config
     with torch.device("cpu" if setting.is_tiny else "meta"):
@@ -48,7 +49,7 @@ def measure(setting: Setting) -> Finding:
     }
     t, m = USUAL
     share = grid[t, 0] / grid[t, m]
-    # As many generated tokens as the paper counts for m thoughts.
+    # The number of generated tokens that, according to the paper, m thoughts stand for.
     tokens = m * config.hidden_size / math.log2(config.vocab_size)
     text = cost_of_tokens(counts["text"], t, m, tokens)
     exponents = {
@@ -61,13 +62,14 @@ def measure(setting: Setting) -> Finding:
     }
     error, whole = (fits[name]["worst error"] for name in fits)
     sentence = (
-        f"The paper's three terms miss the counted FLOPs by up to {error:.0%}, with the prefill's "
-        f"two they are within {whole:.1e}: at t = {t} and m = {m} the prefill is {share:.0%} of "
-        f"them. FLOPs grow as m^{exponents['FLOPs by m']:.2f} and "
+        f"The paper's three terms differ from the counted FLOPs by up to {error:.0%}, and by at "
+        f"most {whole:.1e} together with the two terms of the prefill, which takes {share:.0%} of "
+        f"the FLOPs at t = {t} and m = {m}. FLOPs grow as m^{exponents['FLOPs by m']:.2f} and "
         f"t^{exponents['FLOPs by t']:.2f}, seconds as m^{exponents['seconds by m']:.2f} and "
         f"t^{exponents['seconds by t']:.2f}; {m} generated tokens cost "
-        f"{counts['text'][t, m] / grid[t, m]:.2f} times the FLOPs of {m} thoughts, the "
-        f"{tokens:.0f} tokens that the paper counts for them {text / grid[t, m]:.1f} times."
+        f"{counts['text'][t, m] / grid[t, m]:.2f} times the FLOPs of {m} thoughts, and the "
+        f"{tokens:.0f} tokens for which these thoughts stand in the paper cost "
+        f"{text / grid[t, m]:.1f} times as much."
     )
     figures = {
         "counted FLOPs": listed(counts),
@@ -82,7 +84,7 @@ def measure(setting: Setting) -> Finding:
 
 
 def work(model: Qwen3, t: int, text: bool) -> Iterator[int]:
-    """Prefill t positions, then think, or generate greedily; yields each m of `THOUGHTS`."""
+    """Prefill t positions, then think or generate greedily. Yields each m in `THOUGHTS`."""
     cache, D = model.new_cache(1), model.config.hidden_size
     x = torch.zeros(1, t, D, dtype=model.dtype, device=model.device)
     matrix = torch.zeros(D, D, dtype=model.dtype, device=model.device)  # in place of W_a
@@ -95,10 +97,10 @@ def work(model: Qwen3, t: int, text: bool) -> Iterator[int]:
 
 
 def flops(model: Qwen3, prompts: Sequence[int], text: bool) -> Grid:
-    """Return the counted FLOPs for each t and each m of `THOUGHTS`."""
+    """Return the counted FLOPs for each t in `prompts` and each m in `THOUGHTS`."""
     found: Grid = {}
     for t in prompts:
-        # The fused attention of a CPU is not counted by torch; its parts are.
+        # torch does not count the fused attention of a CPU, but it counts separate operations.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             for m in work(model, t, text):
                 found[t, m] = counter.get_total_flops()
@@ -107,10 +109,10 @@ def flops(model: Qwen3, prompts: Sequence[int], text: bool) -> Grid:
 
 
 def timed(model: Qwen3, prompts: Sequence[int], repeats: int) -> dict[str, Grid]:
-    """Return the shortest seconds of several runs, of thoughts and of text, after a warm-up.
+    """Return the shortest time of several runs in seconds, for thoughts and for text.
 
-    Of a CPU they are seconds of the processor, which other work does not lengthen. The two take
-    turns.
+    A warm-up comes before the runs, and runs of thoughts and of text take turns. On a CPU,
+    processor time is measured, because other work does not lengthen it.
     """
     on_gpu = model.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
@@ -129,8 +131,8 @@ def timed(model: Qwen3, prompts: Sequence[int], repeats: int) -> dict[str, Grid]
 def fit(grid: Grid, config: Config, names: Sequence[str]) -> dict[str, Any]:
     """Return the coefficients of a formula's terms, and its largest relative error on the grid.
 
-    A term has the paper's factors of d and L in it. Relative errors are fitted, so that small
-    counts count as much as large ones.
+    A term includes the paper's factors of d and L. The fit minimizes relative errors, so that small
+    FLOP counts weigh as much as large ones.
     """
     d, L = config.hidden_size, config.num_hidden_layers
     terms: dict[str, Callable[[int, int], float]] = {
@@ -140,7 +142,7 @@ def fit(grid: Grid, config: Config, names: Sequence[str]) -> dict[str, Any]:
         "t": lambda t, m: d * d * t * L,
         "t²": lambda t, m: d * t * t * L,
     }
-    # Without thoughts every term of the paper is 0, and no coefficient could help.
+    # Without thoughts every term of the paper is 0, so no coefficients could fit.
     used = {place: flops for place, flops in grid.items() if place[1]}
     rows = [[terms[name](*place) / count for name in names] for place, count in used.items()]
     a = torch.tensor(rows, dtype=torch.float64)
@@ -153,9 +155,7 @@ def fit(grid: Grid, config: Config, names: Sequence[str]) -> dict[str, Any]:
 
 
 def exponent(points: dict[int, float]) -> float:
-    """Return the slope of log y over log x by least squares; points that are not above 0 are left
-    out.
-    """
+    """Return the slope of log y over log x by least squares. Points with y ≤ 0 are left out."""
     pairs = [(math.log(x), math.log(y)) for x, y in points.items() if y > 0]
     if len(pairs) < 2:
         return math.nan
@@ -166,9 +166,9 @@ def exponent(points: dict[int, float]) -> float:
 
 
 def cost_of_tokens(grid: Grid, t: int, m: int, tokens: float) -> float:
-    """Return the FLOPs of more generated tokens than were counted, from the curve over m.
+    """Return the FLOPs of more generated tokens than were counted, extrapolated from the counts.
 
-    The curve is a quadratic in m: each step costs the same, and a little more for each slot.
+    The curve over m is quadratic: each step costs the same, plus a little more for each slot.
     """
     a, b, c = (grid[t, n] for n in (0, m // 2, m))
     half = m / 2

@@ -1,8 +1,8 @@
-"""What an answer costs: seconds and tokens of a single agent, of text agents and of latent ones.
+"""Measure what an answer costs: seconds and tokens of a single agent, text agents, latent agents.
 
 All methods answer the same questions in one run, batch by batch in a changing order, after a
-warm-up. Prefilled tokens, thoughts and generated tokens are counted apart: the paper counts
-generated ones.
+warm-up. Prefilled tokens, thoughts and generated tokens are counted separately, whereas the paper
+counts only generated tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ WORK = {"read": "prefilled", "thought": "thoughts", "written": "generated"}
 
 
 def measure_speed(setting: Setting) -> Finding:
-    """Return the seconds of a question by method, and the ratios of them, batch by batch."""
+    """Return the seconds per question of each method, and their ratios, also by batch."""
     arms = measured(setting)
     ratios = {
         f"{team}: {other} / latent_mas": ratio(arms[name], arms[f"latent_mas, {team}"])
@@ -43,7 +43,7 @@ def measure_speed(setting: Setting) -> Finding:
 
 
 def measure_tokens(setting: Setting) -> Finding:
-    """Return the tokens of a question by method and by kind, and how many fewer are generated."""
+    """Return the tokens per question by method and kind, and how many fewer are generated."""
     arms = measured(setting)
     written = {name: mean(arm, "written") for name, arm in arms.items()}
     fewer = {
@@ -52,15 +52,16 @@ def measure_tokens(setting: Setting) -> Finding:
         for other, name in (("text_mas", f"text_mas, {team}"), (SINGLE, SINGLE))
     }
     said = [
-        f"{fewer[f'{team}: than text_mas']:.1%} fewer than text agents and "
+        f"{fewer[f'{team}: than text_mas']:.1%} fewer tokens than text agents and "
         f"{fewer[f'{team}: than {SINGLE}']:.1%} fewer than a single agent ({team})"
         for team in TEAMS
     ]
     total = {name: sum(mean(arm, what) for what in WORK) for name, arm in arms.items()}
     sentence = (
-        f"The latent team generates {' and '.join(said)}; with prefilled tokens and thoughts "
-        f"it computes {total['latent_mas, sequential']:.0f} positions a question, text agents "
-        f"{total['text_mas, sequential']:.0f}, a single agent {total[SINGLE]:.0f} (sequential)."
+        f"The latent team generates {', and '.join(said)}; with prefilled tokens and thoughts, "
+        f"the sequential team computes {total['latent_mas, sequential']:.0f} positions per "
+        f"question, compared with {total['text_mas, sequential']:.0f} for text agents and "
+        f"{total[SINGLE]:.0f} for a single agent."
     )
     verdict = HOLDS if all(fewer[f"{team}: than text_mas"] > 0 for team in TEAMS) else FAILS
     return Finding(sentence, verdict, {"arms": shown(arms), "fewer generated tokens": fewer})
@@ -97,7 +98,7 @@ def mean(records: Sequence[Record], field: str) -> float:
 
 
 def ratio(first: Sequence[Record], second: Sequence[Record]) -> dict[str, float]:
-    """Return the ratio of two arms' seconds, and the lowest and the highest of a batch."""
+    """Return the ratio of two arms' seconds, and the lowest and highest ratio of a batch."""
     by_batch = []
     for batch in {record["batch"] for record in first}:
         own, other = (

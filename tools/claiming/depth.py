@@ -1,4 +1,4 @@
-"""How many thoughts help: accuracy or the loss of the gold solution over the number of thoughts."""
+"""Measure how many thoughts help: accuracy or gold NLL by the number of thoughts per agent."""
 
 from tools.evaluation import figures
 from tools.evaluation.arms import grid
@@ -13,10 +13,11 @@ PAPER = range(40, 81)  # where the paper finds the best number of thoughts
 
 
 def measure(setting: Setting) -> Finding:
-    """Return the curve over 0 to 80 thoughts of each agent; of weights/tiny of accuracy.
+    """Return the curve over 0 to 80 thoughts per agent, and the best number of thoughts.
 
-    Of other models it is of the gold NLL, which needs no generated text. The best number of
-    thoughts is chosen and tested on the same questions, so that its p is optimistic.
+    The curve is that of accuracy for weights/tiny, and that of the gold NLL for other models, which
+    needs no generated text. The best number of thoughts is chosen and tested on the same questions,
+    so its p-value is optimistic.
     """
     metric = "accuracy" if setting.is_tiny else "nll"
     field, sign = ("correct", 1) if setting.is_tiny else ("nll", -1)
@@ -31,15 +32,17 @@ def measure(setting: Setting) -> Finding:
     means = {n: sum(found.values()) / len(found) for n, found in by_count.items()}
     best = max(counts, key=lambda n: sign * means[n])
     figure = figures.steps(records)
-    said = f"{means[best]:.1%} right" if setting.is_tiny else f"a gold NLL of {means[best]:.3f}"
     most = counts[-1]
-    zero, last = (f"{means[n]:.1%}" if setting.is_tiny else f"{means[n]:.3f}" for n in (0, most))
+    said, zero, last = (
+        f"{means[n]:.1%} right" if setting.is_tiny else f"a gold NLL of {means[n]:.3f}"
+        for n in (best, 0, most)
+    )
     against_last = paired(by_count[best], by_count[most], exact=setting.is_tiny)
     against_zero = paired(by_count[best], by_count[0], exact=setting.is_tiny)
     assert against_last and against_zero
     sentence = (
-        f"{best} thoughts of each agent are best, {said}; without thoughts it is {zero} "
-        f"({p_value(against_zero)}), with {most} it is {last} ({p_value(against_last)})."
+        f"{best} thoughts per agent are best, with {said}, compared with {zero} without thoughts "
+        f"({p_value(against_zero)}) and {last} with {most} thoughts ({p_value(against_last)})."
     )
     helps = best > 0 and against_zero["p"] < 0.05
     figure.pop("what")
@@ -48,7 +51,7 @@ def measure(setting: Setting) -> Finding:
 
 
 def verdict(best: int, helps: bool, against_last: Point) -> str:
-    """Return whether thoughts help and the best number of them is the paper's."""
+    """Return the verdict: whether thoughts help, with a best number in the range of the paper."""
     if not helps:
         return NOT_SHOWN if best else FAILS
     if best in PAPER:

@@ -1,6 +1,6 @@
-"""Draws the pictures of tools/claims.py with matplotlib, from the figures of the findings.
+"""Draw the pictures of tools/claims.py with matplotlib, from the figures of the findings.
 
-Does not know: how the figures come about.
+This module does not depend on how the figures are measured.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ PARTS = {"read": "prefilled", "thought": "thoughts", "written": "generated"}
 
 
 def draw_lossless(figure: Figure, canvas: Any) -> None:
-    """Draw the differences of each question, of the hand-over and of the controls."""
+    """Draw the differences for each question, of the hand-over and of the controls."""
     canvas.set_size_inches(5.2, 2.6)
     axes = canvas.subplots()
     names = [name for name in figure["by question"][0] if name != "positions"]
@@ -38,13 +38,13 @@ def draw_lossless(figure: Figure, canvas: Any) -> None:
     axes.set_yticks(range(len(names)), names[::-1])
     axes.set_ylim(-0.5, len(names) - 0.5)
     axes.set_xscale("log")
-    axes.set_xlabel("largest difference to explicit input, relative, float64")
+    axes.set_xlabel("largest difference from explicit input, relative, float64")
     axes.grid(axis="x", **GRID)
     axes.legend(loc="upper right")
 
 
 def draw_expressiveness(figure: Figure, canvas: Any) -> None:
-    """Draw the tokens that are read over N, with the bound and the controls."""
+    """Draw the number of tokens that are read by N, with the bound and the controls."""
     canvas.set_size_inches(5.6, 2.8)
     axes = canvas.subplots()
     styles = {"thought": BETTER, "planted": NOT_FOUND, "shuffled": WORSE}
@@ -109,7 +109,7 @@ def draw_alignment(figure: Figure, canvas: Any) -> None:
 def draw_errors(figure: Figure, canvas: Any) -> None:
     """Draw the rates of both channels with their intervals, for both teams."""
     canvas.set_size_inches(*SIZE)
-    kinds = {"flips": "now wrong", "follows": "wrong plan's", "recovers": "still right"}
+    kinds = {"flips": "now wrong", "follows": "plan's answer", "recovers": "still right"}
     panels = canvas.subplots(1, 2, sharey=True)
     shown: dict[str, Any] = {}
     for axes, (team, found) in zip(panels, figure["teams"].items(), strict=True):
@@ -124,7 +124,7 @@ def draw_errors(figure: Figure, canvas: Any) -> None:
         axes.set(title=team, ylim=(0, 1.05))
         axes.grid(axis="y", **GRID)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("of answers right without it")
+    panels[0].set_ylabel("share of answers right before")
     names = [f"wrong plan by {channel}" for channel in shown]
     canvas.legend(shown.values(), names, loc="outside lower center", ncols=2)
 
@@ -143,7 +143,7 @@ def draw_overlap(figure: Figure, canvas: Any) -> None:
     places.plot(x, y, linestyle="--", **ZERO)
     places.set(title="Plane of the main directions", xticks=[], yticks=[])
     places.legend(loc="best", fontsize=7, markerscale=2)
-    bars = {"its own text": "says the token", "another one's": "says the next question's"}
+    bars = {"its own text": "says the token", "another text": "says the next question's"}
     for number, (name, cloud) in enumerate(figure["clouds"].items()):
         for place, field in enumerate(bars.values()):
             line = cloud[field] | {"y": cloud[field]["share"]}
@@ -157,7 +157,7 @@ def draw_overlap(figure: Figure, canvas: Any) -> None:
 
 
 def draw_drift(figure: Figure, canvas: Any) -> None:
-    """Draw norms and cosines by step, a line for each map."""
+    """Draw norms and cosines by step, with a line for each map."""
     canvas.set_size_inches(8.4, 3.0)
     norms, nearest, following = canvas.subplots(1, 3)
     shown: dict[str, Any] = {}
@@ -171,18 +171,18 @@ def draw_drift(figure: Figure, canvas: Any) -> None:
     norms.set_yscale("log")
     norms.set(title="Norm before rescaling", xlabel="thought")
     nearest.set(title="Cosine to the nearest token", xlabel="thought", ylim=(-0.1, 1.05))
-    following.set(title="Cosine to the thought before", xlabel="thought", ylim=(-0.1, 1.05))
+    following.set(title="Cosine to the previous thought", xlabel="thought", ylim=(-0.1, 1.05))
     canvas.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown))
 
 
 def draw_speed(figure: Figure, canvas: Any) -> None:
-    """Draw the seconds of a question by method."""
-    draw_bars(figure, canvas, {"seconds": "seconds a question"}, "seconds a question")
+    """Draw the seconds per question by method."""
+    draw_bars(figure, canvas, {"seconds": "seconds per question"}, "seconds per question")
 
 
 def draw_tokens(figure: Figure, canvas: Any) -> None:
-    """Draw the positions that a question costs by method and kind."""
-    draw_bars(figure, canvas, PARTS, "positions a question")
+    """Draw the positions per question by method and kind."""
+    draw_bars(figure, canvas, PARTS, "positions per question")
 
 
 def draw_bars(figure: Figure, canvas: Any, fields: dict[str, str], label: str) -> None:

@@ -1,17 +1,18 @@
-"""Errors that spread: a wrong plan is injected at the first agent, by text and by thoughts.
+"""Measure how errors spread: a wrong plan is injected at the first agent, by text or by thoughts.
 
-The first number of a question is changed, and the first agent plans for the changed question: once
-in text, once in thoughts. The plan is then put into the team's work on the right question, in place
-of that agent's text, or, embedding by embedding, in place of its thoughts. Everything else, also
-the first agent's prompt, is of the right question. So both channels carry the same mistake.
+The first number of a question is changed, and the first agent plans for the changed question, once
+in text and once in thoughts. In the team's work on the original question, the plan then replaces
+that agent's text or, embedding by embedding, its thoughts. Everything else, including the first
+agent's prompt, comes from the original question. So both channels carry the same mistake.
 
-    flips       of the questions that the team answers right on its own, the share answered wrong
-    recovers    the share of them that is still answered right
+    flips       of the questions that the team answers right without a plan, the share that it then
+                answers wrong
+    recovers    the share of them that it still answers right
     follows     the share of them whose answer is that of the changed question
 
-This is done in the whole team, and in a team of the first and the last agent alone, which has no
-agent in between to repair it. As a control, an agent's own plan is injected in the same way; it
-must change no answer.
+This is done with the whole team, and with a team of only the first and the last agent, in which no
+agent in between can repair the plan. As a control, an agent's own plan is injected in the same way.
+It must not change any answer.
 
     B questions   n thoughts   D hidden
 """
@@ -35,7 +36,7 @@ from tools.evaluation.probe import Tap
 from tools.evaluation.rows import Row, kind_of
 from tools.evaluation.stats import mcnemar, wilson
 
-from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting
+from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting, first_and_last
 
 Outcome = dict[str, Any]  # of one question
 ARMS = ("clean", "own plan", "wrong plan")
@@ -47,27 +48,26 @@ def measure(setting: Setting) -> Finding:
     """Return flip and recovery rates of both channels, and McNemar's test between them."""
     rows = [row for row in setting.rows(tiny=100, other=6) if changed(row["question"])]
     whole = choose_team(setting.lm, "sequential")
-    pair = Team((whole.agents[0], whole.agents[-1]), False, whole.layout, whole.opening)
     teams: dict[str, Any] = {}
-    for name, team in ((WHOLE, whole), (PAIR, pair)):
+    for name, team in ((WHOLE, whole), (PAIR, first_and_last(whole))):
         found: list[Outcome] = []
         for start in range(0, len(rows), setting.batch_size):
             found += outcomes(setting, rows[start : start + setting.batch_size], team)
-        # Where the change does not change the answer, the plan is not wrong.
+        # If the changed question has the same answer, the plan is not wrong.
         found = [one for one in found if one["wrong answer"] not in (None, one["gold"])]
         if not found:
-            expected = "expected questions with a number whose change changes the answer"
+            expected = "expected questions whose answers change with their first number"
             raise ValueError(f"data (--data): found no wrong plan, {expected}")
         rates = {channel: rates_of(found, channel) for channel in CHANNELS}
         teams[name] = {"rates": rates, "paired": paired(found)}
     said = "; ".join(
-        f"{one['rates']['text']['flips']:.1%} by text and {one['rates']['thoughts']['flips']:.1%} "
-        f"by thoughts, only text recovers on {one['paired']['only text']} and only thoughts on "
-        f"{one['paired']['only thoughts']} of {one['paired']['n']} questions (McNemar p = "
-        f"{one['paired']['p']:.2g}), in {name}"
+        f"in {name}, {one['rates']['text']['flips']:.1%} by text and "
+        f"{one['rates']['thoughts']['flips']:.1%} by thoughts (on {one['paired']['n']} questions, "
+        f"{one['paired']['only text']} recoveries only by text and "
+        f"{one['paired']['only thoughts']} only by thoughts; McNemar p = {one['paired']['p']:.2g})"
         for name, one in teams.items()
     )
-    sentence = f"A wrong plan of the first agent flips right answers: {said}."
+    sentence = f"A wrong plan of the first agent makes right answers wrong: {said}."
     of_whole = teams[WHOLE]["paired"]
     better = of_whole["only thoughts"] > of_whole["only text"]
     verdict = NOT_SHOWN if of_whole["p"] >= 0.05 else HOLDS if better else FAILS
@@ -84,7 +84,10 @@ def paired(found: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def rates_of(found: Sequence[Outcome], channel: str) -> dict[str, Any]:
-    """Return the rates of one channel, with intervals, over the questions it answers right."""
+    """Return the rates of one channel, with intervals.
+
+    They are shares of the questions that the channel answers right without an injected plan.
+    """
     clean = [one[channel] | {"gold": one["gold"]} for one in found if one[channel]["clean"]]
     n, recovered = len(clean), sum(one["wrong plan"] for one in clean)
     follows = sum(one["follows"] for one in clean)
@@ -102,7 +105,7 @@ def rates_of(found: Sequence[Outcome], channel: str) -> dict[str, Any]:
 
 
 def changed(question: str) -> str | None:
-    """Return a question with another first number, None if it has no number."""
+    """Return a question with another first number, or None if it has no number."""
     found = re.search(r"\d+", question)
     if found is None:
         return None
@@ -112,7 +115,7 @@ def changed(question: str) -> str | None:
 
 
 def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]:
-    """Return for each question and channel whether the answer is right, with and without a plan."""
+    """Return whether answers are right with and without a plan, for each question and channel."""
     lm, kind = setting.lm, kind_of(rows[0])
     questions = [row["question"] for row in rows]
     wrong = [str(changed(question)) for question in questions]
@@ -120,7 +123,7 @@ def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]
     shared["choices"] = [row.get("choices") for row in rows]
     answers = [result.answer for result in single(lm, wrong, **shared)]
 
-    pair = Team((team.agents[0], team.agents[-1]), False, team.layout, team.opening)
+    pair = first_and_last(team)
     plans = [result.agents[0].text for result in text_mas(lm, wrong, team=pair, **shared)]
     clean_text = text_mas(lm, questions, team=team, **shared)
     own_plans = [result.agents[0].text for result in clean_text]
@@ -161,7 +164,7 @@ class ForcedRun(Run):
     plans: list[str] = field(default_factory=list)
 
     def turn(self, *args: Any, **options: Any) -> Events[TurnResult]:
-        """Take one turn; the first one ends with the given texts."""
+        """Take one turn. The first turn ends with the given texts."""
         plans = list(self.plans)
         self.plans.clear()  # in place: every agent takes its turn on a copy of the run
         options["decodes"] = not plans
@@ -173,7 +176,7 @@ class ForcedRun(Run):
 
 
 class Forced:
-    """A map whose first results are given thoughts (B, n, D); `align` makes the others."""
+    """A map that returns given thoughts (B, n, D) first, and then the results of `align`."""
 
     def __init__(self, thoughts: Tensor, align: Align) -> None:
         self.given, self.align = list(thoughts.split(1, 1)), align

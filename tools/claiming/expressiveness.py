@@ -1,12 +1,13 @@
-"""How much one thought says: random tokens that a linear probe reads out of it.
+"""Measure how much one thought holds: how many random tokens a linear probe reads out of it.
 
 Sequences of random tokens are prefilled in a user message. The state after the first N tokens is
 mapped to a thought, and a linear probe, trained on other sequences, names each of the N tokens. A
-thought right after the tokens is the most favourable case: agents think after more text. The paper
-says that one thought can stand for d_h / log2 |V| tokens, a bound for numbers of one bit.
+thought right after the tokens is the most favourable case, because agents think after more text.
+According to the paper, one thought can stand for d_h / log2 |V| tokens, a bound that assumes one
+bit per number.
 
     planted    the probe on a linear code of the same tokens, with as many numbers as a thought
-    shuffled   the probe with another sequence's tokens as targets: it must read nothing
+    shuffled   the probe with another sequence's tokens as targets, which must read nothing
 
     S sequences   N tokens   A alphabet   D hidden
 """
@@ -24,15 +25,15 @@ from tools.evaluation.stats import bootstrap
 
 from .setting import FAILS, HOLDS, Finding, Setting
 
-SEQUENCES = 20  # for each unit of --limit
-ALPHABET = 64  # tokens to draw from: a probe needs many examples of each
+SEQUENCES = 20  # per unit of --limit
+ALPHABET = 64  # tokens to draw from; a probe needs many examples of each
 TINY_COUNTS, COUNTS = (1, 2, 4, 8, 16), (1, 2, 4)
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of a dimension
-SHARES = (0.7, 0.15)  # of the sequences: to train, and to choose the ridge; the rest is tested on
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # relative to the mean variance of a dimension
+SHARES = (0.7, 0.15)  # of the sequences, to train and to choose the ridge; the rest are for testing
 
 
 def measure(setting: Setting) -> Finding:
-    """Return how many of N random tokens are read out of a thought, of a code, and by chance."""
+    """Return how many of N random tokens are read out of a thought and of a code, and by chance."""
     lm, S = setting.lm, SEQUENCES * setting.count(tiny=200, other=35)
     counts = TINY_COUNTS if setting.is_tiny else COUNTS
     ids, letters = random_tokens(lm, S, counts[-1], setting.seed)
@@ -55,9 +56,9 @@ def measure(setting: Setting) -> Finding:
     wrong = max(lines["shuffled"], key=lambda line: line["read"])
     sentence = (
         f"A linear probe reads at most {best['read']:.2f} [{best['low']:.2f}, {best['high']:.2f}] "
-        f"random tokens out of one thought (of N = {best['N']}), against d_h / log2 V = "
-        f"{bound:.1f}; out of a linear code of {D} numbers it reads {code['read']:.1f} (N = "
-        f"{code['N']}), with wrong targets {wrong['read']:.2f}."
+        f"random tokens out of one thought (N = {best['N']}), compared with d_h / log2 V = "
+        f"{bound:.1f}; it reads {code['read']:.1f} tokens out of a linear code of {D} numbers (N = "
+        f"{code['N']}), and {wrong['read']:.2f} with wrong targets."
     )
     figures = {"bound": bound, "sequences": S, "alphabet": ALPHABET, "lines": lines}
     return Finding(sentence, HOLDS if best["read"] >= bound / 2 else FAILS, figures)
@@ -66,7 +67,7 @@ def measure(setting: Setting) -> Finding:
 def random_tokens(lm: LM, S: int, N: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return sequences of random tokens (S, N), as ids and as numbers below the alphabet's size.
 
-    The alphabet is drawn from all tokens but the control tokens.
+    The alphabet is drawn from all tokens except control tokens.
     """
     assert lm.tokenizer is not None
     source = torch.Generator().manual_seed(seed)
@@ -94,9 +95,10 @@ def prefixes(lm: LM, ids: Tensor, counts: tuple[int, ...], batch: int = 100) -> 
 
 
 def planted(letters: Tensor, D: int, seed: int) -> Tensor:
-    """Return a linear code of each sequence (S, N): the sum of a random vector per place and token.
+    """Return a linear code (S, D) of sequences (S, N).
 
-    It is (S, D). What a probe reads out of it shows what it could find in D numbers.
+    A code is the sum of one random vector per place and token. What a probe reads out of it shows
+    how much the probe could find in D numbers.
     """
     source = torch.Generator().manual_seed(seed)
     N = letters.shape[1]
@@ -108,9 +110,10 @@ def planted(letters: Tensor, D: int, seed: int) -> Tensor:
 def tokens_read(features: Tensor, letters: Tensor) -> dict[str, Any]:
     """Return how many of a sequence's tokens (S, N) a probe reads out of its features (S, D).
 
-    By place the share of right tokens above chance, (share − 1/A) / (1 − 1/A); "read" is the sum
-    over the places, with a bootstrap interval over the tested sequences. The probe is a ridge
-    regression to one-hot targets; its ridge is chosen on sequences that are not tested.
+    "by place" is the share of right tokens above chance at each place, (share − 1/A) / (1 − 1/A).
+    "read" is its sum over the places, with a bootstrap interval over the tested sequences. The
+    probe is a ridge regression to one-hot targets, whose ridge is chosen on sequences that are not
+    tested.
     """
     S, N = letters.shape
     edges = [round(S * SHARES[0]), round(S * sum(SHARES))]

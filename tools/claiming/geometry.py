@@ -1,4 +1,4 @@
-"""Where thoughts lie: among the embeddings of tokens (overlap), and step after step (drift).
+"""Measure where thoughts lie: among token embeddings (overlap), and step by step (drift).
 
 B rows   n thoughts   D hidden   V vocabulary
 """
@@ -20,10 +20,10 @@ from tools.evaluation.probe import Tap, walk
 from tools.evaluation.rows import Row, kind_of
 from tools.evaluation.stats import wilson
 
-from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting
+from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting, first_and_last
 
 SHOWN = 400  # points of each cloud in the picture
-INSIDE = 0.95  # of the token embeddings lie in the ellipse
+INSIDE = 0.95  # share of the generated tokens that lie in the ellipse
 DRIFT_STEPS = 80
 DRIFT_MAPS = ("ridge", "identity", "none", "random")
 CLOUDS = ("ridge", "random")
@@ -32,7 +32,7 @@ CLOUDS = ("ridge", "random")
 def tapped(
     lm: LM, rows: Sequence[Row], kinds: Sequence[str], steps: int, team: Team
 ) -> dict[str, Tap]:
-    """Return the states and thoughts of all agents but the last one, for each kind of map."""
+    """Return the states and thoughts of all agents except the last one, for each kind of map."""
     feeders, questions = Feeders(lm), [row["question"] for row in rows]
     taps = {kind: Tap(feeders(kind)) for kind in kinds}
     asked: dict[str, Any] = {"kind": kind_of(rows[0]), "latent_steps": steps, "team": team}
@@ -54,10 +54,11 @@ def vocabulary(lm: LM) -> Tensor:
 def measure_overlap(setting: Setting) -> Finding:
     """Return where thoughts lie among the tokens that text agents generate for the same questions.
 
-    "inside" is the share in the ellipse of the plane of the two main directions that holds 95 % of
-    the generated tokens. "says the token" is the share of the first agent's thoughts whose nearest
-    token is the one that the same agent generates at that place in text. The control is the text of
-    the next question. The random map shows what any vectors of that length would give.
+    "inside" is the share of thoughts inside the ellipse that holds 95 % of the generated tokens, in
+    the plane of the two main directions. "says the token" is the share of the first agent's
+    thoughts whose nearest token is the one that the same agent generates in text at the same place.
+    The control is the text of the next question. The random map shows what any vectors of the same
+    length would give.
     """
     lm, rows = setting.lm, setting.rows(tiny=40, other=4)
     team, steps = choose_team(lm, "sequential"), setting.steps(most=20)
@@ -105,17 +106,18 @@ def said_of_overlap(found: dict[str, Any]) -> str:
     ridge, random = found["ridge"], found["random"]
     same, other = ridge["says the token"], ridge["says the next question's"]
     return (
-        f"{ridge['inside']:.1%} of the ridge map's thoughts lie where 95 % of the generated tokens "
-        f"lie in the plane, of a random map's {random['inside']:.1%}; their mean cosine to the "
-        f"nearest token is {ridge['cosine to the nearest token']:.2f} and "
-        f"{random['cosine to the nearest token']:.2f}, and the nearest token is the one that the "
-        f"text agent generates there in {same['share']:.1%} (another question's text: "
-        f"{other['share']:.1%}, random map: {random['says the token']['share']:.1%})."
+        f"{ridge['inside']:.1%} of the ridge map's thoughts lie in the ellipse of 95 % of the "
+        f"generated tokens (random map: {random['inside']:.1%}); their mean cosine to the nearest "
+        f"token is {ridge['cosine to the nearest token']:.2f} (random map: "
+        f"{random['cosine to the nearest token']:.2f}); in {same['share']:.1%} of cases the "
+        "nearest token is the one that the text agent generates at the same place (another "
+        f"question's text: {other['share']:.1%}, random map: "
+        f"{random['says the token']['share']:.1%})."
     )
 
 
 def verdict_of_overlap(found: dict[str, Any]) -> str:
-    """Return whether the thoughts mean the tokens: more than the next question's, and inside."""
+    """Return the verdict: whether thoughts lie inside, and match their own text best."""
     same, other = found["ridge"]["says the token"], found["ridge"]["says the next question's"]
     if found["ridge"]["inside"] < 0.5:
         return FAILS
@@ -123,14 +125,14 @@ def verdict_of_overlap(found: dict[str, Any]) -> str:
 
 
 def nearest_tokens(thoughts: Tensor, w_in: Tensor) -> Tensor:
-    """Return the token with the nearest direction for thoughts (B, n, D): (B, n)."""
+    """Return the token with the nearest direction, (B, n), for each of the thoughts (B, n, D)."""
     unit = F.normalize(thoughts.flatten(0, 1), dim=-1)
     scores = [unit @ F.normalize(part.float(), dim=-1).T for part in w_in.split(16384)]
     return torch.cat(scores, 1).argmax(-1).view(thoughts.shape[:2])
 
 
 def matches(nearest: Tensor, texts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Return the share of places at which the nearest token is the text's, with its interval."""
+    """Return the share of places where the nearest token is that of the text, and its interval."""
     pairs = [
         token == said
         for row, text in zip(nearest.tolist(), texts, strict=True)
@@ -163,7 +165,7 @@ class Ellipse:
         return lengths
 
     def share(self, points: Tensor) -> float:
-        """Return the share of points inside."""
+        """Return the share of points that lie inside."""
         return float((self.distance(points) <= self.radius).double().mean())
 
     def outline(self) -> Tensor:
@@ -181,11 +183,10 @@ def measure_drift(setting: Setting) -> Finding:
     """Return norms and cosines of the first agent's thoughts, step by step, for four maps.
 
     "shift of the mean" is how far the mean of states or thoughts is from the mean embedding, in
-    units of an embedding's mean norm.
+    units of the mean norm of an embedding.
     """
     lm, rows = setting.lm, setting.rows(tiny=24, other=3)
-    agents = choose_team(lm, "sequential")
-    pair = Team((agents.agents[0], agents.agents[-1]), False, agents.layout, agents.opening)
+    pair = first_and_last(choose_team(lm, "sequential"))
     w_in = vocabulary(lm)
     norm = float(w_in.float().norm(dim=-1).mean())
     middle = w_in.float().mean(0)
@@ -208,7 +209,7 @@ def measure_drift(setting: Setting) -> Finding:
         f"thought {ridge['norm'][0] / norm:.2f} times; over {DRIFT_STEPS} steps the mean cosine to "
         f"the nearest token is {mean('ridge', near):.2f} with ridge, {mean('identity', near):.2f} "
         f"with the identity, {mean('none', near):.2f} without a map and {mean('random', near):.2f} "
-        f"with a random one; at the end successive thoughts have a cosine of "
+        f"with a random map; in the same order, the last two thoughts have cosines of "
         f"{ridge['successive cosine'][-1]:.2f}, {maps['identity']['successive cosine'][-1]:.2f}, "
         f"{raw['successive cosine'][-1]:.2f} and {maps['random']['successive cosine'][-1]:.2f}."
     )

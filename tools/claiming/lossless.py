@@ -1,9 +1,9 @@
-"""The theorem: continuing from a handed-over KV cache equals feeding the same inputs again.
+"""Check theorem 3.3: continuing from a handed-over KV cache equals feeding the same inputs again.
 
-Everything that the agents before the last one feed to the model, prompts, thoughts and ends of
-turns, is kept. The last agent's prompt is then computed in two ways: on the KV cache that it gets,
-and in one forward pass of all kept inputs from an empty cache. Both are in float64. Two negative
-controls change the cache a little and must be seen. The paper's theorem 3.3.
+Everything that the agents before the last one feed to the model is kept: prompts, thoughts and ends
+of turns. The last agent's prompt is then computed in two ways, both in float64: on the KV cache
+that the agent gets, and in one forward pass of all kept inputs from an empty cache. Two negative
+controls change the cache a little, and must be detected.
 """
 
 from typing import Any
@@ -18,12 +18,13 @@ from tools.evaluation.rows import kind_of
 
 from .setting import FAILS, HOLDS, Finding, Setting
 
-CLOSE, FAR = 1e-9, 1e-6  # relative to the largest value: equal, and certainly different
+# Differences relative to the largest value: at most CLOSE is equal, at least FAR is not.
+CLOSE, FAR = 1e-9, 1e-6
 PARTS = ("hidden states", "logits", "KV cache")
 
 
 def measure(setting: Setting) -> Finding:
-    """Return the largest differences of the two ways, and of the controls, over the questions."""
+    """Return the largest difference between the two ways, and the smallest one of the controls."""
     lm, rows = setting.wide, setting.rows(tiny=8, other=1)
     steps = setting.steps(most=4)
     found = [compare(lm, row["question"], kind_of(row), steps) for row in rows]
@@ -35,8 +36,8 @@ def measure(setting: Setting) -> Finding:
     sentence = (
         f"In float64 the last agent's states, logits and KV cache after a hand-over differ from "
         f"those after feeding all inputs again by at most {largest:.1e} of the largest value, with "
-        f"{fed} positions computed in place of {again}; with one slot less, or keys one position "
-        f"off, by at least {smallest:.1e}."
+        f"{fed} positions computed instead of {again}; with one thought removed, or keys one "
+        f"position off, they differ by at least {smallest:.1e}."
     )
     holds = largest <= CLOSE and smallest >= FAR
     figures: dict[str, Any] = {
@@ -50,7 +51,7 @@ def measure(setting: Setting) -> Finding:
 
 
 def compare(lm: LM, question: str, kind: str, steps: int) -> dict[str, dict[str, float]]:
-    """Return the differences between a hand-over, or a control, and the explicit input."""
+    """Return how much a hand-over and each control differ from explicit input."""
     model, fed = lm.model, list[Tensor]()
     hook = model.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
     try:
@@ -82,13 +83,13 @@ def compare(lm: LM, question: str, kind: str, steps: int) -> dict[str, dict[str,
 
 
 def without_last_thought(last: LastTurn) -> KVCache:
-    """Return the KV cache that the last agent gets, without the last thought in it."""
+    """Return the KV cache that the last agent gets, without the last thought."""
     *_, end = [stop for _, what, _, stop in last.parts() if what == "thoughts"]
     return last.memory.drop(end - 1, end)
 
 
 def turned(memory: KVCache) -> KVCache:
-    """Return a copy of a KV cache whose keys are rotated by one position too many."""
+    """Return a copy of a KV cache with keys that are rotated by one position too many."""
     new = memory.fork()
     config = memory.config
     one = torch.ones(1, 1, dtype=torch.int64, device=memory.device)
@@ -98,12 +99,12 @@ def turned(memory: KVCache) -> KVCache:
 
 
 def distance(a: KVCache, b: KVCache) -> float:
-    """Return the largest difference of keys and values in two caches of one row."""
+    """Return the largest difference between the keys and values of two caches with one row."""
     filled = a.lengths[0]
     pairs = [*zip(a.keys, b.keys, strict=True), *zip(a.values, b.values, strict=True)]
     return max(apart(mine[:, :, :filled], theirs[:, :, :filled]) for mine, theirs in pairs)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value."""
+    """Return the largest difference between two tensors, relative to the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max())

@@ -1,6 +1,6 @@
-"""What a claim is measured on: a model, questions with answers, and how many of them.
+"""What a claim is measured on: a model, questions with answers, and their number.
 
-Does not know: claims, pictures, files that are written.
+This module does not depend on claims, pictures or the files that are written.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from minimas import LM, Sampling, load
+from minimas import LM, Sampling, Team, load
 from minimas.answers import extract
 from minimas.check import ASKED, SOLUTIONS
 from minimas.load import text_tokenizer
@@ -25,12 +25,12 @@ from tools.training.tiny_task import PROMPTS, story
 
 Record = dict[str, Any]
 HOLDS, FAILS, NOT_SHOWN = "holds here", "does not hold here", "not shown here"
-OPERATIONS = (3, 4, 5)  # of a question of the tiny task, as in its model card
+OPERATIONS = (3, 4, 5)  # per question of the tiny task, as in its model card
 
 
 @dataclass
 class Finding:
-    """What was found about one claim: a sentence, a verdict, and all figures, as JSON values."""
+    """What was found about one claim: a sentence, a verdict, and all figures as JSON values."""
 
     sentence: str
     verdict: str
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass
 class Setting:
-    """The model and the options of the command line; `limit` None is each claim's own number.
+    """The model and the options of the command line. `limit` None means each claim's own number.
 
     Raises OSError or ValueError when the model or the data is first used.
     """
@@ -72,13 +72,13 @@ class Setting:
 
     @cached_property
     def is_tiny(self) -> bool:
-        """Whether the model's teams are those of the tiny task, so that its questions suit it."""
+        """Whether the model has the teams of the tiny task, so that the task suits it."""
         team = self.lm.teams.get("sequential")
         return team is not None and team.agents[0].prompt == PROMPTS["planner"]
 
     @cached_property
     def limit_of_tokens(self) -> int:
-        """Return the largest number of tokens that are generated for an answer."""
+        """The largest number of tokens that are generated for an answer."""
         return self.max_new_tokens or (24 if self.is_tiny else 256)
 
     @property
@@ -87,13 +87,13 @@ class Setting:
         return Sampling(max_new_tokens=self.limit_of_tokens)
 
     def count(self, tiny: int, other: int) -> int:
-        """Return how many questions a claim takes, by default or by --limit."""
+        """Return how many questions a claim uses: --limit, or the claim's default."""
         return self.limit or (tiny if self.is_tiny else other)
 
     def rows(self, tiny: int, other: int) -> list[Row]:
-        """Return the questions: of the data file, new ones of the tiny task, or built-in ones.
+        """Return questions from the data file, new ones of the tiny task, or built-in ones.
 
-        All are of the first question's kind. The built-in ones are six.
+        All of them have the kind of the first one. There are six built-in questions.
         """
         count = self.count(tiny, other)
         if self.data is None:
@@ -102,12 +102,15 @@ class Setting:
         return [row for row in found if kind_of(row) == kind_of(found[0])][:count]
 
     def steps(self, most: int = 10) -> int:
-        """Return how many thoughts an agent thinks: the model folder's own number, or `most`."""
+        """Return the thoughts per agent: the model's default, limited to `most`.
+
+        There is no limit on weights/tiny. The result is at least 1.
+        """
         own = self.lm.default_steps
         return max(1, own if self.is_tiny else min(most, own))
 
     def bench(self, rows: Sequence[Row], lm: LM | None = None) -> Bench:
-        """Return the rows with a model, this one if `lm` is None, on which arms can be run."""
+        """Return a bench that runs arms on `rows` with a model (None: this setting's model)."""
         return Bench(lm or self.lm, rows, self.batch_size, self.sampling, plain_grader)
 
     def settings(self) -> dict[str, Any]:
@@ -116,10 +119,16 @@ class Setting:
         return given | {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
-def run_arms(bench: Bench, arms: Sequence[Arm], warm_up: bool = False) -> list[Record]:
-    """Return the records of all arms, batch by batch, so that all arms share a slow minute.
+def first_and_last(team: Team) -> Team:
+    """Return a team of only the first and the last agent of a team."""
+    return Team((team.agents[0], team.agents[-1]), False, team.layout, team.opening)
 
-    The arms' order changes from batch to batch. `warm_up` runs the first batch once before.
+
+def run_arms(bench: Bench, arms: Sequence[Arm], warm_up: bool = False) -> list[Record]:
+    """Run all arms batch by batch, so that a slow minute affects them alike. Returns the records.
+
+    The order of the arms changes from batch to batch. With `warm_up`, each arm first runs the first
+    batch once, without keeping its records.
     """
     records: list[Record] = []
     for arm in arms if warm_up else ():
@@ -140,7 +149,7 @@ def values(records: Sequence[Record], field: str, **settings: Any) -> dict[tuple
 
 
 def tiny_rows(count: int, seed: int) -> list[Row]:
-    """Return new questions of the tiny task, none of which was in the training."""
+    """Return new questions of the tiny task, none of which was used in training."""
     rng, rows = random.Random(f"claims {seed}"), list[Row]()
     for i in range(count):
         told = story(rng, rng.choice(OPERATIONS), fresh=True)
@@ -151,7 +160,7 @@ def tiny_rows(count: int, seed: int) -> list[Row]:
 
 
 def built_in_rows(count: int, seed: int) -> list[Row]:
-    """Return the questions of `minimas check`, at most six of them; `seed` has no effect."""
+    """Return at most six questions, those of `minimas check`. `seed` has no effect."""
     pairs = zip(ASKED[:count], SOLUTIONS[:count], strict=True)
     return [
         {"id": f"check-{i}", "question": question, "solution": solution, "kind": "math"}

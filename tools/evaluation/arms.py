@@ -56,7 +56,7 @@ class Arm:
 
 
 def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
-    """Return one arm for each combination of values. `lists` has the values of fields of `Arm`.
+    """Return one arm for each combination of values. `lists` has values for fields of `Arm`.
 
     Combinations with the same effect give one arm. `thinks_last` means that the last agent has
     latent steps too, so that settings have an effect even if no KV cache is handed over.

@@ -13,7 +13,7 @@ from .verdict import AGAINST, ALPHA, comparisons, verdict
 
 Record = dict[str, Any]
 CAPTION = (
-    "Paired differences of each arm to three other arms, with bootstrap intervals "
+    "Paired differences between each arm and three other arms, with bootstrap intervals "
     "(a lower loss is better):"
 )
 LIMITS = (
@@ -36,7 +36,7 @@ def report(found: Sequence[Record], diagnostics: Record) -> tuple[Record, str]:
 
 
 def few_questions(compared: Record) -> list[str]:
-    """Return a sentence if an audit has too few questions to find anything, else an empty list.
+    """Return a sentence if an audit has too few questions to find anything, or an empty list.
 
     With few pairs both tests are exact. The smallest possible p of n pairs is 2 / 2ⁿ, if all
     differences have the same sign.

@@ -2,8 +2,9 @@
 
 A unit is one batch with one arm and one seed. Batches are made once, in the order of the data, and
 `shuffled` pairs question i with question i + 1 of the whole data. So a record depends neither on
-the batch size nor on the process that computes it (in float32 and float64; in 16 bits, results of
-kernels change with the batch). This module does not use result files, ranks or statistics.
+the batch size nor on the process that computes it. (This is true in float32 and float64. In 16
+bits, the results of kernels change with the batch.) This module does not use result files, ranks or
+statistics.
 
     B rows   K key-value heads   d head size
 """
@@ -29,15 +30,15 @@ from .grading import Grader, gold_text, judge, option_texts, right_letter
 from .last_turn import LastTurn, PrefillOnce, latent_turn, slots, text_turn
 from .layouts import VARIANTS
 from .looking import Look
-from .rows import Row, kind_of
+from .rows import Row, kind_of, own_team
 
 VOTE_TEMPERATURE = 0.7  # for samples to vote on, if the run is greedy
-BILL = ("read", "thought", "written", "seconds")
+USAGE = ("read", "thought", "written", "seconds")
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class How:
+class CallOptions:
     """Settings of a call that are not part of the arm.
 
     `align` replaces the map of the arm. `once` shares prefilled first prompts between arms.
@@ -77,9 +78,9 @@ class Bench:
     def compute(self, batch: int, arm: Arm, seed: int, lens: Lens | None = None) -> list[Record]:
         """Return the records of one unit, in the order of the data.
 
-        With a `lens` they have thoughts and attention (see `looking`), whose computation is not
-        counted in their seconds. Raises ValueError naming the arm and the ids of the questions if
-        they cannot be run.
+        With a `lens`, the records also have thoughts and attention (see `looking`), and their
+        seconds do not include computing these. Raises ValueError naming the arm and the ids of the
+        questions if they cannot be run.
         """
         settings = asdict(arm)
         head = {"batch": batch, "arm": settings.pop("name"), **settings, "seed": seed}
@@ -112,9 +113,11 @@ class Bench:
         for _, rows in itertools.groupby(sorted(batch, key=group), key=group):
             yield list(rows)
 
-    def last_turn(self, rows: Sequence[int], arm: Arm, how: How | None = None) -> LastTurn:
+    def last_turn(
+        self, rows: Sequence[int], arm: Arm, options: CallOptions | None = None
+    ) -> LastTurn:
         """Run every agent except the last one on rows for one call (see `groups`)."""
-        how = how or How()
+        options = options or CallOptions()
 
         def asked(chosen: Sequence[int]) -> dict[str, Any]:
             taken = [self.rows[i] for i in chosen]
@@ -122,16 +125,16 @@ class Bench:
                 "questions": [row["question"] for row in taken],
                 "kind": kind_of(taken[0]),
                 "choices": [row.get("choices") for row in taken],
-                "sampling": how.sampling or self.sampling,
-                "seed": how.seed,
-                "on_event": how.on_event,
-                "once": how.once,
+                "sampling": options.sampling or self.sampling,
+                "seed": options.seed,
+                "on_event": options.on_event,
+                "once": options.once,
             }
 
         if arm.method != "latent_mas":
             chosen = self.team(rows[0], arm) if arm.method == "text_mas" else None
             return text_turn(self.lm, team=chosen, models=self.named_by(chosen), **asked(rows))
-        align = how.align or self.feeders(arm.align or "ridge")
+        align = options.align or self.feeders(arm.align or "ridge")
         thinking: dict[str, Any] = {"latent_steps": arm.latent_steps, "align": align}
         thinking["close"] = arm.close is not False
         thinking["variant"] = VARIANTS.get(arm.layout or "")
@@ -150,12 +153,15 @@ class Bench:
         return latent_turn(self.lm, team=team, transfer=transfer, **thinking, **asked(rows))
 
     def named_by(self, team: Team | None) -> dict[str, LM]:
-        """Return the models that the agents of a team name; none for a single agent."""
+        """Return the models that the agents of a team name, or {} for a single agent."""
         names = {agent.model for agent in team.agents} if team else set()
         return {name: lm for name, lm in self.models.items() if name in names}
 
     def mixed(self, team: Team, arm: Arm) -> dict[str, Any]:
-        """Return the settings of a team of several models, which needs a kind of map, not a map."""
+        """Return the settings for a team of several models, or {} for a team of one model.
+
+        Several models need a kind of map, because a map belongs to one model.
+        """
         models = self.named_by(team)
         return {"models": models, "align": arm.align or "ridge"} if models else {}
 
@@ -163,7 +169,7 @@ class Bench:
         """Return the team that answers row i: the row's own team, otherwise the arm's."""
         row, name = self.rows[i], arm.team or "sequential"
         if "team" in row:
-            team = Team.from_dict(row["team"], f"{row['id']}: team")
+            team = own_team(row)
         elif name.endswith(".json"):
             team = Team.from_json(name)
         else:
@@ -186,7 +192,7 @@ class Bench:
         for number in range(arm.samples):
             marks = Marks(lens)
             own_seed = seed if arm.samples == 1 else seed * 1_000_000 + number
-            last = self.last_turn(rows, arm, How(own_seed, sampling, marks))
+            last = self.last_turn(rows, arm, CallOptions(own_seed, sampling, marks))
             look = Look(last, lens)
             results = last.answer()
             records = [self._answer(i, results[q], marks, q) for q, i in enumerate(rows)]
@@ -203,7 +209,7 @@ class Bench:
             "gold": row["answer"],
             "correct": correct,
             "finish_reason": result.finish_reason,
-        } | bill(traces, marks.of(q, len(traces)))
+        } | usage(traces, marks.of(q, len(traces)))
 
     # -- losses -------------------------------------------------------------------------------
 
@@ -213,14 +219,15 @@ class Bench:
         if self._prefill[0] != batch:
             self._prefill = (batch, PrefillOnce())
         marks, start, records = Marks(lens), time.perf_counter(), []
-        last = self.last_turn(rows, arm, How(seed, on_event=marks, once=self._prefill[1]))
+        options = CallOptions(seed, on_event=marks, once=self._prefill[1])
+        last = self.last_turn(rows, arm, options)
         texts = [[gold_text(self.rows[i]), *option_texts(self.rows[i]).values()] for i in rows]
         look = Look(last, lens)
         found = last.losses(texts)
         seconds = (time.perf_counter() - start - marks.seconds) / len(rows)
-        for q, (i, (gold, *options)) in enumerate(zip(rows, found, strict=True)):
+        for q, (i, (gold, *option_losses)) in enumerate(zip(rows, found, strict=True)):
             row, traces = self.rows[i], last.traces(q)
-            totals = [loss.total for loss in options]
+            totals = [loss.total for loss in option_losses]
             by_letter = dict(zip(option_texts(row), totals, strict=True))
             answer = min(by_letter, key=by_letter.__getitem__) if by_letter else None
             record = {
@@ -234,7 +241,7 @@ class Bench:
             prompt = last.prompts[q]
             read = len(last.tokenizer.encode_turn(prompt)) + last.turn.run.prefilled[q]
             own = AgentTrace(read, last.latent_steps, name=last.agent.name, prompt=prompt.text)
-            total = bill([*traces, own], marks.of(q, len(traces)))
+            total = usage([*traces, own], marks.of(q, len(traces)))
             records.append(record | total | {"seconds": seconds})
         look.add_to(records, [gold for gold, *_ in texts])
         return records
@@ -262,11 +269,11 @@ def vote(samples: Sequence[Record]) -> Record:
     # Counter keeps the order of first appearance, so of equally frequent answers the first wins.
     chosen = counts.most_common(1)[0][0] if counts else None
     winner = next(sample for sample in samples if sample["answer"] == chosen)
-    totals = {name: sum(sample[name] for sample in samples) for name in BILL}
+    totals = {name: sum(sample[name] for sample in samples) for name in USAGE}
     return winner | totals | {"votes": dict(counts)}
 
 
-def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
+def usage(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
     """Return prompt tokens, latent steps, generated tokens and seconds, in total and per agent.
 
     Each agent also has its exact prompt and the mark of its KV cache (None: not known).
@@ -285,7 +292,7 @@ def bill(traces: Sequence[AgentTrace], marks: Sequence[list[float]]) -> Record:
         }
         for trace, mark in itertools.zip_longest(traces, marks)
     ]
-    total: Record = {name: sum(agent[name] for agent in agents) for name in BILL}
+    total: Record = {name: sum(agent[name] for agent in agents) for name in USAGE}
     total["memory_bytes"] = max(agent["memory_bytes"] for agent in agents)
     return total | {"agents": agents}
 
@@ -295,7 +302,7 @@ class Marks:
 
     A mark is the mean absolute value of the keys, and that of the values, in the last slot of all
     layers. The last slot depends on all slots before it, so a cache that differs anywhere has
-    another mark. Events are passed on to a `lens`; `seconds` is the time that it needed.
+    another mark. Events are passed on to a `lens`, and `seconds` is the time that the lens needed.
     """
 
     def __init__(self, lens: Lens | None = None) -> None:
@@ -333,7 +340,7 @@ class Marks:
 def same_mark(
     a: Sequence[float] | None, b: Sequence[float] | None, tolerance: float = 1e-4
 ) -> bool:
-    """Return True if two marks are of equal KV caches, up to rounding."""
+    """Return True if two marks belong to equal KV caches, up to rounding."""
     if a is None or b is None:
         return a == b
     pairs = zip(a, b, strict=True)

@@ -1,4 +1,4 @@
-"""The command line of tools/evaluate.py: its flags, and a run with them."""
+"""The command line of tools/evaluate.py: its flags, and the run that they describe."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ from .ledger import (
     files,
     key_of,
     read_head,
-    take_up,
+    remove_incomplete_units,
 )
 from .replay import regrade, replay
 from .rows import Row, read_rows
@@ -70,13 +70,15 @@ def parser() -> Parser:
     top = Parser("evaluate", description=DESCRIPTION, allow_abbrev=False)
     add = top.add_argument
     add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
-    models = "the model that agents of a team call NAME; repeat the flag"
+    models = "the model that agents of a team call NAME; repeat the flag for more models"
     add("--models", action="append", type=named, metavar="NAME=FOLDER", help=models)
     add("--task", help="name of a benchmark, see tools/evaluation/tasks.py")
     add("--data", type=Path, metavar="FILE.jsonl", help="your own questions instead of --task")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of tools/download.py's files")
+    folder = "folder with the files of tools/download.py (default: %(default)s)"
+    add("--data-dir", type=Path, default=Path("data"), help=folder)
     add_settings(top)
-    add("--metric", type=list_of(one_of(METRICS)), help="list of accuracy, nll (--audit: both)")
+    metrics = "list of accuracy, nll (default: accuracy; with --audit: both)"
+    add("--metric", type=list_of(one_of(METRICS)), help=metrics)
     add("--seeds", type=list_of(whole(0)), default=[0], help="list (default: 0)")
     add("--samples", type=whole(1), help="number of single-agent answers to vote on (default: 1)")
     add("--limit", type=whole(1), help="number of questions (default: all)")
@@ -97,7 +99,7 @@ def parser() -> Parser:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--replay", metavar="ID", help="compute one question of a run again and compare")
     add("--regrade", action="store_true", help="grade the texts of a finished run again")
-    many = "ranks of torchrun that hold one model together (default of N: all ranks)"
+    many = "number of ranks of torchrun that hold one model together (without N: all ranks)"
     add("--parallel", nargs="?", const=0, type=whole(1), metavar="N", help=many)
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--quiet", action="store_true", help="no progress on stderr")
@@ -153,7 +155,10 @@ def steps_or_auto(text: str) -> int | str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 done, 1 failed or a replay that differs, 130 on Ctrl-C."""
+    """Run the command line.
+
+    Returns 0 if done, 1 if it failed or a replay differs, 130 if stopped by Ctrl-C.
+    """
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
     args.prefix = args.prefix or [None]
@@ -246,21 +251,23 @@ class Evaluation:
             ids = [rows[i]["id"] for i in batch]
             for arm in self.arms:
                 self.units |= {Key(number, arm.name, seed): ids for seed in args.seeds}
-        self.blind: set[str] = set()  # arms for which --lens records nothing
+        self.warned_arms: set[str] = set()  # those for which --lens records nothing
         self.settings = run_settings(args, self.bench, self.arms)
 
     def check_models(self) -> None:
-        """Raise ValueError if no team names one of the models, or if they cannot be looked into."""
+        """Raise ValueError for a model that no team uses, and for models with --lens or --audit."""
         args, bench = self.args, self.bench
         teams = [bench.team(i, Arm("", team=t)) for t in args.team for i in range(len(bench.rows))]
         used = {agent.model for team in teams for agent in team.agents}
         if unused := sorted(bench.models.keys() - used):
-            raise ValueError(f"models (--models): found {unused}, expected names of agents' models")
+            raise ValueError(f"models (--models): found {unused}, expected names that agents use")
         if bench.models and (args.lens or args.audit):
-            raise ValueError("models (--models): found some with --lens or --audit, expected none")
+            raise ValueError(
+                "models (--models): found models with --lens or --audit, expected none"
+            )
 
     def join(self, device: str, size: int) -> Any:
-        """Return the mesh of the processes that hold one model with this one."""
+        """Return the mesh of the processes that hold one model together with this process."""
         from torch.distributed.device_mesh import init_device_mesh
 
         start_processes(torch.device("cpu" if device == "auto" else device))
@@ -292,7 +299,7 @@ class Evaluation:
         return arms
 
     def samples_to_vote_on(self, full: Arm) -> int:
-        """Return the number of samples from the head of the run if there is one, else measure it.
+        """Return the number of samples from the head of the run, or measure it if there is no head.
 
         Raises ValueError if several ranks would have to measure it.
         """
@@ -314,12 +321,12 @@ class Evaluation:
         """Compute all missing units. With several ranks, each computes those of its own batches."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.processes == 1:
-            done, sizes = take_up(self.folder, self.settings, self.units)
+            done, sizes = remove_incomplete_units(self.folder, self.settings, self.units)
         else:
-            done, sizes = self.take_up_on_rank_0()
+            done, sizes = self.remove_incomplete_units_on_rank_0()
         name = "results.jsonl" if self.ranks == 1 else f"results-rank{self.rank}.jsonl"
         ledger = None
-        if self.place == 0:  # the others of a group compute the same records
+        if self.place == 0:  # the other processes of a group compute the same records
             ledger = Ledger(self.folder / name, self.head(), sizes.get(name, 0))
         mine = [key for key in self.units if key.batch % self.ranks == self.rank]
         todo = [key for key in mine if key not in done]
@@ -331,7 +338,7 @@ class Evaluation:
                 records = self.bench.compute(key.batch, arms[key.arm], key.seed, self.lens)
                 if ledger:
                     ledger.append(records)
-                self.say_if_blind(key.arm, records)
+                self.warn_without_thoughts(key.arm, records)
                 seconds = (time.perf_counter() - start) / count * (len(todo) - count)
                 text = f"evaluate: {count} of {len(todo)} units, {seconds:,.0f} s left "
                 self.show(text, ends=count == len(todo))
@@ -341,13 +348,16 @@ class Evaluation:
         if self.processes > 1:
             distributed.barrier()
 
-    def take_up_on_rank_0(self) -> tuple[set[Key], dict[str, int]]:
-        """Take up all files on rank 0 before any rank opens its own. An error ends all ranks."""
+    def remove_incomplete_units_on_rank_0(self) -> tuple[set[Key], dict[str, int]]:
+        """Remove incomplete units on rank 0, before any rank opens its file.
+
+        An error ends all ranks.
+        """
         start_processes(self.bench.lm.model.device)
         found: list[Any] = [None]
         if self.process == 0:
             try:
-                found = [take_up(self.folder, self.settings, self.units)]
+                found = [remove_incomplete_units(self.folder, self.settings, self.units)]
             except (OSError, ValueError) as error:
                 found = [error]
         distributed.broadcast_object_list(found)
@@ -356,11 +366,11 @@ class Evaluation:
         taken: tuple[set[Key], dict[str, int]] = found[0]
         return taken
 
-    def say_if_blind(self, arm: str, records: Sequence[Record]) -> None:
-        """Print once per arm that --lens records nothing if no agent has latent steps."""
+    def warn_without_thoughts(self, arm: str, records: Sequence[Record]) -> None:
+        """Print once per arm that --lens records nothing, if no agent has latent steps."""
         agents = [agent for record in records for agent in record["agents"]]
-        if self.lens and arm not in self.blind and not any("thoughts" in a for a in agents):
-            self.blind.add(arm)
+        if self.lens and arm not in self.warned_arms and not any("thoughts" in a for a in agents):
+            self.warned_arms.add(arm)
             print(f"evaluate: --lens records nothing for {arm}: no thoughts", file=sys.stderr)
 
     def show(self, text: str, ends: bool = True) -> None:
@@ -396,7 +406,7 @@ class Evaluation:
         return missing == 0
 
     def diagnostics(self) -> Record:
-        """Return the diagnostics of an audit. They are stored, because they take minutes."""
+        """Return the diagnostics of an audit, which are stored because they take minutes."""
         path = self.folder / "diagnostics.json"
         if not path.exists():
             found = probe.diagnose(self.bench, self.arms)
@@ -406,25 +416,25 @@ class Evaluation:
 
 
 def check_parallel(args: argparse.Namespace, size: int, processes: int) -> None:
-    """Raise ValueError if --parallel does not fit the processes, or what is asked of them."""
+    """Raise ValueError if --parallel does not fit the processes or the other flags."""
     if args.parallel is None:
         return
     for name in ("audit", "lens", "replay", "regrade"):
         if getattr(args, name):
-            expected = "expected one process for each model: one of several would run alone"
+            expected = "expected one process per model, because one of several would run alone"
             raise ValueError(f"{name} (--{name}): found with --parallel, {expected}")
     if "RANK" not in os.environ or processes % size:
-        expected = "expected torchrun with a multiple of it"
+        expected = "expected torchrun with a multiple of that number"
         raise ValueError(f"parallel (--parallel): found {size} of {processes} ranks, {expected}")
 
 
 def start_processes(device: torch.device) -> None:
-    """Let the processes of torchrun find each other, unless they have."""
+    """Join the process group of torchrun, unless this process has already joined it."""
     if distributed.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Ranks wait for each other only at the end, and the slowest may take long.
+    # Ranks wait for each other mostly at the end, and the slowest one may take long.
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=timedelta(days=7))
 

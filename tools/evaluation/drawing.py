@@ -120,7 +120,7 @@ def draw_lines(axes: Any, lines: Figure, colour_of: dict[str, str]) -> dict[str,
 def scale_of_losses(axes: Any, which: str) -> None:
     """Make an axis linear near 0 and logarithmic elsewhere, with a line at 0.
 
-    So one picture can show both a harm of 2 and a gain of 0.02.
+    So one picture can show both a rise of 2 and a fall of 0.02.
     """
     getattr(axes, f"set_{which}scale")("symlog", linthresh=LINEAR_BELOW, linscale=1.5)
     low, high = getattr(axes, f"get_{which}lim")()
@@ -230,11 +230,11 @@ def draw_drift(figure: Figure, canvas: Any) -> None:
     shown: dict[str, Any] = {}
     for place, (name, arm) in enumerate(figure["arms"].items()):
         style = {"color": COLOURS[place % len(COLOURS)], "linewidth": 1.6}
-        # The first thought has no thought before it.
+        # The first thought has no previous thought.
         steps = range(2, len(arm["cosines"]) + 2)
         [shown[name]] = cosines.plot(steps, arm["cosines"], **style)
         attention.plot(range(len(arm["attention"])), arm["attention"], **style)
-    cosines.set(title="Cosine to the thought before", xlabel="thought", ylim=(-0.1, 1.05))
+    cosines.set(title="Cosine to the previous thought", xlabel="thought", ylim=(-0.1, 1.05))
     attention.set(title="The last agent's attention on all thoughts", xlabel="layer")
     attention.set_ylim(bottom=0)
     for axes in (cosines, attention):
@@ -272,7 +272,7 @@ def draw_thoughts(figure: Figure, canvas: Any) -> None:
     places.set(title="Thoughts, and token embeddings in grey")
     places.set(xlabel="first main direction", ylabel="second")
     norms.set(title="Norm of the mapped state, before rescaling", xlabel="thought")
-    following.set(title="Cosine to the thought before", **cosines)
+    following.set(title="Cosine to the previous thought", **cosines)
     nearest.set(title="Cosine to the nearest token embedding", **cosines)
     canvas.legend(shown.values(), shown, loc="outside right upper")
     what = f"{figure['steps']} thoughts on {figure['questions']} questions"

@@ -5,11 +5,11 @@ to `think`. Feeders show whether an effect comes from the latent state or only f
 may be better maps. The library has the five kinds of `minimas.Aligner` and files of saved ones.
 This module adds:
 
-    gain:P       rescale((h ÷ gᴾ) W_a), g the gain of the final norm; P = 0 is the paper's map, and
-                 P = 1 is prenorm
+    gain:P       rescale((h ÷ gᴾ) W_a), where g is the gain of the final norm; P = 0 is the paper's
+                 map, and P = 1 is prenorm
     mean         (h − μ_h) s + μ_e, which gives hidden states the mean and spread of embeddings
-    fitted       rescale(h W), W the ridge regression from the state at a token to the embedding of
-                 the next token
+    fitted       rescale(h W), where W is the ridge regression from the state at a token to the
+                 embedding of the next token
     soft:T:K     Σ p_v e_v, p = softmax(logits(h) / T) over the K likeliest tokens
                  (default: T = 1, K = 0 for all tokens)
     gumbel:T     as soft, with Gumbel noise added to the logits, from the generator of the question
@@ -80,7 +80,7 @@ def parse(kind: str) -> tuple[str, tuple[str, ...]]:
 
 
 def is_number(text: str) -> bool:
-    """Return True if a text is a number without a sign and an exponent."""
+    """Return True if a text is a number without a sign or an exponent."""
     return re.fullmatch(r"\d*\.?\d+", text) is not None
 
 
@@ -258,7 +258,7 @@ def gumbel_noise(scores: Tensor, generators: Sequence[torch.Generator] | None) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line of tools/feeders.py. Returns 0 done, 1 failed.
+    """Run the command line of tools/feeders.py. Returns 0 if done, 1 if failed.
 
     Raises SystemExit(2) for a wrong command line.
     """
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--text", type=Path, metavar="FILE", help=f"plain text (default: tools/{PLAIN_TEXT.name})")
     add("--out", type=Path, required=True, metavar=f"FILE{SUFFIX}")
     args = top.parse_args(argv)
-    if args.out.suffix != SUFFIX:  # --align would take the name for a kind
+    if args.out.suffix != SUFFIX:  # --align would take the name for a kind of map
         top.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
     try:
         text = args.text.read_text(encoding="utf-8") if args.text else plain_text()

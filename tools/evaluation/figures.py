@@ -73,7 +73,7 @@ def runs(folders: Sequence[Path]) -> list[Record]:
 def steps(found: Sequence[Record]) -> Figure:
     """Return the points of each map and control arm by number of latent steps, for each metric.
 
-    For the loss, a point is the paired difference to prompts only (0 steps) with its bootstrap
+    For the loss, a point is the paired difference from prompts only (0 steps) with its bootstrap
     interval, because questions differ from each other far more than arms do. For accuracy, it is
     the share of right answers with its interval. Raises ValueError if there is nothing to draw.
     """
@@ -85,7 +85,7 @@ def steps(found: Sequence[Record]) -> Figure:
 
 
 def loss_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
-    """Return name -> points of the loss; {} if there is no arm with prompts only."""
+    """Return name -> points of the loss, or {} if there is no arm with prompts only."""
     arms = values_of_arms(found, "nll", "nll")
     zero = arms.get(("", 0))
     if zero is None:
@@ -150,7 +150,10 @@ def varied_settings(found: Sequence[Record]) -> list[str]:
 
 
 def paired_point(values: Values, others: Values) -> Point:
-    """Return the paired difference of two arms. Raises ValueError without a common question."""
+    """Return the paired difference between two arms, `values` − `others`.
+
+    Raises ValueError if they have no common question and seed.
+    """
     line = paired(values, others)
     if line is None:
         raise ValueError("found arms without a common question and seed, expected the same ones")
@@ -257,7 +260,7 @@ def forest(found: Sequence[Record]) -> Figure:
 def drift(found: Sequence[Record]) -> Figure:
     """Return the cosine of successive thoughts and the attention on all thoughts, per arm.
 
-    The cosine is that of each thought to the one before it. The attention is the share of the last
+    The cosine is that of each thought to the previous one. The attention is the share of the last
     agent's attention on the thoughts of all agents, per layer. Both are means over the questions.
     Raises ValueError for a run without `--lens`.
     """

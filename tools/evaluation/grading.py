@@ -18,7 +18,7 @@ Grader = Callable[[Row, str], bool | None]  # None: not graded, like code that m
 
 
 def plain_grader(row: Row, text: str, verifies: bool = False) -> bool | None:
-    """Return True if the answer in a text is right, by rules; None for code, which is not run.
+    """Return whether the answer in a text is right by rules, or None for code, which is not run.
 
     With `verifies`, math-verify also compares expressions.
     """

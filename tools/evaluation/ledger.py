@@ -146,11 +146,13 @@ def all_records(folder: Path, units: Units) -> list[Record]:
     return [record for key in units for record in found.get(key, [])]
 
 
-def take_up(folder: Path, settings: Record, units: Units) -> tuple[set[Key], dict[str, int]]:
+def remove_incomplete_units(
+    folder: Path, settings: Record, units: Units
+) -> tuple[set[Key], dict[str, int]]:
     """Remove incomplete units from the ends of all files of a folder.
 
     Returns the keys of the complete units, and the size of each file in bytes, by file name. Raises
-    ValueError for a file with other settings or with an unexpected line; then no file is changed.
+    ValueError for a file with other settings or with an unexpected line. Then no file is changed.
     """
     ends: dict[str, int] = {}
     done: set[Key] = set()
@@ -171,14 +173,14 @@ def take_up(folder: Path, settings: Record, units: Units) -> tuple[set[Key], dic
 
 
 class Ledger:
-    """A result file that is open for appending by one process. For a second one, opening fails."""
+    """A result file that one process has open for appending. A second process cannot open it."""
 
     def __init__(self, path: Path, head: Record, size: int | None = None) -> None:
         """Open a file, and write `head` if the file is new.
 
-        `size` is the size in bytes that `take_up` returned for the file (None: not known). Raises
-        ValueError if the file has another size, because then another process has added units, and
-        if it is locked. Raises OSError if the file cannot be written.
+        `size` is the size in bytes that `remove_incomplete_units` returned for the file (None: not
+        known). Raises ValueError if the file has another size, because then another process has
+        added units, and if it is locked. Raises OSError if the file cannot be written.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)

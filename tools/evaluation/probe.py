@@ -8,7 +8,7 @@ Three diagnostics show what is in the KV cache of the last agent, and what has a
 
 This module does not use records, statistics or files.
 
-    B rows   n thoughts   S slots   H query heads   K key-value heads   D hidden   V vocabulary
+    B rows   n thoughts   S slots   D hidden   V vocabulary
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from minimas import Aligner, KVCache
 
 from .arms import Arm
-from .bench import Bench, How
+from .bench import Bench, CallOptions
 from .grading import gold_text
 from .last_turn import LastTurn, slots
 from .looking import attention_by_head
@@ -116,7 +116,7 @@ class Tap:
         self.thoughts: list[Tensor] = []
 
     def with_generators(self, generators: Sequence[torch.Generator]) -> "Tap":
-        """Return this map after giving its noise, if any, one generator per row."""
+        """Give the noise of the map, if any, one generator per row. Returns this map."""
         if hasattr(self.align, "with_generators"):
             self.drawn = self.align.with_generators(generators)
         return self
@@ -131,8 +131,8 @@ class Tap:
 def walk(tap: Tap, w_in: Tensor) -> dict[str, Tensor]:
     """Return norms and cosines of the n thoughts of all agents, (B, n) each.
 
-    `w_in` (V, D) has the embeddings of the tokens. "successive cosine" is the cosine to the thought
-    before, (B, n − 1).
+    `w_in` (V, D) has the embeddings of the tokens. "successive cosine" is the cosine between a
+    thought and the one before it, (B, n − 1).
     """
     dtype = torch.promote_types(tap.thoughts[0].dtype, torch.float32)
     states = torch.cat(tap.states, 1).to(dtype)  # (B, n, D)
@@ -166,7 +166,7 @@ def geometry(tap: Tap, steps: int, w_in: Tensor) -> dict[str, float | None]:
 
 
 def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
-    """Return attention, transplants and geometry on the first questions; {} without thoughts.
+    """Return attention, transplants and geometry on the first questions, or {} without thoughts.
 
     `arms` are the arms of an audit, named "METRIC: NAME". The metric has no effect here.
     """
@@ -218,7 +218,7 @@ def thoughts_geometry(bench: Bench, arm: Arm, rows: range) -> dict[str, float | 
     seen: list[dict[str, float | None]] = []
     for group in bench.groups(rows, arm):
         tap = Tap(bench.feeders(arm.align or "ridge"))
-        last = bench.last_turn(group, arm, How(align=tap))
+        last = bench.last_turn(group, arm, CallOptions(align=tap))
         counts = {trace.latent_steps for q in range(len(group)) for trace in last.traces(q)}
         if tap.thoughts and len(counts) == 1:
             seen += [geometry(tap, counts.pop(), w_in)] * len(group)

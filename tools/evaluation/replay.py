@@ -39,7 +39,7 @@ def replay(bench: Bench, arms: Sequence[Arm], found: Sequence[Record], id_: str)
 
 
 def difference(old: Record, new: Record) -> str | None:
-    """Return a text about the first difference of two records of one question, or None."""
+    """Return a text about the first difference between two records of one question, or None."""
 
     def said(where: str, found: Any, expected: Any) -> str:
         return f"differs {where}: found {found!r:.60}, expected {expected!r:.60}"

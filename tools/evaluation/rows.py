@@ -13,12 +13,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from minimas import rows
+from minimas import Team, rows
 from minimas.answers import extract
 from minimas.rows import NUMBER, Row, kind_of
 from minimas.text.tokenizer import read_text
 
-__all__ = ["Row", "kind_of", "option_of", "read_rows"]
+__all__ = ["Row", "kind_of", "option_of", "own_team", "read_rows"]
 
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "id": (str, int), "answer": (str, int, Decimal), "solution": (str,), "tests": (str,),
@@ -99,6 +99,11 @@ def code_row(row: Row) -> Row:
         head = row["question"] if "entry_point" in row else ""
         row.setdefault("solution", f"```python\n{(head + row['canonical_solution']).strip()}\n```")
     return row
+
+
+def own_team(row: Row) -> Team:
+    """Return the team in a row. Raises ValueError naming the row if it is not valid."""
+    return Team.from_dict(row["team"], f"{row['id']}: team")
 
 
 def option_of(answer: str, choices: dict[str, str]) -> str | None:

@@ -1,6 +1,6 @@
-"""Run an untrusted Python program in a sandbox. `run` reports if it reached its last statement.
+"""Run an untrusted Python program in a sandbox, and report whether it reached its last statement.
 
-The program runs as a module in a new interpreter without environment variables, input and network,
+The program runs as a module in a new interpreter without environment variables, input or network,
 in its own empty folder. It is confined by these layers, from the outermost to the innermost:
 
 * The caller kills the guard, a separate process, when the time is up, and waits until none of its
@@ -83,7 +83,7 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
         }
         guard = subprocess.Popen(
             [sys.executable, "-s", "-P", "-B", __file__, "--guard"],
-            # Makes the order of sets the same in every run. Removed before the program starts.
+            # This makes the order of sets the same in every run. The program does not see it.
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
             stdin=subprocess.PIPE,
@@ -133,7 +133,7 @@ def _outcome(said: bytes, ended: bool, token: str, timeout: float, seconds: floa
 
 
 def _read(descriptor: int, until: float, most: int = 4096) -> tuple[bytes, bool]:
-    """Return the bytes read before the time is up, and True if they ended or are too many."""
+    """Return the bytes read before the time is up, and True if they ended or were too many."""
     said = b""
     while (left := until - time.monotonic()) > 0 and select.select([descriptor], [], [], left)[0]:
         piece = os.read(descriptor, most)
@@ -213,7 +213,10 @@ def _attempt(name: str, missing: list[str], action: Callable[[], int | None]) ->
 
 
 def _enter_user_namespace() -> int:
-    """Return the user id that the program gets: under root another one, if the kernel allows."""
+    """Enter a new user namespace, and return the user id for the program in it.
+
+    Under root, the id is that of another user if the kernel allows it.
+    """
     uid, gid, guard = os.getuid(), os.getgid(), os.getpid()
     wait, go = os.pipe()
     if not (helper := os.fork()):  # only a process outside can map a second user
@@ -251,7 +254,7 @@ def _mount(folder: str) -> None:
 
 
 def _program(order: dict[str, Any], token: int, user: int, missing: list[str]) -> None:
-    """Run the program in this process. Never returns; it ends after writing the verdict."""
+    """Run the program, write the verdict, and end this process."""
     import resource  # does not exist on Windows
 
     verdict, read, write, leave, hear = order["verdict"], os.read, os.write, os._exit, repr
@@ -309,7 +312,10 @@ def _drop_privileges(user: int, missing: list[str]) -> None:
 
 
 def _landlock(folder: str) -> None:
-    """Allow only the interpreter, its libraries and the folder; no TCP, no signals to others."""
+    """Allow access only to the interpreter, its libraries and the folder.
+
+    TCP, and signals to other processes, are forbidden if the kernel supports this.
+    """
     version = _call(_C.syscall(SYS_LANDLOCK, None, 0, 1))
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     network, signals = 3 if version >= 4 else 0, 3 if version >= 6 else 0

@@ -123,7 +123,7 @@ def digest_of(data: bytes) -> str:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the checkout, with "-dirty" if files differ; None without git."""
+    """Return the commit of the checkout, with "-dirty" if files differ, or None without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -105,10 +105,10 @@ def share(graded: Sequence[float]) -> list[float]:
 
 
 def paired(first: Values, second: Values, exact: bool = False) -> dict[str, Any] | None:
-    """Return the paired difference first − second, over the (question, seed) that both have.
+    """Return the paired difference first − second, over the (question, seed) pairs that both have.
 
-    Returns None if there are none. The p-value is from random signs. With `exact` it is McNemar's,
-    if the values are right and wrong answers with one seed per question.
+    Returns None if there are none. The p-value comes from random signs. With `exact` it is
+    McNemar's, if the values are right and wrong answers with one seed per question.
     """
     common = sorted(first.keys() & second.keys())
     if not common:

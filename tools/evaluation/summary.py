@@ -59,12 +59,13 @@ def table(arms: dict[str, Record], rows: Sequence[Row]) -> str:
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     chances = [row["chance"] for row in rows if "chance" in row]
     if chances:
-        text += f"\n\nA guess is right in {sum(chances) / len(chances):.1%} of the questions."
+        text += f"\n\nA guess is right for {sum(chances) / len(chances):.1%} of the questions."
     options = [1 / len(row["choices"]) for row in rows if row.get("choices")]
     if options and any(line["metric"] == "nll" for line in arms.values()):
         # The option with the lowest loss is right by chance more often than a guessed answer.
         chance = sum(options) / len(options)
-        text += f"\n\nThe option with the lowest loss is right by chance in {chance:.1%}."
+        text += "\n\nBy chance, the option with the lowest loss is right for "
+        text += f"{chance:.1%} of the questions."
     return text
 
 

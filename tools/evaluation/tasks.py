@@ -1,7 +1,7 @@
 """Load tasks by name: benchmarks from a folder of data files, and generated split evidence.
 
 **Split evidence.** Each of three readers has its own note. The question is about the notes, but the
-agent who answers has only the question, so a right answer must come through the KV cache of the
+agent that answers has only the question, so a right answer must come through the KV cache of the
 readers. Values are drawn for each row, all with the same probability, so a guess is right in 1 of
 90 rows. There are 8 options per row, which are not shown; only their losses are measured.
 

@@ -1,10 +1,10 @@
 """Compare the arms of an audit, and state the verdict in one sentence.
 
-The effect of the thoughts is the difference of full and prompts only. The effect of the prompts is
-the difference of prompts only and none. The gold NLL (the loss of the right answer) finds small
-effects, but rewards whatever makes the words of the solution likelier. Accuracy shows how much an
-effect matters, but needs many questions. Neither can show that thoughts are useless for other
-questions or models. This module uses only records.
+The effect of the thoughts is the difference between full and prompts only. The effect of the
+prompts is the difference between prompts only and none. The gold NLL (the loss of the right answer)
+finds small effects, but rewards whatever makes the words of the solution likelier. Accuracy shows
+how much an effect matters, but needs many questions. Neither can show that thoughts are useless for
+other questions or models. This module uses only records.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ NOTHING = "Nothing can be said: at least two of the arms full, prompts only and 
 
 
 def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Record | None:
-    """Return the paired difference of two arms, first − second, in the form of `stats.paired`.
+    """Return the paired difference between two arms, first − second, in the form of `stats.paired`.
 
-    It is over the questions and seeds that both arms have. Returns None if there are none.
+    It includes the questions and seeds that both arms have. Returns None if there are none.
     """
     field = "nll" if metric == "nll" else "correct"
     values: dict[str, dict[tuple[str, int], float]] = {first: {}, second: {}}
@@ -33,7 +33,7 @@ def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Re
 
 
 def comparisons(found: Sequence[Record]) -> Record:
-    """Return the differences of each arm to full, prompts only and none.
+    """Return the differences between each arm and the arms full, prompts only and none.
 
     The keys are "METRIC: ARM − OTHER".
     """
@@ -75,14 +75,14 @@ def answers_sentence(line: Record, what: str, pronoun: str, does: str) -> str:
     shares += f", without {pronoun} {line['second']:.0%}"
     effect = "no difference is found"
     if line["p"] < ALPHA:
-        effect = does.format("help" if line["mean"] > 0 else "harm")
+        effect = does.format("help" if line["mean"] > 0 else "hurt")
     return f"{shares}: {effect} ({p_value(line)})"
 
 
 def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | None) -> str:
     """Return a clause about the effect of the thoughts on the loss.
 
-    It does not say "harm" or "help" if the accuracy contradicts the loss.
+    The clause does not say "hurt" or "help" if the accuracy contradicts the loss.
     """
     if line["p"] >= ALPHA:
         what = "no effect of the thoughts on the loss of the right answer is found"
@@ -93,14 +93,14 @@ def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | N
     if answers and answers["p"] < ALPHA and (answers["mean"] > 0) == raised:
         return f"{said}, and the answers say the opposite"
     if raised:
-        return f"{said}: with this model they harm"
+        return f"{said}: with this model they hurt"
     said = f"{said}: with this model they help"
     other = compare(found, "nll", "full", "shuffled")
     if other is None:
         return said
     if other["p"] < ALPHA and other["mean"] < 0:
         return f"{said}, and with another question's memory the loss is higher"
-    return f"{said}, but no difference to another question's memory is found"
+    return f"{said}, but no difference from another question's memory is found"
 
 
 def prompts_sentence(line: Record, what: str) -> str:

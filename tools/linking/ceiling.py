@@ -1,9 +1,9 @@
-"""What thoughts could carry at most: thoughts that are optimized for one question each.
+"""Measure how much thoughts can carry at most, by optimizing the thoughts of each single question.
 
-They start as the thoughts of a map. Adam then changes every number of them, for the solution of the
-question itself, or for that of another question. If its own solution becomes no likelier than
-another one, no map can help; if both become certain, thoughts are a channel for anything, and what
-a link reaches is a question of learning. Does not know: training a link.
+The thoughts start as those of a map. Adam then changes all their numbers, either for the solution
+of the question itself or for that of another question. If a question's own solution becomes no
+likelier than another one, no map can help. If both become certain, thoughts can carry anything, and
+only learning limits what a link reaches. This module does not train a link.
 
     R rows of a turn   D hidden
 """
@@ -23,7 +23,7 @@ from tools.evaluation.rows import Row
 
 from .data import rotated
 from .link import Feeder
-from .rollout import Align, How, nll, start_run
+from .rollout import Align, TeamSettings, nll, start_run
 
 
 class FreeThoughts(nn.Module):
@@ -45,7 +45,7 @@ class FreeFeeder:
         self._turns = iter(turns)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Raise: a turn asks for its map when it starts."""
+        """Raise TypeError, because each turn must ask for its own map (`with_generators`)."""
         raise TypeError("free thoughts are fed turn by turn")
 
     def with_generators(self, generators: Any) -> Feeder:
@@ -62,7 +62,7 @@ class FreeFeeder:
 
 
 @torch.no_grad()
-def thoughts_of(lm: LM, rows: Sequence[Row], how: How, align: Align) -> FreeThoughts:
+def thoughts_of(lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Align) -> FreeThoughts:
     """Return the thoughts of a map on some questions, as parameters."""
     turns: list[list[Tensor]] = []
 
@@ -72,24 +72,26 @@ def thoughts_of(lm: LM, rows: Sequence[Row], how: How, align: Align) -> FreeThou
         elif isinstance(event, Thought):
             turns[-1].append(event.embedding)
 
-    finish(hand_over(start_run(lm, rows, how, align)), listen)
+    finish(hand_over(start_run(lm, rows, settings, align)), listen)
     return FreeThoughts([torch.cat(steps, 1) for steps in turns])
 
 
 def optimize(
-    lm: LM, rows: Sequence[Row], how: How, align: Align, updates: int, rate: float
+    lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Align, updates: int, rate: float
 ) -> list[list[float]]:
-    """Return the gold NLL per token of each question, before each update and after the last.
+    """Return the gold NLL per token of each question, before each update and after the last one.
 
-    Each question's thoughts depend on its own loss alone: Adam divides by every number's own
-    gradients, and there is no clipping.
+    The thoughts of a question depend only on its own loss, because Adam scales each number by that
+    number's gradients and nothing is clipped.
     """
-    free = thoughts_of(lm, rows, how, align)
-    how = how._replace(once=PrefillOnce())  # the first prompts are the same in every update
+    free = thoughts_of(lm, rows, settings, align)
+    # The first prompts are the same in every update.
+    settings = settings._replace(once=PrefillOnce())
     adam = torch.optim.Adam(free.parameters(), lr=rate)
     losses = []
     for update in range(updates + 1):
-        each = torch.stack([tokens.mean() for tokens in nll(lm, rows, how, free.feeder())])  # (B,)
+        found = nll(lm, rows, settings, free.feeder())
+        each = torch.stack([tokens.mean() for tokens in found])  # (B,)
         losses.append(each.tolist())
         if update < updates:
             adam.zero_grad()
@@ -99,14 +101,14 @@ def optimize(
 
 
 def ceiling(
-    lm: LM, rows: Sequence[Row], how: How, align: Align, updates: int, rate: float
+    lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Align, updates: int, rate: float
 ) -> list[dict[str, Any]]:
-    """Return a record per question: losses by update for its own solution, and for the next one's.
+    """Return a record per question, with losses by update for its own and for another solution.
 
-    Thoughts for another question's solution are optimized from the same start.
+    The other solution is that of the next question. Both optimizations have the same start.
     """
-    own_losses = optimize(lm, rows, how, align, updates, rate)
-    other_losses = optimize(lm, rotated(rows), how, align, updates, rate)
+    own_losses = optimize(lm, rows, settings, align, updates, rate)
+    other_losses = optimize(lm, rotated(rows), settings, align, updates, rate)
     return [
         {"id": row["id"], "own": own, "other": other}
         for row, own, other in zip(rows, own_losses, other_losses, strict=True)

@@ -1,4 +1,4 @@
-"""The command line of tools/train_link.py: flags, and what is made of them."""
+"""The command line of tools/train_link.py: flags, and the objects that are made from them."""
 
 import argparse
 import json
@@ -23,18 +23,20 @@ from tools.shared.files import write_whole
 from .ceiling import ceiling
 from .data import EXPECTED, Data, read_data, rotated
 from .link import Link
-from .rollout import OBJECTIVES, How, require_alike
+from .rollout import OBJECTIVES, TeamSettings, require_alike
 from .train import Settings, Training, in_batches, kept, measure
 
 SUFFIX = ".safetensors"
 STARTS = ("ridge", "prenorm", "identity")
-TRAIN_ROWS = 4096  # generated rows: an epoch
-# Of a run that is continued these may change.
-FREE = ("out", "updates", "patience", "test", "restart", "device", "ceiling", "max_new_tokens")
+TRAIN_ROWS = 4096  # generated rows in an epoch
+# Flags that may change when a run is continued.
+MAY_CHANGE = (
+    "out", "updates", "patience", "test", "restart", "device", "ceiling", "max_new_tokens",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0 done, 1 failed, 130 stopped by Ctrl-C.
+    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C.
 
     Raises SystemExit(2) for a wrong command line.
     """
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def named(error: BaseException) -> BaseException:
-    """Return the error with its parameter as a flag."""
+    """Return the error with its parameter written as a flag."""
     if isinstance(error, ParameterError):
         return ValueError(f"--{error.parameter.replace('_', '-')}: {error.problem}")
     return error
@@ -66,45 +68,48 @@ def make_parser() -> Parser:
     add("--model", "-m", default="weights/tiny", help="folder, hub id or .gguf file")
     add("--out", type=Path, required=True, metavar=f"FILE{SUFFIX}", help="the link, for --align")
     add("--data", metavar="DATA", help=f"{EXPECTED} (default with weights/tiny: tiny)")
-    add("--rows", type=row_range, default=slice(None), metavar="START:STOP", help="of a file")
+    add("--rows", type=row_range, default=slice(None), metavar="START:STOP", help="part of a file")
     add("--held-out", type=whole(1), default=64, metavar="N", help="rows for the held-out loss")
     add("--test", type=whole(0), default=0, metavar="N", help="rows to test the best link on")
-    how = top.add_argument_group("team")
-    add = how.add_argument
+    add = top.add_argument_group("team").add_argument
     add("--team", default="sequential", help="sequential, hierarchical or FILE.json")
-    add("--agents", type=whole(1), metavar="N", help="only the first N of them, and the last one")
-    add("--latent-steps", type=whole(0), metavar="N", help="thoughts of each agent")
-    add("--transfer", choices=TRANSFERS, default="full", help="latents: thoughts only")
-    add("--layout", choices=LAYOUTS, help="default: the team's own")
-    add("--max-new-tokens", "-n", type=whole(1), default=24, help="in the answers of --test")
-    link = top.add_argument_group("link")
-    add = link.add_argument
+    add("--agents", type=whole(1), metavar="N", help="only the first N agents and the last one")
+    add("--latent-steps", type=whole(0), metavar="N", help="thoughts per agent")
+    text = "what agents hand over (latents: thoughts only)"
+    add("--transfer", choices=TRANSFERS, default="full", help=text)
+    add("--layout", choices=LAYOUTS, help="(default: the team's own)")
+    text = "largest number of tokens in an answer of --test"
+    add("--max-new-tokens", "-n", type=whole(1), default=24, help=text)
+    add = top.add_argument_group("link").add_argument
     add("--start", type=one_of(STARTS, SUFFIX), default="ridge", help="the map to start from")
     add("--noise", type=float, default=0.0, metavar="S", help="noise on its matrix, S × its RMS")
-    add("--rank", type=whole(1), metavar="R", help="train W₀ + A B of rank R, not all of W")
-    add("--start-vectors", type=whole(1), default=0, metavar="K", help="learned first thoughts")
+    text = "train A and B of W₀ + A B with rank R, instead of all of W"
+    add("--rank", type=whole(1), metavar="R", help=text)
+    text = "learn K vectors that are the first thoughts"
+    add("--start-vectors", type=whole(1), default=0, metavar="K", help=text)
     add("--gist", action="store_true", help="control: all thoughts are learned vectors, no map")
-    training = top.add_argument_group("training")
-    add = training.add_argument
-    add("--objective", choices=tuple(OBJECTIVES), default="nll", help="nll of the solution, or KL")
+    add = top.add_argument_group("training").add_argument
+    text = "nll: loss of the solution, distill: KL divergence from the prompts' cache"
+    add("--objective", choices=tuple(OBJECTIVES), default="nll", help=text)
     add("--updates", type=whole(0), default=100)
     add("--batch-size", type=whole(1), default=8)
     add("--rate", type=float, default=3e-3, help="learning rate of Adam")
-    add("--evaluate-every", type=whole(1), default=10, metavar="N", help="updates")
-    text = "evaluations without a lower held-out loss that end the training (0: never)"
+    text = "updates between evaluations"
+    add("--evaluate-every", type=whole(1), default=10, metavar="N", help=text)
+    text = "stop after N evaluations without a lower held-out loss (default: 0, never)"
     add("--patience", type=whole(0), default=0, metavar="N", help=text)
     add("--seed", "-s", type=whole(0), default=0)
     text = "control: every question gets the solution of another one"
     add("--shuffle-labels", action="store_true", help=text)
     add("--restart", action="store_true", help="do not continue an earlier run")
-    text = "train no link: optimize the thoughts of each --test question by N updates"
+    text = "train no link, but optimize the thoughts of each --test question in N updates"
     add("--ceiling", type=whole(1), metavar="N", help=text)
     add("--device", default="auto", help="auto, cpu or cuda")
     return top
 
 
 def row_range(text: str) -> slice:
-    """Convert START:STOP, of which one may be missing."""
+    """Convert START:STOP to a slice. One of the two numbers may be missing."""
     start, colon, stop = text.partition(":")
     if not colon or not all(part.isdecimal() for part in (start, stop) if part):
         raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected START:STOP, as in 200:1200")
@@ -112,13 +117,13 @@ def row_range(text: str) -> slice:
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
-    """End with status 2 if flags do not go together."""
-    if args.out.suffix != SUFFIX:  # --align would take its name for a kind
+    """Exit with status 2 if a flag is wrong, or if flags do not go together."""
+    if args.out.suffix != SUFFIX:  # --align would take its name for a kind of map
         parser.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
     if Path(args.start).resolve() == args.out.resolve():
         parser.error("argument --start: found the file of --out, which training overwrites")
     if args.gist and (args.rank or args.start_vectors or args.noise or args.start != "ridge"):
-        parser.error("argument --gist: there is no map: expected no --start, --noise, --rank, "
+        parser.error("argument --gist: there is no map, so expected no --start, --noise, --rank or "
                      "--start-vectors")  # fmt: skip
     if args.data is None and args.model != "weights/tiny":
         parser.error(f"argument --data: found nothing, expected {EXPECTED}")
@@ -140,30 +145,30 @@ def run(args: argparse.Namespace) -> None:
     )
     # In float32 from the start: packed 16-bit layers are unpacked at every differentiable pass.
     lm = load(args.model, args.device, "float32")
-    how = make_how(lm, args)
-    require_alike([*data.train, *data.held_out, *data.test], how)
+    team_settings = make_team_settings(lm, args)
+    require_alike([*data.train, *data.held_out, *data.test], team_settings)
     if args.ceiling:
         start = make_start(lm, args)
-        measure_ceiling(lm, data.test, how, start, args)
+        measure_ceiling(lm, data.test, team_settings, start, args)
         return
     if args.shuffle_labels:
         data = Data(rotated(data.train), rotated(data.held_out), data.test)
-    link = make_link(lm, how, args)
-    training = make_training(lm, link, data, how, args)
+    link = make_link(lm, team_settings, args)
+    training = make_training(lm, link, data, team_settings, args)
     if args.restart:
         training.state.unlink(missing_ok=True)
     elif args.out.exists() and not training.state.exists():
-        raise FileExistsError(f"{args.out}: found a file of no run (no {training.state}), "
-                              "expected another --out, or --restart to write over it")  # fmt: skip
+        raise FileExistsError(f"{args.out}: found a file without its state ({training.state}), "
+                              "expected another --out, or --restart to overwrite it")  # fmt: skip
     training.run()
     if data.test:
-        found = measure(lm, link, data.test, how, args.batch_size)
+        found = measure(lm, link, data.test, team_settings, args.batch_size)
         training.write({"test": found})
         print(json.dumps({"test": found}))
 
 
-def make_how(lm: LM, args: argparse.Namespace) -> How:
-    """Return the settings of the team. Raises ValueError naming a flag."""
+def make_team_settings(lm: LM, args: argparse.Namespace) -> TeamSettings:
+    """Return the settings of the team. Raises ValueError naming a wrong flag."""
     named = Path(args.team)
     team = Team.from_json(named) if named.suffix == ".json" else choose_team(lm, args.team)
     if args.agents is not None:
@@ -175,11 +180,11 @@ def make_how(lm: LM, args: argparse.Namespace) -> How:
         raise ValueError(
             f"--start-vectors: found {args.start_vectors}, expected at most {steps}, --latent-steps"
         )
-    return How(team, steps, args.transfer, args.layout, args.max_new_tokens)
+    return TeamSettings(team, steps, args.transfer, args.layout, args.max_new_tokens)
 
 
 def make_start(lm: LM, args: argparse.Namespace) -> Aligner:
-    """Return the map to start from, with noise."""
+    """Return the map to start from, with the noise of --noise."""
     start = lm.aligner(args.start)
     if not args.noise:
         return start
@@ -192,39 +197,45 @@ def make_start(lm: LM, args: argparse.Namespace) -> Aligner:
     return Aligner(noisy, start.norm, start.scale, start.shift, lm.model)
 
 
-def make_link(lm: LM, how: How, args: argparse.Namespace) -> Link:
+def make_link(lm: LM, team_settings: TeamSettings, args: argparse.Namespace) -> Link:
     """Return the link to train."""
     if args.gist:
-        return Link(lm.model, None, None, how.latent_steps, args.seed)
+        return Link(lm.model, None, None, team_settings.latent_steps, args.seed)
     return Link(lm.model, make_start(lm, args), args.rank, args.start_vectors, args.seed)
 
 
-def make_training(lm: LM, link: Link, data: Data, how: How, args: argparse.Namespace) -> Training:
-    """Return the training, and print how much it trains on how many rows."""
+def make_training(
+    lm: LM, link: Link, data: Data, team_settings: TeamSettings, args: argparse.Namespace
+) -> Training:
+    """Return the training run, and print the numbers of its parameters and rows."""
     settings = Settings(
         args.objective, args.updates, args.batch_size, args.rate, args.evaluate_every,
         args.patience, args.seed,
     )  # fmt: skip
     identity: dict[str, Any] = {
         name: str(value) if isinstance(value, slice | Path) else value
-        for name, value in vars(args).items() if name not in FREE
+        for name, value in vars(args).items() if name not in MAY_CHANGE
     }  # fmt: skip
     identity["rows_crc"] = zlib.crc32(json.dumps([data.train, data.held_out]).encode())
     identity["fingerprint"] = lm.model.fingerprint()
     identity["parameters"] = sum(part.numel() for part in link.parameters())
     line = f"train_link: {identity['parameters']:,} parameters, {len(data.train):,} rows"
     print(f"{line}, {len(data.held_out)} held out", file=sys.stderr)
-    return Training(lm, link, data, how, settings, args.out, identity)
+    return Training(lm, link, data, team_settings, settings, args.out, identity)
 
 
 def measure_ceiling(
-    lm: LM, rows: Sequence[Row], how: How, start: Aligner, args: argparse.Namespace
+    lm: LM,
+    rows: Sequence[Row],
+    team_settings: TeamSettings,
+    start: Aligner,
+    args: argparse.Namespace,
 ) -> None:
     """Write a record per question to the log of --out, and print the mean losses so far."""
     log, firsts, lasts = args.out.with_suffix(".jsonl"), list[float](), dict[str, list[float]]()
     write_whole(log, "")
     for batch in in_batches(rows, args.batch_size):
-        for record in ceiling(lm, batch, how, start, args.ceiling, args.rate):
+        for record in ceiling(lm, batch, team_settings, start, args.ceiling, args.rate):
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             firsts.append(record["own"][0])

@@ -1,12 +1,12 @@
-"""Questions with solutions for a training: from a file, or generated.
+"""Read or generate questions with solutions, on which a link is trained.
 
-    tiny[:OPS]              stories of tools/training/tiny_task.py, OPS operations (3,4,5)
+    tiny[:OPS]              stories of tools/training/tiny_task.py with OPS operations (3,4,5)
     notes:N                 each of N readers has a number, and the question asks for one of them
-    split_evidence[_2|_3]   as in tools/evaluation/tasks.py, but no row that tables use
+    split_evidence[_2|_3]   as in tools/evaluation/tasks.py, but not the rows of evaluations
     FILE.jsonl              as tools/evaluate.py reads it, with a solution in each row
 
-Generated rows for training and for testing never meet: stories differ by checksum, other rows by
-their seed. Does not know: models, training.
+Generated rows for training and for testing are drawn separately: the texts of stories have other
+checksums, and other rows have another seed. This module does not use models.
 """
 
 import random
@@ -18,8 +18,8 @@ from tools.evaluation.tasks import COLOURS, LEVELS, LOWEST, VALUES, split_row
 from tools.training.tiny_task import MAX_OPERATIONS, story
 
 EXPECTED = "FILE.jsonl, tiny[:OPS], notes:N or split_evidence[_2|_3]"
-TRAIN, HELD_OUT, TEST = 11, 12, 13  # seeds of generated rows; tables use small ones
-# Short, and without a system message: reading is most of the work of an update.
+TRAIN, HELD_OUT, TEST = 11, 12, 13  # seeds of generated rows; evaluations use smaller ones
+# Short and without a system message, because prefilling is most of the work of an update.
 NOTE = "Remember: The {colour} box holds {number} coins."
 
 
@@ -36,9 +36,10 @@ def read_data(
 ) -> Data:
     """Return the rows of a file or generator.
 
-    Of a file's rows in `limits` the last are held out and those before them tested; all others
-    are trained on, in place of `train`. Raises ValueError for an unknown name, rows without a
-    solution, or too few, and FileNotFoundError.
+    From a file, only rows in `limits` are used: the last `held_out` rows for the held-out loss, the
+    `test` rows before them for the test, and all others for training, whatever `train` is. Raises
+    ValueError for an unknown name, a row without a solution or too few rows, and FileNotFoundError
+    for a missing file.
     """
     if name.endswith(".jsonl"):
         return from_file(name, held_out, test, limits)
@@ -51,7 +52,7 @@ def read_data(
 
 
 def from_file(name: str, held_out: int, test: int, limits: slice) -> Data:
-    """Return the rows of a file in three parts; see `read_data`."""
+    """Return the rows of a file in three parts. See `read_data`."""
     rows = read_rows(name)[limits]
     for row in rows:
         if not str(row.get("solution", "")).strip():
@@ -69,14 +70,14 @@ def from_file(name: str, held_out: int, test: int, limits: slice) -> Data:
 
 
 def rotated(rows: Sequence[Row]) -> list[Row]:
-    """Return rows of which each has the solution of the next one: a control."""
+    """Return the rows, each with the solution of the next row, as a control."""
     solutions = [row["solution"] for row in rows]
     pairs = zip(rows, [*solutions[1:], solutions[0]], strict=True)
     return [{**row, "solution": solution} for row, solution in pairs]
 
 
 def generator(name: str) -> Callable[[int, int, int], Row]:
-    """Return a function of the part, the seed and the number of a row. Raises ValueError."""
+    """Return a function (part, seed, number) -> row. Raises ValueError for an unknown name."""
     kind, _, value = name.partition(":")
     if kind == "tiny":
         numbers = value.split(",") if value else ["3", "4", "5"]
@@ -92,7 +93,7 @@ def generator(name: str) -> Callable[[int, int, int], Row]:
 
 
 def tiny_row(operations: list[int], part: int, seed: int, i: int) -> Row:
-    """Return a question that weights/tiny was made for; all but `TRAIN` are fresh texts."""
+    """Return a question of the task of weights/tiny. Its text is fresh, except in `TRAIN`."""
     draw = random.Random(f"link tiny {part} {seed} {i}")
     told = story(draw, draw.choice(operations), fresh=part != TRAIN)
     answer = str(told.totals[-1])
@@ -105,8 +106,9 @@ def tiny_row(operations: list[int], part: int, seed: int, i: int) -> Row:
 def notes_row(count: int, part: int, seed: int, i: int) -> Row:
     """Return a question about one of `count` notes. Its solution is two digits and nothing else.
 
-    A guess costs (ln 9 + ln 10) / 2 = 2.25 nats a digit, as numbers are 10 … 99. The last agent's
-    turn begins with the sentence that the number completes, so that the loss is that of the digits.
+    A guess costs (ln 9 + ln 10) / 2 = 2.25 nats per digit, because numbers are 10 … 99. The last
+    agent's turn begins with the sentence that the number completes, so that the loss includes only
+    the digits.
     """
     draw = random.Random(f"link notes {part} {seed} {i}")
     colours = draw.sample(COLOURS, count)

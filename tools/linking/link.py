@@ -1,12 +1,12 @@
-"""What is trained: the map from thoughts to embeddings, and vectors that are fed in its place.
+"""What is trained: a map from hidden states to embeddings, and vectors that are fed in its place.
 
     e = rescale((h · scale) W)     W (D, D), or W₀ + A B with A (D, R) and B (R, D); scale fixed
 
-The result is a `minimas.Aligner`, for --align FILE. Vectors (k, D) are fed in the first k steps of
-every agent, whatever it has read. They are in no Aligner, so only this tool feeds them. With as
-many vectors as steps (*gist slots*) there is no map at all: a control.
+The trained map is a `minimas.Aligner`, for --align FILE. The vectors (k, D) are fed in the first k
+steps of every agent, whatever the agent has read. An Aligner cannot hold them, so only this tool
+feeds them. As a control, there can be as many vectors as steps (*gist slots*), and no map at all.
 
-Does not know: losses, rollouts, questions.
+This module does not use losses, rollouts or questions.
 
     R rows of a turn (or rank)   D hidden   k vectors
 """
@@ -23,11 +23,11 @@ from minimas import Aligner, Qwen3
 from minimas.core import files
 
 Feeder = Callable[[Tensor], Tensor]  # (R, 1, D) -> (R, 1, D)
-VECTORS = "vectors"  # the kind of a file of start vectors
+VECTORS = "vectors"  # the kind of a file with start vectors
 
 
 class Link(nn.Module):
-    """A map that starts at `start`, and k start vectors; at least float32."""
+    """A map that starts as `start`, and k start vectors, all in at least float32."""
 
     def __init__(
         self,
@@ -37,15 +37,18 @@ class Link(nn.Module):
         vectors: int = 0,
         seed: int = 0,
     ) -> None:
-        """`rank` None trains all of W. `start` None is no map. Raises ValueError for a bad rank."""
+        """Make the parameters. `rank` None means all of W, and `start` None means no map.
+
+        Raises ValueError for a wrong rank.
+        """
         super().__init__()
         D = model.config.hidden_size
         wide = torch.promote_types(model.dtype, torch.float32)
-        how: Any = {"dtype": wide, "device": model.device}
+        like: Any = {"dtype": wide, "device": model.device}
         source = torch.Generator().manual_seed(seed)
         self.start = start
         if start is not None:
-            matrix = torch.eye(D, **how) if start.matrix is None else start.matrix.to(**how)
+            matrix = torch.eye(D, **like) if start.matrix is None else start.matrix.to(**like)
             if rank is None:
                 self.matrix = nn.Parameter(matrix.clone())
             else:
@@ -53,16 +56,16 @@ class Link(nn.Module):
                     raise ValueError(f"--rank: found {rank}, expected 1 … {D}, the hidden size")
                 self.fixed = matrix
                 down = torch.randn(D, rank, generator=source, dtype=torch.float64) / D**0.5
-                self.down = nn.Parameter(down.to(**how))
-                self.up = nn.Parameter(torch.zeros(rank, D, **how))  # so W starts at W₀
+                self.down = nn.Parameter(down.to(**like))
+                self.up = nn.Parameter(torch.zeros(rank, D, **like))  # so W starts at W₀
         if vectors:
             rows = model.model.embed_tokens.weight
             drawn = torch.randint(len(rows), (vectors,), generator=source).to(rows.device)
-            self.vectors = nn.Parameter(rows[drawn].to(**how, copy=True))  # (k, D)
+            self.vectors = nn.Parameter(rows[drawn].to(**like, copy=True))  # (k, D)
         self.count = vectors
 
     def aligner(self, model: Qwen3 | None = None) -> Aligner:
-        """Return the map as it is now; gradients flow through it. `model` is for `save`."""
+        """Return the current map, through which gradients flow. Only `save` needs `model`."""
         assert self.start is not None, "there is no map"
         rank = "down" in self._parameters
         matrix = self.fixed + self.down @ self.up if rank else self.matrix
@@ -75,7 +78,7 @@ class Link(nn.Module):
 
     @torch.no_grad()
     def save(self, path: Path, model: Qwen3) -> None:
-        """Write the map for --align; start vectors beside it, or to `path` if there is no map."""
+        """Write the map for --align, and start vectors next to it, or to `path` without a map."""
         if self.start is not None:
             self.aligner(model).save(path)
         if self.count:
@@ -108,5 +111,5 @@ class LinkFeeder:
 
 
 def vectors_path(path: Path) -> Path:
-    """Return where the start vectors of the map in `path` are."""
+    """Return the path of the start vectors that belong to the map in `path`."""
     return path.with_suffix(f".{VECTORS}{path.suffix}")

@@ -1,7 +1,8 @@
-"""The training of a link: updates, held-out loss, early stopping, and runs that can be continued.
+"""Train a link: updates, held-out loss, early stopping, and runs that can be continued.
 
-The link with the lowest held-out loss is in the file at all times, from the start on. Beside it are
-a state, to continue from, and a log with one JSON object a line. Does not know: the command line.
+At any time, the file holds the link with the lowest held-out loss so far. Next to it are a state,
+from which a run continues, and a log with one JSON object per line. This module does not depend on
+the command line.
 """
 
 import json
@@ -26,14 +27,17 @@ from tools.shared.files import replacing, write_whole
 
 from .data import Data
 from .link import Link
-from .rollout import OBJECTIVES, How, answers, nll
+from .rollout import OBJECTIVES, TeamSettings, answers, nll
 
-CLIP = 1.0  # the largest norm of all gradients
+CLIP = 1.0  # the largest norm of all gradients together
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. `patience` evaluations without a lower held-out loss end it; 0: none does."""
+    """How to train. After `patience` evaluations without a lower held-out loss, the run ends.
+
+    With `patience` 0, it does not end early.
+    """
 
     objective: str = "nll"
     updates: int = 100
@@ -46,7 +50,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """What has been done: `best` is the update with the lowest held-out loss."""
+    """What has been done so far. `best` is the update with the lowest held-out loss."""
 
     update: int = 0
     seconds: float = 0.0
@@ -56,19 +60,19 @@ class Progress:
 
 
 class Training:
-    """One training of `link`; `identity` names its settings in the state and in the log."""
+    """One training run of `link`. Its state and its log store `identity`, its settings."""
 
     def __init__(
         self,
         lm: LM,
         link: Link,
         data: Data,
-        how: How,
+        team_settings: TeamSettings,
         settings: Settings,
         out: Path,
         identity: dict[str, Any],
     ) -> None:
-        self.lm, self.link, self.data, self.how = lm, link, data, how
+        self.lm, self.link, self.data, self.team_settings = lm, link, data, team_settings
         self.settings, self.out, self.identity = settings, out, identity
         self.state, self.log = out.with_suffix(".state" + out.suffix), out.with_suffix(".jsonl")
         self.parameters = dict(link.named_parameters())
@@ -79,8 +83,8 @@ class Training:
     def run(self) -> Progress:
         """Train to the last update, or until the held-out loss no longer falls.
 
-        The link is the best one afterwards. Raises ValueError if a loss or the link is no longer
-        finite, and KeyboardInterrupt; the file then has the best link up to there.
+        Afterwards the link is the best one. Raises ValueError if an update fails, for example
+        because a loss is not finite. Then, and after Ctrl-C, the file has the best link so far.
         """
         resumed = self.resume()
         try:
@@ -88,14 +92,14 @@ class Training:
                 write_whole(self.log, json.dumps({"settings": self.identity}) + "\n")
                 self.evaluate()
             self.take_updates()
-        except (ValueError, RuntimeError) as error:  # RuntimeError: of torch, as without memory
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch is out of memory
             update = self.progress.update + 1
             raise ValueError(f"update {update}: {error}; {kept(self.out)}") from error
         self.set_parameters(self.best)
         return self.progress
 
     def take_updates(self) -> None:
-        """Take the updates that are left, and evaluate after some of them and after the last."""
+        """Take the remaining updates, and evaluate after some of them and after the last one."""
         now, every = self.progress, self.settings.evaluate_every
         while now.update < self.settings.updates and not self.is_flat():
             began = time.perf_counter()
@@ -107,12 +111,12 @@ class Training:
                 self.evaluate(loss)
 
     def is_flat(self) -> bool:
-        """Return whether the held-out loss has not fallen for as long as `patience` says."""
+        """Return True if the held-out loss has not fallen for `patience` evaluations."""
         waited = (self.progress.update - self.progress.best) // self.settings.evaluate_every
         return 0 < self.settings.patience <= waited
 
     def step(self) -> float:
-        """Take one update; returns the loss per token before it."""
+        """Take one update. Returns the loss per token before it."""
         batch = batch_of(self.data.train, self.progress.update, self.settings)
         self.adam.zero_grad()
         loss = self.losses(batch).mean()
@@ -130,7 +134,7 @@ class Training:
     def losses(self, rows: Sequence[Row]) -> Tensor:
         """Return the objective's loss of each token of all rows (T,)."""
         objective = OBJECTIVES[self.settings.objective]
-        return torch.cat(objective(self.lm, rows, self.how, self.link.feeder()))
+        return torch.cat(objective(self.lm, rows, self.team_settings, self.link.feeder()))
 
     @torch.no_grad()
     def evaluate(self, loss: float | None = None) -> None:
@@ -164,7 +168,7 @@ class Training:
     # -- states ------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
-        """Save all that a later start needs in one file; an interrupted save keeps the older."""
+        """Save what a continued run needs in one file. An interrupted save keeps the old file."""
         tensors = {f"now/{name}": part.detach() for name, part in self.parameters.items()}
         tensors |= {f"best/{name}": part for name, part in self.best.items()}
         for index, moments in self.adam.state_dict()["state"].items():
@@ -188,7 +192,7 @@ class Training:
             if known.get(name) != value:
                 raise ValueError(
                     f"{self.state}: {name}: found {known.get(name)!r}, expected {value!r}: "
-                    "take another --out, or --restart"
+                    "use another --out, or --restart"
                 )
         self.progress = Progress(**json.loads(metadata["progress"]))
         self.set_parameters(part_of(tensors, "now"))
@@ -199,7 +203,7 @@ class Training:
             moments.setdefault(int(index), {})[moment] = value
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict({"state": moments, "param_groups": groups})
-        # Lines after the state are of updates that are taken again.
+        # Lines that were written after the state belong to updates that will be repeated.
         first, *lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line).get("update", 0) <= self.progress.update]
         write_whole(self.log, "".join([first, *kept]))
@@ -207,13 +211,13 @@ class Training:
 
     @torch.no_grad()
     def set_parameters(self, parts: dict[str, Tensor]) -> None:
-        """Set the link's parameters."""
+        """Copy `parts` to the parameters of the link."""
         for name, part in self.parameters.items():
             part.copy_(parts[name])
 
 
 def kept(out: Path) -> str:
-    """Return what is in `out` after a training that did not end."""
+    """Return a text that says what is in `out` after a run that stopped early."""
     return f"{out} has the best link so far" if out.exists() else f"{out} was not written"
 
 
@@ -224,10 +228,11 @@ def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def batch_of(rows: Sequence[Row], update: int, settings: Settings) -> list[Row]:
-    """Return the batch of one update: in each epoch all rows in another order.
+    """Return the batch of one update.
 
-    It depends only on the seed and the number of the update, so a run that is continued repeats
-    an uninterrupted one exactly.
+    Each epoch has all rows in another order. If its last batch would be incomplete, it is dropped.
+    The batch depends only on the seed and the number of the update, so a continued run repeats an
+    uninterrupted one exactly.
     """
     size = min(settings.batch_size, len(rows))
     epoch, batch = divmod(update, len(rows) // size)
@@ -236,9 +241,9 @@ def batch_of(rows: Sequence[Row], update: int, settings: Settings) -> list[Row]:
 
 
 def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Return all rows in order, in batches of at most `size`, and none of a lone row if possible.
+    """Return all rows in order, in batches of at most `size`.
 
-    A lone row could not get another row's thoughts.
+    If possible, no batch has only one row, which could not get another row's thoughts.
     """
     starts = list(range(0, len(rows), size))
     if len(starts) > 1 and len(rows) - starts[-1] == 1:
@@ -248,22 +253,24 @@ def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 
 
 @torch.no_grad()
-def measure(lm: LM, link: Link, rows: Sequence[Row], how: How, batch_size: int) -> dict[str, Any]:
-    """Return the gold NLL and the share of right answers on rows that no training has seen.
+def measure(
+    lm: LM, link: Link, rows: Sequence[Row], team_settings: TeamSettings, batch_size: int
+) -> dict[str, Any]:
+    """Return the gold NLL and the number of right answers on rows that were not used in training.
 
-    "other" is the loss if each question gets the next question's thoughts: a control. Intervals
-    are 95 %: a bootstrap over questions, and Wilson's.
+    "other" is the loss with the next question's thoughts, which is a control. The 95 % intervals
+    are a bootstrap over questions for losses, and Wilson's for the share of right answers.
     """
     own, other, right = list[float](), list[float](), list[bool]()
     grades = kind_of(rows[0]) != "code"  # programs are not run here
     for batch in in_batches(rows, batch_size):
         feed = link.feeder()
-        own += [tokens.mean().item() for tokens in nll(lm, batch, how, feed)]
+        own += [tokens.mean().item() for tokens in nll(lm, batch, team_settings, feed)]
         if len(batch) > 1:
-            pairs = nll(lm, batch, how, link.feeder(), others=True)
+            pairs = nll(lm, batch, team_settings, link.feeder(), others=True)
             other += [tokens.mean().item() for tokens in pairs]
         if grades:
-            right += answers(lm, batch, how, feed)
+            right += answers(lm, batch, team_settings, feed)
     mean, *interval = bootstrap(own)
     found = {"n": len(rows), "loss": mean, "interval": interval}
     if other:

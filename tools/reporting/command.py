@@ -1,6 +1,6 @@
 """The command line of tools/report.py.
 
-This module does not depend on the format of records and pages.
+This module does not depend on the format of records or pages.
 """
 
 import sys
@@ -16,7 +16,7 @@ from .records import read_report, sources
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    about = "Make one HTML file of a run. It needs no other file to open."
+    about = "Make one HTML file of a run. The file opens without any other file."
     top = Parser("report", description=about, allow_abbrev=False)
     add = top.add_argument
     run = "folder of a run of tools/evaluate.py, or file with the output of minimas ask --json"
@@ -28,7 +28,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 done, 1 failed, 130 stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         if args.out.is_dir():

@@ -48,7 +48,7 @@ def render(report: Report) -> str:
 
 
 def arms_table(report: Report) -> list[list[str]]:
-    """Return the header and one line per arm; the last cell has the names of its agents.
+    """Return the header and one line per arm, whose last cell has the names of its agents.
 
     Columns without values are left out. The last cell is empty if the agents are the same as in the
     line above.
@@ -65,7 +65,7 @@ def arms_table(report: Report) -> list[list[str]]:
 
 
 def setting_text(value: Any) -> str:
-    """Return the value of a setting as text; "" if there is none."""
+    """Return the value of a setting as text, or "" if there is none."""
     if isinstance(value, list):
         return ", ".join(setting_text(one) or "default" for one in value) if value != [None] else ""
     if isinstance(value, dict):

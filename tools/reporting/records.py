@@ -55,7 +55,7 @@ MADE_ON = ("questions", "started", "device", "threads", "minimas", "torch", "pyt
 
 @dataclass
 class Report:
-    """The content of a page. `entries` are records with a "question"; `arms` is their summary."""
+    """The content of a page. `entries` are records with a "question". `arms` is their summary."""
 
     name: str
     settings: dict[str, Any]

@@ -1,7 +1,7 @@
 """Helpers for command lines: one-line errors, checked values, comma-separated lists.
 
-The functions return converters for `type=` of `add_argument`. The flags of a command are defined in
-its own module.
+`list_of`, `one_of` and `whole` return converters for the parameter `type` of `add_argument`, and
+`yes_no` is such a converter. Each command defines its flags in its own module.
 """
 
 import argparse
@@ -28,12 +28,15 @@ def print_error(command: str, error: BaseException) -> None:
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a converter of a comma-separated list of one or more values."""
+    """Return a converter for a comma-separated list of values, each converted by `convert`."""
     return lambda text: [convert(part) for part in text.split(",")]
 
 
 def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
-    """Return a converter that accepts one of `names`, or a file name that ends with `suffix`."""
+    """Return a converter that accepts one of `names`, or a file name that ends with `suffix`.
+
+    Without a `suffix`, no file name is accepted.
+    """
     expected = ", ".join([*names, f"FILE{suffix}"] if suffix else names)
 
     def name(text: str) -> str:
@@ -45,7 +48,7 @@ def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
 
 
 def whole(low: int) -> Callable[[str], int]:
-    """Return a converter of a whole number that is at least `low`."""
+    """Return a converter for a whole number that is at least `low`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < low:

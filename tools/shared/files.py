@@ -13,8 +13,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file that replaces `path` if the block ends without an error.
 
-    After an error the temporary file is removed and `path` is unchanged. Raises OSError naming
-    `path` if it cannot be written.
+    After an error, the temporary file is removed and `path` is unchanged. Raises OSError naming
+    `path` if the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -30,6 +30,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file. After an error (OSError) an existing file is unchanged."""
+    """Write a UTF-8 text file. After an error (OSError), an existing file is unchanged."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="surrogatepass")

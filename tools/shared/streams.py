@@ -47,7 +47,7 @@ class Output:
 def prepare() -> None:
     """Prepare stdout and stderr as the library's command line does, and ignore harmless errors.
 
-    It is no error if the reader of stdout closes it, as `head` does. All errors of stderr are
+    It is not an error if the reader of stdout closes it, as `head` does. All errors of stderr are
     ignored, because progress messages are less important than the run.
     """
     prepare_streams()
@@ -57,8 +57,16 @@ def prepare() -> None:
             setattr(sys, name, Output(stream, ignored))
 
 
+def print_progress(text: str) -> None:
+    """Print a line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_command(name: str, main: Callable[[], int]) -> int:
-    """Run a command's `main` with prepared streams. Returns its status, or 1 if stdout failed."""
+    """Run the `main` of a command with prepared streams.
+
+    Returns its status, or 1 if stdout failed.
+    """
     prepare()
     status = main()
     try:

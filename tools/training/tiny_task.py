@@ -4,7 +4,7 @@
 
 The reasoning of every agent is the list of running totals, ` 2 9 6`. Each total is one token, so
 that one latent step can do one step of the reasoning. A transcript is the text that a team would
-have generated. Neither this file nor the training computes latent steps. This module does not use
+have generated. Neither this module nor training computes latent steps. This module does not use
 models.
 """
 
@@ -96,7 +96,7 @@ def story(
     """Draw a story that has `operations` sentences after the first one.
 
     It is about `who` (name, pronoun) and `thing`, which are drawn as well if they are None. One
-    text in eight, chosen by its checksum, is held out from the training. `fresh` draws only these
+    text in eight, chosen by its checksum, is held out from training. `fresh` draws only these
     texts.
     """
     while True:
@@ -238,7 +238,7 @@ def team(*names: str, parallel: bool = False) -> dict[str, Any]:
 
 
 def split_team(texts: Sequence[str]) -> dict[str, Any]:
-    """Return a team whose experts have one text each; only the summarizer has the question."""
+    """Return a team whose experts have one text each. Only the summarizer has the question."""
     members = team(*EXPERTS, "summarizer", parallel=True)
     for agent, text in zip(members["agents"], texts, strict=False):
         agent["prompt"] = agent["prompt"].format(question=text)

@@ -1,6 +1,6 @@
 """Train weights/tiny: batches, loss, optimizers, and runs that can be continued.
 
-The training does not use the method. The model is measured in card.py.
+Training does not use the method. card.py measures the model.
 
     B rows   T tokens   D hidden   V vocabulary
 """
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minimas import Config, KVCache, Qwen3
+from tools.shared.files import replacing
 
 from .tiny_task import Piece, Teller, Transcript, write_text_files
 
@@ -49,7 +50,7 @@ BATCH_TOKENS = 2560
 ROUNDS = 120
 MATRIX_RATE = 0.02
 REST_RATE = 3e-3
-# Each stage has the part of the training at which it starts, the maximum number of operations in a
+# Each stage has the share of training after which it starts, the maximum number of operations in a
 # question, and the probabilities of the kinds of transcript.
 CURRICULUM: tuple[tuple[float, int, dict[str, float]], ...] = (
     (0.00, 3, {"single": 0.70, "chain": 0.20, "direct": 0.10}),
@@ -186,7 +187,7 @@ def new_model(config: Config, seed: int) -> Qwen3:
 class Optimizers(NamedTuple):
     """Muon (Jordan et al., 2024) for the matrices of the layers, and AdamW for all other weights.
 
-    The training needs half as many steps as with AdamW alone.
+    Training needs half as many steps as with AdamW alone.
     """
 
     matrices: torch.optim.Muon
@@ -224,7 +225,7 @@ class Optimizers(NamedTuple):
 def pace(progress: float, step: int) -> float:
     """Return the factor of the learning rate at `progress` (from 0 to 1) and `step`.
 
-    It rises for 100 steps, is 1 until 30 % of the training, and then falls along a cosine to 0.02.
+    It rises for 100 steps, is 1 until 30 % of training, and then falls along a cosine to 0.02.
     """
     rest = max(0.0, progress - 0.3) / 0.7
     return min(1.0, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * rest)))
@@ -243,7 +244,7 @@ def train(
     config = Config.from_dict({**SHAPE, "vocab_size": tokenizer.get_vocab_size()})
     model = new_model(config, seed)
     optimizers = Optimizers.of(model)
-    seen = torch.zeros(config.vocab_size, dtype=torch.bool)  # (V,): tokens of the training
+    seen = torch.zeros(config.vocab_size, dtype=torch.bool)  # (V,): tokens that occurred
     took: dict[str, float] = {"rounds": 0, "steps": 0, "tokens": 0, "seconds": 0.0}
     if state.exists():
         took = load_state(state, model, optimizers, seen)
@@ -258,7 +259,7 @@ def train(
         print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
         if took["rounds"] % 10 == 0 or took["rounds"] == rounds:
             save_state(state, model, optimizers, seen, took)
-    # The rows of tokens that never occurred are noise, which would also get into W_outᵀ W_in.
+    # The rows of tokens that never occurred are noise, which would also enter W_outᵀ W_in.
     with torch.no_grad():
         model.lm_head.weight[~seen] = 0
     return model, took
@@ -308,9 +309,8 @@ def save_state(
     for kind, optimizer in optimizers._asdict().items():
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{kind}/{index}/{name}": value for name, value in moments.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"took": json.dumps(took)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"took": json.dumps(took)})
 
 
 def load_state(path: Path, model: Qwen3, optimizers: Optimizers, seen: Tensor) -> dict[str, float]:
