@@ -294,6 +294,17 @@ def first_state(lm: LM, team: Team | str, **options: Any) -> Tensor:
     return states[0]
 
 
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_without_a_hand_over_the_last_agent_is_the_single_agent(lm: LM, team: str) -> None:
+    """A control with another prompt than the single agent's would measure the prompt."""
+    [alone] = single(lm, QUESTIONS[:1], "math", sampling=SHORT)
+    [last] = latent_mas(
+        lm, QUESTIONS[:1], team, latent_steps=1, kind="math", transfer="none", sampling=SHORT
+    )
+    assert last.agents[-1].prompt == alone.agents[-1].prompt
+    assert last.text == alone.text
+
+
 def test_zero_latent_steps_still_hand_over_the_kv_cache(lm: LM) -> None:
     """At the authors' default of 0 steps, the KV cache is lost and nothing is handed over (#13)."""
     full, none = (
