@@ -47,7 +47,7 @@ def single(
     continues: bool = False,
 ) -> list[Result]:
     """Let a single agent answer each question: the baseline. Parameters: see `latent_mas`."""
-    return call("single", **locals())
+    return call("single", **locals())  # locals(): all parameters, by name
 
 
 def text_mas(
