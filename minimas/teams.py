@@ -59,8 +59,7 @@ class Team:
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
     layout "turn" it comes at the start of the user turn, and again before the last agent's
-    paragraph. Raises ValueError naming the field of an agent that the layout
-    does not allow.
+    paragraph. Raises ValueError naming the field of an agent that the layout does not allow.
     """
 
     agents: tuple[Agent, ...]

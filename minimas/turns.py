@@ -282,13 +282,13 @@ class Run:
         cache: KVCache,
         ids: list[list[int]],
         final: bool,
-        keep_cache: bool,
+        keeps_cache: bool,
     ) -> Events[list[GeneratedText]]:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(
             self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
-            self.generators * (len(ids) // B), ids, keep_cache,
+            self.generators * (len(ids) // B), ids, keeps_cache,
         )  # fmt: skip
         for row, piece, done in pieces:
             if piece or done is None:

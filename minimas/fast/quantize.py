@@ -94,8 +94,8 @@ def replacement(
 
     `source` is a `Folder`, `GGUF` or `Part`. If the model has 16 bits and the kernels run on the
     device, the matrices of a GGUF file stay in 4 or 8 bits. Matrices in 4 bits become q4 with the
-    file's own values, also if `quantize` is q8. Others become 8-bit layers,
-    unless `quantize` is q4.
+    file's own values, also if `quantize` is q8. Others become 8-bit layers, unless
+    `quantize` is q4.
     """
     key = f"{name}.weight"
     runs = dtype.itemsize == 2 and has_kernels(device)
