@@ -36,7 +36,7 @@ class Positions(NamedTuple):
     sin: Tensor  # (B or 1, 1, T, d)
     mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all do
     total: int  # S, the number of slots that attention reads
-    where: Any  # index of the new slots in (B, S): rows (B, 1) and slots (B, T), or two slices
+    where: Any  # index of the new slots in (B, S): rows (B, 1), slots (B, T), or all rows, (T,)
 
 
 class KVCache:
@@ -100,7 +100,8 @@ class KVCache:
         c = self.config
         T = slots.shape[1]
         mask = None
-        where: Any = slice(None), slice(total - T, total)
+        # Not a slice: compiled code would copy all slots of the cache in each step.
+        where: Any = slice(None), slots[0]
         if ragged or T > 1:
             groups = c.num_attention_heads // c.num_key_value_heads
             queries = slots.repeat(1, groups)[:, None, :, None]  # (B or 1, 1, H/K · T, 1)

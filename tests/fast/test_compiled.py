@@ -241,6 +241,23 @@ def test_a_compiled_step_of_one_row_equals_a_plain_one(quantize: str | None) -> 
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_compiled_step_writes_one_slot_and_copies_no_others() -> None:
+    """New keys were stored through a slice, for which the compiled code copied the whole cache.
+
+    Steps became slower than steps that are not compiled, the more so the longer the cache.
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    fast = load(TINY, device="cpu", quantize="q8", compile=True).model
+    _, cache = remember(fast, random_ids(fast, 2, 7))
+    _, (code,) = run_and_get_code(fast, fast.embed(random_ids(fast, 2, 1)), cache)
+    assert "index_put" in code
+    assert "copy_copy" not in code
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_compiled_steps_of_few_rows_use_their_own_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
