@@ -8,16 +8,16 @@ from typing import TextIO
 
 def prepare_streams() -> None:
     """Replace closed streams by the null device, and prevent encoding errors in the others."""
-    for name, encoding, errors in (
-        ("stdin", "utf-8-sig", "surrogateescape"),  # UTF-8, as in every input file
-        ("stdout", None, "backslashreplace"),
-        ("stderr", None, "backslashreplace"),
-    ):
+    for name in ("stdin", "stdout", "stderr"):
+        reads = name == "stdin"
         stream = getattr(sys, name)
         if stream is None:  # closed, for example by `>&-`
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r" if reads else "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=encoding, errors=errors)
+            stream.reconfigure(
+                encoding="utf-8-sig" if reads else None,  # UTF-8, as in every input file
+                errors="surrogateescape" if reads else "backslashreplace",
+            )
 
 
 def silence(stream: TextIO) -> None:

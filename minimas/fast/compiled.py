@@ -25,8 +25,8 @@ from torch import Tensor
 from ..core.cache import KVCache, Positions, with_capacity
 from ..core.errors import ParameterError
 from ..core.model import Block, Qwen3
+from . import packed
 from .few_rows import MAX_ROWS
-from .packed import CPULinear, can_pack, has_units
 
 SPARE_SLOTS = 256  # steps after which the step must be recorded again
 
@@ -53,16 +53,15 @@ def check_compiler(device_type: str) -> None:
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place. The first step takes seconds longer.
 
-    On a CPU a model with packed bf16 weights or in float16 stays as it is, because its compiled
-    steps were less than 1.1 times as fast.
+    On a CPU a model in float16 stays as it is, because its compiled steps were less than 1.1 times
+    as fast.
     """
-    plain = any(isinstance(layer, CPULinear) for layer in model.model.layers.modules())
-    if plain and (can_pack() or model.dtype == torch.float16):
-        return
     # The compiler cannot trace `has_units`, but can keep its result. This is not a decorator,
     # which would import the compiler, 2 s and 75 MB, with every `import minimas`.
-    torch.compiler.assume_constant_result(has_units)
+    torch.compiler.assume_constant_result(packed.has_units)
     compiled = Compiled(model)
+    if compiled.plain and model.dtype == torch.float16:
+        return
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
 
 
@@ -80,13 +79,17 @@ def allocate(cache: KVCache) -> None:
 class Compiled:
     """A model's step of one position with compiled layers.
 
-    On a CPU more than `few_rows.MAX_ROWS` rows go through the layers without compilation, because
-    the products take nearly all of their time, and compiling them takes minutes.
+    On a CPU more than `max_rows` rows go through the layers without compilation, because the
+    products take nearly all of their time, and compiling them takes minutes. If bf16 weights can be
+    packed, this is one row: several are faster with packed weights, and one with plain weights.
     """
 
     def __init__(self, model: Qwen3) -> None:
-        self.model = model
+        self.decoder = model.model
         self.block: Any = torch.compile(Block.forward, dynamic=True)
+        modules = model.model.layers.modules()
+        self.plain = [module for module in modules if isinstance(module, packed.CPULinear)]
+        self.max_rows = 1 if self.plain and packed.can_pack() else MAX_ROWS
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
         positions = cache.next_positions(len(inputs_embeds), 1)
@@ -95,16 +98,19 @@ class Compiled:
 
     def layers(self, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""
-        many = len(x) > MAX_ROWS and x.is_cpu
+        many = len(x) > self.max_rows and x.is_cpu
+        for linear in self.plain:
+            if linear.packs != many:
+                linear.packs = many
+                linear.unpack()
         block = Block.forward if many else self.block
-        decoder = self.model.model
-        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(self.decoder.layers, cache.keys, cache.values, strict=True):
             # Pass a cache of one layer: a layer number would become part of the compiled code.
             one = copy.copy(cache)
             one.keys = [keys]
             one.values = [values]
             x = block(layer, x, positions, one, 0)
-        return decoder.norm(x)  # type: ignore[no-any-return]
+        return self.decoder.norm(x)  # type: ignore[no-any-return]
 
 
 class Recorded:

@@ -21,14 +21,8 @@ from torch import Tensor
 MAX_ROWS = 12  # at sixteen rows, widening the matrix is as fast (docs/quantization.md)
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `product` should be compiled: few rows, bf16, whole 32-bit words, on a CPU."""
-    whole_words = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    return whole_words and weight.is_cpu and x.shape[:-1].numel() <= MAX_ROWS
-
-
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x Wᵀ, bf16 (…, K) and (N, K) -> float32 (…, N)."""
+    """Return x Wᵀ, bf16 (…, K) and (N, K) -> float32 (…, N). K is even: whole 32-bit words."""
     # The even inputs, then the odd inputs: (R, 2, K / 2).
     inputs = x.float().view(-1, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
     # as_strided puts the inputs into memory. Without it they are computed again for every output.

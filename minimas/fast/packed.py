@@ -28,9 +28,8 @@ def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU has units for `dtype`: on x86, bf16 with AVX-512, rarely fp16."""
     if dtype.itemsize != 2:
         return True
-    bf16 = mkldnn._is_mkldnn_bf16_supported
-    fp16 = mkldnn._is_mkldnn_fp16_supported
-    supported = bf16 if dtype == torch.bfloat16 else fp16
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(mkldnn, f"_is_mkldnn_{kind}_supported")
     return torch.backends.mkldnn.is_available() and bool(supported())
 
 
@@ -68,9 +67,11 @@ class CPULinear(nn.Module):
 
     Packing is the same reordering as in the compiler's freezing, and the results are bit-equal.
     `.weight` and `state_dict()` return copies. `.to()` and `copy.deepcopy` restore the plain
-    weight. A weight that cannot be packed is multiplied by `linear`, and in compiled steps by
-    `few_rows`.
+    weight. A plain weight is multiplied by `linear`, and in compiled steps by `few_rows`. It stays
+    plain if it cannot be packed, or while `packs` is False.
     """
+
+    packs = True
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
@@ -79,8 +80,8 @@ class CPULinear(nn.Module):
         self.bias = plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # nothing is packed, see `compile_steps`
-            if few_rows.fits(x, self.weight):
+        if torch.compiler.is_compiling():  # nothing is packed, see `Compiled.layers`
+            if self.weight.dtype == torch.bfloat16 and self.weight.shape[1] % 2 == 0:
                 y = few_rows.product(x, self.weight)
                 return (y if self.bias is None else y + self.bias).to(x.dtype)
         elif not x.requires_grad and self.pack():  # the packed operator has no gradient
@@ -90,12 +91,16 @@ class CPULinear(nn.Module):
 
     def pack(self) -> bool:
         """Pack a frozen bf16 weight on the CPU if this CPU can. Returns whether it is packed."""
-        if self.packed is None and can_pack():
+        if self.packed is None and self.packs and can_pack():
             weight = self.weight
             if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
                 self.packed = mkldnn._reorder_linear_weight(weight.data, None)
                 del self.weight
         return self.packed is not None
+
+    def unpack(self) -> None:
+        """Restore the plain weight."""
+        self._apply(lambda weight: weight)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.packed is not None:
@@ -112,11 +117,11 @@ class CPULinear(nn.Module):
 
     def __getstate__(self) -> Any:
         # A packed weight cannot be copied, so both copies are packed again at their next use.
-        self._apply(lambda weight: weight)
+        self.unpack()
         return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._apply(lambda weight: weight)
+        self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -293,22 +293,33 @@ def test_compiled_steps_of_few_rows_use_their_own_loop(
     assert not called, "few rows went to torch's product"
 
 
-def test_a_model_that_would_not_get_faster_is_not_compiled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The compiler cannot read a packed weight, and float16 has no loop for few rows."""
-    monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
-    for dtype, can_pack, compiled in (
-        (torch.bfloat16, False, True),
-        (torch.bfloat16, True, False),
-        (torch.float16, False, False),
-        (torch.float32, True, True),
-    ):
-        monkeypatch.setattr("minimas.fast.compiled.can_pack", lambda can_pack=can_pack: can_pack)
+def test_a_model_that_would_not_get_faster_is_not_compiled() -> None:
+    """float16 has no loop for few rows."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model = tiny_model(dtype=dtype)
         pack(model)
         compile_steps(model)
-        assert (model.step is not None) == compiled, (dtype, can_pack)
+        assert (model.step is not None) == (dtype != torch.float16), dtype
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(not packed.can_pack(), reason="this CPU cannot pack bf16 matrices")
+def test_weights_are_plain_in_steps_of_one_row_and_packed_in_steps_of_several() -> None:
+    """One row is faster in the compiled loop, and several rows with packed weights.
+
+    There is one copy of the weights, and a prefill takes them as they are.
+    """
+    torch._dynamo.reset()
+    fast = load(TINY, device="cpu", compile=True).model
+    layers = [m for m in fast.model.layers.modules() if isinstance(m, packed.CPULinear)]
+    for rows in (1, 3, 1):
+        steps(fast, 2, rows=rows)
+        assert [layer.packed is not None for layer in layers] == [rows > 1] * len(layers)
+        assert ["weight" in layer._parameters for layer in layers] == [rows == 1] * len(layers)
+        packs = [layer.packs for layer in layers]
+        remember(fast, random_ids(fast, 2, 7))
+        assert [layer.packs for layer in layers] == packs
 
 
 @pytest.mark.slow

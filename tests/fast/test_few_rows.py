@@ -3,12 +3,11 @@
 The compiled loop is tested in test_compiled.py.
 """
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimas.fast.few_rows import fits, product
+from minimas.fast.few_rows import product
 
 
 @given(
@@ -32,22 +31,3 @@ def test_the_product_of_rows_and_a_matrix_read_as_words_is_exact(
     )
     if bool((weight[0] != weight[0].flip(0)).any()) and len(set(x[0, 0].tolist())) == K:
         assert not torch.equal(found, product(x.flip(-1), weight)), "inputs in any order"
-
-
-@pytest.mark.parametrize(
-    ("rows", "weight"),
-    [
-        ((13, 1), torch.zeros(4, 8, dtype=torch.bfloat16)),
-        ((1, 1), torch.zeros(4, 7, dtype=torch.bfloat16)),
-        ((1, 1), torch.zeros(4, 8, dtype=torch.int8)),
-        ((1, 1), torch.zeros(4, 8, dtype=torch.float16)),
-        ((1, 1), torch.zeros(4, 8)),
-        ((1, 1), torch.zeros(4, 8, dtype=torch.bfloat16, device="meta")),
-    ],
-)
-def test_many_rows_and_half_words_are_not_handled(
-    rows: tuple[int, int], weight: torch.Tensor
-) -> None:
-    """float16 is not the upper half of a float32, and half a word would belong to the next row."""
-    assert not fits(torch.zeros(*rows, weight.shape[1]), weight)
-    assert fits(torch.zeros(12, 1, 8), torch.zeros(4, 8, dtype=torch.bfloat16, device="cpu"))

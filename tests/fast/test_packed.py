@@ -128,6 +128,35 @@ def test_a_packed_layer_has_the_gradient_of_the_plain_one(tmp_path: Path) -> Non
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "loops"),
+    [
+        (torch.bfloat16, 8, True),
+        (torch.bfloat16, 7, False),
+        (torch.float16, 8, False),
+        (torch.float32, 8, False),
+    ],
+)
+def test_only_whole_words_of_bf16_go_to_the_loop(
+    dtype: torch.dtype, inputs: int, loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 is not the upper half of a float32, and half a word would belong to the next row."""
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    called = []
+    product = packed.few_rows.product
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        called.append(x.shape)
+        return product(x, weight)
+
+    monkeypatch.setattr(packed.few_rows, "product", counted)
+    torch.manual_seed(0)
+    plain = nn.Linear(inputs, 4).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 1, inputs).to(dtype)
+    assert torch.allclose(CPULinear(plain)(x).float(), plain(x).float(), atol=0.05)
+    assert bool(called) == loops
+
+
 # -- without matrix units --------------------------------------------------------------------------
 
 
