@@ -147,13 +147,12 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         # Shuffled: all agents but the last work on question i + 1, and question i gets the cache.
         handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
-    elif method == "text_mas":
+    elif method in ("single", "text_mas"):
         team = settings.pop("team", "sequential")
         text_run = Run(**settings)
-        last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
-    elif method == "single":
-        text_run = Run(**settings)
-        last = yield from hand_over_text(text_run, single_team(text_run.lm))
+        lm = text_run.lm
+        agents = single_team(lm) if method == "single" else choose_team(lm, team)
+        last = yield from hand_over_text(text_run, agents)
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())

@@ -51,7 +51,7 @@ def describe(
     peaks = peak_bytes(sizes, c, slot, batch_size, context, max_new_tokens)
     lines = {
         "model": f"{name} in {path}, {c.dtype}"
-        + ", with teams.json" * (path / "teams.json").is_file(),
+        f"{', with teams.json' * (path / 'teams.json').is_file()}",
         "architecture": f"{c.model_type}, {c.num_hidden_layers} layers, "
         f"hidden size {width:,}, {c.num_attention_heads} query and "
         f"{c.num_key_value_heads} key-value heads of {c.head_dim}",

@@ -53,16 +53,12 @@ def check_compiler(device_type: str) -> None:
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place. The first step takes seconds longer.
 
-    On a CPU a model in float16 stays as it is, because its compiled steps were less than 1.1 times
-    as fast.
+    A tied or quantized LM head is compiled too, on a CPU.
     """
-    # The compiler cannot trace `has_units`, but can keep its result. This is not a decorator,
-    # which would import the compiler, 2 s and 75 MB, with every `import minimas`.
-    torch.compiler.assume_constant_result(packed.has_units)
     compiled = Compiled(model)
-    if compiled.plain and model.dtype == torch.float16:
-        return
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
+    if model.device.type == "cpu" and not isinstance(model.lm_head, packed.CPULinear):
+        model.logits = compiled.logits  # type: ignore[method-assign]
 
 
 def allocate(cache: KVCache) -> None:
@@ -85,10 +81,10 @@ class Compiled:
     """
 
     def __init__(self, model: Qwen3) -> None:
-        self.decoder = model.model
+        self.model = model
         self.block: Any = torch.compile(Block.forward, dynamic=True)
-        modules = model.model.layers.modules()
-        self.plain = [module for module in modules if isinstance(module, packed.CPULinear)]
+        self.head = torch.compile(Qwen3.logits, dynamic=True)
+        self.plain = [m for m in model.model.layers.modules() if isinstance(m, packed.CPULinear)]
         self.max_rows = 1 if self.plain and packed.can_pack() else MAX_ROWS
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
@@ -104,13 +100,19 @@ class Compiled:
                 linear.packs = many
                 linear.unpack()
         block = Block.forward if many else self.block
-        for layer, keys, values in zip(self.decoder.layers, cache.keys, cache.values, strict=True):
+        decoder = self.model.model
+        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
             # Pass a cache of one layer: a layer number would become part of the compiled code.
             one = copy.copy(cache)
             one.keys = [keys]
             one.values = [values]
             x = block(layer, x, positions, one, 0)
-        return self.decoder.norm(x)  # type: ignore[no-any-return]
+        return decoder.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the next token, as `Qwen3.logits` does."""
+        few = hidden.shape[:-1].numel() <= self.max_rows
+        return (self.head if few else Qwen3.logits)(self.model, hidden)
 
 
 class Recorded:

@@ -22,7 +22,7 @@ MAX_ROWS = 12  # at sixteen rows, widening the matrix is as fast (docs/quantizat
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x Wᵀ, bf16 (…, K) and (N, K) -> float32 (…, N). K is even: whole 32-bit words."""
+    """Return x Wᵀ, bf16 (R, K) and (N, K) -> float32 (R, N). K is even: whole 32-bit words."""
     # The even inputs, then the odd inputs: (R, 2, K / 2).
     inputs = x.float().view(-1, weight.shape[1] // 2, 2).transpose(1, 2).contiguous()
     # as_strided puts the inputs into memory. Without it they are computed again for every output.
@@ -35,4 +35,4 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         odd = (words & -65536).view(torch.float32)
         sums.append((even * inputs[:, 0] + odd * inputs[:, 1]).sum(-1))  # (N / 2, R)
     # Contiguous: another layout would cause another compilation of the layers after this one.
-    return torch.cat(sums).T.contiguous().view(*x.shape[:-1], -1)  # (…, N)
+    return torch.cat(sums).T.contiguous()

@@ -3,16 +3,15 @@
 torch multiplies a few rows by packed 4-bit values directly. That kernel unpacks the matrix again
 for every few rows of x, so a prefill is faster when the matrix is unpacked once and multiplied in
 16 or 32 bits. torch has no operator that unpacks, and each instruction set has its own order of
-values. The orders below are those in torch's source code. `order_of_this_cpu` finds the right one
-by trial. The gain in q4 (three layers of Qwen2.5-0.5B's shapes, one thread of a 2-core AMD EPYC
-with AVX2, 2026-11-29): a prefill of 512 rows takes 890 ms, and 1,430 ms through the kernel: 1.6
-times as fast. On a CPU without vectors, a prefill of 16 rows takes 470 ms, not 2,060 ms.
+values. Two orders are known, and `tile_of_this_cpu` finds by trial if this CPU has one of them. On
+any other device the kernel multiplies all rows. The gain in q4 (three layers of Qwen2.5-0.5B's
+shapes, one thread of a 2-core AMD EPYC with AVX2, 2026-11-29): a prefill of 512 rows takes 890 ms,
+and 1,430 ms through the kernel: 1.6 times as fast.
 
     N outputs, rows of W   K inputs   G = K / 32 groups of inputs, each with a scale and a zero
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,27 +19,10 @@ from torch import Tensor
 aten = torch.ops.aten
 GROUP = 32
 TILE = 64  # every CPU's kernel takes a multiple of this number of rows of W
-
-
-class Order(NamedTuple):
-    """How rows of W share bytes: in tiles of `tile` rows, two rows in each byte.
-
-    The low half of each byte holds a row from the first half of the tile, or an even row if
-    `alternate`. The kernel is faster than unpacking for at most `max_kernel_rows` rows of x.
-    """
-
-    tile: int
-    alternate: bool
-    max_kernel_rows: int
-
-
-ORDERS = (
-    Order(64, False, 64),  # AVX-512
-    Order(32, False, 64),  # AVX2, measured
-    Order(32, True, 2),  # x86 without vectors: the kernel is scalar
-    Order(16, True, 2),  # ARM, untested
-    Order(64, True, 2),  # builds for Windows, untested
-)
+# Rows of W that share bytes, two in each: the low half of a byte holds a row from the first half of
+# a tile, the high half one from the second. AVX-512 and AVX2, both measured.
+KNOWN_TILES = (64, 32)
+MAX_KERNEL_ROWS = 64  # most rows of x for which the kernel is faster than unpacking
 
 
 def pack4(values: Tensor) -> Tensor:
@@ -59,28 +41,28 @@ def multiply4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     return kernel(x.bfloat16().contiguous(), packed, GROUP, scales)  # type: ignore[no-any-return]
 
 
-def unpack4(packed: Tensor, scales: Tensor, order: Order) -> Tensor:
+def unpack4(packed: Tensor, scales: Tensor, tile: int) -> Tensor:
     """Return W = (values − 8) · scale + zero, (N, K) in bf16.
 
-    `packed` is the result of `pack4` on a CPU with this `order`, and `scales` (G, N, 2) has scales
+    `packed` is the result of `pack4` on a CPU with this `tile`, and `scales` (G, N, 2) has scales
     and zeros. All steps keep the inputs first, as the kernel stores them, so nothing is transposed.
     """
     G, N, _ = scales.shape
-    pairs = packed.view(-1, G * GROUP, order.tile // 2).transpose(0, 1)  # (K, N / tile, tile / 2)
-    halves = torch.stack([pairs & 15, pairs >> 4], dim=-1 if order.alternate else -2)
+    pairs = packed.view(-1, G * GROUP, tile // 2).transpose(0, 1)  # (K, N / tile, tile / 2)
+    halves = torch.stack([pairs & 15, pairs >> 4], -2)  # (K, N / tile, 2, tile / 2)
     values = halves.view(G, GROUP, N).bfloat16().sub_(8)  # (G, 32, N)
     scale, zero = (part.contiguous() for part in scales[:, None].unbind(-1))  # (G, 1, N)
     return torch.addcmul(zero, values, scale).view(-1, N).T  # (N, K)
 
 
 @cache
-def order_of_this_cpu() -> Order | None:
-    """Return the order of this CPU's kernel, found by trial, or None if it is not in ORDERS."""
+def tile_of_this_cpu() -> int | None:
+    """Return the tile of this CPU's kernel, found by trial, or None if it is not known."""
     with torch.device("cpu"):
         values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)
         scales = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
     packed = pack4(values)
-    for order in ORDERS:
-        if torch.equal(unpack4(packed, scales, order).to(torch.uint8), values):
-            return order
+    for tile in KNOWN_TILES:
+        if torch.equal(unpack4(packed, scales, tile).to(torch.uint8), values):
+            return tile
     return None

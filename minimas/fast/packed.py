@@ -52,12 +52,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     autograd would keep every widened chunk.
     """
     few = x.shape[:-1].numel() <= MAX_NARROW_ROWS
-    if not x.is_cpu or has_units(x.dtype) or few or x.requires_grad:
+    # Only steps of few rows are compiled. The loop needs whole 32-bit words.
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0:
+        y = few_rows.product(x.flatten(0, -2), weight)  # (R, N)
+    elif not x.is_cpu or has_units(x.dtype) or few or x.requires_grad:
         return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2).float()  # (R, K)
-    chunks = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))
-    # W xᵀ transposed: for 512 rows a prefill is 1.16 times as fast as with x Wᵀ.
-    y = torch.cat([(chunk.float() @ rows.T).T for chunk in chunks], -1)  # (R, N)
+    else:
+        rows = x.flatten(0, -2).float()  # (R, K)
+        chunks = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))
+        # W xᵀ transposed: for 512 rows a prefill is 1.16 times as fast as with x Wᵀ.
+        y = torch.cat([(chunk.float() @ rows.T).T for chunk in chunks], -1)  # (R, N)
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -80,11 +84,8 @@ class CPULinear(nn.Module):
         self.bias = plain.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # nothing is packed, see `Compiled.layers`
-            if self.weight.dtype == torch.bfloat16 and self.weight.shape[1] % 2 == 0:
-                y = few_rows.product(x, self.weight)
-                return (y if self.bias is None else y + self.bias).to(x.dtype)
-        elif not x.requires_grad and self.pack():  # the packed operator has no gradient
+        # Compiled steps have plain weights, and the packed operator has no gradient.
+        if not torch.compiler.is_compiling() and not x.requires_grad and self.pack():
             kernel = mkldnn._linear_pointwise
             return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return linear(x, self.weight, self.bias)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, TILE, aten, multiply4, order_of_this_cpu, pack4, unpack4
+from .order import GROUP, MAX_KERNEL_ROWS, TILE, aten, multiply4, pack4, tile_of_this_cpu, unpack4
 from .packed import linear
 
 FORMATS = {  # bits of each weight
@@ -126,7 +126,9 @@ def finish(model: Any, quantize: str | None) -> None:
     if quantize and plain:
         logging.getLogger("minimas").warning(
             "%s: %d matrices are not quantized: their sizes do not fit the blocks of %s",
-            *(model.name, plain, quantize),
+            model.name,
+            plain,
+            quantize,
         )
     if model.lm_head is None and kept:
         table = model.model.embed_tokens
@@ -259,15 +261,15 @@ class Q4Linear(QuantizedLinear):
         self.packed = pack4(F.pad(values, pad))
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
-        self.order = order_of_this_cpu() if values.is_cpu else None
-        self.max_kernel_rows = self.order.max_kernel_rows if self.order else torch.inf
+        self.tile = tile_of_this_cpu() if values.is_cpu else None
+        self.max_kernel_rows = MAX_KERNEL_ROWS if self.tile else torch.inf
 
     def multiply(self, rows: Tensor) -> Tensor:
         return multiply4(rows, self.packed, self.scales)[:, : self.out_features]
 
     def unpack(self) -> Tensor:
-        if self.order:
-            weight = unpack4(self.packed, self.scales, self.order)
+        if self.tile:
+            weight = unpack4(self.packed, self.scales, self.tile)
         else:  # only the kernel knows the order: multiply W by the unit vectors
             K = len(self.scales) * GROUP
             like = self.scales
@@ -304,8 +306,16 @@ class Q8Linear(QuantizedLinear):
         return super().forward(x)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        kernel = aten._weight_int8pack_mm
-        return kernel(rows.bfloat16(), self.values, self.scale)  # type: ignore[no-any-return]
+        if len(rows) == 1 and torch.compiler.is_compiling():
+            # The compiler makes one loop of it, see few_rows.py. as_strided keeps what computes the
+            # inputs out of the loop: torch 2.13 made wrong code of both.
+            rows = rows.float()
+            rows = rows.as_strided(rows.shape, rows.stride())
+            sums = [(half.float() * rows).sum(-1) for half in self.values.tensor_split(2)]
+            return torch.cat(sums)[None] * self.scale  # type: ignore[no-any-return]
+        return aten._weight_int8pack_mm(  # type: ignore[no-any-return]
+            rows.bfloat16(), self.values, self.scale
+        )
 
     def unpack(self, ids: Any = slice(None)) -> Tensor:
         scale = self.scale[ids][..., None].bfloat16()
