@@ -6,10 +6,10 @@ cache does not cause another compilation. On a GPU the whole step is also record
 once per cache: one call then starts all of its kernels, and no kernel waits for Python. Longer
 inputs, where the products take nearly all the time, are not compiled.
 
-On a CPU with AVX2 most of the gain comes from the loop in few_rows.py, which is fast only if it is
-compiled. Without this loop a compiled step of one row was 1.1 times as fast in bf16, q8 and q4
-(Qwen2.5-Coder-0.5B, one thread of a 2-core AMD EPYC, medians of 9 to 15 interleaved rounds,
-2026-11-29). CUDA graphs are untested.
+On a CPU most of the gain in bf16 and q8 comes from loops that are fast only if they are compiled
+(few_rows.py, and `Q8Linear.multiply`). The README's latent step of one row takes 43 ms in bf16, 29
+in q8 and 31 in q4, and 66, 49 and 39 ms not compiled: 1.5, 1.7 and 1.25 times as fast (2-core AMD
+EPYC with AVX-512, 2026-11-30). CUDA graphs are untested.
 
     B rows   D hidden   S slots
 """
