@@ -111,8 +111,8 @@ class Compiled:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token, as `Qwen3.logits` does."""
-        few = hidden.shape[:-1].numel() <= self.max_rows
-        return (self.head if few else Qwen3.logits)(self.model, hidden)
+        head = self.head if hidden.shape[:-1].numel() <= self.max_rows else Qwen3.logits
+        return head(self.model, hidden)
 
 
 class Recorded:

@@ -22,7 +22,6 @@ TILE = 64  # every CPU's kernel takes a multiple of this number of rows of W
 # Rows of W that share bytes, two in each: the low half of a byte holds a row from the first half of
 # a tile, the high half one from the second. AVX-512 and AVX2, both measured.
 KNOWN_TILES = (64, 32)
-MAX_KERNEL_ROWS = 64  # most rows of x for which the kernel is faster than unpacking
 
 
 def pack4(values: Tensor) -> Tensor:

@@ -47,14 +47,15 @@ def can_pack() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear`; many 16-bit rows on a CPU without 16-bit units are computed in 32 bits.
 
-    The result is rounded once, at the end. Inputs with a gradient go to `F.linear`, because
-    autograd would keep every widened chunk.
+    Compiled steps in bf16 use the loop of `few_rows`. The result is rounded once, at the end.
+    Inputs with a gradient go to `F.linear`, because autograd would keep every widened chunk.
     """
     few = x.shape[:-1].numel() <= MAX_NARROW_ROWS
-    # Only steps of few rows are compiled. The loop needs whole 32-bit words.
+    # The loop needs whole 32-bit words.
     if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0:
         y = few_rows.product(x.flatten(0, -2), weight)  # (R, N)
-    elif not x.is_cpu or has_units(x.dtype) or few or x.requires_grad:
+    # `has_units` comes last, because the compiler cannot trace it.
+    elif not x.is_cpu or few or x.requires_grad or has_units(x.dtype):
         return F.linear(x, weight, bias)
     else:
         rows = x.flatten(0, -2).float()  # (R, K)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, MAX_KERNEL_ROWS, TILE, aten, multiply4, pack4, tile_of_this_cpu, unpack4
-from .packed import linear
+from .order import GROUP, TILE, aten, multiply4, pack4, tile_of_this_cpu, unpack4
+from .packed import can_pack, linear
 
 FORMATS = {  # bits of each weight
     "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, see `fit`
@@ -263,7 +263,7 @@ class Q4Linear(QuantizedLinear):
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
         self.tile = tile_of_this_cpu() if values.is_cpu else None
-        self.max_kernel_rows = MAX_KERNEL_ROWS if self.tile else torch.inf
+        self.max_kernel_rows = 64 if self.tile else torch.inf  # measured on AVX2
 
     def multiply(self, rows: Tensor) -> Tensor:
         return multiply4(rows, self.packed, self.scales)[:, : self.out_features]
@@ -293,6 +293,8 @@ class Q8Linear(QuantizedLinear):
         self.values, scale = in_chunks(round_rows, weight)
         # CUDA's kernel would convert a bf16 scale in every call.
         self.scale = scale if weight.is_cpu else scale.float()
+        # Without AVX-512 the compiler's code of the loop in `multiply` takes five times as long.
+        self.has_loop = weight.is_cpu and can_pack()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()
         )
@@ -307,7 +309,7 @@ class Q8Linear(QuantizedLinear):
         return super().forward(x)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        if len(rows) == 1 and torch.compiler.is_compiling():
+        if self.has_loop and len(rows) == 1 and torch.compiler.is_compiling():
             # The compiler makes one loop of it, see few_rows.py. as_strided keeps what computes the
             # inputs out of the loop: torch 2.13 made wrong code of both.
             rows = rows.float()

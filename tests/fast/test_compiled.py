@@ -196,6 +196,24 @@ def test_a_copy_of_a_model_does_not_replay_the_recording_of_the_original() -> No
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("has_loop", [True, False])
+def test_the_loop_over_8_bits_is_for_one_row_with_avx512(
+    has_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On AVX2 the compiler loads 8-bit values one by one, and a step took five times as long."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr("minimas.fast.quantize.can_pack", lambda: has_loop)
+    for rows in (1, 2):
+        torch._dynamo.reset()
+        fast = load(TINY, device="cpu", quantize="q8", compile=True).model
+        _, cache = remember(fast, random_ids(fast, rows, 7))
+        _, (code,) = run_and_get_code(fast, fast.embed(random_ids(fast, rows, 1)), cache)
+        assert ("_weight_int8pack_mm" not in code) == (has_loop and rows == 1)
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("quantize", [None, "q4", "q8"])
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(quantize: str | None) -> None:
     """One compilation serves all layers, any number of rows, and a growing cache.
