@@ -165,7 +165,7 @@ def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], lis
         hidden,
         cache,
         GREEDY,
-        run.lm.end_ids,
+        run.end_ids,
         run.generators,
         prompts=[[]] * len(ASKED),
     )

@@ -54,8 +54,9 @@ def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Most arguments are checked before the model loads."""
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and (args.parallel or len(rows) > 1):
-        found = f"found {len(rows)} questions"
-        raise ParameterError("save_memory", f"{found}, expected one, and no --parallel")
+        raise ParameterError(
+            "save_memory", f"found {len(rows)} questions, expected one, and no --parallel"
+        )
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swapped within a batch

@@ -111,6 +111,7 @@ class Run:
         self.used_sampling = self.sampling or self.lm.sampling
         if not isinstance(self.used_sampling, Sampling):
             raise ParameterError("sampling", f"found {self.sampling!r:.80}, expected a Sampling")
+        self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
         self.prefilled = [0] * len(self.questions)  # slots that were filled in `seconds`
@@ -130,6 +131,7 @@ class Run:
         if agent.model:
             other.lm = self.models[agent.model]
             other.memory = other.lm.model.new_cache(1)
+            other.end_ids = other.lm.end_ids
         return other
 
     def new_cache(self, agents: int = 1) -> KVCache:
@@ -260,7 +262,7 @@ class Run:
         It is always False before the first thought is fed.
         """
         tokens = self.lm.model.logits(hidden)[:, 0].argmax(-1)
-        ends = torch.tensor([*self.lm.end_ids], device=tokens.device)
+        ends = torch.tensor([*self.end_ids], device=tokens.device)
         return torch.isin(tokens, ends) & (thoughts.shape[1] > 1)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
@@ -285,7 +287,7 @@ class Run:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(
-            self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.lm.end_ids,
+            self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
             self.generators * (len(ids) // B), ids, keeps_cache,
         )  # fmt: skip
         for row, piece, done in pieces:

@@ -57,7 +57,7 @@ def compile_steps(model: Qwen3) -> None:
     """
     compiled = Compiled(model)
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
-    if model.device.type == "cpu" and not isinstance(model.lm_head, packed.CPULinear):
+    if model.step is compiled and not isinstance(model.lm_head, packed.CPULinear):
         model.logits = compiled.logits  # type: ignore[method-assign]
 
 

@@ -53,8 +53,10 @@ def check(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     elif name not in TORCH_FORMATS:
         bnb.require(f"quantize: found {name!r}", device)
     elif not has_kernels(device):
-        seen = torch.cuda.get_device_capability(device)
-        problem = f" on a GPU of compute capability {seen}, expected a CPU, 8.0 or newer, or nf4"
+        problem = (
+            f" on a GPU of compute capability {torch.cuda.get_device_capability(device)}, "
+            "expected a CPU, 8.0 or newer, or nf4"
+        )
     if problem:
         raise ParameterError("quantize", f"found {name!r}{problem}")
 
