@@ -151,8 +151,8 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         team = settings.pop("team", "sequential")
         text_run = Run(**settings)
         lm = text_run.lm
-        agents = single_team(lm) if method == "single" else choose_team(lm, team)
-        last = yield from hand_over_text(text_run, agents)
+        chosen = single_team(lm) if method == "single" else choose_team(lm, team)
+        last = yield from hand_over_text(text_run, chosen)
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())

@@ -27,6 +27,7 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
         args.method, options["team"] = "text_mas", lm.teams.get("single", alone)
     options["keep_memory"] = True
     memory = start = options.get("memory")
+    turns = 0
     say(args, f"minimas: type a message, {COMMANDS}")
     while True:
         print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
@@ -37,12 +38,14 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                     return
                 case ["/clear"]:
                     memory = start
+                    turns = 0
                 case ["/save", file] if memory:
                     memory.save(file)
                 case ["/load", file]:
                     memory = KVCache.load(file, lm.model)
+                    turns = 0
                 case ["/show"]:
-                    for name, value in {"KV cache": memory, **settings}.items():
+                    for name, value in {"turns": turns, "KV cache": memory, **settings}.items():
                         print(f"{name:>14}: {value}", file=sys.stderr)
                 case [command, *_] if command[0] == "/":
                     raise ValueError(f"found {line!r:.40}, expected {COMMANDS}")
@@ -51,6 +54,7 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                     asked = [("free", [{"question": line}])]
                     [result] = show_answers(args, lm, options, settings, asked)
                     memory = result.memory
+                    turns += 1
         except KeyboardInterrupt:
             say(args, "\nminimas: stopped, the conversation is as it was")
         except ContextError as error:

@@ -255,6 +255,7 @@ def test_clear_restores_the_memory_given_at_the_start(chat: Chat, tmp_path: Path
 def test_show_describes_the_conversation(chat: Chat) -> None:
     _, out, err = chat([EVA, TOM, "/show"], "-n", 9, "--json")
     size = records(out)[-1]["usage"]["memory_bytes"]
+    assert re.search(r"^ *turns: 2$", err, re.M)
     assert f"KVCache(lengths=[{size // 768}], {size:,} bytes, " in err
     assert re.search(r"^ *model: weights/tiny$", err, re.M) and "'max_new_tokens': 9" in err
 
@@ -357,7 +358,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
             while "stopped" not in (line := process.stderr.readline()):
                 assert line, "it ended"
             os.write(master, b"/show\n")
-            while "KV cache: None" not in (line := process.stderr.readline()):
+            while "turns: 0" not in (line := process.stderr.readline()):
                 assert line, "it ended"
             assert len(partly) == 5 and process.stdout.readline().endswith("\n")
             while "versions" not in process.stderr.readline():

@@ -98,11 +98,10 @@ class KVCache:
         If not `ragged`, all rows have equal lengths, and `slots` is (1, T): the last T slots.
         """
         c = self.config
-        T = slots.shape[1]
         mask = None
         # Not a slice: compiled code would copy all slots of the cache in each step.
         where: Any = slice(None), slots[0]
-        if ragged or T > 1:
+        if ragged or slots.shape[1] > 1:
             groups = c.num_attention_heads // c.num_key_value_heads
             queries = slots.repeat(1, groups)[:, None, :, None]  # (B or 1, 1, H/K · T, 1)
             # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.

@@ -53,9 +53,12 @@ def check_compiler(device_type: str) -> None:
 def compile_steps(model: Qwen3) -> None:
     """Compile the model's steps of one position, in place. The first step takes seconds longer.
 
-    A tied or quantized LM head is compiled too, on a CPU.
+    A tied or quantized LM head is compiled too, on a CPU. A float16 model on a CPU stays as it is:
+    compiled, a step of one row was 1.15 times as fast, and one of eight rows 0.93 times.
     """
     compiled = Compiled(model)
+    if compiled.plain and model.dtype == torch.float16:
+        return
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
     if model.step is compiled and not isinstance(model.lm_head, packed.CPULinear):
         model.logits = compiled.logits  # type: ignore[method-assign]

@@ -50,18 +50,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Compiled steps in bf16 use the loop of `few_rows`. The result is rounded once, at the end.
     Inputs with a gradient go to `F.linear`, because autograd would keep every widened chunk.
     """
-    few = x.shape[:-1].numel() <= MAX_NARROW_ROWS
+    rows = x.flatten(0, -2)  # (R, K)
     # The loop needs whole 32-bit words.
     if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0:
-        y = few_rows.product(x.flatten(0, -2), weight)  # (R, N)
+        y = few_rows.product(rows, weight)  # (R, N)
     # `has_units` comes last, because the compiler cannot trace it.
-    elif not x.is_cpu or few or x.requires_grad or has_units(x.dtype):
+    elif not x.is_cpu or x.requires_grad or len(rows) <= MAX_NARROW_ROWS or has_units(x.dtype):
         return F.linear(x, weight, bias)
     else:
-        rows = x.flatten(0, -2).float()  # (R, K)
+        wide = rows.float().T  # (K, R)
         chunks = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))
         # W xᵀ transposed: for 512 rows a prefill is 1.16 times as fast as with x Wᵀ.
-        y = torch.cat([(chunk.float() @ rows.T).T for chunk in chunks], -1)  # (R, N)
+        y = torch.cat([(chunk.float() @ wide).T for chunk in chunks], -1)  # (R, N)
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 

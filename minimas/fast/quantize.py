@@ -6,10 +6,9 @@ and multiplied in 16 or 32 bits (see order.py for the gain).
 
 The README's latent step of one row is 1.7 times as fast in q4 as in bf16, both not compiled (2-core
 AMD EPYC with AVX-512, 2026-11-30), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). The
-products of eight
-rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20 ms in q8, 2.0 and
-2.6 times as fast. The products of one row take 8, 7 and 7 ms (2-core AMD EPYC with AVX2,
-2026-11-29).
+products of eight rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20
+ms in q8, 2.0 and 2.6 times as fast. The products of one row take 8, 7 and 7 ms (2-core AMD EPYC
+with AVX2, 2026-11-29).
 
 W_a is computed from embedding and LM head, so no format changes them. In a GGUF file they may have
 few bits already, and keep them. Packing depends on the device, so a quantized model cannot be
@@ -274,9 +273,8 @@ class Q4Linear(QuantizedLinear):
         if self.tile:
             weight = unpack4(self.packed, self.scales, self.tile)
         else:  # only the kernel knows the order: multiply W by the unit vectors
-            K = len(self.scales) * GROUP
             like = self.scales
-            units = torch.eye(K, dtype=like.dtype, device=like.device)
+            units = torch.eye(self.in_features, dtype=like.dtype, device=like.device)
             weight = multiply4(units, self.packed, self.scales).T
         return weight[: self.out_features]
 

@@ -325,6 +325,15 @@ def test_compiled_logits_equal_plain_ones(quantize: str | None, dtype: torch.dty
     assert fast.fingerprint() == plain.fingerprint()
 
 
+def test_a_model_that_would_not_get_faster_is_not_compiled() -> None:
+    """float16 has no loop for few rows."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = tiny_model(dtype=dtype)
+        packed.pack(model)
+        compile_steps(model)
+        assert (model.step is not None) == (dtype != torch.float16), dtype
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(not packed.can_pack(), reason="this CPU cannot pack bf16 matrices")
