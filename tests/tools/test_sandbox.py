@@ -121,6 +121,10 @@ HOSTILE = {  # program, expected part of the reason
         ),
         "not done after 1 s",
     ),
+    "an endless loop without descriptors": (
+        "import os\nos.closerange(0, 64)\nwhile True:\n    pass",
+        "not done after 1 s",
+    ),
     "a sleeper that ignores signals": (
         "import signal, time\nfor s in set(signal.valid_signals()) - {9, 19, 32, 33}:\n"
         "    signal.signal(s, signal.SIG_IGN)\ntime.sleep(600)",

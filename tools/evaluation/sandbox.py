@@ -3,8 +3,8 @@
 The program runs as a module in a new interpreter without environment variables, input or network,
 in its own empty folder. It is confined by these layers, from the outermost to the innermost:
 
-* The caller kills the guard, a separate process, when the time is up, and waits until none of its
-  processes is left.
+* The caller stops the guard, a separate process, when the time is up. The guard then kills process
+  1 of the program's PID namespace, and ends when none of its processes is left.
 * The guard has its own session, and creates user, mount, PID, network and IPC namespaces. Process 1
   of the PID namespace dies with the guard, and then the kernel kills all other processes in it.
 * Every mount is read-only, /run is empty, and the folder is a small file system in RAM that is
@@ -98,10 +98,12 @@ def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
                 guard.stdin.write(json.dumps(order).encode())
             said, ended = _read(reading, start + timeout)
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            guard.terminate()  # it kills process 1 and waits until the kernel has killed the rest
+            try:
+                guard.wait(5)
+            except subprocess.TimeoutExpired:
                 os.killpg(guard.pid, signal.SIGKILL)
-            guard.wait()
-            _read(reading, time.monotonic() + 5)  # waits until no process has the other end
+                guard.wait()
             os.close(reading)
     return _outcome(said, ended, token, timeout, time.monotonic() - start)
 
@@ -192,8 +194,16 @@ def _guard() -> None:
                 pass
             os.write(order["verdict"], b" left a process behind")
         os._exit(0)
+    # Process 1 stays in the process table until all others of its namespace are gone. waitpid
+    # therefore returns last, also for a program that closed its descriptors.
+    signal.signal(signal.SIGTERM, lambda *_: _kill(init))
     os.closerange(3, 64)
     os.waitpid(init, 0)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(process, signal.SIGKILL)
 
 
 def _unshare(flag: int) -> int:
