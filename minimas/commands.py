@@ -165,8 +165,8 @@ def run_remember(args: Namespace) -> None:
     text = read_input(Path(args.text))
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out, args.bits)
-    size = Path(args.out).stat().st_size
-    say(args, f"{args.out}: {memory.lengths[0]:,} slots, {size / 1e6:,.2f} MB")
+    slots = f"{memory.lengths[0]:,} slots"
+    say(args, f"{args.out}: {slots}, {Path(args.out).stat().st_size / 1e6:,.2f} MB")
 
 
 def run_check(args: Namespace) -> None:

@@ -222,7 +222,7 @@ class Run:
 
         hidden, cache = self.prefill(ids, cache)  # (R, 1, D)
         prompt_end = list(cache.lengths)
-        thoughts = yield from self._think(align, hidden, cache, steps)
+        thoughts = yield from self.think(align, hidden, cache, steps)
         hidden = thoughts[-1].after if thoughts else hidden
         thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
@@ -243,12 +243,13 @@ class Run:
         ends = start, prompt_end, thoughts_end
         return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
 
-    def _think(
+    def think(
         self, align: Any, hidden: Tensor, cache: KVCache, steps: int
     ) -> Events[list[Thought]]:
-        draws = getattr(align, "with_generators", None)
-        if draws is not None:  # a random map, which draws from each question's own generator
-            align = draws(self.generators * (len(hidden) // len(self.questions)))
+        """Think from hidden (R, 1, D), and yield each thought. Returns all thoughts of the turn.
+
+        A subclass may use another map.
+        """
         until = self.ends_turn if self.stops_itself else None
         thoughts = []
         for thought in rollout(self.lm.model, align, hidden, cache, steps, until):

@@ -126,8 +126,8 @@ class Config:
             value: Any = fields.get(field)
             kind = type(largest)
             good = type(value) in (int, kind) and 0 < value <= largest
-            number = "integer" if kind is int else "number"
-            check(good, field, f"a positive {number}, at most {largest:,}")
+            expected = f"a positive {'integer' if kind is int else 'number'}, at most {largest:,}"
+            check(good, field, expected)
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")

@@ -1,12 +1,16 @@
 """16-bit products on a CPU: weights packed for its matrix units, or else widened to 32 bits.
 
-Packing: on AVX-512, `F.linear` in bf16 reads memory at half speed and takes 1.5 times as long for
-eight rows as for one. With packed weights, eight rows take as long as one: 1.3 ms for the products
-of a layer of Qwen3-0.6B, and 2.7 ms with `F.linear` (2-core AMD EPYC with AVX-512, 2026-11-30).
+Packing: on AVX-512 with bf16 instructions, `F.linear` in bf16 reads memory at half speed and takes
+1.5 times as long for eight rows as for one. With packed weights, eight rows take as long as one:
+1.3 ms for the products of a layer of Qwen3-0.6B, and 2.7 ms with `F.linear` (2-core AMD EPYC with
+AVX-512, 2026-11-30).
 
 Widening: without matrix units torch multiplies row by row. The products of 64 rows (a layer of
 Qwen2.5-0.5B, one thread) take 110 ms widened and 502 ms with `F.linear`, so widening is 4.6 times
 as fast. The products of eight rows take 53 and 65 ms (2-core AMD EPYC with AVX2, 2026-11-29).
+AVX-512 without bf16 instructions (Intel before 2023, except Cooper Lake) emulates them: 512 rows
+take 177 ms widened and 461 ms with `F.linear` or packed weights, 2.6 times as long (2-core Intel
+Xeon, 2026-11-30).
 """
 
 from functools import cache, partial
@@ -19,14 +23,17 @@ from torch import Tensor, nn
 from . import few_rows
 
 mkldnn = torch.ops.mkldnn
-MAX_NARROW_ROWS = 3  # most rows for which row by row is faster than widening (AVX2)
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+MAX_NARROW_ROWS = 8 if AVX512 else 3  # most rows for which F.linear is faster than widening
 CHUNK_WEIGHTS = 2**20  # weights widened at a time: 4 MB of float32, which stay in the cache
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has units for `dtype`: on x86, bf16 with AVX-512, rarely fp16."""
+    """Return whether this CPU has units for `dtype`, and does not emulate them in software."""
     if dtype.itemsize != 2:
         return True
+    if AVX512 and not torch.cpu._is_avx512_bf16_supported():  # nor has it fp16 units
+        return False
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(mkldnn, f"_is_mkldnn_{kind}_supported")
     return torch.backends.mkldnn.is_available() and bool(supported())
@@ -34,14 +41,14 @@ def has_units(dtype: torch.dtype) -> bool:
 
 @cache
 def can_pack() -> bool:
-    """Return whether torch has the packing operators and they run on this CPU, tried once."""
+    """Return whether the packing operators run on this CPU and gain something, tried once."""
     x = torch.ones(32, 32, dtype=torch.bfloat16, device="cpu")
     try:
         packed = mkldnn._reorder_linear_weight(x, None)
         mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (AttributeError, RuntimeError):
         return False
-    return True
+    return has_units(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from minimas import Aligner, KVCache, Qwen3, load, think
 from minimas.core.cache import Positions
 from minimas.fast import packed
-from minimas.fast.compiled import SPARE_SLOTS, Recorded, check_compiler, compile_steps
+from minimas.fast.compiled import SPARE_SLOTS, Compiled, Recorded, check_compiler, compile_steps
 
 from ..models import TINY, apart, random_ids, remember, tiny_model
 
@@ -288,6 +288,7 @@ def test_compiled_steps_of_few_rows_use_their_own_loop(
     torch._dynamo.reset()
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
     monkeypatch.setattr(packed, "can_pack", lambda: False)
+    monkeypatch.setattr(packed, "AVX512", False)
     plain, fast = load(TINY, device="cpu").model, load(TINY, device="cpu", compile=True).model
     for rows in (5, 12):
         _, cache = remember(fast, random_ids(fast, rows, 7))
@@ -332,6 +333,28 @@ def test_a_model_that_would_not_get_faster_is_not_compiled() -> None:
         packed.pack(model)
         compile_steps(model)
         assert (model.step is not None) == (dtype != torch.float16), dtype
+
+
+@pytest.mark.parametrize(
+    ("wide", "dtype", "options"),
+    [
+        (True, torch.bfloat16, {"cpp.simdlen": 256}),
+        (True, torch.float32, None),
+        (False, torch.bfloat16, None),
+    ],
+)
+def test_the_loop_over_16_bits_has_vectors_of_256_bits(
+    wide: bool, dtype: torch.dtype, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 512 bits a compiled step took 236 ms on an Intel Xeon, and 82 ms not compiled."""
+    given: list[Any] = []
+    monkeypatch.setattr(packed, "AVX512", wide)
+    monkeypatch.setattr(torch, "compile", lambda *_, **options: given.append(options["options"]))
+    model = tiny_model(dtype=dtype)
+    packed.pack(model)
+    compiled = Compiled(model)
+    assert given == [options] * 2
+    assert (compiled.max_rows == 1) == (options is not None)
 
 
 @pytest.mark.slow

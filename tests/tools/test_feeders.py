@@ -25,6 +25,7 @@ from tools.evaluation.feeders import (
     plain_text,
 )  # fmt: skip
 from tools.evaluation.grading import plain_grader
+from tools.evaluation.last_turn import latent_turn
 
 from ..models import TINY, apart, random_ids, reference, remember, tiny_model
 from ..text import load_text_lm, text_model, tiny_tokenizer
@@ -226,7 +227,7 @@ def test_a_thought_does_not_depend_on_the_batch(lm: LM, made: Feeders, kind: str
     def thoughts(questions: list[str], seed: int = 0) -> Tensor:
         heard.append([])
         sampling = Sampling(max_new_tokens=1)
-        latent_mas(lm, questions, latent_steps=3, align=Tap(), sampling=sampling, seed=seed)
+        latent_turn(lm, questions, latent_steps=3, align=Tap(), sampling=sampling, seed=seed)
         return torch.tensor(heard[-1], dtype=torch.float64).view(
             -1, len(questions), 16
         )  # (agents · steps, B, D)

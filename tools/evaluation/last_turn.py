@@ -15,7 +15,7 @@ from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_ove
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import Layout
 from minimas.nll import Loss, losses_after
-from minimas.results import AgentTrace, OnEvent, Result, finish
+from minimas.results import AgentTrace, Events, OnEvent, Result, Thought, finish
 from minimas.teams import Agent, Team
 from minimas.text.tokenizer import PromptText
 from minimas.turns import Run
@@ -36,7 +36,11 @@ class PrefillOnce:
 
 @dataclass
 class SharingRun(Run):
-    """A run that reuses first prompts which other runs with the same `once` have prefilled."""
+    """A run that reuses first prompts which other runs with the same `once` have prefilled.
+
+    A map with the method `with_generators` is asked for the map of each turn. A random map gets one
+    generator per row, that of the row's question.
+    """
 
     once: PrefillOnce | None = None
 
@@ -49,6 +53,15 @@ class SharingRun(Run):
             self.once.kept[key] = super().prefill(ids, cache)
         hidden, kept = self.once.kept[key]
         return hidden, kept.fork()
+
+    def think(
+        self, align: Any, hidden: Tensor, cache: KVCache, steps: int
+    ) -> Events[list[Thought]]:
+        """Think from hidden (R, 1, D), and yield each thought. Returns all thoughts of the turn."""
+        if hasattr(align, "with_generators"):
+            generators = self.generators * (len(hidden) // len(self.questions))
+            align = align.with_generators(generators)
+        return (yield from super().think(align, hidden, cache, steps))
 
 
 @dataclass
