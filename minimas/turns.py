@@ -114,7 +114,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.prefilled = [0] * len(self.questions)  # slots that were filled in `seconds`
+        self.prefilled = [0] * len(self.questions)  # slots prefilled in those `seconds`
         B = len(self.questions)
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
@@ -188,7 +188,7 @@ class Run:
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
         """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache.
 
-        A subclass may return another cache with the same content.
+        A subclass may return another cache with the same content in place of an empty one.
         """
         return prefill(self.lm.model, ids, cache), cache
 

@@ -7,10 +7,10 @@ AVX-512, 2026-11-30).
 
 Widening: without matrix units torch multiplies row by row. The products of 64 rows (a layer of
 Qwen2.5-0.5B, one thread) take 110 ms widened and 502 ms with `F.linear`, so widening is 4.6 times
-as fast. The products of eight rows take 53 and 65 ms (2-core AMD EPYC with AVX2, 2026-11-29).
-AVX-512 without bf16 instructions (Intel before 2023, except Cooper Lake) emulates them: 512 rows
-take 177 ms widened and 461 ms with `F.linear` or packed weights, 2.6 times as long (2-core Intel
-Xeon, 2026-11-30).
+as fast. The products of eight rows take 53 ms widened and 65 ms with `F.linear` (2-core AMD EPYC
+with AVX2, 2026-11-29). On a CPU with AVX-512, but without its bf16 instructions (Intel's servers
+until 2022), torch emulates them. There widening is 2.6 times as fast: 512 rows take 177 ms widened
+and 461 ms with `F.linear` or packed weights (2-core Intel Xeon, 2026-11-30).
 """
 
 from functools import cache, partial
@@ -29,19 +29,23 @@ CHUNK_WEIGHTS = 2**20  # weights widened at a time: 4 MB of float32, which stay 
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has units for `dtype`, and does not emulate them in software."""
+    """Return whether this CPU multiplies `dtype` in hardware. True for 32 and 64 bits."""
     if dtype.itemsize != 2:
         return True
-    if AVX512 and not torch.cpu._is_avx512_bf16_supported():  # nor has it fp16 units
+    # A CPU with fp16 instructions has bf16 instructions too.
+    if AVX512 and not torch.cpu._is_avx512_bf16_supported():
         return False
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(mkldnn, f"_is_mkldnn_{kind}_supported")
-    return torch.backends.mkldnn.is_available() and bool(supported())
+    return torch.backends.mkldnn.is_available() and supported()  # type: ignore[no-any-return]
 
 
 @cache
 def can_pack() -> bool:
-    """Return whether the packing operators run on this CPU and gain something, tried once."""
+    """Return whether packing makes products faster: its operators run, and bf16 has units.
+
+    The operators are tried once.
+    """
     x = torch.ones(32, 32, dtype=torch.bfloat16, device="cpu")
     try:
         packed = mkldnn._reorder_linear_weight(x, None)
@@ -58,8 +62,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Inputs with a gradient go to `F.linear`, because autograd would keep every widened chunk.
     """
     rows = x.flatten(0, -2)  # (R, K)
+    compiling = torch.compiler.is_compiling() and x.is_cpu
     # The loop needs whole 32-bit words.
-    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0:
+    if compiling and x.dtype == torch.bfloat16 and not x.shape[-1] % 2:
         y = few_rows.product(rows, weight)  # (R, N)
     # `has_units` comes last, because the compiler cannot trace it.
     elif not x.is_cpu or x.requires_grad or len(rows) <= MAX_NARROW_ROWS or has_units(x.dtype):
@@ -67,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         wide = rows.float().T  # (K, R)
         chunks = weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))
-        # W xᵀ transposed: for 512 rows a prefill is 1.16 times as fast as with x Wᵀ.
+        # (W xᵀ)ᵀ: for 512 rows a prefill is 1.16 times as fast as with x Wᵀ.
         y = torch.cat([(chunk.float() @ wide).T for chunk in chunks], -1)  # (R, N)
     y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -93,8 +98,9 @@ class CPULinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Compiled steps have plain weights, and the packed operator has no gradient.
         if not torch.compiler.is_compiling() and not x.requires_grad and self.pack():
-            kernel = mkldnn._linear_pointwise
-            return kernel(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+            return mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+                x, self.packed, self.bias, "none", [], ""
+            )
         return linear(x, self.weight, self.bias)
 
     def pack(self) -> bool:
