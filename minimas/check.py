@@ -11,6 +11,7 @@ Six questions show only large effects. `tools/evaluate.py --audit` measures the 
 data.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -149,7 +150,7 @@ def check(
         ended = fmean(count < MAX_NEW_TOKENS for count in tokens)
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
     verdict, flags = judge(team.layout, arms)
-    command = f"python -m minimas ask --model {lm.model.name} {flags}QUESTION"
+    command = f"python -m minimas ask --model {shlex.quote(lm.model.name)} {flags}QUESTION"
     return Report(
         lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, len(ASKED), arms, verdict, command
     )

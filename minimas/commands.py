@@ -45,6 +45,8 @@ def run(args: Namespace) -> int:
             torch.distributed.destroy_process_group()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
+        if getattr(args, "save_memory", None):
+            return report_error(OSError("stdout was closed: --save-memory wrote no file"), args)
     except ERRORS as error:
         return report_error(error, args)
     return 0

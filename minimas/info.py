@@ -72,8 +72,9 @@ def describe(
             for key, tensor in gguf.tensors.items()
             if tensor.rows > 1
         }
-        size = in_words(sizes["as in the file"])
-        lines["as loaded"] = f"{size}: {', '.join(sorted(kinds))}{gguf.needs}"
+        lines["as loaded"] = (
+            f"{in_words(sizes['as in the file'])}: {', '.join(sorted(kinds))}{gguf.needs}"
+        )
     return lines
 
 

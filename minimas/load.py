@@ -63,8 +63,10 @@ class LM:
         model = self.model
         with torch.device("meta"):  # a quantized layer has no parameters to count
             count = sum(weight.numel() for weight in Qwen3(model.config).parameters())
-        layer = type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__
-        return f"LM({model.name}: {count:,} parameters, {model.dtype}, {layer}, {model.device})"
+        return (
+            f"LM({model.name}: {count:,} parameters, {model.dtype}, "
+            f"{type(model.get_submodule('model.layers.0.mlp.up_proj')).__name__}, {model.device})"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

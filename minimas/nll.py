@@ -56,8 +56,9 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
     fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]
     padded = pad_sequence(fed, batch_first=True).to(model.device)  # (B, T - 1)
     if padded.numel():
-        counts = list(map(len, fed))
-        hidden = torch.cat([hidden, model(model.embed(padded), cache.fork(), counts)], 1)
+        hidden = torch.cat(
+            [hidden, model(model.embed(padded), cache.fork(), list(map(len, fed)))], 1
+        )
     losses = []
     for q, row in enumerate(ids):
         # One text at a time: the logits of all texts, (B, T, V), would take gigabytes.

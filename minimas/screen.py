@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.utils import disp_trim
 
 from . import agents, prompts
-from .core.errors import ParameterError
+from .core.errors import ContextError, ParameterError
 from .lens import Lens, ThoughtView
 from .load import LM, TINY
 from .results import AgentEnd, AgentStart, AgentTrace, Event, Piece, Result, Usage
@@ -131,10 +131,11 @@ class Screen:
                 self.bar.update()
 
     def _show_thoughts(self, seen: list[tuple[AgentTrace, list[ThoughtView]]]) -> None:
-        width = len(self.labels[-1])
         for label, (_, thoughts) in zip(self.labels, seen, strict=False):
             for number, thought in enumerate(thoughts, start=1):
-                line = f"  {label:>{width}}{number:>3}  entropy {thought.entropy:5.2f}"
+                line = (
+                    f"  {label:>{len(self.labels[-1])}}{number:>3}  entropy {thought.entropy:5.2f}"
+                )
                 for text, chance in thought.tokens:
                     line += f" {chance:4.0%} {text!r:<12.12}"
                 say(self.args, disp_trim(line, get_terminal_size().columns))
@@ -203,6 +204,8 @@ def show_answers(
                 on_event=screen,
                 **options,
             )
+        except ContextError as error:
+            raise ContextError(f"{screen.label}{error}") from error
         finally:
             screen.show(own, settings | {"kind": kind})  # if interrupted, the text so far
         results += own

@@ -124,14 +124,14 @@ def test_short_answers_with_thoughts_also_count_as_harm() -> None:
 def test_the_command_prints_a_table_or_one_json_object(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_folder(tmp_path / "model")
+    folder = text_folder(tmp_path / "my model")
     write_folder(folder, text_model())
     assert main(["check", str(folder), "--json", "--quiet", "--latent-steps", "2"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == "" and out.count("\n") == 1
     assert found["arms"] == json.loads(json.dumps(dataclasses.asdict(report)))["arms"]
-    assert found["command"].startswith(f"python -m minimas ask --model {folder} ")
+    assert found["command"].startswith(f"python -m minimas ask --model '{folder}' ")
     text = "\n".join(report.lines())
     assert (
         "6 built-in questions" in text

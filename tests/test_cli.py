@@ -275,6 +275,16 @@ def test_a_question_longer_than_the_context_is_refused_within_seconds(
     assert time.monotonic() - start < 20
 
 
+def test_a_row_that_is_too_long_is_named(run: Run, tmp_path: Path) -> None:
+    """The message named only the agent, and --quiet hides how many rows were done."""
+    rows = [TINY_EXAMPLE, "word " * 20_000, TINY_EXAMPLE]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps({"question": row}) + "\n" for row in rows))
+    outcome = run("ask", "--file", file, "-n", 8, "--quiet")
+    assert outcome.status == 1 and outcome.out.count("\n") == 1
+    assert outcome.err.startswith("minimas: error: [2/3] planner: 0 slots of working memory")
+
+
 def test_the_default_model_says_what_it_can_answer(run: Run) -> None:
     """Its answers to other questions are meaningless, and a new user might blame the method."""
     known, unknown = run("ask", TINY_EXAMPLE, "-n", 8), run("ask", "Why is the sky blue?", "-n", 8)

@@ -155,6 +155,21 @@ def test_a_closed_stdout_stops_a_run_over_a_file_without_an_error(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_memory_that_a_closed_stdout_prevents_is_an_error(tmp_path: Path) -> None:
+    """`ask --save-memory FILE | true` ended with status 0 and without the file."""
+    read, write = os.pipe()
+    os.close(read)
+    saved = tmp_path / "m.safetensors"
+    command = [sys.executable, "-m", "minimas", "ask", ASKED, "--quiet", "--save-memory", saved]
+    done = subprocess.run(
+        command, env=ENV, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False
+    )
+    os.close(write)
+    assert done.returncode == 1 and not saved.exists()
+    assert done.stderr == b"minimas: error: stdout was closed: --save-memory wrote no file\n"
+
+
+@pytest.mark.slow
 def test_utf8_input_works_in_a_c_locale() -> None:
     """The bytes of the question became surrogates, and the error said that it was empty."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

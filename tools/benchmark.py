@@ -38,8 +38,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # minimas and tools of the checkout
 
-from tools.benchmarking.command import main
-from tools.shared.streams import run_command
+from tools.shared.interrupt import quit_quietly
+
+quit_quietly()
+
+from tools.benchmarking.command import main  # noqa: E402
+from tools.shared.streams import run_command  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run_command("benchmark", lambda: main(__doc__.partition("\n")[0])))

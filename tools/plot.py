@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
 
 import minimas
+from minimas.core.config import read_json
 from tools.evaluation import figures
 from tools.evaluation.drawing import DRAWN, draw
 from tools.evaluation.feeders import kind_of_map
@@ -78,7 +79,7 @@ def collect(args: argparse.Namespace) -> Figure:
     if args.what == "steps":
         return figures.steps(figures.runs(args.runs))
     if args.what == "costs":
-        paper = json.loads(args.paper.read_text(encoding="utf-8")) if args.paper else None
+        paper = read_json(args.paper) if args.paper else None
         return figures.costs(figures.runs(args.runs), paper, args.task)
     if args.what == "audit":
         return figures.forest(figures.runs(args.runs))
@@ -90,8 +91,8 @@ def collect(args: argparse.Namespace) -> Figure:
         lm = minimas.load(args.model, device=args.device, dtype=args.dtype)
         questions = [row["question"] for row in rows if kind_of(row) == kind]
         return figures.thoughts(lm, questions, args.align, args.steps, kind)
-    figure = json.loads(args.numbers.read_text(encoding="utf-8"))
-    if not isinstance(figure, dict) or figure.get("what") not in DRAWN:
+    figure = read_json(args.numbers)
+    if figure.get("what") not in DRAWN:
         expected = f"expected one of {', '.join(DRAWN)}"
         raise ValueError(f"{args.numbers}: what: found no name of a picture, {expected}")
     return figure

@@ -15,8 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
 
-from tools.linking.command import main
-from tools.shared.streams import run_command
+from tools.shared.interrupt import quit_quietly
+
+quit_quietly()
+
+from tools.linking.command import main  # noqa: E402
+from tools.shared.streams import run_command  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run_command("train_link", main))

@@ -97,9 +97,8 @@ class Compiled:
         self.head = torch.compile(Qwen3.logits, dynamic=True, options=options)
 
     def __call__(self, inputs_embeds: Tensor, cache: KVCache) -> Tensor:
-        positions = cache.next_positions(len(inputs_embeds), 1)
         allocate(cache)
-        return self.layers(inputs_embeds, positions, cache)
+        return self.layers(inputs_embeds, cache.next_positions(len(inputs_embeds), 1), cache)
 
     def layers(self, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""

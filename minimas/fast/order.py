@@ -27,8 +27,9 @@ KNOWN_TILES = (64, 32)
 def pack4(values: Tensor) -> Tensor:
     """Return uint8 values (N, K), 0 … 15, packed in the device's order; N is a multiple of 64."""
     if values.is_cpu:
-        pack = aten._convert_weight_to_int4pack_for_cpu
-        return pack(values.int(), 1)  # type: ignore[no-any-return]
+        return aten._convert_weight_to_int4pack_for_cpu(  # type: ignore[no-any-return]
+            values.int(), 1
+        )
     pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # even inputs in the high bits
     tiles = 8 if values.shape[1] % 128 == 0 else 2  # tiles of 16 inputs that are read together
     return aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]

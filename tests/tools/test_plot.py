@@ -350,6 +350,7 @@ def test_thoughts_can_be_drawn(tmp_path: Path, finished: Path) -> None:
             "what: found no name of a picture, expected one of steps",
         ),
         (["again", "nowhere.json"], "nowhere.json"),
+        (["again", str(Path(__file__))], "test_plot.py: not valid JSON"),
         (["thoughts", "--data", "nowhere.jsonl"], "nowhere.jsonl: found no such file"),
     ],
 )

@@ -525,6 +525,7 @@ def test_a_start_of_another_model_or_size_is_named(
         (["--transfer", "none"], 2, "--transfer: found 'none', expected full, latents or last"),
         (["--rate", "nan"], 2, "--rate: found nan, expected a number above 0"),
         (["--rows", "7"], 2, "--rows: found '7', expected START:STOP"),
+        (["--rows", "0:7"], 1, "--rows: found with --data tiny, expected a file: FILE.jsonl"),
         (["--start", "random"], 2, "--start: found 'random', expected ridge"),
         (["--ceiling", "2"], 2, "--test: expected 2 or more questions with --ceiling"),
         (["--team", "crowd"], 1, "--team: found 'crowd', expected a Team or one of"),

@@ -285,7 +285,7 @@ class Evaluation:
         # Rows without a team share one, so the first row stands for all of them.
         rows = [i for i, row in enumerate(bench.rows) if i == 0 or "team" in row]
         teams = [bench.team(i, Arm("", team=name)) for name in args.team for i in rows]
-        thinks_last = any(team.agents[-1].latent_steps for team in teams)
+        thinks_last = any(team.agents[-1].latent_steps is not None for team in teams)
         arms = grid(thinks_last, method=args.method, metric=args.metric, **lists)
         samples = args.samples or 1
         return [replace(arm, samples=samples) if arm.method == "single" else arm for arm in arms]

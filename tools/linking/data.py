@@ -43,6 +43,8 @@ def read_data(
     """
     if name.endswith(".jsonl"):
         return from_file(name, held_out, test, limits)
+    if limits != slice(None):
+        raise ValueError(f"--rows: found with --data {name}, expected a file: FILE.jsonl")
     make = generator(name)
 
     def rows(count: int, part: int) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 from minimas.streams import prepare_streams, silence
 
 from .arguments import print_error
+from .interrupt import raise_again, report_stop
 
 
 class Output:
@@ -65,10 +66,14 @@ def print_progress(text: str) -> None:
 def run_command(name: str, main: Callable[[], int]) -> int:
     """Run the `main` of a command with prepared streams.
 
-    Returns its status, or 1 if stdout failed.
+    Returns its status, 1 if stdout failed, or 130 if Ctrl-C stopped it.
     """
     prepare()
-    status = main()
+    raise_again()
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        return report_stop(name)
     try:
         sys.stdout.flush()
     except OSError as error:
