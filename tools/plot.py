@@ -18,21 +18,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's tools and minimas
 
-import minimas
-from minimas.core.config import read_json
-from tools.evaluation import figures
-from tools.evaluation.drawing import DRAWN, draw
-from tools.evaluation.feeders import kind_of_map
-from tools.evaluation.figures import Figure
-from tools.evaluation.rows import kind_of, read_rows
-from tools.shared.arguments import FAILURES, Parser, list_of, print_error, whole
-from tools.shared.files import write_whole
+from tools.shared.interrupt import quit_quietly
+
+quit_quietly()
+
+import minimas  # noqa: E402
+from minimas.core.config import read_json  # noqa: E402
+from tools.evaluation import figures  # noqa: E402
+from tools.evaluation.drawing import DRAWN, draw  # noqa: E402
+from tools.evaluation.feeders import kind_of_map  # noqa: E402
+from tools.evaluation.figures import Figure  # noqa: E402
+from tools.evaluation.rows import kind_of, read_rows  # noqa: E402
+from tools.shared.arguments import FAILURES, Parser, list_of, print_error, whole  # noqa: E402
+from tools.shared.files import write_whole  # noqa: E402
+from tools.shared.streams import run_command  # noqa: E402
 
 MAPS = "ridge,prenorm,identity,fitted,token,pause,random"  # the default of `thoughts`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed."""
     args = parser().parse_args(argv)
     try:
         figure = collect(args)
@@ -40,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers = json.dumps(figure, ensure_ascii=False) + "\n"
         write_whole(args.out.with_name(args.out.name + ".json"), numbers)
         draw(figure, args.out)
-    except KeyboardInterrupt:
-        return 130
     except FAILURES as error:
         print_error("plot", error)
         return 1
@@ -99,4 +102,4 @@ def collect(args: argparse.Namespace) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("plot", main))

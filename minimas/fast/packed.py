@@ -35,9 +35,9 @@ def has_units(dtype: torch.dtype) -> bool:
     # A CPU with fp16 instructions has bf16 instructions too.
     if AVX512 and not torch.cpu._is_avx512_bf16_supported():
         return False
-    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
-    supported = getattr(mkldnn, f"_is_mkldnn_{kind}_supported")
-    return torch.backends.mkldnn.is_available() and supported()  # type: ignore[no-any-return]
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    # In this order: a torch that was built without oneDNN, as on a Mac, has no such operators.
+    return bool(torch.backends.mkldnn.is_available() and getattr(mkldnn, name)())
 
 
 @cache

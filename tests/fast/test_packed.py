@@ -174,6 +174,14 @@ def test_packing_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     assert not can_pack.__wrapped__()
 
 
+def test_a_torch_without_onednn_has_no_16_bit_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators are missing on a Mac, and asking for them raised AttributeError."""
+    monkeypatch.setattr(packed, "mkldnn", object())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not packed.has_units(torch.bfloat16) and not packed.has_units(torch.float16)
+    assert not can_pack.__wrapped__()
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_instructions_that_are_emulated_are_not_used(
     native: bool, monkeypatch: pytest.MonkeyPatch

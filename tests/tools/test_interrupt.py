@@ -11,7 +11,7 @@ import pytest
 from ..processes import Process, within
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("benchmark", "claims", "evaluate", "report", "train_link")
+TOOLS = ("benchmark", "claims", "evaluate", "plot", "report", "train_link")
 # Stands for torch. Its import takes long, and catches the exception of Ctrl-C.
 SLOW_IMPORT = """
 import time

@@ -95,7 +95,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed."""
     args = vars(parser().parse_args(argv))
     name, out = args.pop("name"), args.pop("out")
     args.pop("list")
@@ -104,8 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = Setting(**args)
         for one in CLAIMS if name == "all" else [name]:
             measure(one, setting, out)
-    except KeyboardInterrupt:
-        return 130
     except FAILURES as error:
         print_error("claims", error)
         return 1

@@ -28,7 +28,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 if done, 1 if failed, 130 if stopped by Ctrl-C."""
+    """Run the command line. Returns 0 if done, 1 if failed."""
     args = parser().parse_args(argv)
     try:
         if args.out.is_dir():
@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"out (--out): {problem}")
         report = read_report(args.run)
         write_whole(args.out, render(report))
-    except KeyboardInterrupt:
-        return 130
     except FAILURES as error:
         if args.debug:
             raise

@@ -1,7 +1,8 @@
 """End a command quietly if Ctrl-C arrives while its modules are imported.
 
 The imports take seconds, and an exception might be caught inside an import of torch or numpy. This
-module imports only the standard library, so a command calls `quit_quietly` before all imports.
+module imports only the standard library. A command calls `quit_quietly` before all other imports,
+and `run_command` in streams.py calls `raise_again`.
 """
 
 import os
