@@ -455,7 +455,13 @@ def test_a_trained_link_can_be_used_as_a_map_for_align(
     found, progress = capsys.readouterr()
     tested = json.loads(found)["test"]
     assert tested["n"] == 3 and 0 <= tested["right"] <= 3 and tested["other"] > 0
-    assert log_of(tmp_path / "full.safetensors")[-1]["test"] == tested
+    last = log_of(tmp_path / "full.safetensors")[-1]
+    assert last["test"] == tested
+    each = last["questions"]
+    assert len({one["id"] for one in each}) == 3, "no pairs for a comparison with another link"
+    assert sum(one["right"] for one in each) == tested["right"]
+    for name in ("loss", "other"):
+        assert sum(one[name] for one in each) / 3 == pytest.approx(tested[name])
     assert "16,384 parameters" in progress and "update 2 of 2: loss" in progress
     assert vectors_path(tmp_path / "vectors.safetensors").exists()
     run(tmp_path / "again.safetensors", "--start", tmp_path / "full.safetensors")

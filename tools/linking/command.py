@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> None:
                               "expected another --out, or --restart to overwrite it")  # fmt: skip
     training.run()
     if data.test:
-        found = measure(lm, link, data.test, team_settings, args.batch_size)
-        training.write({"test": found})
+        found, each = measure(lm, link, data.test, team_settings, args.batch_size)
+        training.write({"test": found, "questions": each})
         print(json.dumps({"test": found}))
 
 

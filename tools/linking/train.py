@@ -255,11 +255,12 @@ def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 @torch.no_grad()
 def measure(
     lm: LM, link: Link, rows: Sequence[Row], team_settings: TeamSettings, batch_size: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the gold NLL and the number of right answers on rows that were not used in training.
 
     "other" is the loss with the next question's thoughts, which is a control. The 95 % intervals
-    are a bootstrap over questions for losses, and Wilson's for the share of right answers.
+    are a bootstrap over questions for losses, and Wilson's for the share of right answers. The
+    second result has the same values for each question, for paired comparisons between links.
     """
     own, other, right = list[float](), list[float](), list[bool]()
     grades = kind_of(rows[0]) != "code"  # programs are not run here
@@ -273,9 +274,13 @@ def measure(
             right += answers(lm, batch, team_settings, feed)
     mean, *interval = bootstrap(own)
     found = {"n": len(rows), "loss": mean, "interval": interval}
+    columns: dict[str, list[Any]] = {"id": [row["id"] for row in rows], "loss": own}
     if other:
         mean, *interval = bootstrap(other)
         found |= {"other": mean, "other_interval": interval}
+        columns["other"] = other
     if grades:
         found |= {"right": sum(right), "right_interval": wilson(sum(right), len(right))}
-    return found
+        columns["right"] = right
+    questions = zip(*columns.values(), strict=True)
+    return found, [dict(zip(columns, values, strict=True)) for values in questions]
