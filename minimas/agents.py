@@ -25,7 +25,7 @@ from .layout import user_text
 from .load import LM
 from .mixed import MAPS, receive, require_models
 from .results import Event, Events, OnEvent, Result, finish
-from .teams import TEAMS, Agent, Team, single_agent
+from .teams import SINGLE, TEAMS, Agent, Team
 from .text.generate import Sampling
 from .text.tokenizer import PromptText
 from .turns import Run, TurnResult
@@ -151,7 +151,7 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         team = settings.pop("team", "sequential")
         text_run = Run(**settings)
         lm = text_run.lm
-        chosen = single_team(lm) if method == "single" else choose_team(lm, team)
+        chosen = lm.teams.get("single", SINGLE) if method == "single" else choose_team(lm, team)
         last = yield from hand_over_text(text_run, chosen)
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
@@ -414,11 +414,6 @@ class LatentRun(Run):
                 added = steps if self.transfer == "latents" else end - max(start, shared)
                 kept = shared if self.transfer == "last" else max(held, shared)
                 held = base if self.transfer == "none" else kept + added
-
-
-def single_team(lm: LM) -> Team:
-    """Return the team of one agent: the folder's own, or the generic one."""
-    return lm.teams.get("single") or single_agent()
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

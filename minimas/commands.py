@@ -131,10 +131,15 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
 
 def load_model(args: Namespace, name: str | None = None) -> LM:
     """Load the model of the command line, or the model `name` with the same settings."""
-    compiled = getattr(args, "compile", False)  # a flag of `ask` only
-    divided = getattr(args, "parallel", False)
-    where = args.device, args.dtype, args.quantize, compiled, args.quiet, divided
-    return load(name or args.model, *where)
+    return load(
+        name or args.model,
+        args.device,
+        args.dtype,
+        args.quantize,
+        getattr(args, "compile", False),  # a flag of `ask` only, like --parallel
+        args.quiet,
+        getattr(args, "parallel", False),
+    )
 
 
 def method_options(args: Namespace) -> Settings:
@@ -164,6 +169,8 @@ def read_question(text: str) -> str:
 
 def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
+    if args.out == args.text:
+        raise ParameterError("out", f"found {args.out!r}, expected another file than the text")
     text = read_input(Path(args.text))
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out, args.bits)
@@ -175,6 +182,10 @@ def run_check(args: Namespace) -> None:
     """Measure the hand-over with the built-in questions, and print a table and a verdict."""
     lm = load_model(args)
     report = check(lm, args.layout, args.latent_steps, Screen(args, [{}] * len(QUESTIONS)))
+    for name in ("quantize", "dtype", "device"):  # the verdict is about the model as it was loaded
+        given = getattr(args, name)
+        if given not in (None, "auto"):
+            report.command = report.command.replace("QUESTION", f"--{name} {given} QUESTION")
     print(json.dumps(asdict(report)) if args.json else "\n".join(report.lines()))
 
 

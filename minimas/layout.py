@@ -87,6 +87,3 @@ class TurnLayout(Layout):
 def user_text(opening: str, prompt: str) -> str:
     """Return the text of a user message: the opening, if there is one, and an agent's prompt."""
     return SEPARATOR.join(filter(None, [opening, prompt]))
-
-
-LAYOUTS: dict[str, type[Layout]] = {"chat": Layout, "turn": TurnLayout}

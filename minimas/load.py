@@ -61,12 +61,8 @@ class LM:
 
     def __repr__(self) -> str:
         model = self.model
-        with torch.device("meta"):  # a quantized layer has no parameters to count
-            count = sum(weight.numel() for weight in Qwen3(model.config).parameters())
-        return (
-            f"LM({model.name}: {count:,} parameters, {model.dtype}, "
-            f"{type(model.get_submodule('model.layers.0.mlp.up_proj')).__name__}, {model.device})"
-        )
+        layer = model.get_submodule("model.layers.0.mlp.up_proj")
+        return f"LM({model.name}: {type(layer).__name__}, {model.dtype}, {model.device})"
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -76,7 +72,7 @@ class LM:
         """
         if not self.files.get("tokenizer.json", (self.folder / "tokenizer.json").exists()):
             return None
-        tokenizer = Tokenizer(self.folder, self.files or None)
+        tokenizer = Tokenizer(self.folder, self.files)
         most = self.model.config.vocab_size
         if tokenizer.size > most:
             raise ValueError(

@@ -14,6 +14,22 @@ from .core.config import read_json
 from .core.errors import ParameterError
 
 LAYOUTS = ("turn", "chat")
+EXPECTED = {  # by the type of a field
+    bool: "true or false",
+    str: "text",
+    str | None: "text",
+    int | None: "a whole number, 0 or more",
+}
+
+
+def require_types(made: Any) -> None:
+    """Raise ValueError naming a field of an agent or team that has another type."""
+    for field, hint in get_type_hints(type(made)).items():
+        value = getattr(made, field)
+        is_flag = type(value) is bool  # bool is a subclass of int
+        wrong = hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool))
+        if wrong or (type(value) is int and value < 0):
+            raise ValueError(f"{field}: found {value!r:.80}, expected {EXPECTED[hint]}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,8 @@ class Agent:
     `writes` makes an agent other than the last one generate text into its KV cache before it hands
     over. `prefix` is text after the assistant header, such as "<think>\\n". `model` is a name in
     the call's `models` (None: the call's own model). The last agent always generates text, and
-    thinks only if its own `latent_steps` is set. Raises ValueError if `latent_steps` is negative.
+    thinks only if its own `latent_steps` is set. Raises ValueError naming a field of another type,
+    or `latent_steps` below 0.
     """
 
     name: str
@@ -37,11 +54,7 @@ class Agent:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if self.latent_steps is not None and self.latent_steps < 0:
-            raise ValueError(
-                f"latent_steps: found {self.latent_steps}, "
-                f"expected 0 or more for agent {self.name!r}"
-            )
+        require_types(self)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Team:
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
     layout "turn" it comes at the start of the user turn, and again before the last agent's
-    paragraph. Raises ValueError naming the field of an agent that the layout does not allow.
+    paragraph. Raises ValueError naming a field of another type, or the field of an agent that the
+    layout does not allow.
     """
 
     agents: tuple[Agent, ...]
@@ -75,6 +89,7 @@ class Team:
             raise ParameterError(
                 "layout", f"found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
             )
+        require_types(self)
         if self.layout == "turn":
             # One user turn has one system message, and no assistant turn before the last agent's.
             needed = {"writes": False, "prefix": "", "system": self.agents[-1].system}
@@ -144,36 +159,20 @@ def hierarchical(chained: bool = False) -> Team:
     return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)
 
 
-def single_agent() -> Team:
-    """Return the one-agent team of `single`, with the opening and answer form of the others."""
-    return Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
-
-
 TEAMS = {"sequential": sequential(), "hierarchical": hierarchical()}
-
-EXPECTED = {
-    bool: "true or false",
-    str: "text",
-    str | None: "text",
-    int | None: "a whole number, 0 or more",
-}
+# The one agent of `single`, with the opening and answer form of the other teams
+SINGLE = Team((Agent("single", prompts.SINGLE),), opening=prompts.OPENING)
 
 
 def _build(kind: type[Any], raw: Any, where: str) -> Any:
     """Return an agent or team with the fields `raw`. Raises ValueError naming `where` and field."""
-    hints = get_type_hints(kind)
-    for field, value in raw.items() if isinstance(raw, dict) else ():
-        hint = hints.get(field)
-        is_flag = type(value) is bool  # bool is a subclass of int
-        if hint in EXPECTED and (not isinstance(value, hint) or is_flag != (hint is bool)):
-            raise ValueError(f"{where}: {field}: found {value!r:.80}, expected {EXPECTED[hint]}")
     try:
         made = kind(**raw)
         if kind is Team:
             made.require_question()
         return made
     except TypeError as error:  # a field is missing or unknown
-        expected = f"expected an object of {', '.join(hints)} ({error})"
+        expected = f"expected an object of {', '.join(get_type_hints(kind))} ({error})"
         raise ValueError(f"{where}: found {raw!r:.80}, {expected}") from error
-    except ValueError as error:  # the layout is unknown, or these agents cannot have it
+    except ValueError as error:  # a type, the layout, or a field that the layout does not allow
         raise ValueError(f"{where}: {error}") from error

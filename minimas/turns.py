@@ -24,7 +24,7 @@ from .core.cache import KVCache
 from .core.errors import ContextError, ParameterError
 from .core.model import prefill
 from .core.rollout import Thought, rollout
-from .layout import LAYOUTS, Layout
+from .layout import Layout, TurnLayout
 from .load import LM, text_tokenizer
 from .results import AgentEnd, AgentStart, AgentTrace, Events, Piece, Result
 from .teams import Agent, Team
@@ -159,7 +159,7 @@ class Run:
 
     def layouts(self, team: Team) -> list[Layout]:
         """Return the team's layout, with all prompts filled in, for each question."""
-        layout = LAYOUTS[team.layout]
+        layout = TurnLayout if team.layout == "turn" else Layout
         found = []
         for q in range(len(self.questions)):
             filled = [self.fill(agent.prompt, q) for agent in team.agents]

@@ -895,12 +895,30 @@ def test_a_wrong_argument_is_refused_before_any_work(
                 method(lm, **({"questions": ["a", "b", "c"]} | options))
 
 
-def test_an_agent_with_negative_latent_steps_is_refused() -> None:
-    """If the error came at the agent's turn, the work of all earlier agents would be lost."""
-    with pytest.raises(
-        ValueError, match="latent_steps: found -1, expected 0 or more for agent 'a'"
-    ):
-        Agent("a", "p", latent_steps=-1)
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"latent_steps": -1}, "a whole number, 0 or more"),
+        ({"latent_steps": "3"}, "a whole number, 0 or more"),
+        ({"latent_steps": True}, "a whole number, 0 or more"),
+        ({"prompt": None}, "text"),
+        ({"writes": "no"}, "true or false"),
+    ],
+)
+def test_an_agent_with_a_wrong_field_is_refused(fields: dict[str, Any], expected: str) -> None:
+    """If the error came at the agent's turn, the work of all earlier agents would be lost.
+
+    A text in place of a number was ignored, and "no" made an agent write.
+    """
+    [(field, value)] = fields.items()
+    with pytest.raises(ValueError, match=f"^{field}: found {value!r}, expected {expected}$"):
+        Agent(**{"name": "a", "prompt": "p"} | fields)
+
+
+def test_a_team_with_a_wrong_field_is_refused() -> None:
+    """`parallel="no"` made a parallel team."""
+    with pytest.raises(ValueError, match=r"^parallel: found 'no', expected true or false$"):
+        Team((Agent("a", "{question}"),), parallel="no")  # type: ignore[arg-type]
 
 
 def test_a_list_of_agents_or_a_model_name_is_refused_with_a_clear_message(lm: LM) -> None:

@@ -140,6 +140,18 @@ def test_the_command_prints_a_table_or_one_json_object(
     )
 
 
+def test_the_recommended_command_loads_the_model_in_the_same_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model was checked in 8 bits, and recommended in 32."""
+    folder = text_folder(tmp_path)
+    write_folder(folder, text_model())
+    how = ["--quantize", "q8", "--dtype", "bfloat16", "--device", "cpu"]
+    assert main(["check", str(folder), "--json", "--quiet", "--latent-steps", "1", *how]) == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    assert command.endswith(" --quantize q8 --dtype bfloat16 --device cpu QUESTION")
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "context", "found"),
     [

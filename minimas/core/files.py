@@ -46,9 +46,12 @@ def write(
         raise ValueError(f"{path}: found {what} without a model, expected one made by a model")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
     metadata = {"format": f"minimas-{what}-1"} | made_by
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(stored, partial, metadata=metadata)
+        partial.chmod(mode)  # save_file makes a file that only its owner can read
         partial.replace(path)  # a full disk leaves an older file intact
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: cannot write the {what} ({error})") from error

@@ -5,6 +5,7 @@ The first half needs no model: its keys are random and rotated for their slots.
 
 import copy
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -433,6 +434,20 @@ def test_a_failed_save_keeps_the_older_file(
         cache.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_other_users_can_read_a_memory_file_if_the_umask_allows_it(
+    model: Qwen3, tmp_path: Path
+) -> None:
+    """safetensors makes files that only their owner can read, whatever the umask is."""
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "m").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_cache_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:

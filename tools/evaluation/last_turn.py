@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from minimas import LM, KVCache, Qwen3, Tokenizer
-from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text, single_team
+from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_over_text
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import Layout
 from minimas.nll import Loss, losses_after
 from minimas.results import AgentTrace, Events, OnEvent, Result, Thought, finish
-from minimas.teams import Agent, Team
+from minimas.teams import SINGLE, Agent, Team
 from minimas.text.tokenizer import PromptText
 from minimas.turns import Run
 
@@ -110,7 +110,7 @@ def text_turn(
 ) -> "LastTurn":
     """Run every agent except the last one, as `text_mas` does, or as `single` if `team` is None."""
     run = SharingRun(lm, questions, **settings)
-    chosen = choose_team(lm, team) if team else single_team(lm)
+    chosen = choose_team(lm, team) if team else lm.teams.get("single", SINGLE)
     return LastTurn(finish(hand_over_text(run, chosen), on_event), None, on_event)
 
 

@@ -19,7 +19,7 @@ or files.
 
 from dataclasses import dataclass, replace
 
-from minimas.layout import LAYOUTS, Layout
+from minimas.layout import Layout, TurnLayout
 from minimas.teams import Team
 from minimas.text.tokenizer import PromptText
 
@@ -100,7 +100,7 @@ VARIANTS = {
     "chat:sentence": Variant(Sentence),
     "chat:user-end": Variant(UserEnd),
     "chat:users": Variant(Users),
-    "chat:lead": Variant(LAYOUTS["chat"], lead=LEAD),
-    "turn:lead": Variant(LAYOUTS["turn"], "turn", LEAD),
+    "chat:lead": Variant(Layout, lead=LEAD),
+    "turn:lead": Variant(TurnLayout, "turn", LEAD),
     "assistant": Variant(OneAssistantTurn),
 }
