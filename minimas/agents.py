@@ -93,9 +93,10 @@ def latent_mas(
 ) -> list[Result]:
     """Let agents think in latent space and hand over their KV cache; the last one decodes.
 
-    `latent_steps` is the number of thoughts per agent (None: the agent's own, else the folder's,
-    else 40). With "auto", a row stops where the likeliest next token would end the turn, after at
-    least one thought and at most the agent's own number, else 40. `align` is a kind of map (see
+    `latent_steps` is the number of thoughts per agent (None: the agent's own, else the model
+    folder's, else 40). The last agent thinks only if its own `latent_steps` is set. With "auto", a
+    row stops where the likeliest next token would end the turn, after at least one thought and at
+    most the agent's own number, else 40. `align` is a kind of map (see
     `Aligner.from_model`), a FILE.safetensors that holds one, or any callable from hidden states to
     embeddings. An earlier agent also decodes if its `writes` is set, see `Agent`.
 
@@ -103,11 +104,12 @@ def latent_mas(
     question) determine the form and the extraction of the answer. `sampling=None` is the model's.
     `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
     `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
-    (the shared beginning and all thoughts), "last" (the shared beginning and what the previous
-    agent added; after parallel agents, the last of them), or, as controls, "none" or "shuffled"
-    (question i gets the cache of question i + 1, and the last question gets the first's).
-    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` leaves the chat
-    turns of agents that hand over open, as the authors' code does.
+    (the beginning that all agents share, and all thoughts), "last" (that beginning, and what the
+    previous agent added; after parallel agents, the last of them), or, as controls, "none" or
+    "shuffled" (question i gets the cache of question i + 1, and the last question that of the
+    first).
+    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` does not
+    close the chat turns of the earlier agents, as in the authors' code.
 
     `memory` is a KV cache after which every agent starts, such as one from `remember`. It has one
     row for all questions or one per question, and is copied, not prefilled again. `keep_memory`
@@ -168,20 +170,23 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     experts: list[tuple[KVCache, list[int]]] = []  # per agent: its cache and shared slots
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
-        own = run.with_model_of(agents[0])
-        cache = own.new_cache(len(agents)) if team.parallel else receive(own, turns, cache, shared)
-        texts, shared = run.prompts(numbers, cache, shared)
-        turn = yield from own.turn(
+        agent_run = run.with_model_of(agents[0])
+        if team.parallel:
+            cache = agent_run.new_cache(len(agents))
+        else:
+            cache = receive(agent_run, turns, cache, shared)
+        texts, shared = run.next_prompts(numbers, cache, shared)
+        turn = yield from agent_run.turn(
             agents,
             texts,
             cache,
             run.steps(agents[0]),
-            own.align_map,
+            agent_run.align_map,
             decodes=agents[0].writes,
             keeps_cache=True,
             closes=run.closes_turns,
         )
-        cache, shared = turn.hand_over(run.transfer, shared)
+        cache, shared = turn.for_next_agent(run.transfer, shared)
         turns.append(turn)
         if team.parallel:
             for at in range(0, len(shared), B):
@@ -194,8 +199,8 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
 def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
     """Return the KV caches of parallel agents as one. The slots that all share are kept once.
 
-    If there are such slots, this is an approximation: all but the first agent's own slots attended
-    to them from the positions that they had before.
+    If there are such slots, this is an approximation: the own slots of the second and later agents
+    have moved away from the shared slots since they attended to them.
     """
     (first, shared), *others = experts
     own = [cache.drop(0, other_shared) for cache, other_shared in others]
@@ -266,8 +271,8 @@ class LastTurn(NamedTuple):
         turn = yield from self._take(final=True, keeps_cache=kept, closes=kept)
         return self.run.results([*self.turns, turn])
 
-    def prefill(self) -> tuple[Tensor, KVCache]:
-        """Prefill and think as in `answer`. Returns the last states (B, 1, D) and the KV cache."""
+    def prefill_and_think(self) -> tuple[Tensor, KVCache]:
+        """Do what `answer` does before it decodes. Returns the states (B, 1, D) and the cache."""
         turn = finish(self._take(decodes=False))
         return turn.hidden, turn.cache
 
@@ -307,7 +312,7 @@ class LatentRun(Run):
             raise ParameterError(
                 "close", "found False in layout 'turn', expected True: no turn closes there"
             )
-        self.stops_itself = steps == "auto"
+        self.auto_steps = steps == "auto"
         self.layouts_per_question = self.layouts(self.resolved_team)
         self.closes_turns = self.close and self.layouts_per_question[0].closes_turns
         require_models(self, self.resolved_team)
@@ -324,10 +329,10 @@ class LatentRun(Run):
         return self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
-        """Return an agent's number of thoughts; the last agent thinks only if it has its own."""
+        """Return an agent's number of thoughts, 0 for a last agent without its own number."""
         if final and agent.latent_steps is None:
             return 0
-        default = AUTO_STEPS if self.stops_itself else self.lm.default_steps
+        default = AUTO_STEPS if self.auto_steps else self.lm.default_steps
         given = [self.latent_steps, agent.latent_steps, default]
         return next(number for number in given if isinstance(number, int))
 
@@ -343,7 +348,7 @@ class LatentRun(Run):
             return [numbers]
         return [[i] for i in numbers]
 
-    def prompts(
+    def next_prompts(
         self, numbers: Sequence[int], cache: KVCache, shared: list[int]
     ) -> tuple[list[PromptText], list[int]]:
         """Return the prompts of a batch of agents after `cache`, and the shared slots per row.

@@ -158,7 +158,7 @@ def check(
 
 def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill()
+    hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill_and_think()
     losses = losses_after(run, hidden, cache, SOLUTIONS)
     answers = generate(
         run.lm.model,

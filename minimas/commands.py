@@ -35,17 +35,17 @@ METHOD_FLAGS = ("team", "latent_steps", "align", "transfer", "layout", "seed", "
 
 def run(args: Namespace) -> int:
     """Run one of the COMMANDS. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
-    if getattr(args, "parallel", False) and os.environ.get("RANK", "0") != "0":
+    if args.parallel and os.environ.get("RANK", "0") != "0":
         args.quiet = True  # rank 0 alone prints
         silence(sys.stdout)
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()
-        if torch.distributed.is_initialized():
+        if args.parallel:
             torch.distributed.destroy_process_group()
     except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
-        if getattr(args, "save_memory", None):
+        if args.save_memory:
             return report_error(OSError("stdout was closed: --save-memory wrote no file"), args)
     except ERRORS as error:
         return report_error(error, args)
@@ -57,7 +57,7 @@ def run_ask(args: Namespace) -> None:
     rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
     if args.save_memory and (args.parallel or len(rows) > 1):
         raise ParameterError(
-            "save_memory", f"found {len(rows)} questions, expected one, and no --parallel"
+            "save_memory", f"found {len(rows)} questions, expected one, without --parallel"
         )
     lm, options, settings = prepare(args)
     options["keep_memory"] = bool(args.save_memory)
@@ -66,9 +66,8 @@ def run_ask(args: Namespace) -> None:
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
         began = perf_counter()
-        short = {"sampling": Sampling(max_new_tokens=2)}
-        texts = ["How" + " many" * n for n in range(len(groups[0][1]))]
-        getattr(agents, args.method)(lm, texts, **options | short)
+        fake = ["How" + " many" * n for n in range(len(groups[0][1]))]
+        getattr(agents, args.method)(lm, fake, **options | {"sampling": Sampling(max_new_tokens=2)})
         say(args, f"{'compile':>14}: {perf_counter() - began:.2f} s")
     results = show_answers(args, lm, options, settings, groups)
     if results[0].memory is not None:
@@ -136,9 +135,9 @@ def load_model(args: Namespace, name: str | None = None) -> LM:
         args.device,
         args.dtype,
         args.quantize,
-        getattr(args, "compile", False),  # a flag of `ask` only, like --parallel
+        args.compile,
         args.quiet,
-        getattr(args, "parallel", False),
+        args.parallel,
     )
 
 

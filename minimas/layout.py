@@ -41,7 +41,7 @@ class Layout:
     preamble = PromptText("")
 
     def prompt(self, agent: int, first: bool) -> PromptText:
-        """Return the prompt of agent number `agent`; `first` means that no agent precedes it."""
+        """Return the prompt of agent number `agent`; `first` if nothing is handed over to it."""
         text = user_text(self.opening, self.prompts[agent])
         role = self.team.agents[agent]
         last = agent in (-1, len(self.prompts) - 1)

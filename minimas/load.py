@@ -61,8 +61,8 @@ class LM:
 
     def __repr__(self) -> str:
         model = self.model
-        layer = model.get_submodule("model.layers.0.mlp.up_proj")
-        return f"LM({model.name}: {type(layer).__name__}, {model.dtype}, {model.device})"
+        layer = type(model.get_submodule("model.layers.0.mlp.up_proj"))
+        return f"LM({model.name}: {layer.__name__}, {model.dtype}, {model.device})"
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -73,6 +73,6 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, shared: list[
         if any(rest):
             run.prefill(rest, own)
         run.prefilled = list(map(add, run.prefilled, map(sub, own.lengths, turn.start)))
-        own, _ = turn._replace(cache=own).hand_over(run.transfer, shared)
+        own, _ = turn._replace(cache=own).for_next_agent(run.transfer, shared)
     run.seconds = run.clock() - began
     return own  # type: ignore[no-any-return]

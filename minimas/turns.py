@@ -2,7 +2,7 @@
 
 A `Run` is one call of a method. It checks the caller's arguments, fills in the prompts, and takes
 the turns. A turn is one batch: its rows are all questions of the first agent, then all questions of
-the second, and so on. This file does not depend on the order of the agents.
+the second, and so on. This file does not depend on which agents work, and in which order.
 
     B questions   R rows, B per agent   D hidden
 """
@@ -46,13 +46,13 @@ class TurnResult(NamedTuple):
     traces: list[AgentTrace]
     outputs: list[GeneratedText]
 
-    def hand_over(self, transfer: str, shared: list[int]) -> tuple[KVCache, list[int]]:
-        """Return the cache as the next agent gets it, and how many of its slots per row are shared.
+    def for_next_agent(self, transfer: str, shared: list[int]) -> tuple[KVCache, list[int]]:
+        """Return the cache that the next agent gets, and how many of its slots per row are shared.
 
         `shared` counts the slots per row that all agents share: memory, and the layout's preamble.
         """
         cache = self.cache
-        start = list(map(max, self.start, shared))  # the first prompt holds the preamble too
+        start = list(map(max, self.start, shared))  # the first turn includes the preamble: keep it
         if transfer == "none":  # every turn starts where the call's memory ends
             return cache.truncate(self.start), self.start
         if transfer == "last":
@@ -82,7 +82,7 @@ class Run:
     models: Any = None
 
     seconds = 0.0  # spent on prefilling the turns of other models, see `mixed`
-    stops_itself = False  # whether a row stops thinking where its turn would end
+    auto_steps = False  # whether rows stop thinking where their turn would end
 
     def __post_init__(self) -> None:
         self.tokenizer = text_tokenizer(self.lm)
@@ -188,7 +188,7 @@ class Run:
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
         """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache.
 
-        A subclass may return another cache with the same content in place of an empty one.
+        If `cache` is empty, a subclass may return another cache that already holds the prompts.
         """
         return prefill(self.lm.model, ids, cache), cache
 
@@ -250,7 +250,7 @@ class Run:
 
         A subclass may use another map.
         """
-        until = self.ends_turn if self.stops_itself else None
+        until = self.ends_turn if self.auto_steps else None
         thoughts = []
         for thought in rollout(self.lm.model, align, hidden, cache, steps, until):
             yield thought

@@ -1093,7 +1093,7 @@ def test_the_last_turn_can_be_repeated_on_a_copy_of_its_cache(lm: LM, transfer: 
     how: dict[str, Any] = {"latent_steps": 2, "transfer": transfer, "sampling": SHORT}
     turn = last_turn(lm, QUESTIONS[:2], CHAIN, **how)
     expected = latent_mas(lm, QUESTIONS[:2], CHAIN, **how)
-    hidden, cache = turn._replace(cache=turn.cache.fork()).prefill()
+    hidden, cache = turn._replace(cache=turn.cache.fork()).prefill_and_think()
     assert hidden.shape == (2, 1, 16)
     assert cache.lengths != turn.cache.lengths
     for _ in range(2):

@@ -44,7 +44,7 @@ def test_check_measures_what_the_methods_do(lm: LM, report: Report) -> None:
     assert [arm.name for arm in report.arms] == list(how)
     for arm, options in zip(report.arms, how.values(), strict=True):
         turn = last_turn(lm, ASKED, kind="math", sampling=greedy, **options)
-        found = losses_after(turn.run, *turn.prefill(), texts)
+        found = losses_after(turn.run, *turn.prefill_and_think(), texts)
         assert arm.nll == pytest.approx(sum(loss.mean for loss in found) / 6, rel=1e-9)
         results = latent_mas(lm, ASKED, kind="math", sampling=greedy, **options)
         assert arm.tokens == sum(result.usage.output_tokens for result in results) / 6
@@ -55,7 +55,7 @@ def test_a_solution_without_tokens_is_refused(lm: LM) -> None:
     """Its mean loss would be a division by zero."""
     turn = last_turn(lm, ASKED[:2], kind="math", sampling=Sampling(max_new_tokens=1))
     with pytest.raises(ValueError, match=r"question 2: found .* solution of 0 tokens, expected"):
-        losses_after(turn.run, *turn.prefill(), ["So 4.", ""])
+        losses_after(turn.run, *turn.prefill_and_think(), ["So 4.", ""])
 
 
 def test_the_worked_solutions_are_right_and_the_questions_are_distinct() -> None:

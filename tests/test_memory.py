@@ -74,7 +74,7 @@ def test_a_memory_equals_its_text_fed_before_the_first_prompt(
         feed_first(patch, tokens(lm, NOTE))
         fed = last_turn(lm, ASKED, **options)
     assert distance(used.cache, fed.cache) < 1e-9
-    assert float((used.prefill()[0] - fed.prefill()[0]).abs().max()) < 1e-9
+    assert float((used.prefill_and_think()[0] - fed.prefill_and_think()[0]).abs().max()) < 1e-9
     other = last_turn(lm, ASKED, memory=remember(lm, NOTE.replace("7", "8")), **options)
     assert (
         distance(other.cache, last_turn(lm, ASKED, memory=remember(lm, NOTE), **options).cache)
@@ -189,9 +189,9 @@ def test_a_saved_memory_gives_the_same_logits(lm: LM, tmp_path: Path) -> None:
     memory = remember(lm, NOTE, latent_steps=2)
     memory.save(tmp_path / "note.safetensors")
     loaded = KVCache.load(tmp_path / "note.safetensors", lm.model)
-    expected, _ = last_turn(lm, ASKED, memory=memory, latent_steps=1).prefill()
-    found, _ = last_turn(lm, ASKED, memory=loaded, latent_steps=1).prefill()
-    without, _ = last_turn(lm, ASKED, latent_steps=1).prefill()
+    expected, _ = last_turn(lm, ASKED, memory=memory, latent_steps=1).prefill_and_think()
+    found, _ = last_turn(lm, ASKED, memory=loaded, latent_steps=1).prefill_and_think()
+    without, _ = last_turn(lm, ASKED, latent_steps=1).prefill_and_think()
     assert float((found - expected).abs().max()) < 1e-9
     assert float((found - without).abs().max()) > 1e-4
 

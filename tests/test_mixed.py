@@ -62,11 +62,11 @@ def test_two_copies_of_a_model_do_what_one_does(
     stranger = LM(tiny_model(family, seed=5, vocab_size=tiny_tokenizer().size), tmp_path)
     for align, *names in (("ridge", None, "b"), ("prenorm", "b", None), ("ridge", "b", "b", None)):
         how["align"], found = align, []
-        expected, cache = last_turn(one, QUESTIONS[:3], team, **how).prefill()
+        expected, cache = last_turn(one, QUESTIONS[:3], team, **how).prefill_and_think()
         for other in (load_text_lm(tmp_path, family), stranger):
             mixed = assign_models(team, *names)
             turn = last_turn(one, QUESTIONS[:3], mixed, models={"b": other}, **how)
-            hidden, own = turn.prefill()
+            hidden, own = turn.prefill_and_think()
             assert own.lengths == cache.lengths
             found.append(apart(hidden, expected))
         assert found[0] <= 1e-9 < 1e-3 < found[1]
@@ -81,9 +81,9 @@ def test_rows_that_stop_at_different_steps_and_open_turns_are_prefilled_again(
     how |= {"sampling": SHORT}
     writers = replace(CHAIN, agents=tuple(replace(agent, writes=True) for agent in CHAIN.agents))
     for team in (CHAIN, writers):
-        expected, _ = last_turn(lm, QUESTIONS, team, **how).prefill()
+        expected, _ = last_turn(lm, QUESTIONS, team, **how).prefill_and_think()
         mixed, models = assign_models(team, None, "twin"), {"twin": load_text_lm(lm.folder)}
-        hidden, _ = last_turn(lm, QUESTIONS, mixed, models=models, **how).prefill()
+        hidden, _ = last_turn(lm, QUESTIONS, mixed, models=models, **how).prefill_and_think()
         assert apart(hidden, expected) <= 1e-9
 
 
@@ -102,7 +102,7 @@ def test_the_map_between_two_models_is_the_ridge_solution(lm: LM, big: LM) -> No
     assert matrix.shape == (16, 24)
     exact = torch.linalg.lstsq(w_out, w_in).solution
     assert apart(matrix, exact) < 1e-4
-    hidden, _ = last_turn(lm, QUESTIONS[:2], team, **how).prefill()
+    hidden, _ = last_turn(lm, QUESTIONS[:2], team, **how).prefill_and_think()
     align = lm.aligner("ridge")
     for row, result in enumerate(results):
         x, told = lm.model.embed(encoded(result.agents[0].prompt)[0]), []

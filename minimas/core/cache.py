@@ -36,11 +36,11 @@ class Positions(NamedTuple):
     sin: Tensor  # (B or 1, 1, T, d)
     mask: Tensor | None  # (B or 1, 1, H/K · T, S): True if the query sees the slot; None: all do
     total: int  # S, the number of slots that attention reads
-    where: Any  # index of the new slots in (B, S): rows (B, 1), slots (B, T), or all rows, (T,)
+    where: Any  # index of the new slots: rows (B, 1) and slots (B, T), or all rows and slots (T,)
 
 
 class KVCache:
-    """Keys and values (B, K, S, d) of every layer; `lengths` counts the filled slots of each row.
+    """Keys and values (B, K, slots, d) of every layer; `lengths` counts each row's filled slots.
 
     `lengths` is a list of B integers on the host, so that reading it never waits for a GPU.
     """

@@ -56,7 +56,7 @@ def alignment_matrix(
             "expected (V, D) and (V, D') with one V"
         )
     V, D = w_out.shape
-    # If V < D, only λ makes the matrix invertible, and float32 loses λ.
+    # If V ≤ D, the matrix may be invertible only because of λ, which float32 loses.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     device = for_float64(w_out[:0]).device
     gram = torch.zeros(D, D, dtype=wide, device=device)  # W_outᵀ W_out

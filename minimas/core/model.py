@@ -85,7 +85,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each with a norm before it and a residual around both."""
+    """One layer: attention, then MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # A faster forward pass of one position, (inputs_embeds, cache) -> hidden, or None.
+        # None, or a faster forward pass of one position: (inputs_embeds, cache) -> hidden.
         self.step: Callable[[Tensor, KVCache], Tensor] | None = None
         # Not nn.Embedding(V, D): on the meta device, its normal_() spends a second on imports.
         embedding = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)  # (V, D)

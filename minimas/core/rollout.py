@@ -1,10 +1,10 @@
 """The latent loop: think in embeddings instead of tokens. Each row may stop early.
 
-A map (see `latent`) turns each row's last hidden state into an embedding. The embedding is fed
-instead of a token's, and the next step maps the hidden state that results. This file does not
-depend on tokens, prompts, agents or sampling.
+A map (see `latent`) turns each row's last hidden state into an embedding. It is fed in place of a
+token's embedding, and the next step maps the hidden state that results. This file does not depend
+on tokens, prompts, agents or sampling.
 
-    B rows   n thoughts   D hidden   V vocabulary
+    B rows   n thoughts   D hidden
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +18,15 @@ from .errors import ParameterError
 from .model import Qwen3, finite
 
 Align = Callable[[Tensor], Tensor]  # hidden states (B, 1, D) -> embeddings (B, 1, D), same dtype
-# Hidden states (B, 1, D), embeddings so far (B, n, D), newest last -> (B,) bool: rows that stop.
+# Hidden states (B, 1, D), embeddings (B, n, D) -> (B,) bool: rows that stop. See `think`.
 Until = Callable[[Tensor, Tensor], Tensor]
 
 
 class Thought(NamedTuple):
-    """One latent step that is done. Rows that have stopped are fed nothing and do not change."""
+    """One latent step that is done. Rows that have stopped do not change."""
 
     hidden: Tensor  # (B, 1, D): the states that the step started from
-    embedding: Tensor  # (B, 1, D): what was fed, zeros in rows that have stopped
+    embedding: Tensor  # (B, 1, D): the embeddings fed, zeros in rows that have stopped
     running: Tensor  # (B,) bool: the rows that have not stopped
     after: Tensor  # (B, 1, D): the states after the step
 
@@ -47,10 +47,10 @@ def think(
     which has not been fed. With 0 steps nothing changes.
 
     `until` lets each row stop before it has `steps` thoughts. It is any callable that
-    takes the hidden states (B, 1, D) and the embeddings so far (B, n, D), newest last, and returns
-    (B,) bool. It is called before each thought is fed. Where it returns True, the new embedding is
-    not fed, the row's state and cache no longer change, and its further embeddings are zeros. The
-    result (B, n, D) has as many embeddings as the row that stopped last.
+    takes the hidden states (B, 1, D) and the embeddings (B, n, D): those fed so far, followed by
+    the one about to be fed. It returns (B,) bool. Where it returns True, this embedding is not fed,
+    the row's state and cache no longer change, and its further embeddings in the result are zeros.
+    The result (B, n, D) has as many embeddings as the row that stopped last.
 
     Raises ValueError for negative steps, a map or a rule that returns another shape or dtype, or,
     on a CPU, a state that is not finite.
@@ -86,6 +86,7 @@ def rollout(
                 return
             rows = running[:, None, None]  # (B, 1, 1)
             embedding = embedding.where(rows, 0)
+            # `running` as lengths: 1 new slot in a running row, 0 in a stopped one.
             after = model(embedding, cache, running).where(rows, hidden)
         yield Thought(hidden, embedding, running, finite(after, model.name))
         hidden = after

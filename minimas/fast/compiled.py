@@ -29,7 +29,7 @@ from ..core.model import Block, Qwen3
 from . import packed
 from .few_rows import MAX_ROWS
 
-SPARE_SLOTS = 256  # steps after which the step must be recorded again
+SPARE_SLOTS = 256  # per allocation; once they are filled, a GPU's step is recorded again
 
 
 def check_compiler(device_type: str) -> None:
@@ -59,10 +59,11 @@ def compile_steps(model: Qwen3) -> None:
     of eight rows 0.93 times.
     """
     compiled = Compiled(model)
-    if compiled.plain and model.dtype == torch.float16:
+    if compiled.cpu_linears and model.dtype == torch.float16:
         return
     model.step = Recorded(compiled.layers) if model.device.type == "cuda" else compiled
-    if model.step is compiled and not isinstance(model.lm_head, packed.CPULinear):
+    packs = isinstance(model.lm_head, packed.CPULinear) and packed.packing_is_faster()
+    if model.step is compiled and not packs:
         model.logits = compiled.logits  # type: ignore[method-assign]
 
 
@@ -87,12 +88,14 @@ class Compiled:
 
     def __init__(self, model: Qwen3) -> None:
         self.model = model
-        self.plain = [m for m in model.model.layers.modules() if isinstance(m, packed.CPULinear)]
-        one_row = self.plain and packed.AVX512
+        self.cpu_linears = [
+            m for m in model.model.layers.modules() if isinstance(m, packed.CPULinear)
+        ]
+        one_row = self.cpu_linears and packed.AVX512
         self.max_rows = 1 if one_row else MAX_ROWS
         # Vectors of 256 bits make a product in few_rows.py 6 times as fast on an Intel Xeon without
-        # bf16 instructions: 1.4 ms in place of 8.6. An AMD EPYC takes as long with AVX2's code: a
-        # step of 40 ms in place of 38.
+        # bf16 instructions: 1.4 ms against 8.6. On an AMD EPYC with bf16 instructions they cost
+        # little: a step takes 40 ms with AVX2's code, and 38 with that of AVX-512.
         options: Any = {"cpp.simdlen": 256} if one_row else None
         self.block = torch.compile(Block.forward, dynamic=True, options=options)
         self.head = torch.compile(Qwen3.logits, dynamic=True, options=options)
@@ -104,7 +107,8 @@ class Compiled:
     def layers(self, x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
         """Return the final hidden states, as the loop of `Qwen3.forward` does."""
         many = len(x) > self.max_rows and x.is_cpu
-        for linear in self.plain:
+        # The compiled loop needs plain weights; many rows are faster with packed ones.
+        for linear in self.cpu_linears:
             if linear.packs != many:
                 linear.packs = many
                 linear.unpack()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 GROUP = 32
-TILE = 64  # every CPU's kernel takes a multiple of this number of rows of W
-# Rows of W that share bytes, two in each: the low half of a byte holds a row from the first half of
-# a tile, the high half one from the second. AVX-512 and AVX2, both measured.
+ROW_MULTIPLE = 64  # every CPU's kernel takes a multiple of this number of rows of W
+# A tile of T rows of W: its byte i holds a value of row i in the low four bits, and of row i + T/2
+# in the high ones. T is 64 with AVX-512 and 32 with AVX2, both measured.
 KNOWN_TILES = (64, 32)
 
 
@@ -31,8 +31,8 @@ def pack4(values: Tensor) -> Tensor:
             values.int(), 1
         )
     pairs = (values[:, ::2] << 4 | values[:, 1::2]).contiguous()  # even inputs in the high bits
-    tiles = 8 if values.shape[1] % 128 == 0 else 2  # tiles of 16 inputs that are read together
-    return aten._convert_weight_to_int4pack(pairs, tiles)  # type: ignore[no-any-return]
+    inner_tiles = 8 if values.shape[1] % 128 == 0 else 2  # of 16 inputs, which are read together
+    return aten._convert_weight_to_int4pack(pairs, inner_tiles)  # type: ignore[no-any-return]
 
 
 def multiply4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def unpack4(packed: Tensor, scales: Tensor, tile: int) -> Tensor:
 def tile_of_this_cpu() -> int | None:
     """Return the tile of this CPU's kernel, found by trial, or None if it is not known."""
     with torch.device("cpu"):
-        values = (torch.arange(2 * TILE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)
+        values = (torch.arange(2 * ROW_MULTIPLE * GROUP) % 31 % 16).to(torch.uint8).view(-1, GROUP)
         scales = torch.tensor([1, 8], dtype=torch.bfloat16).expand(1, len(values), 2)  # W = values
     packed = pack4(values)
     for tile in KNOWN_TILES:

@@ -2,8 +2,8 @@
 
 Packing: on AVX-512 with bf16 instructions, `F.linear` in bf16 reads memory at half speed and takes
 1.5 times as long for eight rows as for one. With packed weights, eight rows take as long as one:
-1.3 ms for the products of a layer of Qwen3-0.6B, and 2.7 ms with `F.linear` (2-core AMD EPYC with
-AVX-512, 2026-11-30).
+1.3 ms for the products of a layer of Qwen3-0.6B, against 2.7 ms with `F.linear` (2-core AMD EPYC
+with AVX-512, 2026-11-30).
 
 Widening: without matrix units torch multiplies row by row. The products of 64 rows (a layer of
 Qwen2.5-0.5B, one thread) take 110 ms widened and 502 ms with `F.linear`, so widening is 4.6 times
@@ -41,7 +41,7 @@ def has_units(dtype: torch.dtype) -> bool:
 
 
 @cache
-def can_pack() -> bool:
+def packing_is_faster() -> bool:
     """Return whether packing makes products faster: its operators run, and bf16 has units.
 
     The operators are tried once.
@@ -59,7 +59,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `F.linear`; many 16-bit rows on a CPU without 16-bit units are computed in 32 bits.
 
     Compiled steps in bf16 use the loop of `few_rows`. The result is rounded once, at the end.
-    Inputs with a gradient go to `F.linear`, because autograd would keep every widened chunk.
+    Otherwise, inputs with a gradient go to `F.linear`, because autograd would keep every widened
+    chunk.
     """
     rows = x.flatten(0, -2)  # (R, K)
     compiling = torch.compiler.is_compiling() and x.is_cpu
@@ -105,7 +106,7 @@ class CPULinear(nn.Module):
 
     def pack(self) -> bool:
         """Pack a frozen bf16 weight on the CPU if this CPU can. Returns whether it is packed."""
-        if self.packed is None and self.packs and can_pack():
+        if self.packed is None and self.packs and packing_is_faster():
             weight = self.weight
             if weight.dtype == torch.bfloat16 and weight.is_cpu and not weight.requires_grad:
                 self.packed = mkldnn._reorder_linear_weight(weight.data, None)

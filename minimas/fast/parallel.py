@@ -77,7 +77,7 @@ class Part:
         return self.of(key, self.source.read(key, dtype))
 
     def low_bits(self, key: str) -> str:
-        """Return the low-bit format of a matrix, or "" if a group would be cut."""
+        """Return the low-bit format of a matrix, or "" if one of q4's groups would be cut."""
         kept: str = self.source.low_bits(key)
         N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
         cut = N % self.ranks or K // GROUP % self.ranks

@@ -7,15 +7,18 @@ and multiplied in 16 or 32 bits (see order.py for the gain).
 The README's latent step of one row is 1.7 times as fast in q4 as in bf16, both not compiled (2-core
 AMD EPYC with AVX-512, 2026-11-30), and 1.19 times with AVX2 (2-core AMD EPYC, 2026-11-28). The
 products of eight rows (a layer of Qwen2.5-0.5B, one thread) take 53 ms in bf16, 26 ms in q4 and 20
-ms in q8, 2.0 and 2.6 times as fast. The products of one row take 8, 7 and 7 ms (2-core AMD EPYC
-with AVX2, 2026-11-29).
+ms in q8, 2.0 and 2.6 times as fast. The products of one row take 8 ms in bf16, and 7 in q4 and q8
+(2-core AMD EPYC with AVX2, 2026-11-29).
 
-W_a is computed from embedding and LM head, so no format changes them; a tied head gets a copy in 8
-bits. In a GGUF file they may have few bits already, and keep them. Packing depends on the device,
-so a quantized model cannot be moved. This file does not depend on models, files or the order in
+Embedding and LM head are not quantized, because the alignment W_a is computed from them. In q4 and
+q8, a tied model gets a separate 8-bit copy of the embedding as its head. In a GGUF file both may
+have few bits already, and keep them. Packing depends on the device, so a quantized model cannot be
+moved. This file does not depend on models, files or the order in
 which tensors are read.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
+
+A group's zero is a float, the weight that the value 8 stands for, as in torch's kernels.
 """
 
 import logging
@@ -28,10 +31,10 @@ from torch import Tensor, nn
 
 from ..core.errors import ParameterError
 from . import bnb
-from .order import GROUP, TILE, aten, multiply4, pack4, tile_of_this_cpu, unpack4
-from .packed import can_pack, linear
+from .order import GROUP, ROW_MULTIPLE, aten, multiply4, pack4, tile_of_this_cpu, unpack4
+from .packed import linear, packing_is_faster
 
-FORMATS = {  # bits of each weight
+FORMATS = {  # average bits of a weight, with its scales
     "q4": 5,  # 4-bit values, a bf16 scale and zero for every 32 inputs of a row, see `fit`
     "q8": 8,  # 8-bit values, a bf16 scale for every row
     "nf4": 4.127,  # 4-bit normal floats, an 8-bit scale for every 64 values
@@ -101,20 +104,21 @@ def replacement(
     `quantize` is q4.
     """
     key = f"{name}.weight"
-    runs = dtype.itemsize == 2 and has_kernels(device)
-    form = stored = source.low_bits(key) if runs and quantize in (None, *TORCH_FORMATS) else ""
-    if name.endswith("_proj") and stored != "q4":  # not embedding and LM head: W_a needs them
-        form = quantize or stored
-    if not form:
+    keeps = quantize in (None, *TORCH_FORMATS) and dtype.itemsize == 2 and has_kernels(device)
+    target = in_file = source.low_bits(key) if keeps else ""
+    # Only projections: embedding and LM head keep what the file has, because W_a needs them.
+    if name.endswith("_proj") and in_file != "q4":
+        target = quantize or in_file
+    if not target:
         return None
 
     bias = getattr(module, "bias", None)
     if bias is not None:
         bias = source.read(f"{name}.bias", dtype).to(device)
-    if stored == "q4":
+    if in_file == "q4":
         values, scale, minimum = (part.to(device) for part in source.blocks(key))
         return Q4Linear(values, scale, minimum + 8 * scale, bias)
-    return quantized(form, source.read(key, dtype).to(device), bias)
+    return quantized(target, source.read(key, dtype).to(device), bias)
 
 
 def finish(model: Any, quantize: str | None) -> None:
@@ -177,7 +181,7 @@ def fit(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grids = []
     for share in (1.0, 0.92):
         scale = ((high - low) * share / 15).clamp_min(1e-30)
-        zero = (low + high + scale) / 2  # the middle of the range is between the values 7 and 8
+        zero = (low + high + scale) / 2  # the middle of the range is half a step below value 0
         grids.append((scale, zero))
         for _ in range(2):
             values = nearest(scale, zero)
@@ -260,7 +264,7 @@ class Q4Linear(QuantizedLinear):
 
     def __init__(self, values: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
         super().__init__(values.shape, bias)
-        pad = (0, 0, 0, -len(values) % TILE)  # rows of zeros up to a whole tile
+        pad = (0, 0, 0, -len(values) % ROW_MULTIPLE)  # rows of zeros up to a whole tile
         self.packed = pack4(F.pad(values, pad))
         scales = F.pad(torch.stack([scale, zero]), pad).bfloat16()  # (2, N, G)
         self.scales = scales.permute(2, 1, 0).contiguous()  # (G, N, 2)
@@ -274,8 +278,7 @@ class Q4Linear(QuantizedLinear):
         if self.tile:
             weight = unpack4(self.packed, self.scales, self.tile)
         else:  # only the kernel knows the order: multiply W by the unit vectors
-            like = self.scales
-            units = torch.eye(self.in_features, dtype=like.dtype, device=like.device)
+            units = torch.eye(self.in_features).to(self.scales)  # its dtype and device
             weight = multiply4(units, self.packed, self.scales).T
         return weight[: self.out_features]
 
@@ -284,7 +287,7 @@ class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
     As an embedding it takes token ids (…,) and returns their rows (…, K) in the model's dtype. The
-    kernel computes in 16 bits. Products of 8-bit integers are left out: see docs/quantization.md. A
+    kernel computes in 16 bits, not in 8-bit integers: see docs/quantization.md. A
     compiled step of one row is 1.4 times as fast with the sum in `multiply` (AVX-512, 2026-11-30).
     """
 
@@ -296,7 +299,7 @@ class Q8Linear(QuantizedLinear):
         self.scale = scale if weight.is_cpu else scale.float()
         # The loop in `multiply` is for AVX-512 with bf16 instructions. With AVX2 it takes 5 times
         # as long as the kernel, and with AVX-512 alone 1.1 times.
-        self.has_loop = weight.is_cpu and can_pack()
+        self.has_loop = weight.is_cpu and packing_is_faster()
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
             "aten::_weight_int8pack_mm", weight.device.type.upper()
         )

@@ -203,7 +203,7 @@ def test_the_loop_over_8_bits_is_for_one_row_with_avx512(
     """On AVX2 the compiler loads 8-bit values one by one, and a step took five times as long."""
     from torch._inductor.utils import run_and_get_code
 
-    monkeypatch.setattr("minimas.fast.quantize.can_pack", lambda: has_loop)
+    monkeypatch.setattr("minimas.fast.quantize.packing_is_faster", lambda: has_loop)
     for rows in (1, 2):
         torch._dynamo.reset()
         fast = load(TINY, device="cpu", quantize="q8", compile=True).model
@@ -287,7 +287,7 @@ def test_compiled_steps_of_few_rows_use_their_own_loop(
 
     torch._dynamo.reset()
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
-    monkeypatch.setattr(packed, "can_pack", lambda: False)
+    monkeypatch.setattr(packed, "packing_is_faster", lambda: False)
     monkeypatch.setattr(packed, "AVX512", False)
     plain, fast = load(TINY, device="cpu").model, load(TINY, device="cpu", compile=True).model
     for rows in (5, 12):
@@ -335,6 +335,18 @@ def test_a_model_that_would_not_get_faster_is_not_compiled() -> None:
         assert (model.step is not None) == (dtype != torch.float16), dtype
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_untied_head_is_compiled_only_where_it_cannot_be_packed(
+    packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without bf16 instructions, a head that stays plain went through torch's slow product."""
+    monkeypatch.setattr(packed, "packing_is_faster", lambda: packs)
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=False)
+    packed.pack(model)
+    compile_steps(model)
+    assert ("logits" in vars(model)) != packs
+
+
 @pytest.mark.parametrize(
     ("wide", "dtype", "options"),
     [
@@ -359,7 +371,7 @@ def test_the_loop_over_16_bits_has_vectors_of_256_bits(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.skipif(not packed.can_pack(), reason="this CPU cannot pack bf16 matrices")
+@pytest.mark.skipif(not packed.packing_is_faster(), reason="this CPU cannot pack bf16 matrices")
 def test_weights_are_plain_in_steps_of_one_row_and_packed_in_steps_of_several() -> None:
     """One row is faster in the compiled loop, and several rows with packed weights.
 

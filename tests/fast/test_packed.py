@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimas import Aligner, Qwen3, load
 from minimas.core.config import FAMILIES
 from minimas.fast import packed
-from minimas.fast.packed import MAX_NARROW_ROWS, CPULinear, can_pack, linear, pack
+from minimas.fast.packed import MAX_NARROW_ROWS, CPULinear, linear, pack, packing_is_faster
 
 from ..models import random_ids, remember, tiny_model, write_folder
 
 packing = pytest.mark.skipif(
-    not can_pack(), reason="this CPU or this torch cannot pack bf16 matrices"
+    not packing_is_faster(), reason="this CPU or this torch cannot pack bf16 matrices"
 )
 
 
@@ -31,7 +31,7 @@ packing = pytest.mark.skipif(
 def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate the CPU of most laptops on any machine."""
     monkeypatch.setattr(packed, "has_units", lambda dtype: dtype.itemsize != 2)
-    monkeypatch.setattr(packed, "can_pack", lambda: False)
+    monkeypatch.setattr(packed, "packing_is_faster", lambda: False)
 
 
 # -- packed for matrix units -----------------------------------------------------------------------
@@ -169,9 +169,9 @@ def test_packing_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     def refuses(*args: Any) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
 
-    assert can_pack.__wrapped__() == can_pack()
+    assert packing_is_faster.__wrapped__() == packing_is_faster()
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuses, raising=False)
-    assert not can_pack.__wrapped__()
+    assert not packing_is_faster.__wrapped__()
 
 
 def test_a_torch_without_onednn_has_no_16_bit_units(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_a_torch_without_onednn_has_no_16_bit_units(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packed, "mkldnn", object())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not packed.has_units(torch.bfloat16) and not packed.has_units(torch.float16)
-    assert not can_pack.__wrapped__()
+    assert not packing_is_faster.__wrapped__()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -198,7 +198,7 @@ def test_instructions_that_are_emulated_are_not_used(
     for dtype in (torch.bfloat16, torch.float16):
         assert packed.has_units(dtype) == native
     assert packed.has_units(torch.float32)
-    assert native or not can_pack.__wrapped__()
+    assert native or not packing_is_faster.__wrapped__()
 
 
 @given(

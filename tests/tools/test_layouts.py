@@ -71,6 +71,6 @@ def test_each_layout_gives_the_last_agent_another_state(lm: LM) -> None:
     for name, variant in VARIANTS.items():
         team = variant.team(sequential())
         turn = latent_turn(lm, ["Why?"], team=team, latent_steps=2, sampling=SHORT, variant=variant)
-        states[name] = turn.turn.prefill()[0]
+        states[name] = turn.turn.prefill_and_think()[0]
     for one, other in itertools.combinations(states, 2):
         assert float((states[one] - states[other]).abs().max()) > 1e-6, (one, other)

@@ -162,7 +162,7 @@ def test_losses_equal_those_of_the_library(lm: LM, layout: str) -> None:
     """
     align, texts = lm.aligner("ridge"), [row["solution"] for row in ROWS]
     turn = last_turn(lm, ROWS, how(layout=layout), align)
-    expected = losses_after(turn.run, *turn.prefill(), texts)
+    expected = losses_after(turn.run, *turn.prefill_and_think(), texts)
     with torch.no_grad():
         fast = nll(lm, ROWS, how(layout=layout), align)
     for found, same, one in zip(nll(lm, ROWS, how(layout=layout), align), fast, expected,
@@ -184,7 +184,7 @@ def test_questions_with_their_own_teams_can_share_a_batch(lm: LM, layout: str) -
         run = LatentRun(lm, [row["question"]], "math", team=team, latent_steps=4, align=align,
                         transfer="latents", layout=layout)  # fmt: skip
         turn = run.last_turn(finish(hand_over(run)))
-        [expected] = losses_after(run, *turn.prefill(), [row["solution"]])
+        [expected] = losses_after(run, *turn.prefill_and_think(), [row["solution"]])
         assert tokens.sum().item() == pytest.approx(expected.total, rel=1e-9)
     other = nll(lm, rows, setting, align, others=True)
     assert all(apart(a, b) > 1e-3 for a, b in zip(together, other, strict=True))

@@ -187,7 +187,7 @@ class LastTurn:
         `memory` replaces the KV cache that the last agent gets.
         """
         turn = self.turn if memory is None else self.turn._replace(cache=memory)
-        hidden, cache = turn.prefill()
+        hidden, cache = turn.prefill_and_think()
         # The first texts of all questions are one batch, then the second texts, and so on. In one
         # batch, short options would be padded to the length of the solution. A question with fewer
         # texts repeats its last one.

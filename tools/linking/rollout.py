@@ -142,7 +142,7 @@ def solution_scores(turn: LastTurn, texts: Sequence[str]) -> Iterator[Scores]:
     The turn's cache cannot be used again afterwards. Scores are computed question by question,
     because (B, T, V) would take gigabytes.
     """
-    hidden, cache = turn.prefill()  # (B, 1, D)
+    hidden, cache = turn.prefill_and_think()  # (B, 1, D)
     model = turn.run.lm.model
     encode = turn.run.tokenizer.encode_turn
     # The whole text is untrusted, so a control token in a solution stays text.
