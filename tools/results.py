@@ -8,7 +8,8 @@ A table is written between two comments, `<!-- records: NAME; base: ARM -->` and
 NAME is the name of a file in docs/results/, or several names joined with +. The last column
 compares each arm with ARM, question by question. If ARM is "*, REST", the star stands for the name
 of the compared arm up to its first comma. With `; common questions` after ARM, only questions that
-all arms have answered count. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+all arms have answered count. If several files have the same question in the same arm, the first
+one counts. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
 This module only reads records; it does not make them.
 """
 
@@ -92,9 +93,11 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     With `common`, only the questions that all arms have count. Raises ValueError if no record
     belongs to the arm `base`.
     """
-    arms: dict[str, list[Record]] = {}
+    answers: dict[str, dict[tuple[str, int], Record]] = {}
     for record in records:
-        arms.setdefault(label(record), []).append(record)
+        own = answers.setdefault(label(record), {})
+        own.setdefault((record["id"], record["seed"]), record)
+    arms = {name: list(own.values()) for name, own in answers.items()}
     if common:
         shared = set.intersection(*({r["id"] for r in mine} for mine in arms.values()))
         arms = {name: [r for r in mine if r["id"] in shared] for name, mine in arms.items()}

@@ -79,6 +79,15 @@ def test_an_arm_is_named_by_all_of_its_settings() -> None:
     assert results.label({"arm": "set by hand", "method": "latent_mas"}) == "set by hand"
 
 
+def test_a_question_that_two_runs_have_counts_once() -> None:
+    """An arm with 90 questions had 130 answers."""
+    record = {"id": "q", "seed": 0, "arm": "a", "nll": 1.0}
+    [line] = results.table([record, record | {"nll": 3.0}, record | {"seed": 1}], "a").splitlines()[
+        2:
+    ]
+    assert line.split("|")[2].strip() == "2" and "1.000" in line, "the first record counts"
+
+
 def test_arms_of_other_runs_are_compared_on_common_questions() -> None:
     """An arm with 140 questions and one with 40 of them differ by their questions too."""
     asked = {"a": ["q", "r"], "b": ["r", "s"]}
