@@ -106,8 +106,7 @@ def latent_mas(
     `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
     (the beginning that all agents share, and all thoughts), "last" (that beginning, and what the
     previous agent added; after parallel agents, the last of them), or, as controls, "none" or
-    "shuffled" (question i gets the cache of question i + 1, and the last question that of the
-    first).
+    "shuffled" (question i gets the cache of question i + 1, the last one that of the first).
     `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` does not
     close the chat turns of the earlier agents, as in the authors' code.
 

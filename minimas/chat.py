@@ -24,7 +24,8 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
     """
     if args.method == "single":
         alone = Team((Agent("assistant", "{question}"),))
-        args.method, options["team"] = "text_mas", lm.teams.get("single", alone)
+        args.method = "text_mas"
+        options["team"] = lm.teams.get("single", alone)
     options["keep_memory"] = True
     memory = start = options.get("memory")
     turns = 0

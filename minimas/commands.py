@@ -168,9 +168,10 @@ def read_question(text: str) -> str:
 
 def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
-    if args.out == args.text:
+    source = Path(args.text)
+    if Path(args.out).resolve() == source.resolve():
         raise ParameterError("out", f"found {args.out!r}, expected another file than the text")
-    text = read_input(Path(args.text))
+    text = read_input(source)
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out, args.bits)
     slots = f"{memory.lengths[0]:,} slots"

@@ -224,9 +224,10 @@ def test_a_memory_that_cannot_be_saved_does_not_lose_the_answer(files: Files) ->
 
 
 def test_a_memory_does_not_overwrite_its_own_text(files: Files) -> None:
-    said = files.refused("remember", files["eva.txt"], "--out", files["eva.txt"])
-    assert "--out: found " in said and "expected another file than the text" in said
-    assert files["eva.txt"].read_text() == EVA
+    for path in (files["eva.txt"], files.folder / "none" / ".." / "eva.txt"):
+        said = files.refused("remember", files["eva.txt"], "--out", path)
+        assert "--out: found " in said and "expected another file than the text" in said
+        assert files["eva.txt"].read_text() == EVA
 
 
 def test_a_text_that_cannot_be_remembered_gives_one_line(

@@ -131,10 +131,10 @@ class Config:
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")
-        heads, head_dim = sizes["num_attention_heads"], sizes["head_dim"]
+        heads = sizes["num_attention_heads"]
+        head_dim = sizes["head_dim"]  # even, because RoPE rotates pairs of dimensions
         divides = heads % sizes["num_key_value_heads"] == 0
         check(divides, "num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-        # RoPE rotates pairs of dimensions.
         check(head_dim % 2 == 0 and heads * head_dim <= 1e7, "head_dim", "even, ≤ 1e7 / heads")
         return cls(
             **sizes,

@@ -33,7 +33,8 @@ def require(found: str, device: torch.device) -> None:
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return the layer of format "nf4" or "int8" for a matrix (N, K), quantized on its device."""
-    bnb, (N, K) = _package().nn, weight.shape
+    bnb = _package().nn
+    N, K = weight.shape
     if name == "nf4":
         # float16 is kept, because GPUs without bf16 load models in it.
         dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.bfloat16
