@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from minimas import LM, Aligner, KVCache, load, sequential, think
 from minimas.core.model import prefill
+from minimas.layout import user_text
 from tools.evaluation.rows import read_rows
 
 # How many tokens one forward pass takes: a step of decoding, or a chunk of a prefill.
@@ -126,7 +127,9 @@ def prompt_ids(args: argparse.Namespace, lm: LM) -> list[int]:
             f"{args.memory_error}: tokenizer.json is missing, expected one, as the prompt is text"
         )
     question = read_rows(args.questions)[0]["question"] if args.questions else QUESTION
-    text = sequential().agents[0].prompt.replace("{question}", question).replace("{context}", "")
+    team = sequential()
+    text = user_text(team.opening, team.agents[0].prompt)
+    text = text.replace("{question}", question).replace("{context}", "")
     return lm.tokenizer.encode_turn(lm.tokenizer.turn(text))
 
 
