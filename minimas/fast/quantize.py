@@ -278,7 +278,7 @@ class Q4Linear(QuantizedLinear):
         if self.tile:
             weight = unpack4(self.packed, self.scales, self.tile)
         else:  # only the kernel knows the order: multiply W by the unit vectors
-            units = torch.eye(self.in_features).to(self.scales)  # its dtype and device
+            units = self.scales.new_ones(self.in_features).diag()  # the identity, on the device
             weight = multiply4(units, self.packed, self.scales).T
         return weight[: self.out_features]
 

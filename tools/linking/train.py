@@ -262,7 +262,7 @@ def measure(
     are a bootstrap over questions for losses, and Wilson's for the share of right answers. The
     second result has the same values for each question, for paired comparisons between links.
     """
-    own, other, right = list[float](), list[float](), list[bool]()
+    own, other, right = list[float](), list[float | None](), list[bool]()
     grades = kind_of(rows[0]) != "code"  # programs are not run here
     for batch in in_batches(rows, batch_size):
         feed = link.feeder()
@@ -270,13 +270,16 @@ def measure(
         if len(batch) > 1:
             pairs = nll(lm, batch, team_settings, link.feeder(), others=True)
             other += [tokens.mean().item() for tokens in pairs]
+        else:
+            other.append(None)  # there is no other question
         if grades:
             right += answers(lm, batch, team_settings, feed)
     mean, *interval = bootstrap(own)
     found = {"n": len(rows), "loss": mean, "interval": interval}
     columns: dict[str, list[Any]] = {"id": [row["id"] for row in rows], "loss": own}
-    if other:
-        mean, *interval = bootstrap(other)
+    compared = [loss for loss in other if loss is not None]
+    if compared:
+        mean, *interval = bootstrap(compared)
         found |= {"other": mean, "other_interval": interval}
         columns["other"] = other
     if grades:
