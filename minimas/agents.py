@@ -96,9 +96,9 @@ def latent_mas(
     `latent_steps` is the number of thoughts per agent (None: the agent's own, else the model
     folder's, else 40). The last agent thinks only if its own `latent_steps` is set. With "auto", a
     row stops where the likeliest next token would end the turn, after at least one thought and at
-    most the agent's own number, else 40. `align` is a kind of map (see
-    `Aligner.from_model`), a FILE.safetensors that holds one, or any callable from hidden states to
-    embeddings. An earlier agent also decodes if its `writes` is set, see `Agent`.
+    most the agent's own number, else 40. `align` is a kind of map (see `Aligner.from_model`), a
+    FILE.safetensors that holds one, or any callable from hidden states to embeddings. An earlier
+    agent also decodes if its `writes` is set, see `Agent`.
 
     `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
     question) determine the form and the extraction of the answer. `sampling=None` is the model's.
@@ -107,8 +107,8 @@ def latent_mas(
     (the beginning that all agents share, and all thoughts), "last" (that beginning, and what the
     previous agent added; after parallel agents, the last of them), or, as controls, "none" or
     "shuffled" (question i gets the cache of question i + 1, the last one that of the first).
-    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` does not
-    close the chat turns of the earlier agents, as in the authors' code.
+    `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` does not close
+    the chat turns of the earlier agents, as in the authors' code.
 
     `memory` is a KV cache after which every agent starts, such as one from `remember`. It has one
     row for all questions or one per question, and is copied, not prefilled again. `keep_memory`
@@ -232,16 +232,16 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in side_by_side:
-        own = run.with_model_of(agents[0])
+        agent_run = run.with_model_of(agents[0])
         rows = [prompt(agent, q) for agent in agents for q in numbers]
-        turn = yield from own.turn(agents, rows, own.new_cache(len(agents)))
+        turn = yield from agent_run.turn(agents, rows, agent_run.new_cache(len(agents)))
         turns.append(turn)
         for row, out in enumerate(turn.outputs):
             i, q = divmod(row, len(numbers))
             said[q].append((agents[i], out.text))
-    own = run.with_model_of(last)
+    agent_run = run.with_model_of(last)
     asked = [prompt(last, q) for q in numbers]
-    return LastTurn(own, last, asked, own.new_cache(), 0, None, turns)
+    return LastTurn(agent_run, last, asked, agent_run.new_cache(), 0, None, turns)
 
 
 class HandOver(NamedTuple):

@@ -23,7 +23,7 @@ EXPECTED = {  # by the type of a field
 
 
 def require_types(made: Any) -> None:
-    """Raise ValueError naming a field of an agent or team that has another type."""
+    """Raise ValueError naming a field that has another type, or a number below 0."""
     for field, hint in get_type_hints(type(made)).items():
         value = getattr(made, field)
         is_flag = type(value) is bool  # bool is a subclass of int

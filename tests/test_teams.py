@@ -70,7 +70,10 @@ def test_choices_that_are_not_a_dict_are_refused_by_name(tmp_path: Path, choices
     [
         ({"prompt": 3}, r"agents\[0\]: prompt: found 3, expected text"),
         ({"latent_steps": "5"}, r"agents\[0\]: latent_steps: found '5', expected a whole number"),
-        ({"latent_steps": -2}, r"agents\[0\]: latent_steps: found -2, expected a whole number"),
+        (
+            {"latent_steps": -2},
+            r"agents\[0\]: latent_steps: found -2, expected a whole number, 0 or more$",
+        ),
         ({"writes": 1}, r"agents\[0\]: writes: found 1, expected true or false"),
         ({"promt": ""}, r"agents\[0\]: found .*expected an object of name, prompt.*'promt'"),
     ],

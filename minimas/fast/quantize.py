@@ -13,8 +13,7 @@ ms in q8, 2.0 and 2.6 times as fast. The products of one row take 8 ms in bf16, 
 Embedding and LM head are not quantized, because the alignment W_a is computed from them. In q4 and
 q8, a tied model gets a separate 8-bit copy of the embedding as its head. In a GGUF file both may
 have few bits already, and keep them. Packing depends on the device, so a quantized model cannot be
-moved. This file does not depend on models, files or the order in
-which tensors are read.
+moved. This file does not depend on models, files or the order in which tensors are read.
 
     N outputs   K inputs   R rows   G = K / 32 groups of inputs, each with a scale and a zero
 
@@ -287,8 +286,8 @@ class Q8Linear(QuantizedLinear):
     """Values −127 … 127 (N, K) and scale (N,): W = values · scale, row by row.
 
     As an embedding it takes token ids (…,) and returns their rows (…, K) in the model's dtype. The
-    kernel computes in 16 bits, not in 8-bit integers: see docs/quantization.md. A
-    compiled step of one row is 1.4 times as fast with the sum in `multiply` (AVX-512, 2026-11-30).
+    kernel computes in 16 bits, not in 8-bit integers: see docs/quantization.md. A compiled step of
+    one row is 1.4 times as fast with the sum in `multiply` (AVX-512, 2026-11-30).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:

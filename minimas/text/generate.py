@@ -24,8 +24,8 @@ from ..core.rotary import for_float64
 from .tokenizer import TextStream, Tokenizer
 
 SHRINK_AT = 0.75  # ended rows leave the batch once at most this share of its rows is running
-SMALLEST = math.ulp(0.0)  # bounds of settings: above 0 and finite
-LARGEST = 1e300
+SMALLEST = math.ulp(0.0)  # bound of settings that must be above 0
+LARGEST = 1e300  # bound of settings that must be finite
 
 
 @dataclass(frozen=True)
