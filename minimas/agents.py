@@ -148,12 +148,13 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         # Shuffled: all agents but the last work on question i + 1, and question i gets the cache.
         handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
-    elif method in ("single", "text_mas"):
+    elif method == "text_mas":
         team = settings.pop("team", "sequential")
         text_run = Run(**settings)
-        lm = text_run.lm
-        chosen = lm.teams.get("single", SINGLE) if method == "single" else choose_team(lm, team)
-        last = yield from hand_over_text(text_run, chosen)
+        last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
+    elif method == "single":
+        alone = Run(**settings)
+        last = yield from hand_over_text(alone, alone.lm.teams.get("single", SINGLE))
     else:
         raise ParameterError("method", f"found {method!r}, expected single, text_mas or latent_mas")
     return (yield from last.answer())

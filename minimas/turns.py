@@ -96,11 +96,12 @@ class Run:
                 raise ValueError(
                     f"question {i}: found {question!r:.80}, expected a text that is not blank"
                 )
+        B = len(self.questions)
         if self.kind not in KINDS:
             raise ParameterError("kind", f"found {self.kind!r}, expected one of {', '.join(KINDS)}")
         if isinstance(self.choices, Mapping | None):
-            self.choices = [self.choices] * len(self.questions)
-        listed = isinstance(self.choices, Sequence) and len(self.choices) == len(self.questions)
+            self.choices = [self.choices] * B
+        listed = isinstance(self.choices, Sequence) and len(self.choices) == B
         if not listed or not all(
             isinstance(options, Mapping | None) and options != {} for options in self.choices
         ):
@@ -114,8 +115,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.prefilled = [0] * len(self.questions)  # slots prefilled in those `seconds`
-        B = len(self.questions)
+        self.prefilled = [0] * B  # slots prefilled in those `seconds`
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"

@@ -809,6 +809,13 @@ def test_stream_refuses_an_unknown_method_and_on_event(lm: LM) -> None:
         next(stream(lm, QUESTIONS[:1], on_event=print))
 
 
+def test_stream_refuses_a_parameter_that_the_method_does_not_have(lm: LM) -> None:
+    """`stream(…, method="single", team=…)` ignored the team."""
+    for method, name in (("single", "team"), ("single", "align"), ("text_mas", "transfer")):
+        with pytest.raises(TypeError, match=name):
+            next(stream(lm, QUESTIONS[:1], method, **{name: "sequential"}))
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ does not depend on tokens, agents or the forward pass.
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from operator import add, sub
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,8 +131,7 @@ class KVCache:
         `lengths` is one number for all rows or one per row. Raises ValueError if a number is below
         0 or above `most`.
         """
-        counts = self._per_row(lengths, most)
-        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
+        self.lengths = list(map(add, self.lengths, self._per_row(lengths, most)))
 
     def set_owner(self, model: Any) -> None:
         """Record the model that computes the keys.
@@ -180,8 +180,8 @@ class KVCache:
 
         Shorter rows stay as they are. Raises ValueError if a number is below 0.
         """
-        kept = zip(self.lengths, self._per_row(lengths), strict=True)
-        return self.drop(0, [max(end - n, 0) for end, n in kept])
+        stops = map(sub, self.lengths, self._per_row(lengths))
+        return self.drop(0, [max(stop, 0) for stop in stops])
 
     def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
         """Return a cache without slots `start` to `stop` - 1; later slots move to close the gap.
@@ -192,11 +192,11 @@ class KVCache:
         approximation: above the first layer, the later slots still depend on the dropped ones.
         Raises ValueError if a number is below 0.
         """
-        rows = list(zip(self._per_row(start), self._per_row(stop), self.lengths, strict=True))
-        starts = [min(row) for row in rows]
-        gaps = [min(stop, end) - min(start, stop, end) for start, stop, end in rows]
+        stops = list(map(min, self._per_row(stop), self.lengths))
+        starts = list(map(min, self._per_row(start), stops))
+        gaps = list(map(sub, stops, starts))  # slots to drop per row
         new = copy.copy(self)
-        new.lengths = [end - gap for end, gap in zip(self.lengths, gaps, strict=True)]
+        new.lengths = list(map(sub, self.lengths, gaps))
         first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
         slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
         moves = gap * (slots >= first)  # (B, S)

@@ -118,7 +118,7 @@ class Folder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, str] = {}
         index = read_index(path)
-        for name in set(index.values()) or [WEIGHTS]:
+        for name in sorted(set(index.values())) or [WEIGHTS]:
             with opened(path / name) as file:
                 for key in file.keys():
                     part = file.get_slice(key)

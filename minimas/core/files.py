@@ -39,20 +39,23 @@ def write(
 ) -> None:
     """Write the tensors that are not None to a file of kind `what`, "memory" or "aligner".
 
-    `made_by` is the `identity` of the model. Raises ValueError if it is None, OSError if the file
-    cannot be written.
+    `made_by` is the `identity` of the model. A link stays a link. Raises ValueError if `made_by` is
+    None, OSError if the file cannot be written, or if `path` is a folder or a device.
     """
     if made_by is None:
         raise ValueError(f"{path}: found {what} without a model, expected one made by a model")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
     metadata = {"format": f"minimas-{what}-1"} | made_by
-    partial = Path(f"{path}.{os.getpid()}.partial")
+    target = Path(path).resolve()
+    partial = Path(f"{target}.{os.getpid()}.partial")
     try:
+        if target.exists() and not target.is_file():
+            raise OSError("found a folder or a device, expected a file")
         partial.touch()
         mode = partial.stat().st_mode
         save_file(stored, partial, metadata=metadata)
         partial.chmod(mode)  # save_file makes a file that only its owner can read
-        partial.replace(path)  # a full disk leaves an older file intact
+        partial.replace(target)  # a full disk leaves an older file intact
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: cannot write the {what} ({error})") from error
     finally:

@@ -86,6 +86,7 @@ def rollout(
                 return
             rows = running[:, None, None]  # (B, 1, 1)
             embedding = embedding.where(rows, 0)
+            made[-1] = embedding
             # `running` as lengths: 1 new slot in a running row, 0 in a stopped one.
             after = model(embedding, cache, running).where(rows, hidden)
         yield Thought(hidden, embedding, running, finite(after, model.name))

@@ -436,6 +436,25 @@ def test_a_failed_save_keeps_the_older_file(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs, and links need rights")
+def test_a_save_keeps_links_and_devices(model: Qwen3, tmp_path: Path) -> None:
+    """A save to /dev/null replaced the device by a file, for all programs, if root ran it."""
+    _, cache = remember(model, random_ids(model, 1, 3))
+    target = tmp_path / "disk" / "memory"
+    target.parent.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    for _ in range(2):  # a new file, then an older one
+        cache.save(link)
+        assert link.is_symlink() and KVCache.load(target, model).lengths == [3]
+    device = tmp_path / "device"
+    os.mkfifo(device)
+    with pytest.raises(OSError, match=f"{device}: cannot write the memory .*expected a file"):
+        cache.save(device)
+    assert device.is_fifo()
+    assert {file.name for file in tmp_path.rglob("*")} == {"disk", "memory", "link", "device"}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 def test_other_users_can_read_a_memory_file_if_the_umask_allows_it(
     model: Qwen3, tmp_path: Path

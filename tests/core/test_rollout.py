@@ -44,6 +44,21 @@ def test_a_row_that_stops_early_equals_the_same_row_alone(model: Qwen3, counts: 
         assert apart(last[row], end[0]) < 1e-12
 
 
+def test_a_rule_sees_the_embeddings_that_were_fed(model: Qwen3) -> None:
+    """It saw what the map returned for rows that had stopped, although they were fed zeros."""
+    hidden, cache = prefilled(model)
+    given: list[Tensor] = []
+
+    def stops(_: Tensor, thoughts: Tensor) -> Tensor:
+        given.append(thoughts)
+        return torch.tensor([thoughts.shape[1] > 1, False, False])
+
+    fed, _ = think(model, Aligner.from_model(model), hidden, cache, 4, until=stops)
+    assert not fed[0, 1:].any() and fed[1:].all()
+    for n, thoughts in enumerate(given):
+        assert torch.equal(thoughts[:, :n], fed[:, :n])
+
+
 def test_a_row_that_has_stopped_does_not_start_again(model: Qwen3) -> None:
     """If a rule says stop once and then go on, slots in between would be missing."""
     hidden, cache = prefilled(model)
