@@ -203,8 +203,8 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
     have moved away from the shared slots since they attended to them.
     """
     (first, shared), *others = experts
-    own = [cache.drop(0, other_shared) for cache, other_shared in others]
-    return KVCache.concat([first, *own]), shared
+    rest = [cache.drop(0, other_shared) for cache, other_shared in others]
+    return KVCache.concat([first, *rest]), shared
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
@@ -214,7 +214,7 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     turns = []
     said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
 
-    def own_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
+    def chat_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
         starts = first and not run.continues  # the conversation
         return run.tokenizer.turn(filled, agent.system, agent.prefix, starts, last)
@@ -223,12 +223,12 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
         if "{context}" in agent.prompt:
             notes = [prompts.WORK.format(name=a.name, text=text.strip()) for a, text in said[q]]
             context = prompts.CONTEXT.format(work="".join(notes)) if notes else ""
-            return own_turn(agent, q, context, first=True)
+            return chat_turn(agent, q, context, first=True)
         talk = PromptText("")
         for other, text in said[q]:
-            talk += own_turn(other, q, "", first=not talk.text, last=False)
+            talk += chat_turn(other, q, "", first=not talk.text, last=False)
             talk += run.tokenizer.written(text)
-        return talk + own_turn(agent, q, "", first=not talk.text)
+        return talk + chat_turn(agent, q, "", first=not talk.text)
 
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
@@ -376,40 +376,39 @@ class LatentRun(Run):
     def last_turn(self, handed: HandOver) -> LastTurn:
         """Return the last agent's turn after what this run or another one has handed over."""
         last = self.resolved_team.agents[-1]
-        own = self.with_model_of(last)
-        cache = receive(own, handed.turns, handed.cache, handed.shared)
+        agent_run = self.with_model_of(last)
+        cache = receive(agent_run, handed.turns, handed.cache, handed.shared)
         first = self.is_new(cache)
         # The preamble in the cache holds another question: put this question's in its place.
         if handed.run is not self and self.layouts_per_question[0].preamble.text and not first:
             preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
-            own_preamble = own.new_cache()
-            prefill(own.lm.model, preambles, own_preamble)
-            cache = KVCache.concat([own_preamble, cache.drop(0, handed.shared)])
+            preamble = agent_run.new_cache()
+            prefill(agent_run.lm.model, preambles, preamble)
+            cache = KVCache.concat([preamble, cache.drop(0, handed.shared)])
         texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
-        return LastTurn(
-            own, last, texts, cache, self.steps(last, final=True), own.align_map, handed.turns
-        )
+        steps = self.steps(last, final=True)
+        return LastTurn(agent_run, last, texts, cache, steps, agent_run.align_map, handed.turns)
 
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
         agents = self.resolved_team.agents
         parallel = self.resolved_team.parallel
         working = self.shifted() if self.transfer == "shuffled" else self
-        starts = working.memory_lengths
-        others = working.layouts_per_question
-        rows = zip(starts, self.memory_lengths, self.layouts_per_question, others, strict=True)
-        for base, own_base, own, other in rows:
+        bases = working.memory_lengths
+        layouts = working.layouts_per_question
+        rows = zip(bases, self.memory_lengths, layouts, self.layouts_per_question, strict=True)
+        for base, last_base, earlier_layout, last_layout in rows:
             held = shared = base  # slots that are handed over, and slots that all share
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
-                layout = own if final else other
+                layout = last_layout if final else earlier_layout
                 start = base if parallel and not final else held
                 first = start == base
                 tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
                 if first:
                     shared = base + len(layout.preamble_ids(i))
-                elif layout is not other and own.preamble.text:  # its own preamble is put there
-                    start += own_base + len(own.preamble_ids(0)) - shared
+                elif layout is not earlier_layout and layout.preamble.text:  # see `last_turn`
+                    start += last_base + len(layout.preamble_ids(0)) - shared
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
