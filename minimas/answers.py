@@ -120,6 +120,9 @@ _UNICODE = {
     "[⁰¹²³⁴-⁹⁻]+": r"^\g<0>",  # 10³ is 10^3
     "(?=[¼-¾⅐-⅞])": " ",  # 3½ is 3 1/2
     "[负負]|マイナス": "-",
+    # "not", before a number and after one
+    r"(?i)(?:不是|并非|並非|\bне|\bno es|n'est pas|\bnicht|\bnão é|\bnon è) ?(?=-?\d)": "not ",
+    r"(?<=\d)[가이]? ?(?:아닙|아니)|(?<=\d)(?:では|じゃ)(?:あり|な)": " isn't ",
     "。": ". ",
 }
 _FONT = r"\\(?:text|math|m?box|emph|underline|bf|rm|bm|boldsymbol|displaystyle|[lL]arge)[a-z]*\b"
@@ -133,15 +136,20 @@ _PART = rf"""(?xs) \A({_BRACED})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours
         (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$? @\{{(?!\1\}})
     | (?: \bor[\s$}}]* (?:\w+\ *=\ *)?  # 18 or \boxed{{20}}
-        | (?:[\d)=$]\s*- | [+/×÷^] | \w\s*\*) \s*  # 1 + \boxed{{42}}
+        | (?:[\d)=$]\s*- | [+/×÷^<>≤≥≠] | \w\s*\*  # 1 + \boxed{{42}}
+          | \\(?:times|cdot|div|pm|[gln]eq?)(?![a-z])) \s*
+        | \b(?:not|never|isn't|than)\ (?:be\ )?  # it is not \boxed{{5}}
         | [-\d] ) \$? @\{{  # -\boxed{{5}}
     | @\{{{_BRACED}\}} (?: [a-zA-Z](?![a-zA-Z])  # \boxed{{5}}x
-        | [ $.,;(]* (?:\\text\w*\{{)? \ * (?:or|possibly|maybe|perhaps)\b [\s$}}]* [\d\\]
+        | [ $.,;(]* (?:\\text\w*\{{)? \ * (?:(?:or|possibly|maybe|perhaps)\b[\s$}}]*)+ [\d\\]
+        | [ $]* (?:[a-z]+\ )? and\ (?:\d|a\ half|\\frac)  # \boxed{{18}} hours and 30 minutes
+        | [ $]* (?:isn't|wasn't|(?:is|was)\ (?:not|wrong|incorrect|false))\b
         | [ $]* (?: \^(?!\{{?\\circ)
-          | [-+/*×÷]\ ?(?:[\d(\\]|[a-zA-Z]\b)  # \boxed{{42}} + 1
+          | (?:to\ |[-–—+/*×÷])\ ?(?:[\d(\\]|[a-zA-Z]\b)  # \boxed{{42}} + 1
           | \\(?:pi|sqrt|frac|times|cdot|div)
           | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
-_ANSWER = r"""(?x: (?<![A-Za-z]) (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
+_ANSWER = r"""(?x: (?<![A-Za-z]) (?<!wrong\ )(?<!incorrect\ )(?<!false\ )
+    (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
     |ответ|jawaban|cevap|đáp\ án|câu\ trả\ lời|الإجابة|الجواب|उत्तर|答[案え]?|正解|정?답)
     (?!\ (?:choices|options)))"""
 _IS = r"""(?x: (?:\b(?:is|was|be|es|est|ist|lautet|adalah|là|é|è)\b|(?<=nswer)'s\b|[是为為は은→➜]
@@ -186,7 +194,8 @@ _DENIED = r"""(?ix) (?:
       | \b(?:doubt|deny|unlikely|impossible|nobody|no\ one|not\ think|not\ believe
           |\w+n't\ (?:think|believe)|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
           |suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether)\b
-        [^,;:.=\n\d]{0,40}? )  # I doubt that it is 5; if it is 5, …
+        [^,;:.=()\n\d]{0,40}?  # I doubt that it is 5; if it is 5, …
+      | \b(?:false|wrong|incorrect)\ answer\b[^,;.=\n\d]{0,40}? )  # Wrong answer: 5
     \ -?\d+(?:[.,]\d+)*(?:,?\ but(?=\ [-\d]))?"""
 # From LaTeX and Markdown to plain text, in this order. Afterwards every number is one word.
 _REWRITES = {
@@ -236,10 +245,11 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 1
 # A name and its equals sign
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
 # Where a statement goes on about something else: "18, as 3 * 6 = 18", "18 (eighteen)"; but
-# ", or 43", "(base 8)" and "; 43" change the answer.
+# ", or 43", "(base 8)", "(at noon) or 43" and "; 43" change the answer.
 _ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
-        (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d )
+        (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d
+      | \ \([^()]*\)\ *(?:[-+*/]|\b(?:or|and|plus|minus|times)\b)[^.\n]{{0,40}}?\d )
     (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
 # Phrases that take back everything before them
 _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8.
@@ -251,7 +261,7 @@ _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8
       |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct))\b
     | (?<=[.!?\n])\ ?  # 5. Or maybe 8.
       (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{0,100}\d)
-    | (?<=[.!?\n])\ ?  # 5. But it should be 8 cm. 5. But taxed: 8.; not: 5. But this needs 8 days.
+    | (?<=[.!?\n;])\ ?  # 5. But it should be 8 cm. 5. But taxed: 8.; not: 5. But this needs 8 days.
       (?:but|however|although|except)\b (?=[^.\n]{0,100}\d) (?=[^.\n]{0,100}
         (?: \b(?:it|it's|that's|this\ is|so|also|answer|[a-z]+s\ to|be|could|might|should|may|no
             |think|gives|get|right|correct|actually|rather|total|result)\b
@@ -285,6 +295,8 @@ _CHANGES = r"""(?x: \b(?: half | twice | thrice | double | triple | quadruple | 
     | than | below | under | over | above | beyond | within | near | exceed\w* | least | most
     | minimum | maximum | max | as\ \w+\ as | until  # more than 5
     | (?<!add\ )(?<!adds\ )(?<!comes\ )(?<!sums\ )up\ to
+    | mehr\ als | weniger\ als | m[aá]s\ (?:de|que) | menos\ (?:de|que) | ma[iy]or\ que | menor\ que
+    | plus\ (?:de|que) | moins\ (?:de|que) | более | менее | больше | меньше
     | never | not | neither | nor | hardly | barely | scarcely | rarely | seldom | but | except
     | (?:any|every|no)thing\ but | excluding | barring | besides | without  # all but 5
     | step | question | problem )\b)"""
@@ -455,14 +467,14 @@ _AFFIRMED = r"""(?x: \ ?(?:because|since|as(?!\ well|\ is)|porque|parce|weil|den
 # A second letter: "(A) or B", "A, B"
 _SECOND = r"""(?x) \W*((?:(?:or|and|maybe|perhaps|possibly|o|ou|oder|e|y|und|et|no|option)\W+
     |[和或与與及跟]\W*)+)? ([a-z0-9])(?(1)\b|(?![\w-]|\.\d|\ (?!(?:or|and)\b)[\w(]))"""
-_REFUSED = r"""(?x) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
+_REFUSED = r"""(?x) (?!\W*\w+\ answer:) \W*(?:but\ |which\ |and\ )?(?:it\ |this\ |that\ )?
     (?:is|are|was|were|would\ be|must\ be|seems)?\ ?(?:clearly\ |also\ |the\ |an?\ )?
     (?:not|never|wrong|incorrect|false|invalid|unlikely|ruled\ out|isn't|can't|cannot|doesn't)\b"""
 _GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  # after the words
 
 
 def _choice(text: str, choices: Choices) -> set[str]:
-    held, text = _box(text)
+    held, text = _box(re.split(_TAKEN_BACK, text)[-1])
     if held and (letters := _named(held, choices)):
         return letters
     text = _plain(text)

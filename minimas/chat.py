@@ -23,9 +23,8 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
     For `options` and `settings`, see `show_answers`.
     """
     if args.method == "single":
-        alone = Team((Agent("assistant", "{question}"),))
         args.method = "text_mas"
-        options["team"] = lm.teams.get("single", alone)
+        options["team"] = lm.teams.get("single", Team((Agent("assistant", "{question}"),)))
     options["keep_memory"] = True
     memory = start = options.get("memory")
     turns = 0

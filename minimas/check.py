@@ -14,6 +14,7 @@ data.
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import sub
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def check(
     base, _ = found["prompts only"]
     arms = []
     for name, (nlls, tokens) in found.items():
-        rises = [nll - other for nll, other in zip(nlls, base, strict=True)]
+        rises = list(map(sub, nlls, base))
         difference = None if nlls is base else interval(rises)
         ended = fmean(count < MAX_NEW_TOKENS for count in tokens)
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))

@@ -54,13 +54,18 @@ def run(args: Namespace) -> int:
 
 def run_ask(args: Namespace) -> None:
     """Answer one question or a file of them. Most arguments are checked before the model loads."""
-    rows = read_rows(Path(args.file)) if args.file else [{"question": read_question(args.question)}]
-    if args.save_memory and (args.parallel or len(rows) > 1):
+    rows = (
+        [{"question": read_question(args.question)}]
+        if args.file is None
+        else read_rows(Path(args.file))
+    )
+    saves = args.save_memory is not None
+    if saves and (args.parallel or len(rows) > 1):
         raise ParameterError(
             "save_memory", f"found {len(rows)} questions, expected one, without --parallel"
         )
     lm, options, settings = prepare(args)
-    options["keep_memory"] = bool(args.save_memory)
+    options["keep_memory"] = saves
     size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swapped within a batch
     groups = batches(rows, args.kind, size)
     if args.compile:
@@ -74,11 +79,6 @@ def run_ask(args: Namespace) -> None:
         results[0].memory.save(args.save_memory)
     say(args, usage_line("total", [result.usage for result in results]))
     say(args, f"{'wall time':>14}: {perf_counter() - args.began:.2f} s")
-
-
-def run_chat(args: Namespace) -> None:
-    """Answer the messages on standard input, in one conversation."""
-    chat(args, *prepare(args))
 
 
 def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
@@ -198,7 +198,7 @@ def run_info(args: Namespace) -> None:
 
 COMMANDS = {
     "ask": run_ask,
-    "chat": run_chat,
+    "chat": lambda args: chat(args, *prepare(args)),
     "remember": run_remember,
     "check": run_check,
     "info": run_info,

@@ -22,6 +22,7 @@ from .load import resolve
 OVERHEAD = 0.5e9  # bytes that CUDA, or Python and torch, take in addition to all tensors
 CHUNK = 512  # prompt tokens that are prefilled at a time
 TEAM_TOKENS = 960  # 4 agents of 200 prompt tokens and 40 latent steps
+AS_IN_FILE = "as in the file"
 KEPT = {"q4": "kept as q4", "q8": "rounded to q8"}  # by the result of `GGUF.low_bits`
 in_words = partial(tqdm.format_sizeof, suffix="B")  # bytes, in the unit that makes it 1 or more
 
@@ -73,7 +74,7 @@ def describe(
             if tensor.rows > 1
         }
         lines["as loaded"] = (
-            f"{in_words(sizes['as in the file'])}: {', '.join(sorted(kinds))}{gguf.needs}"
+            f"{in_words(sizes[AS_IN_FILE])}: {', '.join(sorted(kinds))}{gguf.needs}"
         )
     return lines
 
@@ -141,18 +142,25 @@ def describe_memory(path: Path) -> dict[str, str]:
 
 
 def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[str, float]:
-    """Return the bytes of `weights`, name -> number of weights, in each format."""
+    """Return the bytes of `weights`, name -> number of weights, in each format.
+
+    See `replacement` and `finish` in fast/quantize.py for what becomes of each weight.
+    """
     count = sum(weights.values())
-    matrices = sum(size for name, size in weights.items() if name.endswith("_proj.weight"))
-    # q4 and q8 add an 8-bit LM head if the embeddings are tied.
-    head = weights[EMBEDDING] if c.tie_word_embeddings else 0
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}
-    for name, bits in FORMATS.items():
-        sizes[name] = 2 * count - matrices * (2 - bits / 8) + head * (name in TORCH_FORMATS)
-    if gguf:
-        saved = sum(
-            size * (2 - FORMATS.get(gguf.low_bits(key), 16) / 8) for key, size in weights.items()
-        )
-        copied = saved > 0 and not gguf.low_bits(EMBEDDING)
-        sizes["as in the file"] = sizes.get(c.dtype, 2 * count) - saved + head * copied
+    plain = sizes.get(c.dtype, 2.0 * count) / count
+    for form in (*FORMATS, AS_IN_FILE) if gguf else FORMATS:
+        kept = {}  # the low-bit formats of the file
+        if gguf and form in (*TORCH_FORMATS, AS_IN_FILE):
+            kept = {key: gguf.low_bits(key) for key in weights}
+        size = 0.0
+        for key, number in weights.items():
+            used = kept.get(key)
+            if key.endswith("_proj.weight") and used != "q4" and form in FORMATS:
+                used = form
+            size += number * (FORMATS[used] / 8 if used else plain)
+        quantized = form in TORCH_FORMATS or any(kept.values())
+        if quantized and c.tie_word_embeddings and not kept.get(EMBEDDING):
+            size += weights[EMBEDDING]  # the 8-bit LM head
+        sizes[form] = size
     return sizes

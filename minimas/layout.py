@@ -63,9 +63,8 @@ class TurnLayout(Layout):
     def __post_init__(self) -> None:
         *earlier, last = self.prompts
         # The last agent's paragraph begins with the opening again, like a single agent's prompt.
-        paragraphs = [*earlier, user_text(self.opening, last) if earlier else last]
         parts = [self.opening, SEPARATOR if self.opening else ""]
-        for paragraph in paragraphs:
+        for paragraph in [*earlier, user_text(self.opening, last) if earlier else last]:
             parts += [paragraph, SEPARATOR]
         role = self.team.agents[-1]
         before, first, *pieces = self.tokenizer.user_turn(

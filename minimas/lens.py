@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .depth import entropy
 from .load import LM, text_tokenizer
-from .results import AgentEnd, AgentTrace, Event, Thought
+from .results import AgentEnd, AgentStart, AgentTrace, Event, Thought
 
 CHUNK_ROWS = 1024  # embedding rows that are multiplied at a time: they stay in a CPU's cache
 
@@ -48,6 +48,8 @@ class Lens:
 
     def __call__(self, event: Event) -> None:
         """Handle one event of a method."""
+        if isinstance(event, AgentStart):  # an earlier call may have stopped before its end
+            self._thoughts = []
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
@@ -55,7 +57,6 @@ class Lens:
             self.seen += [
                 (trace, self._views(row, model)) for row, trace in enumerate(event.traces)
             ]
-            self._thoughts = []
 
     def _views(self, row: int, model: Any) -> list[ThoughtView]:
         """Return the views of one row's thoughts since the previous agent's end.

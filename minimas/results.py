@@ -36,7 +36,8 @@ class Usage:
 class AgentTrace(Usage):
     """What one agent did on one question.
 
-    `prompt` is the text that was prefilled, `text` what the agent generated ("" if it did not).
+    `prompt` is the text that was prefilled, `text` what the agent generated ("" if it did not). A
+    control token that the question or another agent's text spells was prefilled as ordinary text.
     """
 
     name: str = ""

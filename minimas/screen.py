@@ -90,8 +90,10 @@ class Screen:
     lens: Lens | None = None
 
     def __post_init__(self) -> None:
-        places = range(self.first + 1, self.first + 1 + len(self.batch))
-        self.labels = [f"[{place}/{self.total}] " if self.total > 1 else "" for place in places]
+        self.labels = [
+            f"[{self.first + i + 1}/{self.total}] " if self.total > 1 else ""
+            for i in range(len(self.batch))
+        ]
         self.label = "to ".join(dict.fromkeys([self.labels[0], self.labels[-1]]))
         self.streams = len(self.batch) == 1 and not self.args.json
         self.gap = "\n" if self.first else ""  # between two answers

@@ -83,8 +83,10 @@ class Team:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))
-        if not self.agents:
-            raise ParameterError("team", "found no agents, expected at least one")
+        if not self.agents or {*map(type, self.agents)} != {Agent}:
+            raise ParameterError(
+                "team", f"found {self.agents or 'no agents'!s:.80}, expected at least one Agent"
+            )
         if self.layout not in LAYOUTS:
             raise ParameterError(
                 "layout", f"found {self.layout!r}, expected one of {', '.join(LAYOUTS)}"

@@ -124,6 +124,7 @@ class Run:
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
         self.memory_lengths = [memory.lengths[row] for row in self.memory_rows]
+        self.continues &= any(self.memory_lengths)
 
     def with_model_of(self, agent: Agent) -> Self:
         """Return a copy of this run with the agent's model, but the call's prompts and sampling."""
@@ -180,8 +181,8 @@ class Run:
         if needed > limit:
             raise ContextError(
                 f"{agent.name}: {start} slots of working memory, a prompt of {tokens} tokens, "
-                f"{steps} thoughts (--latent-steps) and {generated} tokens to generate "
-                f"(--max-new-tokens) make {needed}, expected at most {limit} (the context)"
+                f"{steps} thoughts (--latent-steps), {generated} new tokens (--max-new-tokens) and "
+                f"the turn's end make {needed}, expected at most {limit} (the context)"
             )
         return needed
 

@@ -620,6 +620,14 @@ def test_a_team_without_agents_is_refused() -> None:
         Team(())
 
 
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+@pytest.mark.parametrize("wrong", ["sequential", [{"name": "a", "prompt": "{question}"}], [None]])
+def test_a_team_of_anything_but_agents_is_refused(wrong: Any, layout: str) -> None:
+    """A list of dicts failed with: 'dict' object has no attribute 'prompt'."""
+    with pytest.raises(ValueError, match=r"^team: found \(.*expected at least one Agent$"):
+        Team(wrong, layout=layout)
+
+
 @pytest.mark.parametrize(
     "raw",
     [[], {"latent_steps": -1}, {"latent_steps": True}, {"latent_steps": "6"}, {"sequential": 5}],

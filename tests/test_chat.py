@@ -24,7 +24,7 @@ from minimas.core.model import prefill
 
 from .models import TINY, distance, tiny_model, write_folder
 from .test_cli import start
-from .text import QWEN, endless_folder, load_text_lm, text_folder, tiny_tokenizer
+from .text import QWEN, SHORT, endless_folder, load_text_lm, text_folder, tiny_tokenizer
 
 EVA = "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?"
 TOM = "Tom has 3 apples. He eats 1. How many apples does Tom have?"
@@ -126,6 +126,17 @@ def test_a_conversation_equals_the_rendered_template_of_qwen3(tmp_path: Path) ->
     assert found.lengths == [
         sum(map(len, ids)) + 2 * (1 + len(tokenizer.encode(tokenizer.turn_end)))
     ]
+
+
+def test_a_conversation_without_a_memory_starts_at_its_beginning(tmp_path: Path) -> None:
+    """`continues=True` left out the system message that the template adds at the start."""
+    (text_folder(tmp_path) / "chat_template.jinja").write_text(DEFAULTS)
+    lm = load_text_lm(tmp_path)
+    prompts = []
+    for how in ({}, {"continues": True}, {"continues": True, "memory": lm.model.new_cache(1)}):
+        [result] = text_mas(lm, ["one?"], ALONE, sampling=SHORT, **how)
+        prompts.append(result.agents[0].prompt)
+    assert "Be brief." in prompts[0] and prompts[1:] == prompts[:1] * 2
 
 
 @pytest.mark.parametrize("layout", ["turn", "chat"])

@@ -223,6 +223,14 @@ def test_a_memory_that_cannot_be_saved_does_not_lose_the_answer(files: Files) ->
         assert f"{path}: cannot write the memory" in said
 
 
+def test_an_empty_file_name_is_not_ignored(files: Files) -> None:
+    """With an unset variable, --file ended in a traceback and --save-memory wrote nothing."""
+    status, out, err = files.run("ask", ASKED, "--quiet", "--save-memory", "")
+    assert (status, out) == (1, " 6\n")
+    assert "cannot write the memory" in err and "expected a file" in err
+    assert "Is a directory" in files.refused("ask", "--file", "")
+
+
 def test_a_memory_does_not_overwrite_its_own_text(files: Files) -> None:
     for path in (files["eva.txt"], files.folder / "none" / ".." / "eva.txt"):
         said = files.refused("remember", files["eva.txt"], "--out", path)

@@ -47,6 +47,12 @@ def test_the_size_of_a_gguf_file_as_loaded_is_reported(
     real = held(load(path, device="cpu").model)
     assert number(line) == pytest.approx(real, rel=0.02)
     assert "as in the file" in describe(path)["fits"]
+    for name in ("q4", "q8"):  # the file's low-bit matrices stay as they are
+        [size] = [
+            part for part in describe(path)["weights"].split(", ") if part.startswith(f"{name} ")
+        ]
+        loaded = load(path, device="cpu", quantize=name).model
+        assert number(size.removeprefix(name)) == pytest.approx(held(loaded), rel=0.02), name
     becomes = {
         "Q5_0": "Q5_0 rounded to q8",
         "Q8_0": "Q8_0 rounded to q8",

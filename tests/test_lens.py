@@ -52,6 +52,26 @@ def test_each_thought_is_shown_for_its_agent_and_question(lm: LM, team: str) -> 
     assert step.cosine_before is None
 
 
+def test_a_lens_forgets_the_thoughts_of_a_call_that_did_not_finish(lm: LM) -> None:
+    """After Ctrl-C, the next call's first agent showed thoughts of the call that was stopped."""
+
+    class StoppedError(Exception):
+        pass
+
+    lens = Lens(lm)
+
+    def stop(event: Event) -> None:
+        lens(event)
+        if isinstance(event, Thought):
+            raise StoppedError
+
+    how: dict[str, Any] = {"latent_steps": 2, "sampling": SHORT}
+    with pytest.raises(StoppedError):
+        latent_mas(lm, ASKED[:1], on_event=stop, **how)
+    latent_mas(lm, ASKED, on_event=lens, **how)  # of another batch size
+    assert [len(thoughts) for _, thoughts in lens.seen] == [2, 2] * 3 + [0, 0]
+
+
 def test_the_nearest_token_of_a_token_embedding_is_itself(lm: LM) -> None:
     """The map returns the embedding of a token, which shows which rows are compared."""
     chosen = 40

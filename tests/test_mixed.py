@@ -43,6 +43,22 @@ def big(lm: LM) -> LM:
     return other_lm(lm.folder)
 
 
+@pytest.mark.parametrize("align", ["ridge", "prenorm"])
+@pytest.mark.parametrize(("dtype", "other"), [("double", "float"), ("float", "double")])
+def test_models_of_two_dtypes_work_together(lm: LM, align: str, dtype: str, other: str) -> None:
+    """A float64 model with a float32 model failed inside of the map, after the first agent."""
+    first = LM(tiny_model(seed=0, vocab_size=tiny_tokenizer().size), lm.folder)
+    second = other_lm(lm.folder)
+    getattr(first.model, dtype)()
+    getattr(second.model, other)()
+    mixed = assign_models(CHAIN, "b", None)
+    how: dict[str, Any] = {"latent_steps": 2, "align": align, "sampling": SHORT}
+    [result] = latent_mas(first, QUESTIONS[:1], mixed, models={"b": second}, **how)
+    assert result.agents[0].latent_steps == 2
+    matrix = second.aligner(align, first).matrix
+    assert matrix is not None and matrix.dtype == second.model.dtype
+
+
 # -- the theorem -----------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ does not depend on tokens, agents or the forward pass.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from operator import add, sub
 from pathlib import Path
@@ -74,8 +73,7 @@ class KVCache:
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""
         c = self.config
-        vectors = 2 * c.num_hidden_layers * c.num_key_value_heads
-        return vectors * c.head_dim * self.dtype.itemsize
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -180,8 +178,7 @@ class KVCache:
 
         Shorter rows stay as they are. Raises ValueError if a number is below 0.
         """
-        stops = map(sub, self.lengths, self._per_row(lengths))
-        return self.drop(0, [max(stop, 0) for stop in stops])
+        return self.drop(0, [max(n, 0) for n in map(sub, self.lengths, self._per_row(lengths))])
 
     def drop(self, start: Lengths, stop: Lengths) -> "KVCache":
         """Return a cache without slots `start` to `stop` - 1; later slots move to close the gap.
@@ -239,7 +236,7 @@ class KVCache:
             joined.advance(cache.lengths, width)
         return joined
 
-    def _per_row(self, lengths: Lengths, most: float = math.inf) -> list[int]:
+    def _per_row(self, lengths: Lengths, most: float = float("inf")) -> list[int]:
         """Return one integer per row. Raises ValueError unless all of them are 0 … `most`."""
         given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         each = given if isinstance(given, Iterable) else [given] * len(self.lengths)

@@ -64,7 +64,7 @@ def alignment_matrix(
     for rows_out, rows_in in zip(w_out.split(chunk), w_in.split(chunk), strict=True):
         rows_out = for_float64(rows_out).to(wide)
         gram += rows_out.T @ rows_out
-        cross += rows_out.T @ for_float64(rows_in).to(wide)
+        cross += rows_out.T @ for_float64(rows_in).to(rows_out)
     gram = gram.double()
     gram.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -129,7 +129,7 @@ class Aligner:
         if kind == "none":
             return made
         w_in = w_in[:rows]
-        wide = torch.promote_types(w_in.dtype, torch.float32)
+        wide = torch.promote_types(model.dtype, torch.float32)
         norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # not copied as a whole
         made.norm = float(for_float64(torch.cat(norms)).double().mean())
         if kind == "identity":
@@ -143,7 +143,7 @@ class Aligner:
             ]
             left, right = (torch.linalg.qr(draw.to(matrix.device)).Q for draw in draws)
             matrix = left * torch.linalg.svdvals(matrix) @ right.T  # (D, D')
-        made.matrix = matrix.to(wide).to(w_in.device)
+        made.matrix = matrix.to(wide).to(model.device)
         if kind == "prenorm":
             gain = model.model.norm.weight.to(wide)
             made.scale = torch.where(gain == 0, 0, 1 / gain)  # where the gain is 0, h is 0 too

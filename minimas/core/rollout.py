@@ -52,8 +52,8 @@ def think(
     the row's state and cache no longer change, and its further embeddings in the result are zeros.
     The result (B, n, D) has as many embeddings as the row that stopped last.
 
-    Raises ValueError for negative steps, a map or a rule that returns another shape or dtype, or,
-    on a CPU, a state that is not finite.
+    Raises ValueError for negative steps, `hidden` of another shape, a map or a rule that returns
+    another shape or dtype, or, on a CPU, a state that is not finite.
     """
     thoughts = list(rollout(model, align, hidden, cache, steps, until))
     fed = torch.cat([hidden[:, :0], *(thought.embedding for thought in thoughts)], 1)
@@ -71,7 +71,7 @@ def rollout(
     """Yield each latent step of `think` once it is done. Parameters and errors are the same."""
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    finite(hidden, model.name)
+    finite(_checked("hidden", hidden, hidden[:, :1]), model.name)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
     made = list[Tensor]()
     for _ in range(steps):
@@ -94,7 +94,7 @@ def rollout(
 
 
 def _checked(parameter: str, returned: Any, like: Tensor) -> Tensor:
-    """Return a result of the callable `parameter`.
+    """Return `returned`, a result of the callable `parameter` or the parameter itself.
 
     Raises ValueError if it does not have the dtype and the shape of `like`.
     """

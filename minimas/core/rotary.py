@@ -20,9 +20,9 @@ def angles(
     """
     device = positions.device
     positions = for_float64(positions)
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
-    phase = positions[:, None, :, None] * theta ** -(pairs / head_dim)  # (B, 1, T, d/2)
-    phase = torch.cat([phase, phase], dim=-1)  # (B, 1, T, d)
+    even = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)  # (d/2,)
+    rates = theta ** -(even / head_dim).repeat(2)  # (d,), radians per position
+    phase = positions[:, None, :, None] * rates  # (B, 1, T, d)
     keep = torch.promote_types(dtype, torch.float32)
     return phase.cos().to(keep).to(device), phase.sin().to(keep).to(device)
 

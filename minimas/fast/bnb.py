@@ -20,15 +20,17 @@ def require(found: str, device: torch.device) -> None:
     try:
         package = _package()
     except ImportError as error:
-        expected = "expected it: pip install bitsandbytes"
-        raise ImportError(f"{found} without bitsandbytes ({error}), {expected}") from error
+        raise ImportError(
+            f"{found} without bitsandbytes ({error}), expected it: pip install bitsandbytes"
+        ) from error
     found += f" on {device} with bitsandbytes {package.__version__}"
     if tuple(map(int, package.__version__.split(".")[:2])) < (0, 46):
         raise ImportError(f"{found}, expected 0.46 or newer: pip install -U bitsandbytes")
     # If the build failed to load, each of its attributes is a function, so compare with True.
     if device.type == "cuda" and package.cextension.lib.compiled_with_cuda is not True:
-        expected = "expected a build for it: pip install -U bitsandbytes"
-        raise ImportError(f"{found} built without CUDA, {expected}")
+        raise ImportError(
+            f"{found} built without CUDA, expected a build for it: pip install -U bitsandbytes"
+        )
 
 
 def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -47,8 +47,11 @@ def check_compiler(device_type: str) -> None:
             "compile", f"found no C++ compiler, expected g++ or clang++ ({error})"
         ) from error
     if device_type == "cuda" and not has_triton():
-        expected = "expected compute capability 7.0 or newer, and: pip install triton"
-        raise ParameterError("compile", f"found no Triton that runs on this GPU, {expected}")
+        raise ParameterError(
+            "compile",
+            "found no Triton that runs on this GPU, "
+            "expected compute capability 7.0 or newer, and: pip install triton",
+        )
 
 
 def compile_steps(model: Qwen3) -> None:

@@ -48,8 +48,7 @@ def packing_is_faster() -> bool:
     """
     x = torch.ones(32, 32, dtype=torch.bfloat16, device="cpu")
     try:
-        packed = mkldnn._reorder_linear_weight(x, None)
-        mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        mkldnn._linear_pointwise(x, mkldnn._reorder_linear_weight(x, None), None, "none", [], "")
     except (AttributeError, RuntimeError):
         return False
     return has_units(x.dtype)

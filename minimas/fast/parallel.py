@@ -36,8 +36,11 @@ def device_mesh(device: torch.device, parallel: Any) -> Any:
     if parallel is not True:
         return parallel
     if "RANK" not in os.environ:
-        expected = "expected: torchrun --nproc-per-node N -m minimas ask --parallel"
-        raise ParameterError("parallel", f"found a process without a rank, {expected}")
+        raise ParameterError(
+            "parallel",
+            "found a process without a rank, "
+            "expected: torchrun --nproc-per-node N -m minimas ask --parallel",
+        )
     return init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
 
 
@@ -80,8 +83,7 @@ class Part:
         """Return the low-bit format of a matrix, or "" if one of q4's groups would be cut."""
         kept: str = self.source.low_bits(key)
         N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
-        cut = N % self.ranks or K // GROUP % self.ranks
-        return "" if cut else kept
+        return "" if N % self.ranks or K // GROUP % self.ranks else kept
 
     def blocks(self, key: str) -> Any:
         """Return this rank's part of a tensor's blocks."""

@@ -193,8 +193,9 @@ class GGUF:
         case, the more precise one is kept for both.
         """
         tensors = self.tensors
-        field = "tensor token_embd.weight"
-        self._header.require(EMBEDDING in tensors, field, "nothing", "a matrix")
+        self._header.require(
+            EMBEDDING in tensors, "tensor token_embd.weight", "nothing", "a matrix"
+        )
         embedding = tensors[EMBEDDING]
         head = tensors.get(HEAD)
         if head is None or head.shape != embedding.shape:

@@ -232,14 +232,19 @@ class Header:
             shape = tuple(reversed(sizes))
             kind, block, block_bytes, *layout = TYPES.get(number, ("not known", 0, 0))
             self.require(block > 0, field, f"type {number} ({kind})", "one that can be decoded")
-            expected = f"sizes above 0, the last a multiple of {block} for {kind}"
-            self.require(min(shape) > 0 and shape[-1] % block == 0, field, shape, expected)
+            self.require(
+                min(shape) > 0 and shape[-1] % block == 0,
+                field,
+                shape,
+                f"sizes above 0, the last a multiple of {block} for {kind}",
+            )
             start = data_start + offset
             rows = prod(shape[:-1])
             row_bytes = shape[-1] // block * block_bytes
             stop = start + rows * row_bytes
-            expected = f"at most {self.size:,}"
-            self.require(stop <= self.size, field, f"bytes up to {stop:,}", expected)
+            self.require(
+                stop <= self.size, field, f"bytes up to {stop:,}", f"at most {self.size:,}"
+            )
             self.tensors.append(
                 StoredTensor(name, self.path, start, kind, shape, rows, row_bytes, layout)
             )

@@ -38,7 +38,8 @@ class Sampling:
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0  # keep the fewest tokens whose probabilities add up to this
     top_k: int = 0  # keep this many tokens; 0: all
-    repetition_penalty: float = 1.0  # divides the positive scores of earlier tokens; 1: none
+    # Divides the positive scores of the tokens in an agent's own prompt and answer; 1: none.
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     min_p: float = 0.0  # keep tokens of at least this share of the largest probability; 0: all
 
@@ -230,8 +231,6 @@ def generate(
     keeps_cache: bool = False,
 ) -> list[GeneratedText]:
     """Return the finished text of each row, from hidden (B, 1, D) on. Parameters: see `stream`."""
-    pieces = stream(
-        model, tokenizer, hidden, cache, sampling, end_ids, generators, prompts, keeps_cache
-    )
+    pieces = stream(**locals())  # all parameters, by name
     done = {row: text for row, _, text in pieces if text is not None}
     return [done[row] for row in sorted(done)]

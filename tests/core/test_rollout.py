@@ -44,6 +44,14 @@ def test_a_row_that_stops_early_equals_the_same_row_alone(model: Qwen3, counts: 
         assert apart(last[row], end[0]) < 1e-12
 
 
+def test_more_than_one_state_per_row_is_refused(model: Qwen3) -> None:
+    """Without `take_last`, each step fed as many thoughts as the prompt has tokens."""
+    hidden, cache = remember(model, random_ids(model, 2, 5))
+    with pytest.raises(ValueError, match=r"^hidden: found .*\(2, 5, 16\), expected .*\(2, 1, 16\)"):
+        think(model, Aligner.from_model(model), hidden, cache, 2)
+    assert cache.lengths == [5, 5]
+
+
 def test_a_rule_sees_the_embeddings_that_were_fed(model: Qwen3) -> None:
     """It saw what the map returned for rows that had stopped, although they were fed zeros."""
     hidden, cache = prefilled(model)
