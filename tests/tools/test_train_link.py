@@ -398,6 +398,69 @@ def test_a_run_with_other_settings_is_not_resumed(lm: LM, tmp_path: Path) -> Non
         make_training(lm, out, 2, rate=0.5).run()
 
 
+def test_a_damaged_log_or_a_deleted_link_does_not_stop_a_resumed_run(
+    lm: LM, tmp_path: Path
+) -> None:
+    """A crash while the log is written leaves half a line, and the run could not continue."""
+    whole = tmp_path / "whole.safetensors"
+    make_training(lm, whole, 4).run()
+    for name, damage in (
+        ("cut", lambda log: log.write_text(log.read_text()[:-20])),
+        ("empty", lambda log: log.write_text("")),
+        ("missing", lambda log: log.unlink()),
+    ):
+        out = tmp_path / f"{name}.safetensors"
+        make_training(lm, out, 2).run()
+        damage(out.with_suffix(".jsonl"))
+        out.unlink()
+        make_training(lm, out, 2).run()  # nothing to do, but the link is written again
+        assert Aligner.load(out, lm.model).matrix is not None
+        make_training(lm, out, 4).run()
+        assert log_of(out)[0].keys() == {"settings"}
+        assert log_of(out)[-1]["held_out"] == log_of(whole)[-1]["held_out"]
+    log = out.with_suffix(".jsonl")
+    log.write_text("{\n" + log.read_text())
+    with pytest.raises(ValueError, match=r"missing.jsonl: line 1: found bad JSON .*--restart"):
+        make_training(lm, out, 5).run()
+    state = tmp_path / "cut.state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"cut.state.safetensors: found a damaged file"):
+        make_training(lm, tmp_path / "cut.safetensors", 5).run()
+
+
+def test_a_run_is_not_resumed_with_another_team_or_start_in_the_same_file(
+    tmp_path: Path, tiny: LM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names of the files are the same, so losses of two teams were compared."""
+    team, start = tmp_path / "own.json", tmp_path / "map.safetensors"
+    agents = [{"name": "a", "prompt": "{question}"}, {"name": "b", "prompt": "{question}"}]
+    for change in ("team", "start"):
+        team.write_text(json.dumps({"agents": agents}))
+        tiny.aligner("ridge").save(start)
+        flags = ["--team", team, "--start", start]
+        out = tmp_path / f"{change}.safetensors"
+        run(out, *flags)
+        run(out, *flags, "--updates", 3)
+        if change == "team":
+            team.write_text(json.dumps({"agents": [agents[0] | {"latent_steps": 2}, agents[1]]}))
+        else:
+            tiny.aligner("identity").save(start)
+        capsys.readouterr()
+        run(out, *flags, "--updates", 4, status=1)
+        assert f"{change}_crc: found " in capsys.readouterr().err
+
+
+def test_an_agents_own_number_of_thoughts_is_used(lm: LM) -> None:
+    """The link was trained with as many thoughts for all agents, unlike `latent_mas`."""
+    planner, *others = TEAMS["sequential"].agents
+    team = replace(TEAMS["sequential"], agents=(replace(planner, latent_steps=3), *others))
+    handed = last_turn(lm, ROWS, TeamSettings(team, None), lm.aligner("ridge"))
+    counts = [trace.latent_steps for turn in handed.turns for trace in turn.traces[:1]]
+    assert counts == [3, lm.default_steps, lm.default_steps]
+    assert command.most_steps(lm, team, None) == lm.default_steps
+    assert command.most_steps(lm, team, 2) == 2
+
+
 def test_the_file_has_the_link_with_the_lowest_held_out_loss(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +544,10 @@ def test_the_ceiling_gives_a_record_per_question(
     records = log_of(out)
     assert len(records) == 3 and all(len(one["own"]) == len(one["other"]) == 3 for one in records)
     assert "3 questions: loss" in capsys.readouterr().out and not out.exists()
+    run(out)
+    trained = log_of(out)
+    run(out, "--ceiling", 2, "--test", 3, status=1)
+    assert log_of(out) == trained, "the log of the training is gone"
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

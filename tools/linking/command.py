@@ -24,7 +24,7 @@ from .ceiling import ceiling
 from .data import EXPECTED, Data, read_data, rotated
 from .link import Link
 from .rollout import OBJECTIVES, TeamSettings, require_alike
-from .train import Settings, Training, in_batches, kept, measure
+from .train import Settings, Training, in_batches, kept, measure, state_of
 
 SUFFIX = ".safetensors"
 STARTS = ("ridge", "prenorm", "identity")
@@ -173,14 +173,24 @@ def make_team_settings(lm: LM, args: argparse.Namespace) -> TeamSettings:
     team = Team.from_json(named) if named.suffix == ".json" else choose_team(lm, args.team)
     if args.agents is not None:
         team = replace(team, agents=(*team.agents[:-1][: args.agents], team.agents[-1]))
-    steps = lm.default_steps if args.latent_steps is None else args.latent_steps
+    steps = most_steps(lm, team, args.latent_steps)
     if args.updates and not steps:
         raise ValueError("--latent-steps: found 0, expected 1 or more: nothing can be trained")
     if args.start_vectors > steps:
         raise ValueError(
             f"--start-vectors: found {args.start_vectors}, expected at most {steps}, --latent-steps"
         )
-    return TeamSettings(team, steps, args.transfer, args.layout, args.max_new_tokens)
+    return TeamSettings(team, args.latent_steps, args.transfer, args.layout, args.max_new_tokens)
+
+
+def most_steps(lm: LM, team: Team, latent_steps: int | None) -> int:
+    """Return the largest number of thoughts of an agent. The last one needs its own number."""
+    *earlier, last = team.agents
+    thinking = [*earlier, last] if last.latent_steps is not None else earlier
+    if latent_steps is not None:
+        return latent_steps if thinking else 0
+    own = (agent.latent_steps for agent in thinking)
+    return max((lm.default_steps if steps is None else steps for steps in own), default=0)
 
 
 def make_start(lm: LM, args: argparse.Namespace) -> Aligner:
@@ -200,7 +210,8 @@ def make_start(lm: LM, args: argparse.Namespace) -> Aligner:
 def make_link(lm: LM, team_settings: TeamSettings, args: argparse.Namespace) -> Link:
     """Return the link to train."""
     if args.gist:
-        return Link(lm.model, None, None, team_settings.latent_steps, args.seed)
+        slots = most_steps(lm, team_settings.team, team_settings.latent_steps)
+        return Link(lm.model, None, None, slots, args.seed)
     return Link(lm.model, make_start(lm, args), args.rank, args.start_vectors, args.seed)
 
 
@@ -217,6 +228,10 @@ def make_training(
         for name, value in vars(args).items() if name not in MAY_CHANGE
     }  # fmt: skip
     identity["rows_crc"] = zlib.crc32(json.dumps([data.train, data.held_out]).encode())
+    # A name does not say what is in a file, which may have changed since the last update.
+    identity["team_crc"] = zlib.crc32(repr(team_settings.team).encode())
+    if Path(args.start).suffix == SUFFIX:
+        identity["start_crc"] = zlib.crc32(Path(args.start).read_bytes())
     identity["fingerprint"] = lm.model.fingerprint()
     identity["parameters"] = sum(part.numel() for part in link.parameters())
     line = f"train_link: {identity['parameters']:,} parameters, {len(data.train):,} rows"
@@ -233,6 +248,13 @@ def measure_ceiling(
 ) -> None:
     """Write a record per question to the log of --out, and print the mean losses so far."""
     log, firsts, lasts = args.out.with_suffix(".jsonl"), list[float](), dict[str, list[float]]()
+    if args.out.exists() or state_of(args.out).exists():
+        raise FileExistsError(f"{args.out}: found a trained link, whose log --ceiling would "
+                              "overwrite, expected another --out")  # fmt: skip
+    last = team_settings.team.agents[-1]
+    if last.latent_steps is not None:
+        raise ValueError(f"--ceiling: found {last.name!r}, a last agent with latent_steps "
+                         f"{last.latent_steps}, expected null")  # fmt: skip
     write_whole(log, "")
     for batch in in_batches(rows, args.batch_size):
         for record in ceiling(lm, batch, team_settings, start, args.ceiling, args.rate):

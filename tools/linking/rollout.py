@@ -34,7 +34,7 @@ class TeamSettings(NamedTuple):
     """The settings of `latent_mas` that do not change during training."""
 
     team: Team
-    latent_steps: int
+    latent_steps: int | None  # per agent; None: the agent's own, else the model's
     transfer: str = "full"
     layout: str | None = None
     max_new_tokens: int = 24

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minimas import LM
+from minimas.core.files import opened
 from tools.evaluation.rows import Row, kind_of
 from tools.evaluation.stats import bootstrap, wilson
 from tools.shared.files import replacing, write_whole
@@ -74,7 +74,7 @@ class Training:
     ) -> None:
         self.lm, self.link, self.data, self.team_settings = lm, link, data, team_settings
         self.settings, self.out, self.identity = settings, out, identity
-        self.state, self.log = out.with_suffix(".state" + out.suffix), out.with_suffix(".jsonl")
+        self.state, self.log = state_of(out), out.with_suffix(".jsonl")
         self.parameters = dict(link.named_parameters())
         self.adam = torch.optim.Adam(self.parameters.values(), lr=settings.rate)
         self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
@@ -184,7 +184,7 @@ class Training:
         """Continue from the state, if there is one. Raises ValueError if its settings differ."""
         if not self.state.exists():
             return False
-        with safe_open(self.state, "pt", str(self.lm.model.device)) as file:
+        with opened(self.state) as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         known = json.loads(metadata["settings"])
@@ -194,19 +194,27 @@ class Training:
                     f"{self.state}: {name}: found {known.get(name)!r}, expected {value!r}: "
                     "use another --out, or --restart"
                 )
+        # The link is saved before the state, unless its file was deleted since.
+        self.set_parameters(part_of(tensors, "best"))
+        self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
+        if not self.out.exists():
+            self.link.save(self.out, self.lm.model)
         self.progress = Progress(**json.loads(metadata["progress"]))
         self.set_parameters(part_of(tensors, "now"))
-        self.best = part_of(tensors, "best")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in part_of(tensors, "adam").items():
             index, moment = name.split("/")
             moments.setdefault(int(index), {})[moment] = value
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict({"state": moments, "param_groups": groups})
-        # Lines that were written after the state belong to updates that will be repeated.
-        first, *lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line).get("update", 0) <= self.progress.update]
-        write_whole(self.log, "".join([first, *kept]))
+        # Records that were written after the state belong to updates that will be repeated.
+        done = [
+            record
+            for record in read_log(self.log)
+            if "settings" not in record and record.get("update", 0) <= self.progress.update
+        ]
+        lines = [json.dumps(record) for record in ({"settings": self.identity}, *done)]
+        write_whole(self.log, "\n".join(lines) + "\n")
         return True
 
     @torch.no_grad()
@@ -214,6 +222,30 @@ class Training:
         """Copy `parts` to the parameters of the link."""
         for name, part in self.parameters.items():
             part.copy_(parts[name])
+
+
+def state_of(out: Path) -> Path:
+    """Return the path of the state of the run that trains the link `out`."""
+    return out.with_suffix(".state" + out.suffix)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log, [] if it is missing. An incomplete last line is left out.
+
+    Raises ValueError naming the file and the line for any other damage.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}: line {number}: found bad JSON ({error}), expected an object; "
+                    "--restart begins again"
+                ) from error
+    return records
 
 
 def kept(out: Path) -> str:
