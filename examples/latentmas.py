@@ -1,8 +1,7 @@
 """LatentMAS (arXiv 2511.20639) in one file: four agents, one model, one working memory.
 
-    python examples/latentmas.py ["QUESTION"]
-
-It uses minimas.core and weights/tiny, a small model for such questions, trained without the method.
+Run `python examples/latentmas.py ["QUESTION"]`. It uses minimas.core and weights/tiny, a small
+model for such questions, which was trained without the method.
 """
 
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-sys.path.insert(0, ".")  # runs in a checkout, without installing minimas
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installing minimas
 from minimas.core import Aligner, load_model, think
 from minimas.core.model import prefill
 
@@ -22,9 +21,10 @@ question = " ".join(sys.argv[1:]) or (
 )
 
 # All agents are the same model. They differ only in their prompts, which are in the model's folder.
-model = load_model("weights/tiny")
-tokenizer = Tokenizer.from_file("weights/tiny/tokenizer.json")
-teams = json.loads(Path("weights/tiny/teams.json").read_text(encoding="utf-8"))
+TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
+model = load_model(TINY)
+tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+teams = json.loads((TINY / "teams.json").read_text(encoding="utf-8"))
 *thinkers, last_agent = teams["sequential"]["agents"]
 # The alignment W_a (equation 3) maps a hidden state to an input embedding.
 align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
@@ -32,7 +32,7 @@ align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
 cache = model.new_cache(batch_size=1)
 
 
-def read(text: str) -> torch.Tensor:
+def feed(text: str) -> torch.Tensor:
     """Prefill `text` into the cache, and return the last hidden state (1, 1, D)."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     print(f"  prefilled {len(ids)} tokens, now {cache.lengths[0] + len(ids)} slots")
@@ -42,12 +42,12 @@ def read(text: str) -> torch.Tensor:
 for agent in [*thinkers, last_agent]:
     print(agent["name"])
     prompt = agent["prompt"].replace("{question}", question)
-    hidden = read(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
+    hidden = feed(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
     if agent is not last_agent:
         # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
         thoughts, _ = think(model, align, hidden, cache, teams["latent_steps"])
         print(f"  thought {thoughts.shape[1]} times, now {cache.lengths[0]} slots")
-        read("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the cache
+        feed("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the cache
 
 # Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
 answer: list[int] = []

@@ -21,12 +21,17 @@ OTHER = "Tom has 5 pens. He buys 4 more. He gives away 2. How many pens does Tom
 
 
 @pytest.mark.parametrize("arguments", [[], [OTHER]], ids=["default", "argument"])
-def test_the_latentmas_example_gives_the_librarys_answer(arguments: list[str]) -> None:
-    """Prompts in another layout, or a missing hand-over, would change the answer."""
-    command = [sys.executable, "-W", "error", "examples/latentmas.py", *arguments]
+def test_the_latentmas_example_gives_the_librarys_answer(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """Prompts in another layout, or a missing hand-over, would change the answer.
+
+    It found the model only from the root of the repository.
+    """
+    command = [sys.executable, "-W", "error", ROOT / "examples" / "latentmas.py", *arguments]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     [expected] = latent_mas(load(TINY), arguments or [QUESTION])

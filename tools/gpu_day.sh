@@ -7,6 +7,7 @@
 #
 # Exit status: 0 all ran, 1 no GPU, a failed test or a failed measurement, 2 wrong usage.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=gpu_day.json
@@ -14,7 +15,14 @@ rehearse=
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) rehearse=--rehearse ;;
-    --out) shift; out=${1:?"gpu_day: --out: found nothing, expected a file"} ;;
+    --out)
+      shift
+      if [ $# -eq 0 ]; then
+        echo "gpu_day: --out: found nothing, expected FILE.json" >&2
+        exit 2
+      fi
+      case $1 in /*) out=$1 ;; *) out=$caller/$1 ;; esac
+      ;;
     *) echo "gpu_day: found '$1', expected --rehearse or --out FILE.json" >&2; exit 2 ;;
   esac
   shift

@@ -56,9 +56,15 @@ def read_records(names: str) -> list[Record]:
 def store(name: str, folders: Sequence[Path]) -> None:
     """Write the result files of runs as one compressed file.
 
-    The same results always give the same bytes.
+    The same results always give the same bytes. Raises FileNotFoundError for a folder without
+    results, before an older file is overwritten.
     """
-    paths = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+    paths = []
+    for folder in folders:
+        found = sorted(folder.glob("*.jsonl"))
+        if not found:
+            raise FileNotFoundError(f"{folder}: found no *.jsonl, expected a run of evaluate.py")
+        paths += found
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     RECORDS.mkdir(parents=True, exist_ok=True)
     (RECORDS / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -72,8 +78,9 @@ def values(records: Sequence[Record], field: str) -> dict[tuple[str, int], float
 def label(record: Record) -> str:
     """Return the name of a record's arm: its method, its latent steps × map, and unusual settings.
 
-    Unusual settings are a team, layout or transfer other than the default. An evaluation names only
-    the settings that differ within its own run. A name that was set by hand is kept.
+    Unusual settings are a team, layout, transfer, prefix or vote other than the default. An
+    evaluation names only the settings that differ within its own run. A name that was set by hand
+    is kept.
     """
     method = record.get("method", "?")
     if not record["arm"].startswith(method):
@@ -84,6 +91,9 @@ def label(record: Record) -> str:
     parts += [f"team {record['team']}"] * (record["team"] not in (None, "sequential"))
     parts += [f"layout {record['layout']}"] * (record["layout"] is not None)
     parts += [f"transfer {record['transfer']}"] * (record["transfer"] not in (None, "full"))
+    parts += ["turns open"] * (record.get("close") is False)
+    parts += [f"prefix {record.get('prefix')!r}"] * (record.get("prefix") is not None)
+    parts += [f"vote of {record.get('samples')}"] * ((record.get("samples") or 1) > 1)
     return ", ".join(parts)
 
 
@@ -91,8 +101,12 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     """Return a Markdown table with a line for each arm.
 
     With `common`, only the questions that all arms have count. Raises ValueError if no record
-    belongs to the arm `base`.
+    belongs to the arm `base`, or if only some of the records have a loss.
     """
+    with_loss = sum("nll" in record for record in records)
+    if with_loss not in (0, len(records)):
+        found = f"found {with_loss} of {len(records)} with a loss"
+        raise ValueError(f"records: {found}, expected runs of one metric in a table")
     answers: dict[str, dict[tuple[str, int], Record]] = {}
     for record in records:
         own = answers.setdefault(label(record), {})
@@ -106,7 +120,7 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     unknown = [own for own in bases.values() if own not in arms]
     if unknown:
         raise ValueError(f"base: found {unknown[0]!r}, expected one of {', '.join(arms)}")
-    losses = all("nll" in record for record in records)
+    losses = with_loss > 0
     line, head = (loss_line, LOSS_HEAD) if losses else (answer_line, ANSWER_HEAD)
     lines = [[*head, f"− {base.removeprefix('*, ')}"], ["---", *["--:"] * len(head)]]
     for name, mine in arms.items():
@@ -149,6 +163,9 @@ def rewritten(page: str) -> str:
         records, common = read_records(found["names"]), found["common"] is not None
         return found[1] + table(records, found["base"], common) + found["end"]
 
+    if len(BLOCK.findall(page)) != page.count("<!-- records"):
+        expected = "expected <!-- records: NAME; base: ARM --> with an <!-- end --> for each"
+        raise ValueError(f"{PAGE}: found a comment for a table that cannot be read, {expected}")
     return BLOCK.sub(block, page)
 
 
@@ -163,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("NAME", "RUN_DIR")
     parser.add_argument("--add", nargs="+", metavar=names, help="store runs as NAME.jsonl.gz")
     args = parser.parse_args(argv)
+    if args.add and (args.check or len(args.add) < 2):
+        parser.error("argument --add: expected NAME and one or more RUN_DIR, without --check")
     try:
         if args.add:
             store(args.add[0], [Path(folder) for folder in args.add[1:]])

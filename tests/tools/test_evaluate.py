@@ -503,6 +503,8 @@ def test_running_programs_without_a_sandbox_is_refused(
         (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["--task", "gsm8k"], 1, "found both of them, expected --task or --data"),
         (["--replay", "q-99"], 1, "replay (--replay): found 'q-99'"),
+        # With one question, the control arm got the question's own KV cache.
+        (["--limit", "1", "--transfer", "shuffled"], 1, "found 'shuffled' with one question"),
     ],
 )
 def test_a_wrong_flag_gives_one_line(
@@ -520,6 +522,21 @@ def test_a_wrong_flag_gives_one_line(
     error = capsys.readouterr().err
     assert (found, error.count("\n")) == (status, 1)
     assert said in error
+
+
+def test_a_team_for_rows_that_have_their_own_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both arms ran with the rows' own teams, and were recorded as two teams."""
+    argv = ["--task", "split_evidence", "--limit", "1", "--latent-steps", "0", "--quiet"]
+    argv += ["--max-new-tokens", "1", "--out", str(tmp_path / "run")]
+    assert main([*argv, "--team", "hierarchical,sequential"]) == 1
+    assert (
+        "team (--team): found ['hierarchical', 'sequential'] with rows" in capsys.readouterr().err
+    )
+    assert main(argv) == 0
+    [_, row] = map(json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines())
+    assert row["team"] is None
 
 
 # -- replay and regrade ----------------------------------------------------------------------------

@@ -24,6 +24,11 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_out_without_a_file_is_wrong_usage() -> None:
+    done = script("--out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 @pytest.mark.slow
 def test_every_variant_is_measured_and_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

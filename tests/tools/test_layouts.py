@@ -1,6 +1,7 @@
 """Check that the layouts for measurements differ from the library's layouts as documented."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,20 @@ def shown(lm: LM, name: str) -> str:
     closing = "" if not run.closes_turns else "<|im_end|>\n"
     parts = [layout.prompt(i, first=i == 0).text for i in range(3)]
     return "".join(part + "•" + closing for part in parts) + layout.prompt(-1, first=False).text
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_the_last_of_any_number_of_agents_gives_the_solution(lm: LM, count: int) -> None:
+    """A sixth agent ended in an IndexError."""
+    team = sequential()
+    *earlier, last = team.agents
+    team = replace(team, agents=(*(earlier * 2)[: count - 1], last))
+    variant = VARIANTS["assistant"]
+    run = VariantRun(lm, ["Why?"], team=variant.team(team), latent_steps=1, variant=variant)
+    [layout] = run.layouts_per_question
+    for i in range(count):
+        is_last = layout.prompt(i, first=False).text == HEADINGS[-1]
+        assert is_last == (i == count - 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,7 +13,7 @@ import torch
 
 from minimas import Aligner
 from tools import plot
-from tools.evaluation import figures
+from tools.evaluation import drawing, figures
 from tools.evaluation.command import main
 from tools.evaluation.figures import runs
 from tools.evaluation.stats import bootstrap, wilson
@@ -126,6 +126,31 @@ def test_arms_that_differ_in_a_rarer_setting_are_separate_lines() -> None:
         len(figures.costs([record("q", right=True, prefix=p) for p in (None, "Plan:")])["arms"])
         == 2
     )
+
+
+def test_each_team_has_its_own_baseline_and_lines() -> None:
+    """With two teams, no arm was found with prompts only, although both teams had one."""
+    some = [
+        record("q", nll=base + count, latent_steps=count, team=team)
+        for base, team in ((1.0, "sequential"), (5.0, "hierarchical"))
+        for count in (0, 6)
+    ]
+    lines = figures.steps(some)["panels"]["nll"]
+    assert {name: [(p["steps"], p["y"]) for p in line] for name, line in lines.items()} == {
+        "ridge, sequential": [(0, 0), (6, 6)],
+        "ridge, hierarchical": [(0, 0), (6, 6)],
+    }
+
+
+def test_prompts_only_is_drawn_also_with_only_one_number_of_thoughts() -> None:
+    """For `--latent-steps 0,6`, the picture had no point at 0."""
+    some = [record(f"q{i}", right=i < 1, latent_steps=0) for i in range(3)]
+    some += [record(f"q{i}", right=True, latent_steps=6) for i in range(3)]
+    lines = figures.steps(some)["panels"]["accuracy"]
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    drawing.draw_lines(axes, lines, drawing.colours(lines))
+    [line] = axes.lines
+    assert list(line.get_xdata()) == [0, 6]
 
 
 def test_more_seeds_do_not_count_as_more_questions() -> None:

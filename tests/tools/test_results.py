@@ -35,6 +35,37 @@ def test_every_stored_run_is_in_a_table_and_all_of_them_are_small() -> None:
     assert sum(path.stat().st_size for path in stored.values()) <= 4e6
 
 
+def test_a_table_of_two_metrics_is_refused() -> None:
+    """Its table failed with a division by zero."""
+    record = {"id": "a", "seed": 0, "arm": "single"}
+    with pytest.raises(ValueError, match="records: found 1 of 2 with a loss"):
+        results.table([record, record | {"id": "b", "nll": 1.0}], "single")
+
+
+def test_a_comment_with_a_typo_does_not_hide_its_table() -> None:
+    """`--check` said that all was well, because it did not see the table."""
+    wrong = PAGE.replace(
+        "<!-- records: gsm8k-1.5b; base: single -->", "<!-- records: gsm8k-1.5b -->", 1
+    )
+    assert wrong != PAGE
+    with pytest.raises(ValueError, match=r"results\.md: found a comment .* cannot be read"):
+        results.rewritten(wrong)
+
+
+def test_a_run_that_is_not_there_does_not_overwrite_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A typo in RUN_DIR stored the other runs, or none, under the name of published records."""
+    monkeypatch.setattr(results, "RECORDS", tmp_path)
+    old = tmp_path / "one.jsonl.gz"
+    old.write_bytes(b"old")
+    assert results.main(["--add", "one", str(tmp_path / "none")]) == 1
+    assert "none: found no *.jsonl, expected a run" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        results.main(["--add", "one"])
+    assert old.read_bytes() == b"old"
+
+
 def test_a_base_that_no_record_has_is_refused() -> None:
     record = {"id": "a", "seed": 0, "arm": "single", "nll": 1.0}
     with pytest.raises(ValueError, match=r"base: found 'team', expected one of single"):
@@ -73,8 +104,9 @@ def test_an_arm_is_named_by_all_of_its_settings() -> None:
     settings = {"method": "latent_mas", "team": "sequential", "layout": None, "transfer": "full"}
     record = {"arm": "latent_mas", "latent_steps": 20, "align": "ridge"} | settings
     changes = {"latent_steps": 0, "layout": "chat", "team": "hierarchical", "transfer": "shuffled"}
+    changes |= {"close": False, "prefix": "", "samples": 3}
     names = {results.label(record | {field: value}) for field, value in changes.items()}
-    assert len(names | {results.label(record)}) == 5
+    assert len(names | {results.label(record)}) == 8
     assert results.label(record) == "latent_mas, 20 × ridge"
     assert results.label({"arm": "set by hand", "method": "latent_mas"}) == "set by hand"
 

@@ -46,6 +46,8 @@ def report(mode: str | None, args: argparse.Namespace) -> None:
     Raises ValueError, OSError or ImportError if the measurement is not possible.
     """
     torch.set_num_threads(args.threads)
+    if args.out and not args.out.parent.is_dir():
+        raise FileNotFoundError(f"{args.out}: --out: found no folder {args.out.parent}")
     if mode is None:
         lines, samples = compare(args)
     else:

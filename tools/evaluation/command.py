@@ -244,6 +244,11 @@ class Evaluation:
         self.check_models()
         self.lens = Lens(lm, args.lens) if args.lens else None
         self.arms = self.choose_arms()
+        if len(rows) == 1 and any(arm.transfer == "shuffled" for arm in self.arms):
+            raise ValueError(
+                "transfer (--transfer, --arms): found 'shuffled' with one question, expected two "
+                "or more: it would get its own KV cache"
+            )
         # All arms run on a batch before the next batch, so that an unfinished run has compared them
         # on the same questions.
         self.units: dict[Key, list[str]] = {}
@@ -282,6 +287,13 @@ class Evaluation:
         lists = {name: getattr(args, name) for name in LATENT_SETTINGS}
         if args.audit:
             return self.choose_audit_arms(full_arm({"method": args.method, **lists}))
+        if all("team" in row for row in bench.rows):
+            if args.team != ["sequential"]:
+                raise ValueError(
+                    f"team (--team): found {args.team} with rows that have their own team, "
+                    "expected none"
+                )
+            lists["team"] = [None]
         # Rows without a team share one, so the first row stands for all of them.
         rows = [i for i, row in enumerate(bench.rows) if i == 0 or "team" in row]
         teams = [bench.team(i, Arm("", team=name)) for name in args.team for i in rows]

@@ -93,24 +93,25 @@ def draw_steps(figure: Figure, canvas: Any) -> None:
 
 
 def draw_lines(axes: Any, lines: Figure, colour_of: dict[str, str]) -> dict[str, Any]:
-    """Draw the lines of one panel. An arm with only one number of latent steps is a point.
+    """Draw the lines of one panel. A line with only one point is drawn as a point.
 
     Returns name -> artist for the legend.
     """
     shown: dict[str, Any] = {}
-    single = [name for name in lines if sum(point["steps"] > 0 for point in lines[name]) == 1]
+    single = [name for name in lines if len(lines[name]) == 1]
     for name in sorted(lines, key=list(colour_of).index):
         points, colour, mark = lines[name], colour_of[name], CONTROL_MARKS.get(name, "o")
         x = [point["steps"] for point in points]
-        if sum(count > 0 for count in x) > 1:
+        if len(x) > 1:
             y, low, high = ([point[key] for point in points] for key in ("y", "low", "high"))
             shown[name] = axes.plot(x, y, f"{mark}-", color=colour, markersize=3.5)[0]
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             continue
         # Several points with the same number of steps are drawn side by side.
-        place = single.index(name) if name in single else 0
-        apart = 0.85 * 1.35 ** (place / max(1, len(single) - 1))
-        last = points[-1]
+        apart = 1.0
+        if len(single) > 1:
+            apart = 0.85 * 1.35 ** (single.index(name) / (len(single) - 1))
+        [last] = points
         style = {"fmt": mark, "markersize": 4, "linewidth": 1, "color": colour, "capsize": 2}
         errors = error_of(last, "y")
         shown[name] = axes.errorbar([last["steps"] * apart], [last["y"]], errors, **style)

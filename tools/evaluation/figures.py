@@ -9,7 +9,7 @@ module does not use matplotlib.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,10 +87,16 @@ def steps(found: Sequence[Record]) -> Figure:
 def loss_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
     """Return name -> points of the loss, or {} if there is no arm with prompts only."""
     arms = values_of_arms(found, "nll", "nll")
-    zero = arms.get(("", 0))
-    if zero is None:
+    zeros = {place.rare: values for place, values in arms.items() if not place.kind}
+    if not zeros:
         return {}
-    return lines_of({place: paired_point(values, zero) for place, values in arms.items()})
+    any_zero = zeros.get("", next(iter(zeros.values())))  # for settings without one of their own
+    return lines_of(
+        {
+            place: paired_point(values, zeros.get(place.rare, any_zero))
+            for place, values in arms.items()
+        }
+    )
 
 
 def accuracy_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
@@ -99,29 +105,39 @@ def accuracy_lines(found: Sequence[Record]) -> dict[str, list[Point]]:
     return lines_of({place: share_point(values) for place, values in arms.items()})
 
 
+class Place(NamedTuple):
+    """The line of an arm, and its number of latent steps."""
+
+    kind: str  # a map or a control; "" for prompts only, which belongs to all maps
+    rare: str  # the less common settings
+    steps: int
+
+
 def values_of_arms(
     found: Sequence[Record], metric: str, field: str
-) -> dict[tuple[str, int], dict[tuple[str, int], float]]:
-    """Return (name of the line, latent steps) -> the values of an arm by question and seed."""
+) -> dict[Place, dict[tuple[str, int], float]]:
+    """Return place -> the values of an arm by question and seed."""
     varied = varied_settings(found)
-    arms: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
+    arms: dict[Place, dict[tuple[str, int], float]] = {}
     for r in found:
         if r["metric"] == metric and r["method"] == "latent_mas" and r.get(field) is not None:
-            # Prompts only belongs to all maps, so it has no name of its own.
-            name = CONTROLS.get(r["transfer"]) or (map_of(r) if r["latent_steps"] else "")
-            name = ", ".join([name] * bool(name) + unusual(r, varied))
-            arms.setdefault((name, r["latent_steps"]), {})[r["id"], r["seed"]] = float(r[field])
+            kind = CONTROLS.get(r["transfer"]) or (map_of(r) if r["latent_steps"] else "")
+            place = Place(kind, ", ".join(unusual(r, varied)), r["latent_steps"])
+            arms.setdefault(place, {})[r["id"], r["seed"]] = float(r[field])
     return arms
 
 
-def lines_of(points: dict[tuple[str, int], Point]) -> dict[str, list[Point]]:
+def lines_of(points: dict[Place, Point]) -> dict[str, list[Point]]:
     """Return name -> points in order. The line of each map begins with prompts only."""
-    controls = tuple(CONTROLS.values())
-    maps = sorted({name for name, count in points if count and not name.startswith(controls)})
     lines: dict[str, list[Point]] = {}
-    for (name, count), point in sorted(points.items(), key=lambda item: item[0]):
-        for line in [name] if name else maps:
-            lines.setdefault(line, []).append({"steps": count} | point)
+    for place, point in sorted(points.items(), key=lambda item: item[0]):
+        kinds = [place.kind]
+        if not place.kind:
+            same = {other.kind for other in points if other.rare == place.rare}
+            kinds = sorted(same - {"", *CONTROLS.values()}) or ["prompts only"]
+        for kind in kinds:
+            name = ", ".join([kind] + [place.rare] * bool(place.rare))
+            lines.setdefault(name, []).append({"steps": place.steps} | point)
     return lines
 
 

@@ -76,7 +76,8 @@ class OneAssistantTurn(Layout):
 
     def prompt(self, agent: int, first: bool) -> PromptText:
         turn = super().prompt(-1, first)
-        heading = HEADINGS[agent]
+        last = agent in (-1, len(self.prompts) - 1)
+        heading = HEADINGS[-1] if last else HEADINGS[min(agent, len(HEADINGS) - 2)]
         return turn + PromptText(heading) if first else PromptText(heading)
 
 
