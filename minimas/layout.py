@@ -50,8 +50,11 @@ class Layout:
 
     def preamble_ids(self, agent: int) -> list[int]:
         """Return the ids of the preamble, as tokenized within the agent's prompt if it is first."""
-        tokens = self.tokenizer.tokens(self.prompt(agent, first=True))
-        return [token for token, start, _ in tokens if start < len(self.preamble.text)]
+        return [
+            token
+            for token, start, _ in self.tokenizer.tokens(self.prompt(agent, first=True))
+            if start < len(self.preamble.text)
+        ]
 
 
 @dataclass

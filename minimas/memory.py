@@ -54,8 +54,9 @@ def remember(
     cache = lm.model.new_cache(1)
     hidden = prefill(lm.model, [ids], cache)
     if latent_steps:
-        used = align if callable(align) else lm.aligner(align)
-        think(lm.model, used, hidden, cache, latent_steps)
+        think(
+            lm.model, align if callable(align) else lm.aligner(align), hidden, cache, latent_steps
+        )
     if end:
         prefill(lm.model, [end], cache)
     return cache

@@ -118,8 +118,11 @@ class Run:
         self.prefilled = [0] * B  # slots prefilled in those `seconds`
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
-            expected = f"expected a KVCache with 1 row or {B}, one for each question"
-            raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
+            raise ParameterError(
+                "memory",
+                f"found {memory!r:.80}, "
+                f"expected a KVCache with 1 row or {B}, one for each question",
+            )
         memory.set_owner(self.lm.model)
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))

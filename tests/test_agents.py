@@ -615,6 +615,19 @@ def test_a_team_in_which_nobody_sees_the_question_is_refused(
     assert method(lm, QUESTIONS[:1], asked, sampling=SHORT)
 
 
+@pytest.mark.parametrize("field", ["prompt", "system", "prefix", "opening", "choices"])
+def test_half_of_a_surrogate_pair_is_refused_in_any_text(lm: LM, field: str) -> None:
+    """JSON can hold one. Only questions were checked, and the tokenizer raised a TypeError."""
+    half = "\ud800"
+    agent = Agent("a", "{question}", **({field: half} if field in ("system", "prefix") else {}))
+    if field == "prompt":
+        agent = Agent("a", f"{{question}} {half}")
+    team = Team((agent,), opening=half * (field == "opening"))
+    how: dict[str, Any] = {"kind": "choice", "choices": {"A": half}} if field == "choices" else {}
+    with pytest.raises(ValueError, match=r"^prompt: found '\\ud800', expected whole"):
+        latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT, **how)
+
+
 def test_a_team_without_agents_is_refused() -> None:
     with pytest.raises(ValueError, match=r"team.*found no agents, expected at least one"):
         Team(())

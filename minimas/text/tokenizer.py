@@ -35,6 +35,7 @@ PLACEHOLDER = "\ue0f1a message of minimas\ue0f2"
 EXCHANGE = [("user", "x"), ("assistant", "x")]  # stands for an earlier or later turn
 # Added tokens that are control tokens, such as <think> or [INST]. Others may be ordinary words.
 TAG = r"<.*\w.*>|\[.*\w.*\]"
+SURROGATE = "[\ud800-\udfff]"  # half of a pair, which cannot be encoded
 EACH_MESSAGE = "each message once, unchanged and in order"
 # The tags {% generation %} and {% endgeneration %}, see `Tokenizer._template`.
 GENERATION = r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})"
@@ -153,8 +154,12 @@ class Tokenizer:
     def tokens(self, turn: PromptText) -> list[tuple[int, int, int]]:
         """Return the tokens of a turn as (id, start, end): the id and the characters it covers.
 
-        Raises ValueError as `encode_turn` does.
+        Raises ValueError as `encode_turn` does, or for half of a surrogate pair.
         """
+        if re.search(SURROGATE, turn.text):
+            raise ValueError(
+                f"prompt: found {re.findall(SURROGATE, turn.text)[0]!a}, expected whole characters"
+            )
         cuts = {0, len(turn.text)}
         control = set(self.control.values())
         while True:
@@ -270,8 +275,10 @@ class Tokenizer:
             pattern += rf"(\s*?{core}\s{{0,{spaces_after}}}){re.escape(after)}"
         whole = re.fullmatch(pattern, text)
         if whole is None or len(around) != len(messages) + 1:
-            roles = ", ".join(role for role, _ in messages)
-            raise self._refusal(f"one that drops, repeats, moves or changes a message of {roles}")
+            raise self._refusal(
+                "one that drops, repeats, moves or changes a message of "
+                f"{', '.join(role for role, _ in messages)}"
+            )
         return PromptText(text, tuple(map(whole.span, range(1, len(around)))))
 
     def _refusal(self, found: str, expected: str = EACH_MESSAGE) -> ValueError:
@@ -359,7 +366,7 @@ def is_text(value: Any) -> bool:
     Half of a surrogate pair cannot be encoded.
     """
     text = isinstance(value, str) and value.strip()
-    return bool(text) and not re.search("[\ud800-\udfff]", value)
+    return bool(text) and not re.search(SURROGATE, value)
 
 
 def _to_json(
