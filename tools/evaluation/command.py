@@ -298,6 +298,8 @@ class Evaluation:
         rows = [i for i, row in enumerate(bench.rows) if i == 0 or "team" in row]
         teams = [bench.team(i, Arm("", team=name)) for name in args.team for i in rows]
         thinks_last = any(team.agents[-1].latent_steps is not None for team in teams)
+        if args.layout == [None] and all(team.layout == "turn" for team in teams):
+            lists["close"] = lists["close"][:1]  # there is only one turn
         arms = grid(thinks_last, method=args.method, metric=args.metric, **lists)
         samples = args.samples or 1
         return [replace(arm, samples=samples) if arm.method == "single" else arm for arm in arms]

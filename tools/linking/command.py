@@ -132,6 +132,12 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     if args.updates and args.transfer in ("none", "shuffled"):
         expected = "expected full, latents or last (with --updates 0 it can be measured)"
         parser.error(f"argument --transfer: found {args.transfer!r}, {expected}")
+    if not 0 <= args.noise < float("inf"):
+        parser.error(f"argument --noise: found {args.noise:g}, expected a number, 0 or more")
+    link_flags = args.rank or args.start_vectors or args.gist or args.shuffle_labels
+    if args.ceiling and (link_flags or args.objective != "nll"):
+        expected = "expected no --rank, --start-vectors, --gist, --shuffle-labels or --objective"
+        parser.error(f"argument --ceiling: there is no link, {expected}")
     if args.ceiling and args.test < 2:
         parser.error("argument --test: expected 2 or more questions with --ceiling")
 
