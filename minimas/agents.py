@@ -101,7 +101,7 @@ def latent_mas(
     agent also decodes if its `writes` is set, see `Agent`.
 
     `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
-    question) determine the form and the extraction of the answer. `sampling=None` is the model's.
+    question) set the form of the answer and how it is extracted. `sampling=None`: the model's own.
     `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
     `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
     (the beginning that all agents share, and all thoughts), "last" (that beginning, and what the
@@ -119,7 +119,7 @@ def latent_mas(
     two models, the input is handed over and prefilled again (see `mixed`).
 
     Raises ValueError naming the parameter, question or file, what was found and what was expected,
-    before any work starts.
+    before any work starts. What `align` returns, and that states are finite, is checked per step.
     """
     return call("latent_mas", **locals())
 
@@ -189,8 +189,10 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         cache, shared = turn.for_next_agent(run.transfer, shared)
         turns.append(turn)
         if team.parallel:
-            for at in range(0, len(shared), B):
-                experts.append((cache.select(range(at, at + B)), shared[at : at + B]))
+            experts += [
+                (cache.select(range(at, at + B)), shared[at : at + B])
+                for at in range(0, len(shared), B)
+            ]
     if experts:
         cache, shared = join(experts[-1:] if run.transfer == "last" else experts)
     return HandOver(run, cache, shared, turns)
@@ -199,8 +201,8 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
 def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[int]]:
     """Return the KV caches of parallel agents as one. The slots that all share are kept once.
 
-    If there are such slots, this is an approximation: the own slots of the second and later agents
-    have moved away from the shared slots since they attended to them.
+    If there are such slots, this is an approximation: the second and later agents filled their own
+    slots right after the shared ones, but in the joined cache other agents' slots lie between.
     """
     (first, shared), *others = experts
     rest = [cache.drop(0, other_shared) for cache, other_shared in others]
@@ -216,8 +218,9 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
 
     def chat_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
         filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
-        starts = first and not run.continues  # the conversation
-        return run.tokenizer.turn(filled, agent.system, agent.prefix, starts, last)
+        return run.tokenizer.turn(
+            filled, agent.system, agent.prefix, first and not run.continues, last
+        )
 
     def prompt(agent: Agent, q: int) -> PromptText:
         if "{context}" in agent.prompt:
@@ -241,8 +244,9 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
             i, q = divmod(row, len(numbers))
             said[q].append((agents[i], out.text))
     agent_run = run.with_model_of(last)
-    asked = [prompt(last, q) for q in numbers]
-    return LastTurn(agent_run, last, asked, agent_run.new_cache(), 0, None, turns)
+    return LastTurn(
+        agent_run, last, [prompt(last, q) for q in numbers], agent_run.new_cache(), 0, None, turns
+    )
 
 
 class HandOver(NamedTuple):
@@ -282,7 +286,7 @@ class LastTurn(NamedTuple):
 
 @dataclass
 class LatentRun(Run):
-    """One call of `latent_mas`. All arguments are checked before any work starts."""
+    """One call of `latent_mas`. Its arguments are checked before any work starts."""
 
     team: str | Team = "sequential"
     latent_steps: int | str | None = None
@@ -340,6 +344,7 @@ class LatentRun(Run):
         """Return which agents, by number, share a batch; the last agent is left out.
 
         Parallel agents share a batch if all have the same number of thoughts and the same `writes`.
+        They have one model: `require_models` refuses parallel agents with several.
         """
         *earlier, _ = self.resolved_team.agents
         numbers = range(len(earlier))
@@ -363,7 +368,7 @@ class LatentRun(Run):
         return [layout.prompt(i, first) for layout, i in rows], shared
 
     def shifted(self) -> "LatentRun":
-        """Return the same run with question i + 1 in place of question i, the first one last."""
+        """Return a copy of this run with the next question in place of each, the first one last."""
         other = copy.copy(self)
         for field in (
             "questions", "choices", "generators", "layouts_per_question", "memory_rows",
@@ -392,17 +397,20 @@ class LatentRun(Run):
     def _require_context_of_all(self) -> None:
         """Raise ValueError if any turn, up to the last one, does not fit into the context."""
         agents = self.resolved_team.agents
-        parallel = self.resolved_team.parallel
         working = self.shifted() if self.transfer == "shuffled" else self
-        bases = working.memory_lengths
-        layouts = working.layouts_per_question
-        rows = zip(bases, self.memory_lengths, layouts, self.layouts_per_question, strict=True)
+        rows = zip(
+            working.memory_lengths,
+            self.memory_lengths,
+            working.layouts_per_question,
+            self.layouts_per_question,
+            strict=True,
+        )
         for base, last_base, earlier_layout, last_layout in rows:
             held = shared = base  # slots that are handed over, and slots that all share
             for i, agent in enumerate(agents):
                 final = i == len(agents) - 1
                 layout = last_layout if final else earlier_layout
-                start = base if parallel and not final else held
+                start = base if self.resolved_team.parallel and not final else held
                 first = start == base
                 tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
                 if first:
@@ -412,7 +420,7 @@ class LatentRun(Run):
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
                 decodes = final or agent.writes
-                for later in agents[i:]:  # its model may prefill this turn again
+                for later in agents[i:]:  # its model may prefill this turn again; `end` is the same
                     run = self.with_model_of(later)
                     end = run.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, shared)

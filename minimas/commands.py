@@ -64,10 +64,14 @@ def run_ask(args: Namespace) -> None:
         raise ParameterError(
             "save_memory", f"found {len(rows)} questions, expected one, without --parallel"
         )
+    shuffled = args.transfer == "shuffled"
+    groups = batches(rows, args.kind, len(rows) if shuffled else args.batch_size)
+    if shuffled and min(len(batch) for _, batch in groups) < 2:
+        raise ParameterError(
+            "transfer", "found 'shuffled' with one question, expected several of one kind (--file)"
+        )
     lm, options, settings = prepare(args)
     options["keep_memory"] = saves
-    size = len(rows) if args.transfer == "shuffled" else args.batch_size  # swapped within a batch
-    groups = batches(rows, args.kind, size)
     if args.compile:
         say(args, "minimas: compiling, up to a minute")
         began = perf_counter()

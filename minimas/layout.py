@@ -28,8 +28,9 @@ class Layout:
     """Layout "chat", the base class: each agent's prompt is a chat turn of its own.
 
     `opening` and `prompts` are the team's, completely filled in for one question. `preamble` is the
-    beginning that all agents' prompts share. `continues` means that a conversation comes before the
-    first agent's prompt.
+    beginning that a transfer always keeps. Here it is empty, because every chat turn repeats the
+    opening. `continues` means that a conversation comes before the first agent's prompt, and
+    `closes_turns` that an earlier agent's turn is closed before the hand-over.
     """
 
     tokenizer: Tokenizer
@@ -44,9 +45,10 @@ class Layout:
         """Return the prompt of agent number `agent`; `first` if nothing is handed over to it."""
         text = user_text(self.opening, self.prompts[agent])
         role = self.team.agents[agent]
-        last = agent in (-1, len(self.prompts) - 1)
-        first = first and not self.continues
-        return self.tokenizer.turn(text, role.system, role.prefix, first, last)
+        last = len(self.prompts[agent:]) == 1
+        return self.tokenizer.turn(
+            text, role.system, role.prefix, first and not self.continues, last
+        )
 
     def preamble_ids(self, agent: int) -> list[int]:
         """Return the ids of the preamble, as tokenized within the agent's prompt if it is first."""
@@ -66,14 +68,16 @@ class TurnLayout(Layout):
     def __post_init__(self) -> None:
         *earlier, last = self.prompts
         # The last agent's paragraph begins with the opening again, like a single agent's prompt.
-        parts = [self.opening, SEPARATOR if self.opening else ""]
+        parts = [self.opening, self.opening and SEPARATOR]
         for paragraph in [*earlier, user_text(self.opening, last) if earlier else last]:
             parts += [paragraph, SEPARATOR]
         role = self.team.agents[-1]
-        before, first, *pieces = self.tokenizer.user_turn(
+        header, opening, *pieces = self.tokenizer.user_turn(
             parts[:-1], role.system, role.prefix, not self.continues
         )
-        self.preamble = before + first
+        self.preamble = header + opening
+        # A separator comes before the paragraph with its number. The last paragraph includes the
+        # end of the user turn.
         self._separators = pieces[::2]
         self._paragraphs = pieces[1::2]
 
@@ -82,7 +86,7 @@ class TurnLayout(Layout):
         if not first:
             return self._separators[agent] + paragraph
         if paragraph is self._paragraphs[-1]:
-            return super().prompt(agent, first)
+            return super().prompt(agent, first)  # it has the opening already
         return self.preamble + self._separators[0] + paragraph
 
 

@@ -27,11 +27,13 @@ def remember(
     after the thoughts. "agent" makes it a user message, with the thoughts in the assistant turn
     that follows, like an agent's in layout "chat". "plain" is the text alone. For `align`, see
     `latent_mas`. Raises ValueError naming the parameter if the text is empty, cannot be encoded, or
-    exceeds the model's context.
+    exceeds the model's context, or if `latent_steps` is not a whole number, 0 or more.
     """
     tokenizer = text_tokenizer(lm)
     if not is_text(text):
         raise ParameterError("text", f"found {text!r:.80}, expected a text that is not blank")
+    if type(latent_steps) is not int or latent_steps < 0:
+        raise ParameterError("latent_steps", f"found {latent_steps!r}, expected 0 or more")
     if role == "plain":
         opened = PromptText.from_user(text)
         closing = PromptText("")

@@ -36,8 +36,9 @@ def require_types(made: Any) -> None:
 class Agent:
     """One role in a team.
 
-    `prompt` is the user message, in which `{question}`, `{context}` and `{form}` are filled in.
-    `latent_steps` is the number of thoughts if the call gives none (None: the model folder's).
+    `prompt` is the user message, or in layout "turn" a paragraph of it. `{question}`, `{form}` and
+    `{context}` (empty in `latent_mas`) are filled in. `latent_steps` is the number of thoughts if
+    the call gives none (None: that of the call's model folder).
     `writes` makes an agent other than the last one generate text into its KV cache before it hands
     over. `prefix` is text after the assistant header, such as "<think>\\n". `model` is a name in
     the call's `models` (None: the call's own model). The last agent always generates text, and
@@ -67,8 +68,8 @@ class Team:
 
     - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).
     - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the
-      last agent opens an assistant turn. On real models this layout preserves the answers, and the
-      other one does not (docs/results.md).
+      last agent opens an assistant turn. On the real models that were measured, thoughts do less
+      harm in this layout (docs/results.md).
 
     `opening` is the text with which every agent's prompt begins; it may hold `{question}`. In
     layout "turn" it comes at the start of the user turn, and again before the last agent's
@@ -83,7 +84,7 @@ class Team:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))
-        if not self.agents or {*map(type, self.agents)} != {Agent}:
+        if {*map(type, self.agents)} != {Agent}:
             raise ParameterError(
                 "team", f"found {self.agents or 'no agents'!s:.80}, expected at least one Agent"
             )

@@ -81,7 +81,8 @@ class Run:
     continues: bool = False
     models: Any = None
 
-    seconds = 0.0  # spent on prefilling the turns of other models, see `mixed`
+    # The time in which this model has prefilled earlier turns of other models; `mixed` sets it.
+    seconds = 0.0
     auto_steps = False  # whether rows stop thinking where their turn would end
 
     def __post_init__(self) -> None:
@@ -115,14 +116,11 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.prefilled = [0] * B  # slots prefilled in those `seconds`
+        self.prefilled = [0] * B  # slots that were filled in `seconds`: prompt tokens too
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
-            raise ParameterError(
-                "memory",
-                f"found {memory!r:.80}, "
-                f"expected a KVCache with 1 row or {B}, one for each question",
-            )
+            expected = f"expected a KVCache with 1 row or {B}, one for each question"
+            raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
         memory.set_owner(self.lm.model)
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))
@@ -134,6 +132,7 @@ class Run:
         other = copy.copy(self)
         if agent.model:
             other.lm = self.models[agent.model]
+            # Empty, like the call's own: `require_models` refuses models with a memory.
             other.memory = other.lm.model.new_cache(1)
             other.end_ids = other.lm.end_ids
         return other
@@ -144,7 +143,11 @@ class Run:
         return self.memory.select(self.memory_rows * agents)
 
     def is_new(self, cache: KVCache) -> bool:
-        """Return whether a KV cache holds only what `new_cache` has put into it."""
+        """Return whether nothing was added to a cache from `new_cache`.
+
+        Its lengths tell, because no transfer cuts into the memory. The rows of the first agent
+        stand for those of all agents.
+        """
         return cache.lengths[: len(self.questions)] == self.memory_lengths
 
     def fill(self, prompt: str, q: int, context: str = "") -> str:
@@ -164,12 +167,16 @@ class Run:
     def layouts(self, team: Team) -> list[Layout]:
         """Return the team's layout, with all prompts filled in, for each question."""
         layout = TurnLayout if team.layout == "turn" else Layout
-        found = []
-        for q in range(len(self.questions)):
-            filled = [self.fill(agent.prompt, q) for agent in team.agents]
-            opening = self.fill(team.opening, q)
-            found.append(layout(self.tokenizer, team, opening, filled, self.continues))
-        return found
+        return [
+            layout(
+                self.tokenizer,
+                team,
+                self.fill(team.opening, q),
+                [self.fill(agent.prompt, q) for agent in team.agents],
+                self.continues,
+            )
+            for q in range(len(self.questions))
+        ]
 
     def require_context(
         self, agent: Agent, start: int, tokens: int, steps: int, decodes: bool, closes: bool
@@ -210,9 +217,8 @@ class Run:
     ) -> Events[TurnResult]:
         """Let `agents` take one turn side by side: prefill, think, decode, close the chat turn.
 
-        Yields events. `texts` holds one prompt per row, and `final` marks the last agent's turn.
-        With `keeps_cache` all generated tokens are in the cache afterwards, because an agent or a
-        later call continues from it. `closes` appends the end of the chat turn.
+        `texts` holds one prompt per row. `final` marks the last agent's turn. With `keeps_cache`
+        all generated tokens are in the cache afterwards. `closes` appends the chat turn's end.
         """
         began = self.clock() - self.seconds
         start = list(cache.lengths)
@@ -244,8 +250,9 @@ class Run:
             usage = (prompt_tokens[row], count, len(out.ids), seconds, slots * cache.slot_nbytes)
             traces.append(AgentTrace(*usage, workers[row].name, texts[row].text, out.text))
         yield AgentEnd(name, traces, cache)
-        ends = start, prompt_end, thoughts_end
-        return TurnResult(self.lm, cache, hidden, ids, thoughts, *ends, traces, outputs)
+        return TurnResult(
+            self.lm, cache, hidden, ids, thoughts, start, prompt_end, thoughts_end, traces, outputs
+        )
 
     def think(
         self, align: Any, hidden: Tensor, cache: KVCache, steps: int

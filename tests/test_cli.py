@@ -224,6 +224,18 @@ def test_shuffled_memories_need_a_file(run: Run, folder: Path, tmp_path: Path) -
     )
 
 
+def test_shuffled_with_one_question_of_a_kind_is_refused_before_any_answer(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    """Two answers were printed before the third question, of another kind, was refused."""
+    rows = tmp_path / "mixed.jsonl"
+    rows.write_text(
+        '{"question": "one?"}\n{"question": "two?"}\n{"question": "three?", "answer": "3"}\n'
+    )
+    argv = ["ask", "-m", folder, "--file", rows, "-n", 2, "--transfer", "shuffled"]
+    assert_one_line(run(*argv), 2, "--transfer: found 'shuffled' with one question")
+
+
 def test_a_line_separator_in_a_question_does_not_split_its_row(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:

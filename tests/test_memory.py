@@ -42,6 +42,13 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
     return load_text_lm(text_folder(tmp_path_factory.mktemp("model")))
 
 
+@pytest.mark.parametrize("steps", ["auto", None, 1.5, True, -1])
+def test_a_wrong_number_of_thoughts_is_named_before_the_prefill(lm: LM, steps: Any) -> None:
+    """It was a TypeError, and a number below 0 was noticed only after the whole text."""
+    with pytest.raises(ValueError, match=r"^latent_steps: found .*, expected 0 or more$"):
+        remember(lm, NOTE, latent_steps=steps)
+
+
 def feed_first(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
     """Make runs prefill `ids` before every prompt that starts from an empty KV cache."""
     plain = Run.prefill

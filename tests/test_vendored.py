@@ -194,12 +194,12 @@ def tokens(path: Path) -> int:
 
 def test_the_core_is_small_enough_to_read_in_one_evening() -> None:
     """The aim is 6,800."""
-    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_257
+    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_254
 
 
 def test_the_library_does_not_grow() -> None:
     """The aim is 33,000. Before a feature is added, split a concept, move one out, or cut it."""
-    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_435
+    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_432
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,9 +98,10 @@ class KVCache:
         """
         c = self.config
         mask = None
-        # Not a slice: compiled code would copy all slots of the cache in each step.
+        # The slots as an index: for a slice, compiled code would copy the whole cache in each step.
         where: Any = slice(None), slots[0]
         if ragged or slots.shape[1] > 1:
+            # Attention stacks the H/K query heads of a key-value head along T.
             groups = c.num_attention_heads // c.num_key_value_heads
             queries = slots.repeat(1, groups)[:, None, :, None]  # (B or 1, 1, H/K · T, 1)
             # Not is_causal: it aligns the triangle to the top left, which is wrong if S ≠ T.
@@ -219,13 +220,12 @@ class KVCache:
                 "expected one model, number of rows, dtype and device for all"
             )
         joined = caches[0].truncate(0)
-        c = joined.config
         for cache in caches:
             if cache.owner is not None:
                 joined.set_owner(cache.owner)
             width = max(cache.lengths)
             first = torch.tensor(joined.lengths, device=joined.device)[:, None]  # (B, 1)
-            rotation = angles(first, c.head_dim, c.rope_theta, joined.dtype)
+            rotation = angles(first, joined.config.head_dim, joined.config.rope_theta, joined.dtype)
             rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
             slots = first + torch.arange(width, device=joined.device)  # (B, T)
             # Nothing attends here, so a mask of (T, S) is not needed.
@@ -293,9 +293,10 @@ class KVCache:
 
 
 def with_capacity(store: Tensor, slots: int, heads: int) -> Tensor:
-    """Return `store` (B, K, S, d) if it has more than `slots` slots, else a larger copy.
+    """Return `store` (B, K, capacity, d) if its capacity is above `slots`, else a larger copy.
 
-    The first append sets the number of `heads`, because a shard of a layer has fewer.
+    A new store has all K heads. A shard of a layer has fewer, so its first append crops them to
+    `heads`, by negative padding.
     """
     capacity = store.shape[2]
     # One slot stays free. A slice of the whole store would be contiguous, with other strides, and

@@ -81,9 +81,10 @@ class Aligner:
 
         e = rescale((h · scale) W) + shift
 
-    `matrix` is W (D, D), `scale` (D,), `norm` the norm of rescaled vectors, and `shift` (D,). A
-    step whose parameter is None is left out. `model` is the model that the map is for. Only `save`
-    needs it.
+    `scale` (D,) is the first factor, and `matrix` is W (D, D), or (D, D') if the embedding is that
+    of another model. `norm` is the norm that vectors are rescaled to. `shift` (D,) is added last;
+    `from_model` never sets it, but a map that was made elsewhere may have it. A step whose
+    parameter is None is left out. `model` is the model that the map is for. Only `save` needs it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The latent loop: think in embeddings instead of tokens. Each row may stop early.
 
-A map (see `latent`) turns each row's last hidden state into an embedding. It is fed in place of a
-token's embedding, and the next step maps the hidden state that results. This file does not depend
+A map (see `latent`) turns each row's last hidden state into an embedding. This embedding is fed in
+place of a token's, and the next step maps the hidden state that results. This file does not depend
 on tokens, prompts, agents or sampling.
 
     B rows   n thoughts   D hidden
@@ -39,7 +39,7 @@ def think(
     steps: int,
     until: Until | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Think `steps` latent thoughts from `hidden` (B, 1, D), the last valid state of each row.
+    """Think `steps` latent thoughts from `hidden` (B, 1, D), the state at each row's last position.
 
     Each step maps the last hidden state to an embedding with `align` and feeds it, so that `cache`
     grows by one slot. `align` is any callable from (B, 1, D) to (B, 1, D) in the same dtype, such
@@ -50,7 +50,7 @@ def think(
     takes the hidden states (B, 1, D) and the embeddings (B, n, D): those fed so far, followed by
     the one about to be fed. It returns (B,) bool. Where it returns True, this embedding is not fed,
     the row's state and cache no longer change, and its further embeddings in the result are zeros.
-    The result (B, n, D) has as many embeddings as the row that stopped last.
+    The result (B, n, D) has as many embeddings as the row with the most thoughts.
 
     Raises ValueError for negative steps, `hidden` of another shape, a map or a rule that returns
     another shape or dtype, or, on a CPU, a state that is not finite.
@@ -80,13 +80,14 @@ def rollout(
         if until is None:
             after = model(embedding, cache)
         else:
-            made.append(embedding)
-            running = running & ~_checked("until", until(hidden, torch.cat(made, 1)), running)
+            running = running & ~_checked(
+                "until", until(hidden, torch.cat([*made, embedding], 1)), running
+            )
             if not running.any():
                 return
             rows = running[:, None, None]  # (B, 1, 1)
             embedding = embedding.where(rows, 0)
-            made[-1] = embedding
+            made.append(embedding)
             # `running` as lengths: 1 new slot in a running row, 0 in a stopped one.
             after = model(embedding, cache, running).where(rows, hidden)
         yield Thought(hidden, embedding, running, finite(after, model.name))
