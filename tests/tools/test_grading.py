@@ -1,7 +1,10 @@
 """Check that generated programs are graded as intended. Each test names the bug it prevents."""
 
+import sys
+
 import pytest
 
+from tools.evaluation import grading, sandbox
 from tools.evaluation.grading import code_program
 from tools.evaluation.rows import Row
 
@@ -77,3 +80,26 @@ def test_a_function_body_alone_continues_the_question() -> None:
     assert passes(HUMANEVAL, "```python\n    return a + b\n```")
     assert passes(HUMANEVAL, "return a + b")
     assert not passes(HUMANEVAL, "```python\n    return a - b\n```")
+
+
+@pytest.mark.parametrize("reason", ["slow", "never done", "wrong"])
+def test_only_a_program_that_was_not_done_in_time_runs_again(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine, the reference solution of HumanEval/15 was graded as wrong."""
+    limits: list[float] = []
+
+    def run(program: str, timeout: float = 20.0) -> sandbox.Outcome:
+        limits.append(timeout)
+        passed = reason == "slow" and timeout > 20
+        return sandbox.Outcome(passed, reason, timeout, not passed and reason != "wrong")
+
+    monkeypatch.setattr(sandbox, "run", run)
+    assert grading.passes("x = 1") == (reason == "slow")
+    assert limits == ([20.0] if reason == "wrong" else [20.0, grading.MORE_SECONDS])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
+def test_the_sandbox_says_that_a_program_was_not_done_in_time() -> None:
+    assert sandbox.run("while True: pass", timeout=1).timed_out
+    assert not sandbox.run("raise ValueError").timed_out

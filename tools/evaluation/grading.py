@@ -14,6 +14,7 @@ from minimas.turns import with_opened_think
 from . import sandbox
 from .rows import Row, kind_of, option_of
 
+MORE_SECONDS = 60.0  # for a program that was not done in time
 Grader = Callable[[Row, str], bool | None]  # None: not graded, like code that must not be run
 
 
@@ -33,10 +34,22 @@ def grader(may_run: bool, verifies: bool = False) -> Grader:
 
     def graded(row: Row, text: str) -> bool | None:
         if may_run and kind_of(row) == "code":
-            return sandbox.run(code_program(row, text)).passed
+            return passes(code_program(row, text))
         return plain_grader(row, text, verifies)
 
     return graded
+
+
+def passes(program: str) -> bool:
+    """Return whether a program passes in the sandbox.
+
+    One that is not done in time gets more time once, because other work on the machine may have
+    slowed it. The reference solution of HumanEval/15 needs 8 seconds of processor time.
+    """
+    outcome = sandbox.run(program)
+    if outcome.timed_out:
+        outcome = sandbox.run(program, timeout=MORE_SECONDS)
+    return outcome.passed
 
 
 def judge(row: Row, text: str, prompt: str, grader: Grader) -> tuple[str | None, bool | None]:

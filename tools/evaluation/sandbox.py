@@ -60,6 +60,7 @@ class Outcome:
     passed: bool
     reason: str
     seconds: float
+    timed_out: bool = False
 
 
 def run(program: str, timeout: float = 20.0, memory_mb: int = 1024) -> Outcome:
@@ -127,7 +128,7 @@ def _outcome(said: bytes, ended: bool, token: str, timeout: float, seconds: floa
     if verdict.startswith(f"passed {token}".encode()):
         return Outcome(False, "reached its last statement twice, or left a process behind", seconds)
     if not ended:
-        return Outcome(False, f"not done after {timeout:g} s", seconds)
+        return Outcome(False, f"not done after {timeout:g} s", seconds, timed_out=True)
     if verdict.startswith(b"raised "):
         reason = " ".join(verdict[7:].decode("utf-8", "replace").split())[:300]
         return Outcome(False, reason, seconds)
