@@ -44,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         numbers = json.dumps(figure, ensure_ascii=False) + "\n"
         write_whole(args.out.with_name(args.out.name + ".json"), numbers)
-        draw(figure, args.out)
+        try:
+            draw(figure, args.out)
+        except (LookupError, TypeError, AttributeError) as error:
+            if args.what != "again":
+                raise
+            problem = f"found other numbers than {figure['what']!r} needs ({error!r})"
+            raise ValueError(f"{args.numbers}: {problem}, expected the JSON of a picture") from error
     except FAILURES as error:
         print_error("plot", error)
         return 1

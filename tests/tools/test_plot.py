@@ -387,6 +387,17 @@ def test_a_wrong_input_gives_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_foreign_numbers_drawn_again_give_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of another version of this tool was a traceback."""
+    for number, content in enumerate([{}, {"panels": []}, {"panels": {"nll": {"arms": 3}}}]):
+        foreign = tmp_path / f"{number}.json"
+        foreign.write_text(json.dumps({"what": "forest", **content}))
+        assert plot.main(["again", str(foreign), "--out", str(tmp_path / "x")]) == 1
+        assert f"{number}.json: found other numbers than" in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_numbers_are_saved_and_the_install_command_is_named(
     finished: Path,
     tmp_path: Path,

@@ -420,7 +420,7 @@ def test_a_damaged_log_or_a_deleted_link_does_not_stop_a_resumed_run(
         assert log_of(out)[-1]["held_out"] == log_of(whole)[-1]["held_out"]
     log = out.with_suffix(".jsonl")
     log.write_text("{\n" + log.read_text())
-    with pytest.raises(ValueError, match=r"missing.jsonl: line 1: found bad JSON .*--restart"):
+    with pytest.raises(ValueError, match=r"missing.jsonl: line 1: not valid JSON .*--restart"):
         make_training(lm, out, 5).run()
     state = tmp_path / "cut.state.safetensors"
     state.write_bytes(state.read_bytes()[:-9])
@@ -447,7 +447,30 @@ def test_a_run_is_not_resumed_with_another_team_or_start_in_the_same_file(
             tiny.aligner("identity").save(start)
         capsys.readouterr()
         run(out, *flags, "--updates", 4, status=1)
-        assert f"{change}_crc: found " in capsys.readouterr().err
+        changed = {"team": "team (--team, --agents)", "start": "map in the file of --start"}[change]
+        assert f"found a run with another {changed}, expected the same" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_rows_and_says_which_flags_choose_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a file, --test takes rows away from training. The error named only a checksum."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    out = tmp_path / "link.safetensors"
+    flags = ["--data", data, "--held-out", 1]
+    run(out, *flags)
+    run(out, *flags, "--test", 1, status=1)
+    assert "another set of rows (--data, --rows, --held-out, --test)" in capsys.readouterr().err
+
+
+def test_the_state_of_a_run_can_be_read_by_others(lm: LM, tmp_path: Path) -> None:
+    """Safetensors makes files of mode 0600, so a colleague could not continue the run."""
+    out = tmp_path / "link.safetensors"
+    make_training(lm, out, 1).run()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert out.with_suffix(".state.safetensors").stat().st_mode == plain.stat().st_mode
 
 
 def test_an_agents_own_number_of_thoughts_is_used(lm: LM) -> None:

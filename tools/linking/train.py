@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minimas import LM
 from minimas.core.files import opened
+from tools.evaluation.ledger import numbered_lines, parsed
 from tools.evaluation.rows import Row, kind_of
 from tools.evaluation.stats import bootstrap, wilson
 from tools.shared.files import replacing, write_whole
@@ -30,6 +31,13 @@ from .link import Link
 from .rollout import OBJECTIVES, TeamSettings, answers, nll
 
 CLIP = 1.0  # the largest norm of all gradients together
+# What the checksums in the settings of a run are made from.
+SOURCES = {
+    "rows_crc": "set of rows (--data, --rows, --held-out, --test)",
+    "team_crc": "team (--team, --agents)",
+    "start_crc": "map in the file of --start",
+    "fingerprint": "model in the folder of --model",
+}
 
 
 @dataclass(frozen=True)
@@ -190,10 +198,10 @@ class Training:
         known = json.loads(metadata["settings"])
         for name, value in self.identity.items():
             if known.get(name) != value:
-                raise ValueError(
-                    f"{self.state}: {name}: found {known.get(name)!r}, expected {value!r}: "
-                    "use another --out, or --restart"
-                )
+                problem = f"{name}: found {known.get(name)!r}, expected {value!r}"
+                if name in SOURCES:
+                    problem = f"found a run with another {SOURCES[name]}, expected the same"
+                raise ValueError(f"{self.state}: {problem}: use another --out, or --restart")
         # The link is saved before the state, unless its file was deleted since.
         self.set_parameters(part_of(tensors, "best"))
         self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
@@ -234,18 +242,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError naming the file and the line for any other damage.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}: line {number}: found bad JSON ({error}), expected an object; "
-                    "--restart begins again"
-                ) from error
-    return records
+    if not path.exists():
+        return []
+    lines = [(number, line) for number, _, line in numbered_lines(path) if line.endswith(b"\n")]
+    try:
+        return [parsed(path, number, line) for number, line in lines]
+    except ValueError as error:
+        raise ValueError(f"{error}; --restart begins again") from error
 
 
 def kept(out: Path) -> str:

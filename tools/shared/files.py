@@ -18,9 +18,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
         partial.replace(path)
     except OSError as error:
         problem = f"{path}: cannot be written and is unchanged ({error.strerror})"
