@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LookupError, TypeError, AttributeError) as error:
             if args.what != "again":
                 raise
-            problem = f"found other numbers than {figure['what']!r} needs ({error!r})"
-            raise ValueError(f"{args.numbers}: {problem}, expected the JSON of a picture") from error
+            raise ValueError(
+                f"{args.numbers}: found other numbers than {figure['what']!r} needs ({error!r}), "
+                "expected the JSON of a picture"
+            ) from error
     except FAILURES as error:
         print_error("plot", error)
         return 1
