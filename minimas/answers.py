@@ -11,7 +11,7 @@ The rules of a kind are tried in this order. The first one that finds something 
             the only line that is an option: "B. Paris"
     code    the last closed Python block that parses and defines more than tests and examples, with
             the blocks that it uses or that use it
-    free    the text after the thoughts; its last line may state the answer alone
+    free    the text after the thoughts; its last line or a box may state the answer alone
 
 An option is named by its letter or by its own words. Numbers are compared exactly, as fractions,
 and expressions are compared as strings. `grade(…, verify=True)` asks math-verify whether two
@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Mapping
 from decimal import Context
 from fractions import Fraction
+from functools import lru_cache
 from itertools import islice
 from symtable import symtable
 from unicodedata import normalize
@@ -49,14 +50,14 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     if kind not in KINDS:
         raise ValueError(f"--kind: found {kind!r}, expected math, choice, code or free")
     thoughts, _, said = text.rpartition("</think>")
-    said = said.partition("<think>")[0].strip()
+    said = re.sub(r"\A\s*\n|\s+\Z", "", said.partition("<think>")[0])
     if kind == "free":
-        return said or None
+        return said.strip() or None
     said = said or thoughts.replace("<think>", " ")  # if nothing follows the thoughts
     if kind == "choice":
         letters = _choice(said, choices)
         return letters.pop() if len(letters) == 1 else None
-    return _math(said) if kind == "math" else _program(said)
+    return _math(said) if kind == "math" else _program(textwrap.dedent(said))
 
 
 def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool = False) -> bool:
@@ -74,8 +75,11 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
     if answer is None:
         return False
     if kind == "free":
-        last = re.sub(_ANSWER_LINE, r"\1", answer.rpartition("\n")[2])
-        return _whole(gold) in map(_whole, (answer, last, _box(answer)[0] or answer))
+        last = answer.rpartition("\n")[2]
+        stated = re.sub(_ANSWER_LINE, r"\1", last)
+        if stated == last:
+            stated = _box(re.split(_TAKEN_BACK, answer)[-1])[0] or last
+        return _whole(gold) in map(_whole, (answer, stated))
     if kind == "choice":
         return {answer} == _named(gold, choices)
     right = _math(gold) if re.search(r"####|\\f?box", gold) else _value(gold)
@@ -89,10 +93,10 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
     return answer == right or (verify and _verified(answer, right))
 
 
-# math-verify misreads equations, ratios, "…" and words, compares decimals by rounding, takes x for
-# X, and hangs on towers of powers and on long texts.
-_NOT_VERIFIED = r"""(?x) [=:<>;A-Z] | \. | \\[lc]?dots | (?<![\\A-Za-z])[A-Za-z]{2,}
-    | \^[^+\-=,]*\^ | \^\{?-?\d{4} | \d{5}! | .{999}"""
+# math-verify misreads equations, ratios, "…", words and primes, ignores the base of 101_2, takes x
+# for X, compares decimals by rounding, and hangs on towers of powers and on long texts.
+_NOT_VERIFIED = r"""(?x) [=:<>;A-Z'] | \. | \d_ | \\frac\ ?\d\d\d | \\[lc]?dots
+    | (?<![\\A-Za-z])[A-Za-z]{2,} | \^[^+\-=,]*\^ | \^\{?-?\d{4} | \d{5}! | .{999}"""
 
 
 def _verified(answer: str, gold: str) -> bool:
@@ -132,21 +136,29 @@ for _depth in range(5):  # braces in braces
 _OPENED = r"\\(?:boxed|fbox) ?\{(?!\s*\})"  # an empty \boxed{} quotes the instruction
 # Signs that a box is only a part of the answer. The text begins inside the box before the last one,
 # and "@" stands for the \boxed of the last box.
-_PART = rf"""(?xs) \A({_BRACED})\}} [^\w=]* (?:text\w*\W*)?  # \boxed{{5}} hours and \boxed{{30}}
-        (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+[^\w=]*)? (?:(?:and|to)\b[^\w=]*)?
+_PART = rf"""(?xs)  # \boxed{{5}} hours and \boxed{{30}} minutes
+    \A({_BRACED})\}} (?:\\q?quad|[^\w=])* (?:text\w*\W*)?
+        (?:(?!(?:then|but|so|no|now|wait)\b)[a-z]+(?:\\q?quad|[^\w=])*)? (?:(?:and|to)\b[^\w=]*)?
         (?:\w+\ *=\ *)? \$? @\{{(?!\1\}})
     | (?: \bor[\s$}}]* (?:\w+\ *=\ *)?  # 18 or \boxed{{20}}
-        | (?:[\d)=$]\s*- | [+/×÷^<>≤≥≠] | \w\s*\*  # 1 + \boxed{{42}}
-          | \\(?:times|cdot|div|pm|[gln]eq?)(?![a-z])) \s*
-        | \b(?:not|never|isn't|than)\ (?:be\ )?  # it is not \boxed{{5}}
+        | (?:[\d)=$]\s*- | [+/×÷^<≤≥≠] | (?<=[^-=\n])> | \w\s*\*  # 1 + \boxed{{42}}
+          | \\(?:times|cdot|div|pm|[gln]eq?(?:slant)?)(?![a-z])) \s*
+        | (?: \}} | \\sqrt | \^ | _ ) \{{ \s*  # \frac{{1}}{{\boxed{{12}}}}
+        | [(\[]\s*-?\d[\d.]*,\s*  # (12, \boxed{{13}})
+        | \b(?:not|never|isn't|than|cannot|can't|negative|minus|twice|half\ of)\ (?:be\ )?
         | [-\d] ) \$? @\{{  # -\boxed{{5}}
     | @\{{{_BRACED}\}} (?: [a-zA-Z](?![a-zA-Z])  # \boxed{{5}}x
+        | _\{{?\d | [.,:]\d | \ \d+/\d  # \boxed{{12}}.5
+        | ,\s*-?\d[\d.]*\s*[)\]] | [ $.]*\?
         | [ $.,;(]* (?:\\text\w*\{{)? \ * (?:(?:or|possibly|maybe|perhaps)\b[\s$}}]*)+ [\d\\]
         | [ $]* (?:[a-z]+\ )? and\ (?:\d|a\ half|\\frac)  # \boxed{{18}} hours and 30 minutes
+        | [ $]* (?:hours?|hrs?|minutes?|feet|foot|ft|pounds?|lbs?|years?|weeks?|days?),?\ \d
         | [ $]* (?:isn't|wasn't|(?:is|was)\ (?:not|wrong|incorrect|false))\b
-        | [ $]* (?: \^(?!\{{?\\circ)
+        | [ $]* remainder\ \d
+        | (?:[ $~]|\\[,;:\ ]|\\text\w*\{{)* (?: \^(?!\{{?\\circ)
           | (?:to\ |[-–—+/*×÷])\ ?(?:[\d(\\]|[a-zA-Z]\b)  # \boxed{{42}} + 1
-          | \\(?:pi|sqrt|frac|times|cdot|div)
+          | \\(?:pi|sqrt|[dt]?frac|times|cdot|div|ln|log|sin|cos|tan|[pb]?mod)(?![a-z])
+          | (?:[<≤>≥]|\\[gl]e(?:q|qslant)?)[ ]
           | (?:hundred|thousand|[a-z]+illion|dozen)\b ))"""
 _ANSWER = r"""(?x: (?<![A-Za-z]) (?<!wrong\ )(?<!incorrect\ )(?<!false\ )
     (?:answer|ans\b|respuesta|r[ée]ponse|antwort|resposta|risposta
@@ -187,10 +199,12 @@ def _box(text: str) -> tuple[str | None, str]:
 
 _TERM = r"(?:(?<=[\d)}\]%])|(?<=\b[A-Za-z])|(?<=\d[A-Za-z]))(?<!'s)"  # after a number or variable
 _FRAC = r"""(?x: (?<![/^])\\[dtc]?frac\ ?
-    (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d)) (?!\ ?[\\^]|\d))"""
+    (?:\{\ ?(-?\d[\d,.]*)\ ?\}\ ?\{\ ?(\d[\d,.]*)\ ?\}|(\d)\ ?(\d))
+    (?!\ ?[\\^]|[\d(]|\ ?(?:(?![mghsL]\b)[A-Za-z]|[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b))"""
 # A number that is denied or supposed
 _DENIED = r"""(?ix) (?:
-        (?:\bnot|\bcannot|n't|\brather\ than|\binstead\ of)(?:\ be|\ equal(?:\ to)?)?  # it is not 5
+        (?:\bnot|\bcannot|n't|\bno\ longer|\brather\ than|\binstead\ of)  # it is not 5
+        (?:\ (?:possibly|exactly|really|quite|simply|just))?(?:\ be|\ equal(?:\ to)?)?
       | \b(?:doubt|deny|unlikely|impossible|nobody|no\ one|not\ think|not\ believe
           |\w+n't\ (?:think|believe)|(?:false|wrong|not\ true|not\ the\ case)\ (?:to|that|answer)
           |suppose|assum(?:e|ing)|imagine|pretend|let(?:'s|\ us)\ say|if|unless|whether)\b
@@ -219,6 +233,7 @@ _REWRITES = {
     r"(?<=\d) ?billions?\b": "e9",
     r"(?<=\d) ?trillions?\b": "e12",
     r"\*\*|\^\{(-?\d+)\}": r"^\1",  # 10**3 and 10^{3}
+    r"(?<=\d)_\{(\d+)\}(?!\d)": r"_\1",  # 101_{2}
     r"√ ?(\w+)|\\sqrt ?(\w)": r"\\sqrt{\1\2}",
     r"\\[dtc]frac(?![a-z])": r"\\frac",
     r" ?(?:\\?%|\bper ?cent\b)": "%",
@@ -246,18 +261,23 @@ _ANSWER_IS = rf"""(?xim) (?:{_ANSWER} [^\n.:=]{{0,40}}? {_IS}  # The answer is 1
 _NAME_IS = r"[A-Za-z]\S{0,20} = "
 # Where a statement goes on about something else: "18, as 3 * 6 = 18", "18 (eighteen)"; but
 # ", or 43", "(base 8)", "(at noon) or 43" and "; 43" change the answer.
-_ASIDE = rf"""(?xi: (?! [,;]\ ?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
+_ASIDE = rf"""(?xi: (?! [,;]\ ?(?:\w+:\ )?[-+]?\d | \W*(?:in\ )?(?:base|mod|hex|octal|binary)
       | \W*(?!(?:because|since|as|so|which)\b)(?:\w+\ ){{0,2}}?
         (?:or|and|but|also|possibly|maybe|perhaps|could|might|alternatively)\b[^.\n]{{0,40}}?\d
       | \ \([^()]*\)\ *(?:[-+*/]|\b(?:or|and|plus|minus|times)\b)[^.\n]{{0,40}}?\d )
     (?: ,(?!\ ?(?-x:{_NAME_IS})) | !\Z | ; | \ \( | \ -\  | \ (?:because|since|as|so|which)\b ))"""
 # Phrases that take back everything before them
 _TAKEN_BACK = r"""(?xi) (?<=[.!?}$*\n,;-])\ ?  # 5. Wait, that is wrong. It is 8.
-      (?:(?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|sorry|apolog\w+|hold\ on|actually|in\ fact
+      (?:(?:oh,?\ )?(?:no,?\ )?wait|oh|oops|hmm+|(?:i'm\ |i\ am\ )?sorry|(?:i\ )?apolog\w+
+      |hold\ on|actually|in\ fact
       |(?:scratch|strike)\ that|i\ take\ \w+\ back|i\ mean|make\ that|correction|edit(?=:)
       |my\ (?:mistake|bad|error)|on\ second\ thought|rather(?!\ than)|no(?=[,.!])
-      |let\ me\ (?:re|double|correct|fix)\w*|(?:but\ )?i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
-      |(?:that|it|this)(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake|not\ (?:right|correct))
+      |let\ me\ (?:re|double|correct|fix)\w*|(?:corrected|revised|updated)(?=\ (?:\w+\ )?answer)
+      |(?:(?:but|note:)\ )?i\ (?:made\ an?|was\ wrong|mis\w+|forgot)
+      |(?:it\ (?:seems|looks|appears)|there\ (?:was|is|seems)|upon\ (?:re|further|closer))
+        [^.\n]{0,50}?\ (?:error|mistake|mis\w+|realiz\w+|notic\w+)
+      |(?:that|it|this)(?:\ (?:answer|result))?(?:'s|\ is|\ was)\ (?:wrong|incorrect|a\ mistake
+        |not\ (?:right|correct))
       |(?:that|it|this)\ (?:is|was)n't\ (?:right|correct))\b
     | (?<=[.!?\n])\ ?  # 5. Or maybe 8.
       (?:or|maybe|perhaps|possibly|alternatively|otherwise)\b (?=[^.\n]{0,100}\d)
@@ -307,6 +327,8 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
     | \?\W*\Z  # is it 5?
     | \bat\ (?:the\ )?(?:least|most)\b  # 5 at most
     | \d\ +[:∶]  # 3 : 5
+    | \d[^\s\d]{{0,3}}\ ?(?:[-+*/÷]|\\times)\s*\Z  # cut off: 3 + 4 = 7 +
+    | \d\S{{0,20}}\ (?:times\ the|(?:[a-z]+\ )?(?:plus|minus|(?:divided|multiplied)\ by))\b
     | {_CHANGES}\ [^\w\s]*\d  # up to 5
     | \b(?!(?:total|average|mean|amount|profit|loss|price|cost|value|sum|speed|rate|score|distance
         |length|height|area|volume|weight|age|balance|change|discount)\ )
@@ -322,10 +344,12 @@ _UNCLEAR = rf"""(?xi) \b(?:or|maybe|perhaps|possibly)\b  # 5 or 6
 # Two values: "x = 1, y = 2"
 _TWO_VALUES = rf"{_NAME_IS}[^=]*?(?:[,;]|\b(?:and|or|when|if|where|for|at|with)\b) ?\b{_NAME_IS}"
 # Where an equation begins: "2x = 10, so x = 5"
-_BREAK = r"""(?x) [,;→⇒] | :(?![A-Za-z]\b) | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
-    | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|if|since|because)\b"""
-# Parts of a name on the left side of an equation: x_1, f(3), "Cost (in dollars)"
-_INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hCEPSTV])\([^()]*\)
+_BREAK = r"""(?x) ,(?!\ ?[a-z][,)]) | [;→⇒] | :(?![A-Za-z]\b)
+    | \\(?:Rightarrow|rightarrow|implies|to)(?![a-z])
+    | \b(?:so|then|thus|hence|therefore|gives|means|get|have|that|is|are|was|since|because)\b"""
+# Parts of a name on the left side of an equation: x_1, f(3), (x, y), "Cost (in dollars)"
+_INDEX = r"""(?x) _\{[^{}]*\} | _\w | (?<=\b[A-Za-z])\d+\b | (?<=\b[f-hpqCEPSTV])\([^()]*\)
+    | ^\s*\([a-z](?:,\ ?[a-z])+\)\s*$
     | (?<=[a-z]\ )\((?:[a-z]{2,}\ ?)+\) | \bm(?=\\angle)"""
 # Signs that the left side of an equation is more than a name: "2 * width", "half the number"
 _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Za-z])- | -(?![A-Za-z])
@@ -333,7 +357,8 @@ _OPERATOR = r"""(?x) [+*^!|:(){}\[\]<>≤≥≠±√] | /(?![A-Za-z]) | (?<![A-Z
     | (?<![A-Za-z])(?:frac|sqrt|binom|div|(?i:half|twice|double|triple|third|quarter|square[ds]?
       |cube[ds]?|root|log|ln|sin|cos|tan|mod|plus|minus|negative|times|over|divided|percent
       |reciprocal|(?:more|less)\ than)|(?:two|three|four|five|six|seven|eight|nine|ten)(?=\ [a-z]\b)
-      |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b"""
+      |[xyz]{2,3}|ab|bc|ac|abc|mn|pq)\b
+    | ^\W*(?i:let|suppose|assume|if|when|for|where|try|check)\b"""  # let x = 5
 # Variables such as x, theta and the x of 5x, but not "a", the sign in 2 x 3, or a unit: 5g, 5km.
 _VARIABLE = r"""(?x) (?<![A-Za-z\\'])(?!I\b|[aA]\ \w|x\ ?\d|(?<=\d)[gL]\b|(?<=\d\ )[gL]\b)
       [A-Za-z](?![A-Za-z'])
@@ -347,15 +372,19 @@ _DECIMAL = r"(?:\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d{1,3})?"
 _NUMBER = rf"""(?x) (?=.{{1,{LIMIT}}}\Z) ([-+]?) (?:(\d+)&(?=\d+/\d+\b))? ({_DECIMAL})
     (?:\^(\d{{1,3}}|(?<=\b10\^)-\d{{1,3}}))? (?:/(?=\S*[1-9])({_DECIMAL}))? (%?)
     (?:km|cm|mm|kg|mg|ml|lbs?|oz|ft|mph|am|pm|st|nd|rd|th|[gL]|/[A-Za-z]{{3,}})?"""
-_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less)\b|{_COUNT})
+_UNIT = rf"""(?xi) \(? (?:(?!(?:or|and|to|plus|minus|times|over|more|less|ab|bc|ac|abc|mn|pq|uv|gh
+      |sin|cos|tan|log|ln)\b|{_COUNT})
     (?:[a-z]+-)?[a-z]{{2,}}|(?-i:[amghsLNJ])) (?:[/*][a-z]+)* (?:\^[23])? \)?"""
 
 
 def _math(text: str) -> str | None:
     text = re.split(_TAKEN_BACK, text)[-1]
-    held, _ = _box(text)
+    held, rest = _box(text)
     if held is not None:
-        return _value(held)
+        value = _value(held)
+        # A statement after the box that gives another value: these are two answers.
+        stated = re.search(_ANSWER_IS, rest) and _math(rest)
+        return value if stated in (None, value) else None
     text = _rewritten(_plain(text), _REWRITES)
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
@@ -379,7 +408,9 @@ def _result(text: str) -> str:
     """Return the right side of an equation whose left side is a name or arithmetic, else `text`."""
     left, _, right = text.rpartition(" = ")
     chain = re.split(_BREAK, left)[-1].split(" = ")
-    return right if all(map(_states, chain)) and not re.search(_TWO_VALUES, text) else text
+    # Only the ends of a chain: in "Profit = income - cost = 20 - 8 = 12", the middle is a formula.
+    stated = all(map(_states, (chain[0], chain[-1])))
+    return right if stated and not re.search(_TWO_VALUES, text) else text
 
 
 def _states(left: str) -> bool:
@@ -433,7 +464,9 @@ _CHOSEN = rf"""(?ixm) (?: {_ANSWER}  # the answer is (B), 答案选B
     | \b(?:option|choice|statement|solution|opci[óo]n|alternativa)
       (?:\ \w{{2,}}){{0,3}}\ (?:is|was|be|es|é)\b
     | \b(?:choose|pick|select|go(?:ing)?\ with|opt\ for|(?:must|has\ to)\ be)\b
-    | (?<=[,;.]\ )(?=\(?(?-i:[A-J])\)?\ is\ (?:the\ )?(?:correct|right)\b)  # A is wrong, B is right
+    | (?:(?<=[,;.]\ )|\bonly\ )(?=\W{{0,4}}\w[^\n,;]{{0,60}}?  # A is wrong, B is right
+      \ is\ (?:the\ )?(?:only\ |best\ |most\ )?(?:correct|right|best)\b(?![^\n.]*\ but\b))
+    | \b(?:corresponds\ to|matches|leaves)\b(?=\ (?:option|choice|letter)\b)
     | 而是 | [选選](?:[择擇]|[项項]\W*[是为為])?
     | \#{{4}}\ *(?=[^\n]*\Z)  # in the last line
     | (?P<weak>\b(?:so|thus|hence|therefore|think|believe|guess|say|it's|it\ is)\b,?) )
@@ -443,10 +476,10 @@ _NEGATED = r"""(?xi) (?:\b(?:not|never|cannot|doubt|false|wrong|incorrect|worst|
       |suppose|(?:any|every)thing\ but)|n't)\b
       (?:(?!\b(?:so|but|and|then|thus|hence|because|only)\b)[^.\n;,:]){0,24}$
     | \b(?:no|não|non)\ (?:es|é|è)\s*$ | 不\w{0,3}\s*$"""
-_ANSWER_LINE = r"""(?xi) ^[^a-z]*(?:so\ |thus\ |therefore,?\ )?(?:the\ )?(?:final\ |correct\ )?
-    answer(?:\ is\b:?|:|\**\ *:)\**(.*[^*\n])?\**$"""
+_ANSWER_LINE = r"""(?xi) ^(?:\#{4}|[^a-z]*(?:(?:so|thus|hence|therefore),?\ )?(?:the\ )?
+    (?:final\ |correct\ )?answer(?:\ is\b:?|:|\**\ *:))[\ *]*(.*[^*.\n])?[*.]*$"""
 _MARKUP = rf"""(?x) ^\s*(?:-|>|\#{{1,3}})\ +(?=\W*[A-Za-z]) | </?[a-z]{{1,6}}> | {_FONT}
-    | \\[()\[\]!] | [*_`${{}}] | \\(?=[%&#]) | <\|\w+\|>"""
+    | \\[()\[\]!] | [*_`${{}}✅✓✔☑] | \\(?=[%&#]) | <\|\w+\|>"""
 _AROUND = " .,;:!\"'\n"
 # Markup and quotes at both ends, a bracket around all of it, the sign of a currency, the full stop.
 _WHOLE = rf"""(?sx) \A(?:</?[a-z]{{1,6}}>|{_FONT}|\\[(\[]|[*_`${{"'])++ (.*?)
@@ -454,6 +487,7 @@ _WHOLE = rf"""(?sx) \A(?:</?[a-z]{{1,6}}>|{_FONT}|\\[(\[]|[*_`${{"'])++ (.*?)
     | \A\(((?:[^()]|\([^()]*\))*)\)\Z | \A\\?\$(?=\.?\d[^$]*\Z) | <\|\w+\|> | \\(?=[%&#])"""
 # At most six words, such as in "the correct option (B).", then the letter and what closes it
 _LETTER = r"""(?x) (?:(?:it|it's|that|is|most|likely|probably|definitely|clearly|therefore|thus|the
+      |actually|indeed|simply|just|instead|still|now|statement
       |correct|right|best|final|answer|ans|option|choice|letter|la|le|l'|die|would|must|should|be
       |opci[óo]n|a\ letra|lettre)\b[:.]?\ ? | [选選][项項择擇]?\ ? | not\ \(?\w\)?,?\ but\ ){0,6}
     [(\["']*([a-z0-9])([)\]"'.:,;!]*(?:\ -(?=\ ))?)(?![!-~])"""
@@ -475,14 +509,15 @@ _GOES_ON = r"(?:[.;:!](?= )|,? (?:because|since|as|which|due)\b| \((?!\w\)))"  #
 
 def _choice(text: str, choices: Choices) -> set[str]:
     held, text = _box(re.split(_TAKEN_BACK, text)[-1])
-    if held and (letters := _named(held, choices)):
-        return letters
+    boxed = _named(held or "", choices)
     text = _plain(text)
     for marker in reversed(list(re.finditer(_CHOSEN, text))[-300:]):
         letters = _named(marker["said"], choices, ".:,;!" if marker["weak"] else ")].:,;!")
         if letters and not re.search(_NEGATED, text[: marker.end()][-99:]):
-            return letters
-    return {letter for line in set(text.split("\n")) for letter in _named(line, choices, "")}
+            return letters | boxed
+    return boxed or {
+        letter for line in set(text.split("\n")) for letter in _named(line, choices, "")
+    }
 
 
 def _named(text: str, choices: Choices, ends: str = ")].:,;!") -> set[str]:
@@ -552,7 +587,8 @@ def _program(text: str) -> str | None:
     Such a block parses and defines more than tests and examples. If there is none, returns a block
     that the token limit cut off, the last block, or the text itself if it is a program.
     """
-    blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)", "", text))  # also in a block quote
+    # Block quotes, byte order marks and end tokens are removed.
+    blocks = _blocks(re.sub(r"(?m)\r(?=\n)|^ {0,3}> ?(?!>)|\ufeff|<\|\w+\|>\s*\Z", "", text))
     if not blocks:
         lines, names = _parsed(text)
         # The body of a function may define nothing.
@@ -590,6 +626,7 @@ def _blocks(text: str) -> list[str]:
     return blocks
 
 
+@lru_cache(maxsize=64)  # the same blocks are asked for many times
 def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
     """Return the statements of a program, and the names that it defines and imports.
 

@@ -17,11 +17,12 @@ from .text.tokenizer import is_text, read_text
 
 Row = dict[str, Any]
 # A gold answer that is a number, alone or at the end of a solution in GSM8K's form, where it may
-# have a unit. The groups are the solution and the number.
+# have a unit. The groups are the solution and the number. (?>…) is not searched again, or a long
+# run of "#" would take minutes.
 NUMBER = re.compile(
-    r"""(?isx) (.*\#{4})? \s* ([-+]?[$€£]?[-+]? (?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+|(?=\.\d))
+    r"""(?isx) (?>(.*\#{4})?) \s* ([-+]?[$€£]?[-+]? (?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+|(?=\.\d))
       (?:\.\d*)? (?:e[-+]?\d+)? (?:/\d+)? \ ?%?) \.?\s*
-    | .*\#{4}[^\n]*\d[^\n]*\s*"""
+    | (?>.*\#{4})[^\n]*?\d[^\n]*\s*"""
 )
 
 

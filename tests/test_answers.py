@@ -150,6 +150,19 @@ def test_repetitive_text_is_graded_within_seconds(start: str, letters: int) -> N
                 extract(kind, text, OPTIONS)
 
 
+def test_the_body_of_a_function_keeps_its_indentation() -> None:
+    """A base model goes on after the question's header. Only the first line lost its spaces."""
+    body = "    total = a + b\n    if total:\n        return total\n    return 0"
+    assert extract("code", body) == "total = a + b\nif total:\n    return total\nreturn 0"
+    assert extract("code", f"<think>hm</think>\n\n{body}\n\n") == extract("code", body)
+
+
+def test_marks_of_files_and_templates_are_not_code() -> None:
+    """Both gave a SyntaxError in a right program."""
+    block = "```python\n\ufeffdef f():\n    return 1\n```<|im_end|>"
+    assert extract("code", block) == "def f():\n    return 1"
+
+
 @pytest.mark.parametrize("part", ["1, 2 = 3. The answer is (B).\n"])
 def test_a_megabyte_is_graded_within_seconds(part: str) -> None:
     """At this size, even a small quadratic part would take an hour."""

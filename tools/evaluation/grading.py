@@ -4,6 +4,7 @@ This module does not use models.
 """
 
 import ast
+import itertools
 import re
 import textwrap
 from collections.abc import Callable
@@ -118,8 +119,9 @@ def tested_code(row: Row, text: str) -> str:
     """
     wanted = re.findall(r"\w+", str(row.get("entry_point", row["tests"])))
     ends = [fence.start() for fence in re.finditer(r"(?m)^.*(?:```|~~~)", text)]
-    programs = [extract("code", text[:end]) or "" for end in [None, *ends[:-20:-1]]]
-    return next((code for code in programs if defines(code, *wanted)), programs[0])
+    whole = extract("code", text) or ""
+    cut = (extract("code", text[:end]) or "" for end in ends[:-20:-1])
+    return next((code for code in itertools.chain([whole], cut) if defines(code, *wanted)), whole)
 
 
 def defines(code: str, *names: str) -> bool:
