@@ -19,7 +19,6 @@ from torch import Tensor
 from . import prompts
 from .core.cache import KVCache
 from .core.errors import ParameterError
-from .core.model import prefill
 from .core.rollout import Align
 from .layout import user_text
 from .load import LM
@@ -216,22 +215,21 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     turns = []
     said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
 
-    def chat_turn(agent: Agent, q: int, context: str, first: bool, last: bool = True) -> PromptText:
-        filled = user_text(run.fill(team.opening, q), run.fill(agent.prompt, q, context))
-        return run.tokenizer.turn(
-            filled, agent.system, agent.prefix, first and not run.continues, last
-        )
-
     def prompt(agent: Agent, q: int) -> PromptText:
+        conversation: Any = [*said[q], (agent, None)]  # agents and their texts
+        context = ""
         if "{context}" in agent.prompt:
             notes = [prompts.WORK.format(name=a.name, text=text.strip()) for a, text in said[q]]
             context = prompts.CONTEXT.format(work="".join(notes)) if notes else ""
-            return chat_turn(agent, q, context, first=True)
+            conversation = conversation[-1:]
         talk = PromptText("")
-        for other, text in said[q]:
-            talk += chat_turn(other, q, "", first=not talk.text, last=False)
-            talk += run.tokenizer.written(text)
-        return talk + chat_turn(agent, q, "", first=not talk.text)
+        for other, text in conversation:
+            filled = user_text(run.fill(team.opening, q), run.fill(other.prompt, q, context))
+            first = not talk.text and not run.continues
+            talk += run.tokenizer.turn(filled, other.system, other.prefix, first, text is None)
+            if text is not None:
+                talk += run.tokenizer.written(text)
+        return talk
 
     *earlier, last = team.agents
     side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
@@ -387,8 +385,7 @@ class LatentRun(Run):
         # The preamble in the cache holds another question: put this question's in its place.
         if handed.run is not self and self.layouts_per_question[0].preamble.text and not first:
             preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
-            preamble = agent_run.new_cache()
-            prefill(agent_run.lm.model, preambles, preamble)
+            _, preamble = agent_run.prefill(preambles, agent_run.new_cache())
             cache = KVCache.concat([preamble, cache.drop(0, handed.shared)])
         texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         steps = self.steps(last, final=True)

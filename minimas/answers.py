@@ -383,8 +383,8 @@ def _math(text: str) -> str | None:
     if held is not None:
         value = _value(held)
         # A statement after the box that gives another value: these are two answers.
-        stated = re.search(_ANSWER_IS, rest) and _math(rest)
-        return value if stated in (None, value) else None
+        other = _math(rest) if re.search(_ANSWER_IS, rest) else None
+        return value if other in (None, value) else None
     text = _rewritten(_plain(text), _REWRITES)
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)

@@ -70,10 +70,8 @@ def receive(run: Any, turns: Sequence[TurnResult], cache: KVCache, shared: list[
             counts = list(map(sub, turn.thoughts_end, turn.prompt_end))
             model(embeddings.to(model.device, model.dtype), own, counts)
         rest = [out.ids + run.closing * run.closes_turns for out in turn.outputs]
-        ends = list(map(add, own.lengths, map(len, rest)))
         if any(rest):
-            run.prefill([row or [0] for row in rest], own)  # any token, where a row has none
-            own = own.truncate(ends)
+            run.prefill(rest, own)
         run.prefilled = list(map(add, run.prefilled, map(sub, own.lengths, turn.start)))
         own, _ = turn._replace(cache=own).for_next_agent(run.transfer, shared)
     run.seconds = run.clock() - began

@@ -4,8 +4,8 @@ They save memory. For speed, use q4 or q8. This file does not depend on models o
 """
 
 import logging
+from functools import partial
 from importlib import import_module
-from types import MethodType
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def require(found: str, device: torch.device) -> None:
         )
 
 
-def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def layer(name: str, weight: Tensor, bias: Tensor | None) -> Any:
     """Return the layer of format "nf4" or "int8" for a matrix (N, K), quantized on its device."""
     bnb = _package().nn
     N, K = weight.shape
@@ -49,8 +49,16 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
     made.eval()(weight.new_zeros(1, K))  # the first call packs the weight
-    made._save_to_state_dict = MethodType(_save_weight, made)
-    return made  # type: ignore[no-any-return]
+    # The scales are saved too: two matrices may have the same values. The method of bitsandbytes
+    # rounds them again each time, but a fingerprint must not change.
+    if name == "nf4":
+        quant = made.weight.quant_state
+        scales = torch.cat([quant.absmax, *([quant.state2.absmax] if quant.nested else [])])
+    else:
+        scales = made.state.SCB
+    made.register_buffer("scales", scales)
+    made._save_to_state_dict = partial(nn.Module._save_to_state_dict, made)
+    return made
 
 
 def _package() -> Any:
@@ -61,8 +69,3 @@ def _package() -> Any:
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return import_module("bitsandbytes")
-
-
-def _save_weight(layer: Any, state: Any, prefix: str, keep_vars: bool) -> None:
-    # The original method rounds the scales again each time, but a fingerprint must not change.
-    state[prefix + "weight"] = layer.weight.data

@@ -144,6 +144,11 @@ class CPULinear(nn.Module):
             destination[prefix + "weight"] = self.weight
 
 
+def tied_head(embedding: Any, hidden: Tensor) -> Tensor:
+    """Return the logits (…, V) of hidden states (…, D), with the embedding's current weight."""
+    return linear(hidden, embedding.weight)
+
+
 def pack(model: Any) -> None:
     """Replace the linear layers of a frozen 16-bit model on a CPU by `CPULinear`, in place.
 
@@ -152,7 +157,7 @@ def pack(model: Any) -> None:
     if model.dtype.itemsize != 2 or model.device.type != "cpu":
         return
     if model.lm_head is None:  # tied
-        model.lm_head = partial(linear, weight=model.model.embed_tokens.weight)
+        model.lm_head = partial(tied_head, model.model.embed_tokens)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, CPULinear(module))

@@ -22,6 +22,7 @@ A group's zero is a float, the weight that the value 8 stands for, as in torch's
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -84,7 +85,10 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
         return Q4Linear(values, scale, zero, bias)
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
-    return bnb.layer(name, weight, bias)
+    made = bnb.layer(name, weight, bias)
+    made._apply = refuse_to_move
+    made._load_from_state_dict = partial(QuantizedLinear._load_from_state_dict, made)
+    return made  # type: ignore[no-any-return]
 
 
 def replacement(

@@ -45,8 +45,10 @@ TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
     LookupError,
+    AttributeError,
     ArithmeticError,
-    RecursionError,
+    MemoryError,
+    RuntimeError,
     SyntaxError,
 )
 
@@ -308,7 +310,8 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         sandbox.globals["raise_exception"] = _raise_exception
-        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        # One time: a turn is rendered several times, and must be the same each time.
+        sandbox.globals["strftime_now"] = datetime.now().strftime
         sandbox.filters["tojson"] = _to_json
         # {% generation %} marks an assistant's text for training. It is a scope, like {% with %}.
         return sandbox.from_string(re.sub(GENERATION, r"\1with", self._source))
