@@ -166,7 +166,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     cache = run.new_cache()
     shared = run.memory_lengths
     turns: list[TurnResult] = []
-    experts: list[tuple[KVCache, list[int]]] = []  # per agent: its cache and shared slots
+    experts: list[Any] = []  # per agent: its cache, and the number of shared slots per row
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
         agent_run = run.with_model_of(agents[0])
@@ -213,10 +213,10 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     require_models(run, team)
     numbers = range(len(run.questions))
     turns = []
-    said: list[list[tuple[Agent, str]]] = [[] for _ in numbers]  # per question: agents and texts
+    said: list[Any] = [[] for _ in numbers]  # per question: the agents and their texts
 
     def prompt(agent: Agent, q: int) -> PromptText:
-        conversation: Any = [*said[q], (agent, None)]  # agents and their texts
+        conversation = [*said[q], (agent, None)]
         context = ""
         if "{context}" in agent.prompt:
             notes = [prompts.WORK.format(name=a.name, text=text.strip()) for a, text in said[q]]
@@ -228,7 +228,7 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
             first = not talk.text and not run.continues
             talk += run.tokenizer.turn(filled, other.system, other.prefix, first, text is None)
             if text is not None:
-                talk += run.tokenizer.written(text)
+                talk += PromptText.from_user(text) + PromptText(run.tokenizer.turn_end)
         return talk
 
     *earlier, last = team.agents

@@ -11,7 +11,7 @@ The rules of a kind are tried in this order. The first one that finds something 
             the only line that is an option: "B. Paris"
     code    the last closed Python block that parses and defines more than tests and examples, with
             the blocks that it uses or that use it
-    free    the text after the thoughts; its last line or a box may state the answer alone
+    free    the text after the thoughts; its last line may state the answer, alone or in a box
 
 An option is named by its letter or by its own words. Numbers are compared exactly, as fractions,
 and expressions are compared as strings. `grade(…, verify=True)` asks math-verify whether two
@@ -30,7 +30,6 @@ import warnings
 from collections.abc import Mapping
 from decimal import Context
 from fractions import Fraction
-from functools import lru_cache
 from itertools import islice
 from symtable import symtable
 from unicodedata import normalize
@@ -76,9 +75,7 @@ def grade(kind: str, text: str, gold: str, choices: Choices = None, verify: bool
         return False
     if kind == "free":
         last = answer.rpartition("\n")[2]
-        stated = re.sub(_ANSWER_LINE, r"\1", last)
-        if stated == last:
-            stated = _box(re.split(_TAKEN_BACK, answer)[-1])[0] or last
+        stated = _box(last)[0] or re.sub(_ANSWER_LINE, r"\1", last)
         return _whole(gold) in map(_whole, (answer, stated))
     if kind == "choice":
         return {answer} == _named(gold, choices)
@@ -382,9 +379,8 @@ def _math(text: str) -> str | None:
     held, rest = _box(text)
     if held is not None:
         value = _value(held)
-        # A statement after the box that gives another value: these are two answers.
-        other = _math(rest) if re.search(_ANSWER_IS, rest) else None
-        return value if other in (None, value) else None
+        # If a statement after the box gives another value, there are two answers.
+        return None if re.search(_ANSWER_IS, rest) and _math(rest) != value else value
     text = _rewritten(_plain(text), _REWRITES)
     said = re.findall(_ANSWER_IS, text)
     clause = re.split(f"{_END}|{_ASIDE}", said[-1])[0] if said else _last(_END, text)
@@ -626,7 +622,6 @@ def _blocks(text: str) -> list[str]:
     return blocks
 
 
-@lru_cache(maxsize=64)  # the same blocks are asked for many times
 def _parsed(program: str) -> tuple[list[ast.stmt], set[str]]:
     """Return the statements of a program, and the names that it defines and imports.
 

@@ -7,7 +7,6 @@ not depend on how an answer is made.
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from .core.cache import KVCache
 from .core.errors import ContextError
@@ -41,9 +40,9 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
                     memory = start
                     turns = 0
                 case ["/save", file] if memory:
-                    memory.save(Path(file).expanduser())
+                    memory.save(file)
                 case ["/load", file]:
-                    memory = KVCache.load(Path(file).expanduser(), lm.model)
+                    memory = KVCache.load(file, lm.model)
                     turns = 0
                 case ["/show"]:
                     for name, value in {"turns": turns, "KV cache": memory, **settings}.items():

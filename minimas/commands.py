@@ -125,10 +125,8 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
     if options.get("models"):
-        folders = dict(text.partition("=")[::2] for text in options["models"])
-        if len(folders) < len(options["models"]):
-            raise ParameterError("models", f"found {options['models']}, expected each name once")
-        options["models"] = {name: load_model(args, folders[name] or name) for name in folders}
+        pairs = [text.partition("=") for text in options["models"]]
+        options["models"] = {name: load_model(args, path or name) for name, _, path in pairs}
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
     return lm, options, settings

@@ -184,8 +184,6 @@ def load(
         with torch.device("meta"):
             model = Qwen3(source.config, str(name))
     used = asked or _default_dtype(source.config.dtype, target)
-    if quantize:
-        check(quantize, target, used)  # `dtype="auto"` is known now
     replace = partial(replacement, source, target, used, quantize)
     # None: hidden unless stderr is a terminal.
     bar = partial(

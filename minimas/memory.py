@@ -31,7 +31,7 @@ def remember(
     """
     tokenizer = text_tokenizer(lm)
     if not is_text(text):
-        raise ParameterError("text", f"found {text!r:.80}, expected a text that is not blank")
+        raise ParameterError("text", f"found {text!r:.80}, expected UTF-8 text that is not blank")
     if type(latent_steps) is not int or latent_steps < 0:
         raise ParameterError("latent_steps", f"found {latent_steps!r}, expected 0 or more")
     if role == "plain":

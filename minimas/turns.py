@@ -95,16 +95,17 @@ class Run:
         for i, question in enumerate(self.questions, start=1):
             if not is_text(question):
                 raise ValueError(
-                    f"question {i}: found {question!r:.80}, expected a text that is not blank"
+                    f"question {i}: found {question!r:.80}, expected UTF-8 text that is not blank"
                 )
         B = len(self.questions)
         if self.kind not in KINDS:
             raise ParameterError("kind", f"found {self.kind!r}, expected one of {', '.join(KINDS)}")
         if isinstance(self.choices, Mapping | None):
             self.choices = [self.choices] * B
-        listed = isinstance(self.choices, Sequence) and len(self.choices) == B
-        if not listed or not all(
-            isinstance(options, Mapping | None) and options != {} for options in self.choices
+        if (
+            not isinstance(self.choices, Sequence)
+            or len(self.choices) != B
+            or not all(isinstance(one, Mapping | None) and one != {} for one in self.choices)
         ):
             raise ValueError(
                 f"choices: found {self.choices!r:.80}, "

@@ -287,7 +287,7 @@ def test_show_describes_the_conversation(chat: Chat) -> None:
         ("/load {tmp}/none", "none: no such file"),
         ("/load {tmp}", "damaged file or another format"),
         ("/load {other}", "other: model: found memory of"),
-        ("half \udcff of a character", "expected a text"),
+        ("half \udcff of a character", "expected UTF-8 text"),
     ],
 )
 def test_an_error_is_one_line_and_leaves_the_conversation_unchanged(

@@ -53,7 +53,8 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> Any:
     # rounds them again each time, but a fingerprint must not change.
     if name == "nf4":
         quant = made.weight.quant_state
-        scales = torch.cat([quant.absmax, *([quant.state2.absmax] if quant.nested else [])])
+        # Without scales of scales, as on some CPUs, the scales are stored twice.
+        scales = torch.cat([quant.absmax, getattr(quant.state2, "absmax", quant.absmax)])
     else:
         scales = made.state.SCB
     made.register_buffer("scales", scales)

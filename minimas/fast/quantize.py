@@ -22,7 +22,6 @@ A group's zero is a float, the weight that the value 8 stands for, as in torch's
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -86,8 +85,7 @@ def quantized(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module | Non
     if name == "nf4" and (K % 64 or N % 32):  # its blocks, and the tiles of its CPU kernel
         return None
     made = bnb.layer(name, weight, bias)
-    made._apply = refuse_to_move
-    made._load_from_state_dict = partial(QuantizedLinear._load_from_state_dict, made)
+    made._apply = made._load_from_state_dict = refuse_to_change
     return made  # type: ignore[no-any-return]
 
 
@@ -144,7 +142,7 @@ def finish(model: Any, quantize: str | None) -> None:
         table = model.model.embed_tokens
         model.lm_head = table if isinstance(table, Q8Linear) else Q8Linear(table.weight, None)
     if kept or plain < len(layers):
-        model._apply = refuse_to_move
+        model._apply = refuse_to_change
 
 
 # -- from weights to values ---------------------------------------------------------------
@@ -214,10 +212,10 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 # -- the layers ---------------------------------------------------------------------------
 
 
-def refuse_to_move(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raise ValueError. This is the `_apply` of a quantized model, called before it is moved."""
+def refuse_to_change(*args: Any, **kwargs: Any) -> NoReturn:
+    """Raise ValueError, in place of the methods that move a quantized model or load its weights."""
     raise ValueError(
-        "to(): found a quantized model, packed for its device; expected load() with device=, dtype="
+        "found a quantized model, packed for its device; expected load() with device=, dtype="
     )
 
 
@@ -254,12 +252,7 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> NoReturn:
-        raise ValueError(
-            f"{prefix}weight: found a quantized layer, expected one in 16 or 32 bits: reload it"
-        )
-
-    _apply = refuse_to_move
+    _apply = _load_from_state_dict = refuse_to_change
 
 
 class Q4Linear(QuantizedLinear):

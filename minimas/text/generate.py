@@ -45,7 +45,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, low, high, expected in (
-            ("temperature", 0, LARGEST, "0 or more"),
+            ("temperature", 0, LARGEST, "0 to 1e300"),
             ("top_p", SMALLEST, 1, "more than 0 and at most 1"),
             ("top_k", 0, LARGEST, "a whole number, 0 or more"),
             ("repetition_penalty", SMALLEST, LARGEST, "more than 0"),

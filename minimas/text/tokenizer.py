@@ -255,10 +255,6 @@ class Tokenizer:
         end = turn.untrusted[0][1]
         return turn.cut(0, end), turn.cut(end, len(turn.text))
 
-    def written(self, text: str) -> PromptText:
-        """Return an agent's generated text and the end of its turn, which follow its prompt."""
-        return PromptText.from_user(text) + PromptText(self.turn_end)
-
     def _conversation(
         self, messages: Sequence[tuple[str, str]], generation_prompt: bool = True
     ) -> PromptText:

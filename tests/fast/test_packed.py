@@ -98,6 +98,19 @@ def test_load_state_dict_works_on_packed_layers() -> None:
     assert torch.equal(remember(model, ids)[0], remember(other, ids)[0])
 
 
+def test_a_tied_head_follows_an_embedding_that_is_replaced() -> None:
+    """After load_state_dict(assign=True), logits came from the old embedding."""
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=True)
+    pack(model)
+    copied = copy.deepcopy(model)
+    changed = {key: weight * 2 for key, weight in model.state_dict().items()}
+    copied.load_state_dict(changed, assign=True)
+    hidden = torch.randn(1, 1, model.config.hidden_size).bfloat16()
+    for one in (model, copied):
+        assert torch.equal(one.logits(hidden), F.linear(hidden, one.model.embed_tokens.weight))
+    assert not torch.equal(model.logits(hidden), copied.logits(hidden))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_dtypes_are_not_packed(dtype: torch.dtype) -> None:
     """The operators are only for bf16."""

@@ -534,6 +534,17 @@ def test_an_untied_head_is_not_treated_as_a_copy(tmp_path: Path) -> None:
     assert torch.equal(file.read("lm_head.weight", torch.float32), near)
 
 
+@pytest.mark.parametrize("first", [0.0, 1.0])
+def test_equal_first_rows_do_not_make_an_untied_head_a_copy(tmp_path: Path, first: float) -> None:
+    """The first tokens may be unused. Logits came from the wrong matrix then."""
+    model = tiny_model(dtype=torch.float32, vocab_size=200)
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        weight.data[:64] = first
+    file = GGUF(write(tmp_path / "a.gguf", model))
+    assert not file.config.tie_word_embeddings
+    assert torch.equal(file.read("lm_head.weight", torch.float32), model.lm_head.weight)
+
+
 # -- shards ----------------------------------------------------------------------------------------
 
 

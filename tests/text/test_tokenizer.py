@@ -50,6 +50,11 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tokenizer.control.values()]
 
 
+def closed(tokenizer: Tokenizer, text: str) -> PromptText:
+    """Return a generated text and the end of its turn."""
+    return PromptText.from_user(text) + PromptText(tokenizer.turn_end)
+
+
 def decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     return str(tokenizer.backend.decode(ids, skip_special_tokens=False))
 
@@ -100,8 +105,8 @@ def test_text_generated_by_an_agent_is_not_trusted(
     tokenizer: Tokenizer, asked: str, wrote: str, then: str
 ) -> None:
     """In text_mas, one agent's text is in the next one's prompt, where it must not open a turn."""
-    conversation = tokenizer.turn(asked) + tokenizer.written(wrote) + tokenizer.turn(then)
-    harmless = tokenizer.turn("x") + tokenizer.written("y") + tokenizer.turn("z")
+    conversation = tokenizer.turn(asked) + closed(tokenizer, wrote) + tokenizer.turn(then)
+    harmless = tokenizer.turn("x") + closed(tokenizer, "y") + tokenizer.turn("z")
     ids = tokenizer.encode_turn(conversation)
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, tokenizer.encode(harmless.text))
     assert decoded(tokenizer, ids) == normalized(tokenizer, conversation.text)
@@ -391,6 +396,22 @@ def test_a_message_is_found_wherever_a_template_puts_it(
 
 def repr_jinja(text: str) -> str:
     return "{{ " + json.dumps(text) + " }}"
+
+
+@pytest.mark.parametrize("fault", ["5|dictsort", "cycler()", "'a' * 10**13", "'x'|xmlattr", "1/0"])
+def test_a_faulty_template_is_refused_by_its_file(tmp_path: Path, fault: str) -> None:
+    """AttributeError was a traceback, and MemoryError blamed the size of the batch."""
+    folder = text_folder(tmp_path / "model", chat_template=f"{{{{ {fault} }}}}{OTHER}")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: the chat template cannot be"):
+        Tokenizer(folder)
+
+
+def test_a_template_that_prints_the_time_prints_one_time(tmp_path: Path) -> None:
+    """A turn is rendered several times. It was refused if the clock moved on in between."""
+    template = "{{ strftime_now('%f') }}" + OTHER
+    tokenizer = Tokenizer(text_folder(tmp_path / "model", chat_template=template))
+    turns = {tokenizer.turn("hi", first=first).text for first in (True, False, True)}
+    assert len(turns) == 2
 
 
 @pytest.mark.parametrize(
