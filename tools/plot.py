@@ -40,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0 if done, 1 if failed."""
     args = parser().parse_args(argv)
     try:
+        as_json = args.out.with_name(args.out.name + ".json")
+        if getattr(args, "paper", None) and args.paper.resolve() == as_json.resolve():
+            raise ValueError(f"--out: found {args.out}, whose {as_json.name} would replace --paper")
         figure = collect(args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        numbers = json.dumps(figure, ensure_ascii=False) + "\n"
-        write_whole(args.out.with_name(args.out.name + ".json"), numbers)
+        write_whole(as_json, json.dumps(figure, ensure_ascii=False) + "\n")
         try:
             draw(figure, args.out)
         except (LookupError, TypeError, AttributeError) as error:

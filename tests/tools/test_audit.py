@@ -203,6 +203,8 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
         record["correct"] = None  # code that was not allowed to run
     assert "with the memory 50% of the answers are right, without it 0%" in verdict(half)
     assert "Nothing can be said" in verdict([])
+    two = verdict(records("nll", full=moved(-0.5), none=none))
+    assert "questions the memory lowers the loss of the right answer by 0.4" in two
 
 
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:
@@ -604,9 +606,17 @@ def test_an_audit_of_chosen_arms_has_only_these_arms(
     before = json.loads((out / "summary.json").read_text())
     assert list(before["arms"]) == ["nll: full", "nll: prompts only", "nll: none"]
     assert before["audit"]["diagnostics"]["transplant"]
-    monkeypatch.setattr(probe, "diagnose", None)
-    assert main(command) == 0
+    calls: list[Any] = []
+    monkeypatch.setattr(probe, "diagnose", lambda *_: calls.append(1) or {})
+    assert main(command) == 0 and not calls
     assert json.loads((out / "summary.json").read_text()) == before
+    # A page of another map in the same folder showed the old diagnostics.
+    (out / "results.jsonl").unlink()
+    assert main([*command, "--align", "prenorm"]) == 0 and calls == [1]
+    (out / "diagnostics.json").write_text("")
+    capsys.readouterr()
+    assert main([*command, "--align", "prenorm"]) == 1
+    assert "diagnostics.json: not valid JSON" in capsys.readouterr().err
 
 
 def test_every_arm_differs_from_full_in_one_setting() -> None:

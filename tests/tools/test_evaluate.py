@@ -957,6 +957,54 @@ def test_a_grid_has_one_arm_per_layout_and_varies_close_only_for_chat() -> None:
     assert [arm.name for arm in found if arm.transfer == "none"] == ["latent_mas transfer=none"]
 
 
+def test_a_layout_that_changes_the_last_prompt_is_an_arm_without_a_cache_too() -> None:
+    """`chat:lead` was dropped beside `chat`, although its last agent has another prompt."""
+    lists = {"transfer": ["none"], "layout": ["turn", "chat", "chat:lead", "assistant"]}
+    found = [arm.layout for arm in grid(method=["latent_mas"], **lists)]
+    assert found == ["turn", "chat:lead", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arms", "full,none"], "arms (--arms): found without --audit"),
+        (["--samples", "5"], "samples (--samples): found no single agent"),
+        (["--samples", "5", "--method", "single", "--metric", "nll"], "samples (--samples): found"),
+        (["--samples", "5", "--audit", "--arms", "full,none"], "samples (--samples): found"),
+        (["--out", "FILE"], "a file, expected a folder"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ordinary run started, and the flag was ignored."""
+    data = write_data(tmp_path / "rows.jsonl", 2)
+    flags = [str(data) if flag == "FILE" else flag for flag in flags]
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "run")]
+    assert main(["--data", str(data), *out, *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_repeated_value_of_a_list_is_used_once(tmp_path: Path) -> None:
+    """The page of a run with --seeds 0,0 called it not finished."""
+    data, out = write_data(tmp_path / "rows.jsonl", 2), tmp_path / "run"
+    flags = ["--seeds", "0,0", "--metric", "nll,nll", "--latent-steps", "1"]
+    assert main(["--data", str(data), "--out", str(out), *flags]) == 0
+    assert json.loads((out / "results.jsonl").read_text().splitlines()[0])["settings"]["seeds"] == [
+        0
+    ]
+
+
+def test_n_counts_the_answers_that_were_graded(tmp_path: Path) -> None:
+    """One of two rows is code that was not run: "n 2, 100 %" had the interval of one answer."""
+    data = write_data(tmp_path / "rows.jsonl", 1)
+    code = {"id": "c", "question": "Write f.", "answer": "assert f()", "kind": "code"}
+    data.write_text(data.read_text() + json.dumps(code) + "\n")
+    flags = ["--method", "single", "--max-new-tokens", "4"]
+    assert main(["--data", str(data), "--out", str(tmp_path / "run"), *flags]) == 0
+    assert "| single | 1 of 2 |" in (tmp_path / "run" / "summary.md").read_text()
+
+
 def test_an_arms_layout_is_the_layout_of_its_team(lm: LM) -> None:
     rows = [{"id": "a", "question": QUESTIONS[0], "answer": "1"}]
     bench = Bench(lm, rows, 1, Sampling(max_new_tokens=2), plain_grader)

@@ -40,6 +40,31 @@ def row(number: int = 0, **fields: Any) -> dict[str, Any]:
 # -- rows ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"canonical_solution": 5}, "canonical_solution: found 5, expected text"),
+        ({"test_imports": 5}, "test_imports: found 5, expected a list"),
+        ({"test_imports": [5]}, "test_imports: found [5], expected a list of texts"),
+        ({"kind": "code", "answer": 5, "tests": None}, "tests: found 5, expected a program"),
+        ({"chance": 7}, "chance: found 7, expected 0 to 1"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_line(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Each was a traceback, some only after the answers were generated."""
+    with pytest.raises(ValueError, match=re.escape(f"line 1: {message}")):
+        read_rows(written(tmp_path, row(tests="assert f()") | fields))
+
+
+def test_a_list_of_tests_is_enough(tmp_path: Path) -> None:
+    """MBPP has no "answer", and its rows were refused."""
+    tests = ["assert f() == 1", "assert f() < 2"]
+    [read] = read_rows(written(tmp_path, {"question": "Write f.", "test_list": tests}))
+    assert read["tests"] == "\n".join(tests) and kind_of(read) == "code"
+
+
 def test_a_row_keeps_its_fields_and_numbers_become_text(tmp_path: Path) -> None:
     """A gold answer that is the number 2 would make grading fail in the middle of a run."""
     [first, second] = read_rows(

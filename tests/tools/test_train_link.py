@@ -349,6 +349,8 @@ def test_no_row_is_repeated_before_all_have_been_used() -> None:
         ids = [row["id"] for n in range(3) for row in batch_of(rows, 3 * epoch + n, settings)]
         assert len(set(ids)) == 9
     assert [len(part) for part in in_batches(rows, 3)] == [3, 3, 2, 2]
+    assert [len(part) for part in in_batches(rows[:5], 2)] == [2, 3]
+    assert [len(part) for part in in_batches(rows[:3], 1)] == [1, 1, 1]
 
 
 def test_shuffled_labels_are_those_of_the_next_question() -> None:
@@ -471,6 +473,56 @@ def test_the_state_of_a_run_can_be_read_by_others(lm: LM, tmp_path: Path) -> Non
     plain = tmp_path / "plain"
     plain.touch()
     assert out.with_suffix(".state.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_lost_vectors_are_written_again_and_a_test_is_logged_once(tmp_path: Path) -> None:
+    """A continued run looked only for the map, and each repeated call added the same test."""
+    out = tmp_path / "link.safetensors"
+    flags = ["--start-vectors", 1, "--test", 2]
+    run(out, *flags)
+    vectors_path(out).unlink()
+    run(out, *flags)
+    assert vectors_path(out).exists()
+    assert sum("test" in record for record in log_of(out)) == 1
+
+
+def test_another_file_in_place_of_the_state_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A map under the state's name was a traceback."""
+    out = tmp_path / "link.safetensors"
+    run(out)
+    out.with_suffix(".state.safetensors").write_bytes(out.read_bytes())
+    capsys.readouterr()
+    run(out, "--updates", 3, status=1)
+    assert "link.state.safetensors: found another file, expected the state" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_other_solution_is_another_one_in_batches_of_any_size(
+    tmp_path: Path, size: int
+) -> None:
+    """In a batch of one question, "another" solution was its own. Size 1 was a traceback."""
+    out = tmp_path / "ceiling.safetensors"
+    run(out, "--ceiling", 1, "--test", 3, "--batch-size", size)
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 3
+    assert all(record["own"][0] != record["other"][0] for record in records)
+
+
+def test_a_file_that_is_read_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log of --out train.safetensors replaced the questions in train.jsonl."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    before = data.read_text()
+    run(tmp_path / "train.safetensors", "--data", data, status=2)
+    assert "argument --data: found" in capsys.readouterr().err
+    assert data.read_text() == before
 
 
 def test_an_agents_own_number_of_thoughts_is_used(lm: LM) -> None:
@@ -629,10 +681,11 @@ def test_a_start_of_another_model_or_size_is_named(
         (["--rows", "0:7"], 1, "--rows: found with --data tiny, expected a file: FILE.jsonl"),
         (["--start", "random"], 2, "--start: found 'random', expected ridge"),
         (["--ceiling", "2"], 2, "--test: expected 2 or more questions with --ceiling"),
+        (["--shuffle-labels", "--held-out", "1"], 2, "--held-out: expected 2 or more"),
         (["--team", "crowd"], 1, "--team: found 'crowd', expected a Team or one of"),
         (["--out", "link.pt"], 2, "--out: found 'link.pt', expected FILE.safetensors"),
         (["--out", "nowhere/link.safetensors"], 1, "nowhere: no such folder (--out)"),
-        (["--start", "x.safetensors", "--out", "x.safetensors"], 2, "--start: found the file of"),
+        (["--start", "x.safetensors", "--out", "x.safetensors"], 2, "--start: found"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip

@@ -33,7 +33,7 @@ from minimas.text.generate import GeneratedText
 from minimas.turns import Run, TurnResult
 from tools.evaluation.grading import plain_grader
 from tools.evaluation.probe import Tap
-from tools.evaluation.rows import Row, kind_of
+from tools.evaluation.rows import Row, kind_of, option_of
 from tools.evaluation.stats import mcnemar, wilson
 
 from .setting import FAILS, HOLDS, NOT_SHOWN, Finding, Setting, first_and_last
@@ -148,7 +148,8 @@ def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]
     }
     found: list[Outcome] = []
     for q, row in enumerate(rows):
-        one: Outcome = {"gold": row["answer"], "wrong answer": answers[q]}
+        gold = option_of(row["answer"], row["choices"]) if row.get("choices") else row["answer"]
+        one: Outcome = {"gold": gold, "wrong answer": answers[q]}
         for channel, arms in results.items():
             right = [bool(plain_grader(row, given[q].text)) for given in arms]
             one[channel] = dict(zip(ARMS, right, strict=True))

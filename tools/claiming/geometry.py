@@ -79,6 +79,9 @@ def measure_overlap(setting: Setting) -> Finding:
     place = plane(torch.cat([tokens, *(cloud.flatten(0, 1) for cloud in clouds.values())]))
     ellipse = Ellipse(torch.tensor(place(tokens)))
     first_texts = [agents[0] for agents in written]
+    if len(first_texts) < 2:
+        raise ValueError("limit (--limit): found one question, expected two or more: the control "
+                         "is the text of another one")  # fmt: skip
     found: dict[str, Any] = {}
     for name, cloud in clouds.items():
         walked, points = walk(taps[name], w_in), torch.tensor(place(cloud.flatten(0, 1)))

@@ -22,13 +22,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minimas.teams import LAYOUTS
+
 METHODS = ("single", "text_mas", "latent_mas")
 METRICS = ("accuracy", "nll")
 LATENT_SETTINGS = ("team", "latent_steps", "align", "transfer", "close", "prefix", "layout")
 # The settings that each method uses. Other settings stay None, so that a grid has no arm twice.
 SETTINGS = {"single": (), "text_mas": ("team",), "latent_mas": LATENT_SETTINGS}
 # Settings that have no effect on the last agent if no KV cache is handed over.
-WITHOUT_EFFECT = ("latent_steps", "align", "close", "prefix", "layout")
+WITHOUT_EFFECT: tuple[str, ...] = ("latent_steps", "align", "close", "prefix", "layout")
 AUDIT_MAPS = ("prenorm", "mean", "fitted", "soft", "gumbel", "token", "pause")
 SAME_SECONDS = "same seconds"
 
@@ -67,6 +69,9 @@ def grid(thinks_last: bool = False, **lists: Sequence[Any]) -> list[Arm]:
         used = {"method", "metric", *SETTINGS[given["method"]]}
         kept = {name: value for name, value in given.items() if name in used}
         dropped = WITHOUT_EFFECT if kept.get("transfer") == "none" and not thinks_last else ()
+        # The other layouts change the last agent's prompt too.
+        if kept.get("layout") not in (None, *LAYOUTS):
+            dropped = tuple(name for name in dropped if name != "layout")
         kept |= {name: lists[name][0] for name in dropped if name in lists}
         if kept.get("latent_steps") == 0:
             kept.pop("align", None)  # without latent steps no map is used

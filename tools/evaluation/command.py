@@ -16,6 +16,7 @@ from torch import distributed
 
 import minimas
 from minimas.agents import TRANSFERS
+from minimas.core.config import read_json
 from minimas.fast.quantize import FORMATS
 from minimas.lens import Lens
 from minimas.teams import LAYOUTS, TEAMS
@@ -162,7 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
     args.prefix = args.prefix or [None]
+    for name in ("metric", "seeds", "align", "arms"):  # the others: see `grid`
+        if getattr(args, name):
+            setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     try:
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"out (--out): found {args.out}, a file, expected a folder")
         check_can_lock()
         if args.replay or args.regrade:
             take_arguments_of_head(args)
@@ -173,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if replay(run.bench, run.arms, run.records(), args.replay) else 1
         if args.regrade:
             changed = regrade(run.folder, run.bench, run.settings, run.head(), run.units)
-            print(f"evaluate: {changed} grades changed", file=sys.stderr)
+            votes = sum("votes" in record for record in run.records())
+            left_out = f"; {votes} votes are left out, as other samples are not stored"
+            text = f"evaluate: {changed} grades changed{left_out if votes else ''}"
+            print(text, file=sys.stderr)
         else:
             run.run()
         return 0 if run.process or run.report() or args.regrade else 1
@@ -302,6 +311,14 @@ class Evaluation:
             lists["close"] = lists["close"][:1]  # there is only one turn
         arms = grid(thinks_last, method=args.method, metric=args.metric, **lists)
         samples = args.samples or 1
+        if args.arms is not None:
+            raise ValueError("arms (--arms): found without --audit, expected it only with --audit")
+        votes = any(arm.method == "single" and arm.metric == "accuracy" for arm in arms)
+        if args.samples and not votes:
+            raise ValueError(
+                "samples (--samples): found no single agent whose accuracy is measured, expected "
+                "--method single"
+            )
         return [replace(arm, samples=samples) if arm.method == "single" else arm for arm in arms]
 
     def choose_audit_arms(self, full: Arm) -> list[Arm]:
@@ -310,6 +327,8 @@ class Evaluation:
         arms = audit_arms(full, args.align[1:] or AUDIT_MAPS, args.metric, args.arms)
         if arms and arms[-1].name == VOTE:
             arms[-1] = replace(arms[-1], samples=args.samples or self.samples_to_vote_on(full))
+        elif args.samples and args.arms is not None:
+            raise ValueError(f"samples (--samples): found without the arm {VOTE!r}, expected it")
         return arms
 
     def samples_to_vote_on(self, full: Arm) -> int:
@@ -420,13 +439,20 @@ class Evaluation:
         return missing == 0
 
     def diagnostics(self) -> Record:
-        """Return the diagnostics of an audit, which are stored because they take minutes."""
+        """Return the diagnostics of an audit, which are stored because they take minutes.
+
+        Those of a run with other settings are computed again.
+        """
         path = self.folder / "diagnostics.json"
-        if not path.exists():
+        settings = json.loads(json.dumps(self.settings))
+        stored = read_json(path, needed=False)
+        if stored.get("settings") != settings:
             found = probe.diagnose(self.bench, self.arms)
-            write_whole(path, json.dumps(found, indent=1) + "\n")
-        kept: Record = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+            stored = {"settings": settings, "diagnostics": found}
+            write_whole(path, json.dumps(stored, indent=1) + "\n")
+            stored = read_json(path)
+        diagnostics: Record = stored["diagnostics"]
+        return diagnostics
 
 
 def check_parallel(args: argparse.Namespace, size: int, processes: int) -> None:

@@ -23,6 +23,7 @@ __all__ = ["Row", "kind_of", "option_of", "own_team", "read_rows"]
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "id": (str, int), "answer": (str, int, Decimal), "solution": (str,), "tests": (str,),
     "test_list": (list,), "entry_point": (str,), "chance": (int, Decimal), "team": (dict,),
+    "canonical_solution": (str,), "test_imports": (list,),
 }  # fmt: skip
 MAY_NOT_BE_EMPTY = ("id", "answer", "tests")
 TYPE_NAMES = {str: "text", int: "a number", dict: "an object", list: "a list"}
@@ -61,7 +62,7 @@ def wrong(field: str, found: Any, expected: str) -> ValueError:
 
 def checked_row(row: Row) -> Row:
     """Return a row in the format of the tools. Raises ValueError naming a wrong field."""
-    if "answer" not in row and "tests" not in row:
+    if not row.keys() & {"answer", "tests", "test_list"}:
         raise wrong("answer", None, "text")
     for field, types in FIELD_TYPES.items():
         value = row.get(field, "-")
@@ -69,6 +70,10 @@ def checked_row(row: Row) -> Row:
             raise wrong(field, value, TYPE_NAMES[types[0]])
         if field in MAY_NOT_BE_EMPTY and not str(value).strip():
             raise wrong(field, value, "one that is not empty")
+        if isinstance(value, list) and {*map(type, value)} - {str}:
+            raise wrong(field, value, "a list of texts")
+    if not 0 <= row.get("chance", 0) <= 1:
+        raise wrong("chance", row["chance"], "0 to 1")
     if isinstance(row.get("answer"), Decimal):
         row["answer"] = f"{row['answer']:f}"  # with the digits of the file, without an exponent
     row = json.loads(json.dumps(row, default=float))  # other numbers become int and float
@@ -89,10 +94,12 @@ def checked_row(row: Row) -> Row:
 
 def code_row(row: Row) -> Row:
     """Return a row of a programming task with "tests", "answer" and, if known, "solution"."""
-    row.setdefault("tests", row.get("answer"))
+    row.setdefault("tests", row.get("answer", "\n".join(row.get("test_list", []))))
     row.setdefault("answer", row["tests"])
+    if not isinstance(row["tests"], str):
+        raise wrong("tests", row["tests"], "a program, as text")
     if "test_list" in row:
-        shown = "\n".join(str(test) for test in row["test_list"][:SHOWN_TESTS])
+        shown = "\n".join(row["test_list"][:SHOWN_TESTS])
         row["question"] = f"{row['question'].rstrip()}\nIt must pass these tests:\n{shown}"
     if "canonical_solution" in row:
         # A solution of HumanEval continues the question.

@@ -33,6 +33,7 @@ def summarize_arm(records: Sequence[Record]) -> Record:
     line: Record = {"n": n, "metric": first["metric"], "seeds": total // n}
     if graded := values_by_question(records, "correct"):
         line["accuracy"] = share(graded)
+        line["graded"] = len(graded)  # programs are not graded unless they are run
     if losses := values_by_question(records, "nll"):
         line["nll"] = list(bootstrap(losses))
     if "finish_reason" in first:
@@ -77,4 +78,6 @@ def cells(line: Record) -> list[str]:
     counts = [f"{line[name]:,.0f}" for name in COUNTS]
     # Arms that measure losses share prefilled prompts, so their seconds cannot be compared.
     seconds = "" if line["metric"] == "nll" else f"{line['seconds']:.3g}"
-    return [str(line["n"]), right, nll, cut, *counts, seconds]
+    n = line["n"]
+    graded = line.get("graded", n)
+    return [str(n) if graded == n else f"{graded} of {n}", right, nll, cut, *counts, seconds]

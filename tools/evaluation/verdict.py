@@ -51,6 +51,7 @@ def verdict(found: Sequence[Record]) -> str:
     """Return the result of an audit in one sentence."""
     thoughts = compare(found, "nll", "full", "prompts only")
     prompts = compare(found, "nll", "prompts only", "none")
+    memory = None if thoughts or prompts else compare(found, "nll", "full", "none")
     by_thoughts = compare(found, "accuracy", "full", "prompts only")
     by_memory = compare(found, "accuracy", "full", "none")
     parts = []
@@ -58,14 +59,16 @@ def verdict(found: Sequence[Record]) -> str:
         parts.append(thoughts_sentence(found, thoughts, by_thoughts))
     if prompts:
         what = "it" if thoughts else "the loss of the right answer"
-        parts.append(prompts_sentence(prompts, what))
+        parts.append(memory_sentence(prompts, "the prompts' memory", what))
+    if memory:
+        parts.append(memory_sentence(memory, "the memory", "the loss of the right answer"))
     if by_thoughts:
         parts.append(answers_sentence(by_thoughts, "the thoughts", "them", "they {}"))
     if by_memory:
         parts.append(answers_sentence(by_memory, "the memory", "it", "it {}s"))
     if not parts:
         return NOTHING
-    n = next(line["n"] for line in (thoughts, prompts, by_thoughts, by_memory) if line)
+    n = next(line["n"] for line in (thoughts, prompts, memory, by_thoughts, by_memory) if line)
     return f"On these {n} questions {'; '.join(parts)}."
 
 
@@ -103,12 +106,12 @@ def thoughts_sentence(found: Sequence[Record], line: Record, answers: Record | N
     return f"{said}, but no difference from another question's memory is found"
 
 
-def prompts_sentence(line: Record, what: str) -> str:
-    """Return a clause about the effect of the prompts in the KV cache on the loss (`what`)."""
+def memory_sentence(line: Record, memory: str, what: str) -> str:
+    """Return a clause about the effect of a KV cache (`memory`) on the loss (`what`)."""
     if line["p"] >= ALPHA:
-        return f"no effect of the prompts' memory is found ({size(line)}, {p_value(line)})"
+        return f"no effect of {memory} is found ({size(line)}, {p_value(line)})"
     verb = "raises" if line["mean"] > 0 else "lowers"
-    return f"the prompts' memory {verb} {what} by {size(line)} ({p_value(line)})"
+    return f"{memory} {verb} {what} by {size(line)} ({p_value(line)})"
 
 
 def size(line: Record) -> str:

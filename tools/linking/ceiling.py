@@ -21,7 +21,6 @@ from minimas.results import AgentStart, Thought, finish
 from tools.evaluation.last_turn import PrefillOnce
 from tools.evaluation.rows import Row
 
-from .data import rotated
 from .link import Feeder
 from .rollout import Align, TeamSettings, nll, start_run
 
@@ -101,15 +100,22 @@ def optimize(
 
 
 def ceiling(
-    lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Align, updates: int, rate: float
+    lm: LM,
+    pairs: Sequence[tuple[Row, Row]],
+    settings: TeamSettings,
+    align: Align,
+    updates: int,
+    rate: float,
 ) -> list[dict[str, Any]]:
     """Return a record per question, with losses by update for its own and for another solution.
 
-    The other solution is that of the next question. Both optimizations have the same start.
+    `pairs` has each row twice: with its own solution, and with another one (see `data.rotated`).
+    Both optimizations have the same start.
     """
-    own_losses = optimize(lm, rows, settings, align, updates, rate)
-    other_losses = optimize(lm, rotated(rows), settings, align, updates, rate)
+    losses = [
+        optimize(lm, rows, settings, align, updates, rate) for rows in zip(*pairs, strict=True)
+    ]
     return [
         {"id": row["id"], "own": own, "other": other}
-        for row, own, other in zip(rows, own_losses, other_losses, strict=True)
+        for (row, _), own, other in zip(pairs, *losses, strict=True)
     ]

@@ -22,9 +22,9 @@ from tools.shared.files import write_whole
 
 from .ceiling import ceiling
 from .data import EXPECTED, Data, read_data, rotated
-from .link import Link
+from .link import Link, vectors_path
 from .rollout import OBJECTIVES, TeamSettings, require_alike
-from .train import Settings, Training, in_batches, kept, measure, state_of
+from .train import Settings, Training, in_batches, kept, log_of, measure, state_of
 
 SUFFIX = ".safetensors"
 STARTS = ("ridge", "prenorm", "identity")
@@ -120,8 +120,12 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with status 2 if a flag is wrong, or if flags do not go together."""
     if args.out.suffix != SUFFIX:  # --align would take its name for a kind of map
         parser.error(f"argument --out: found {str(args.out)!r}, expected FILE{SUFFIX}")
-    if Path(args.start).resolve() == args.out.resolve():
-        parser.error("argument --start: found the file of --out, which training overwrites")
+    written = [args.out, log_of(args.out), state_of(args.out), vectors_path(args.out)]
+    for flag, name in (("data", args.data or ""), ("team", args.team), ("start", args.start)):
+        if Path(name).resolve() in [path.resolve() for path in written]:
+            parser.error(f"argument --{flag}: found {name!r}, a file that --out {args.out} writes")
+    if args.shuffle_labels and args.held_out < 2:
+        parser.error("argument --held-out: expected 2 or more questions with --shuffle-labels")
     if args.gist and (args.rank or args.start_vectors or args.noise or args.start != "ridge"):
         parser.error("argument --gist: there is no map, so expected no --start, --noise, --rank or "
                      "--start-vectors")  # fmt: skip
@@ -253,7 +257,7 @@ def measure_ceiling(
     args: argparse.Namespace,
 ) -> None:
     """Write a record per question to the log of --out, and print the mean losses so far."""
-    log, firsts, lasts = args.out.with_suffix(".jsonl"), list[float](), dict[str, list[float]]()
+    log, firsts, lasts = log_of(args.out), list[float](), dict[str, list[float]]()
     if args.out.exists() or state_of(args.out).exists():
         raise FileExistsError(f"{args.out}: found a trained link, whose log --ceiling would "
                               "overwrite, expected another --out")  # fmt: skip
@@ -262,7 +266,7 @@ def measure_ceiling(
         raise ValueError(f"--ceiling: found {last.name!r}, a last agent with latent_steps "
                          f"{last.latent_steps}, expected null")  # fmt: skip
     write_whole(log, "")
-    for batch in in_batches(rows, args.batch_size):
+    for batch in in_batches(list(zip(rows, rotated(rows), strict=True)), args.batch_size):
         for record in ceiling(lm, batch, team_settings, start, args.ceiling, args.rate):
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

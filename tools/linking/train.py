@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +30,7 @@ from .data import Data
 from .link import Link
 from .rollout import OBJECTIVES, TeamSettings, answers, nll
 
+T = TypeVar("T")
 CLIP = 1.0  # the largest norm of all gradients together
 # What the checksums in the settings of a run are made from.
 SOURCES = {
@@ -82,7 +83,7 @@ class Training:
     ) -> None:
         self.lm, self.link, self.data, self.team_settings = lm, link, data, team_settings
         self.settings, self.out, self.identity = settings, out, identity
-        self.state, self.log = state_of(out), out.with_suffix(".jsonl")
+        self.state, self.log = state_of(out), log_of(out)
         self.parameters = dict(link.named_parameters())
         self.adam = torch.optim.Adam(self.parameters.values(), lr=settings.rate)
         self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
@@ -193,8 +194,13 @@ class Training:
         if not self.state.exists():
             return False
         with opened(self.state) as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if "progress" not in metadata:
+            raise ValueError(
+                f"{self.state}: found another file, expected the state of a run: use another "
+                "--out, or --restart"
+            )
         known = json.loads(metadata["settings"])
         for name, value in self.identity.items():
             if known.get(name) != value:
@@ -202,11 +208,9 @@ class Training:
                 if name in SOURCES:
                     problem = f"found a run with another {SOURCES[name]}, expected the same"
                 raise ValueError(f"{self.state}: {problem}: use another --out, or --restart")
-        # The link is saved before the state, unless its file was deleted since.
         self.set_parameters(part_of(tensors, "best"))
         self.best = {name: part.detach().clone() for name, part in self.parameters.items()}
-        if not self.out.exists():
-            self.link.save(self.out, self.lm.model)
+        self.link.save(self.out, self.lm.model)  # its files may have been deleted since
         self.progress = Progress(**json.loads(metadata["progress"]))
         self.set_parameters(part_of(tensors, "now"))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -215,11 +219,13 @@ class Training:
             moments.setdefault(int(index), {})[moment] = value
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict({"state": moments, "param_groups": groups})
-        # Records that were written after the state belong to updates that will be repeated.
+        # Records that were written after the state belong to updates that will be repeated, and a
+        # test is repeated too.
         done = [
             record
             for record in read_log(self.log)
-            if "settings" not in record and record.get("update", 0) <= self.progress.update
+            if not {"settings", "test"} & record.keys()
+            and record.get("update", 0) <= self.progress.update
         ]
         lines = [json.dumps(record) for record in ({"settings": self.identity}, *done)]
         write_whole(self.log, "\n".join(lines) + "\n")
@@ -230,6 +236,11 @@ class Training:
         """Copy `parts` to the parameters of the link."""
         for name, part in self.parameters.items():
             part.copy_(parts[name])
+
+
+def log_of(out: Path) -> Path:
+    """Return the path of the log of the run that trains the link `out`."""
+    return out.with_suffix(".jsonl")
 
 
 def state_of(out: Path) -> Path:
@@ -275,14 +286,18 @@ def batch_of(rows: Sequence[Row], update: int, settings: Settings) -> list[Row]:
     return [rows[i] for i in order[batch * size : (batch + 1) * size]]
 
 
-def in_batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
-    """Return all rows in order, in batches of at most `size`.
+def in_batches(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Return all items in order, in batches of at most `size`.
 
-    If possible, no batch has only one row, which could not get another row's thoughts.
+    If possible, no batch has only one row, which could not get another row's thoughts. For that, a
+    last batch of size 2 may have three rows.
     """
     starts = list(range(0, len(rows), size))
-    if len(starts) > 1 and len(rows) - starts[-1] == 1:
-        starts[-1] -= 1
+    if size > 1 and len(starts) > 1 and len(rows) - starts[-1] == 1:
+        if size == 2:
+            starts.pop()
+        else:
+            starts[-1] -= 1
     ends = [*starts[1:], len(rows)]
     return [rows[start:end] for start, end in zip(starts, ends, strict=True)]
 

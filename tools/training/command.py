@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from minimas import load
+from tools.shared.arguments import print_error
 
 from .card import Run, arms, card, measure, misses
 from .tiny_task import make_tokenizer
@@ -29,6 +30,12 @@ FILES = (
 def main(description: str) -> int:
     """Train, measure, and write the best model. Returns 1 if it misses a bar of the card."""
     args = make_parser(description).parse_args()
+    try:
+        for folder in (args.out, args.scratch):  # now, not after the training
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print_error("train_tiny", error)
+        return 1
     torch.set_num_threads(1)  # with matrices this small, a second thread makes training slower
     runs: dict[int, Run] = {}
     for seed in args.seed:
@@ -45,7 +52,6 @@ def main(description: str) -> int:
         return len(missed[seed]), -runs[seed].figures["latent_mas, sequential"]
 
     best = min(runs, key=rank)
-    args.out.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         shutil.copyfile(runs[best].folder / file, args.out / file)
     text = card(CARD.read_text(encoding="utf-8"), runs, best, rows, args.questions)
