@@ -49,7 +49,7 @@ def extract(kind: str, text: str, choices: Choices = None) -> str | None:
     if kind not in KINDS:
         raise ValueError(f"--kind: found {kind!r}, expected math, choice, code or free")
     thoughts, _, said = text.rpartition("</think>")
-    said = re.sub(r"\A\s*\n|\s+\Z", "", said.partition("<think>")[0])
+    said = said.partition("<think>")[0].rstrip()
     if kind == "free":
         return said.strip() or None
     said = said or thoughts.replace("<think>", " ")  # if nothing follows the thoughts
