@@ -53,11 +53,11 @@ def layer(name: str, weight: Tensor, bias: Tensor | None) -> Any:
     # rounds them again each time, but a fingerprint must not change.
     if name == "nf4":
         quant = made.weight.quant_state
-        # Without scales of scales, as on some CPUs, the scales are stored twice.
-        scales = torch.cat([quant.absmax, getattr(quant.state2, "absmax", quant.absmax)])
+        made.register_buffer("scales", quant.absmax)
+        # The scales have scales too, but not on every CPU.
+        made.register_buffer("scales_of_scales", getattr(quant.state2, "absmax", None))
     else:
-        scales = made.state.SCB
-    made.register_buffer("scales", scales)
+        made.register_buffer("scales", made.state.SCB)
     made._save_to_state_dict = partial(nn.Module._save_to_state_dict, made)
     return made
 

@@ -27,7 +27,7 @@ def run(folder: Path, quantize: str | None, parallel: bool) -> dict[str, torch.T
     after = model(model.embed(torch.tensor([[8], [9]])), joined)
     sampling = Sampling(temperature=0.8, max_new_tokens=8)
     results = latent_mas(lm, QUESTIONS, sampling=sampling)
-    layers = [weight for name, weight in model.state_dict().items() if "_proj" in name]
+    layers = [weight for name, weight in model.state_dict().items() if "_proj.weight" in name]
     sizes = [sum(weight.numel() for weight in layers), cache.keys[0].shape[1]]
     states = {"prefill": hidden, "thoughts": thoughts, "after": after}
     return states | {"sizes": torch.tensor(sizes), "texts": [result.text for result in results]}

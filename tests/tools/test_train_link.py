@@ -293,7 +293,8 @@ def test_free_thoughts_are_optimized_separately_for_each_question(lm: LM) -> Non
         assert len(losses) == 7 and losses[-1] < losses[0] - 0.01
         [alone] = optimize(lm, [ROWS[q]], setting, align, 6, 3e-2)
         assert alone == pytest.approx(losses, rel=1e-6)
-    records = ceiling(lm, ROWS, setting, align, 1, 3e-2)
+    pairs = list(zip(ROWS, rotated(ROWS), strict=True))
+    records = ceiling(lm, pairs, setting, align, 1, 3e-2)
     assert [one["id"] for one in records] == ["a", "b", "c"]
     [other, *_] = optimize(lm, rotated(ROWS), setting, align, 1, 3e-2)
     assert records[0]["other"] == pytest.approx(other) and records[0]["own"] == together[0][:2]
@@ -599,9 +600,9 @@ def test_a_trained_link_can_be_used_as_a_map_for_align(
     each = last["questions"]
     assert len({one["id"] for one in each}) == 3, "no pairs for a comparison with another link"
     assert sum(one["right"] for one in each) == tested["right"]
-    for name, count in (("loss", 3), ("other", 2)):  # of 3, one is alone in its batch
-        losses = [one[name] for one in each if one[name] is not None]
-        assert len(losses) == count and fmean(losses) == pytest.approx(tested[name])
+    for name in ("loss", "other"):
+        losses = [one[name] for one in each]
+        assert len(losses) == 3 and fmean(losses) == pytest.approx(tested[name])
     assert "16,384 parameters" in progress and "update 2 of 2: loss" in progress
     assert vectors_path(tmp_path / "vectors.safetensors").exists()
     run(tmp_path / "again.safetensors", "--start", tmp_path / "full.safetensors")
