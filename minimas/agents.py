@@ -166,7 +166,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     cache = run.new_cache()
     shared = run.memory_lengths
     turns: list[TurnResult] = []
-    experts: list[Any] = []  # per agent: its cache, and the number of shared slots per row
+    experts = list[Any]()  # per agent: its cache, and the number of shared slots per row
     for numbers in run.stages():
         agents = [team.agents[i] for i in numbers]
         agent_run = run.with_model_of(agents[0])

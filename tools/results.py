@@ -131,18 +131,20 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
 
 def answer_line(records: Sequence[Record]) -> list[str]:
     """Return the cells after the name of an arm whose answers were graded."""
-    right, low, high = share(list(values(records, "correct").values()))
+    answers = list(values(records, "correct").values())  # programs may not be graded
+    right, low, high = share(answers)
     cut = mean(record["finish_reason"] == "length" for record in records)
     counts = [f"{mean(r[name] for r in records):,.0f}" for name in ("read", "thought", "written")]
     seconds = f"{median(record['seconds'] for record in records):.3g}"
     accuracy = f"{right:.1%} [{low:.1%}, {high:.1%}]"
-    return [str(len(records)), accuracy, f"{cut:.0%}", *counts, seconds]
+    return [str(len(answers)), accuracy, f"{cut:.0%}", *counts, seconds]
 
 
 def loss_line(records: Sequence[Record]) -> list[str]:
     """Return the cells after the name of an arm whose loss was measured."""
-    middle, low, high = bootstrap(list(values(records, "nll").values()))
-    return [str(len(records)), f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
+    losses = list(values(records, "nll").values())
+    middle, low, high = bootstrap(losses)
+    return [str(len(losses)), f"{middle:.3f} [{low:.3f}, {high:.3f}]"]
 
 
 def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) -> str:

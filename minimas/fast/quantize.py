@@ -215,7 +215,8 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def refuse_to_change(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise ValueError, in place of the methods that move a quantized model or load its weights."""
     raise ValueError(
-        "found a quantized model, packed for its device; expected load() with device=, dtype="
+        "to() or load_state_dict(): found a quantized model, packed for its device; "
+        "expected load() with device=, dtype="
     )
 
 

@@ -511,11 +511,14 @@ def test_a_packed_model_or_a_part_of_it_cannot_be_overwritten_or_moved(
 ) -> None:
     """bitsandbytes took new values and kept the old scales, or failed at the next step."""
     model = load(folder, device="cpu", quantize=name).model
+    before = model.fingerprint()
+    refused = r"to\(\) or load_state_dict\(\): found a quantized model, packed for its device"
     for state in (load(folder, device="cpu").model.state_dict(), model.state_dict()):
-        with pytest.raises(ValueError, match=r"found a quantized model, packed for its device"):
+        with pytest.raises(ValueError, match=refused):
             model.load_state_dict(state, strict=False)
-    with pytest.raises(ValueError, match=r"found a quantized model, packed for its device"):
+    with pytest.raises(ValueError, match=refused):
         model.model["layers"].float()
+    assert model.fingerprint() == before
 
 
 @pytest.mark.parametrize("name", NAMES)

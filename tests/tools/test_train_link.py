@@ -603,6 +603,9 @@ def test_a_trained_link_can_be_used_as_a_map_for_align(
     for name in ("loss", "other"):
         losses = [one[name] for one in each]
         assert len(losses) == 3 and fmean(losses) == pytest.approx(tested[name])
+    run(tmp_path / "full.safetensors", "--test", 3, "--batch-size", 1, "--restart")
+    alone = log_of(tmp_path / "full.safetensors")[-1]  # no other question is in the batch
+    assert "other" not in alone["test"] and all("other" not in one for one in alone["questions"])
     assert "16,384 parameters" in progress and "update 2 of 2: loss" in progress
     assert vectors_path(tmp_path / "vectors.safetensors").exists()
     run(tmp_path / "again.safetensors", "--start", tmp_path / "full.safetensors")
@@ -686,7 +689,8 @@ def test_a_start_of_another_model_or_size_is_named(
         (["--team", "crowd"], 1, "--team: found 'crowd', expected a Team or one of"),
         (["--out", "link.pt"], 2, "--out: found 'link.pt', expected FILE.safetensors"),
         (["--out", "nowhere/link.safetensors"], 1, "nowhere: no such folder (--out)"),
-        (["--start", "x.safetensors", "--out", "x.safetensors"], 2, "--start: found"),
+        (["--start", "x.safetensors", "--out", "x.safetensors"], 2,
+         "--start: found 'x.safetensors', a file that --out x.safetensors writes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip

@@ -61,6 +61,9 @@ def measure_overlap(setting: Setting) -> Finding:
     length would give.
     """
     lm, rows = setting.lm, setting.rows(tiny=40, other=4)
+    if len(rows) < 2:
+        raise ValueError("limit (--limit): found one question, expected two or more: the control "
+                         "is the text of another one")  # fmt: skip
     team, steps = choose_team(lm, "sequential"), setting.steps(most=20)
     w_in = vocabulary(lm)
     texts = text_mas(
@@ -79,9 +82,6 @@ def measure_overlap(setting: Setting) -> Finding:
     place = plane(torch.cat([tokens, *(cloud.flatten(0, 1) for cloud in clouds.values())]))
     ellipse = Ellipse(torch.tensor(place(tokens)))
     first_texts = [agents[0] for agents in written]
-    if len(first_texts) < 2:
-        raise ValueError("limit (--limit): found one question, expected two or more: the control "
-                         "is the text of another one")  # fmt: skip
     found: dict[str, Any] = {}
     for name, cloud in clouds.items():
         walked, points = walk(taps[name], w_in), torch.tensor(place(cloud.flatten(0, 1)))

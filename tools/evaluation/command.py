@@ -163,9 +163,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.metric = args.metric or (["nll", "accuracy"] if args.audit else ["accuracy"])
     args.prefix = args.prefix or [None]
-    for name in ("metric", "seeds", "align", "arms"):  # the others: see `grid`
-        if getattr(args, name):
-            setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     try:
         if args.out.exists() and not args.out.is_dir():
             raise ValueError(f"out (--out): found {args.out}, a file, expected a folder")

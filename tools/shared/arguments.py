@@ -28,8 +28,11 @@ def print_error(command: str, error: BaseException) -> None:
 
 
 def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a converter for a comma-separated list of values, each converted by `convert`."""
-    return lambda text: [convert(part) for part in text.split(",")]
+    """Return a converter for a comma-separated list of values, each converted by `convert`.
+
+    A value that is repeated counts once.
+    """
+    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
 
 
 def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
