@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .core.cache import KVCache
 from .text.tokenizer import PromptText
@@ -52,17 +51,15 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
                 f"question {q + 1}: found {needed} slots with a solution of {len(row)} tokens, "
                 f"expected at most {limit} (the context), and a solution of 1 token or more"
             )
-    # The last token predicts nothing.
-    fed = [torch.tensor(row[:-1], dtype=torch.int64) for row in ids]
-    padded = pad_sequence(fed, batch_first=True).to(model.device)  # (B, T - 1)
-    if padded.numel():
-        hidden = torch.cat(
-            [hidden, model(model.embed(padded), cache.fork(), list(map(len, fed)))], 1
-        )
     losses = []
     for q, row in enumerate(ids):
         # One text at a time: the logits of all texts, (B, T, V), would take gigabytes.
-        logits = model.logits(hidden[q : q + 1, : len(row)])[0]  # (T, V)
+        states = hidden[q : q + 1]  # (1, 1, D)
+        if len(row) > 1:  # the last token predicts nothing
+            fed = torch.tensor([row[:-1]], device=model.device)  # (1, T - 1)
+            later = model(model.embed(fed), cache.select([q]))
+            states = torch.cat([states, later], 1)  # (1, T, D)
+        logits = model.logits(states)[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = torch.tensor(row, device=wide.device)
         losses.append(Loss(float(F.cross_entropy(wide, target, reduction="sum")), len(row)))

@@ -21,16 +21,12 @@ from .gguf_file import FLOATS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # weights decoded at a time
 # The parts of a model and of a layer: GGUF's names and Hugging Face's names.
-TOP = dict(
+PARTS = dict(
     table("""
         token_embd model.embed_tokens
         output_norm model.norm
         output lm_head
         blk model.layers
-    """)
-)
-LAYER = dict(
-    table("""
         attn_norm input_layernorm
         attn_q self_attn.q_proj
         attn_k self_attn.k_proj
@@ -45,19 +41,25 @@ LAYER = dict(
     """)
 )
 # Fields of a config.json, and their names in a GGUF file.
-FIELDS = dict(
-    table("""
-        hidden_size embedding_length
-        intermediate_size feed_forward_length
-        num_hidden_layers block_count
-        num_attention_heads attention.head_count
-        num_key_value_heads attention.head_count_kv
-        head_dim attention.key_length
-        max_position_embeddings context_length
-        rms_norm_eps attention.layer_norm_rms_epsilon
-        rope_theta rope.freq_base
-    """)
-)
+FIELDS = table("""
+    hidden_size embedding_length
+    intermediate_size feed_forward_length
+    num_hidden_layers block_count
+    num_attention_heads attention.head_count
+    num_key_value_heads attention.head_count_kv
+    head_dim attention.key_length
+    max_position_embeddings context_length
+    rms_norm_eps attention.layer_norm_rms_epsilon
+    rope_theta rope.freq_base
+""")
+# Fields of a generation_config.json, and their names in a GGUF file.
+SAMPLING = table("""
+    temperature temp
+    top_k top_k
+    top_p top_p
+    min_p min_p
+    repetition_penalty penalty_repeat
+""")
 # Metadata that changes the forward pass -> the values that mean "not in use", like absence.
 UNSUPPORTED: dict[str, Any] = {
     "rope.scaling.type": ("none",),
@@ -100,6 +102,14 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # values in tokenizer.ggml.token_type
 END_TOKENS = "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|>".split()
 
 
+def rounded(value: Any) -> Any:
+    """Return a float with six digits, and any other value as it is.
+
+    A file has float32 numbers, in which 1e-06 is 9.99999997e-07.
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 class GGUF:
     """A .gguf file, with its shards, as a Hugging Face folder: `files`, and tensors by name.
 
@@ -123,7 +133,7 @@ class GGUF:
             field = f"tensor {tensor.name!r:.80}"
             plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
             header.require(plain, field, "RoPE scaling", "none (not supported)")
-            key = ".".join((TOP | LAYER).get(part, part) for part in tensor.name.split("."))
+            key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
             header.require(key not in self.tensors, field, "it repeated", "it once")
             self.tensors[key] = tensor
         raw = self._config()
@@ -143,7 +153,13 @@ class GGUF:
         # The tokens that end a text or a turn, the file's own first.
         ends = [i for i in list(self._ids.values())[:3] if i >= 0]
         ends += [i for i, token in enumerate(tokens) if token in END_TOKENS and i not in ends]
-        self.files = {"config.json": raw, "generation_config.json": {"eos_token_id": ends}}
+        generation = {
+            field: rounded(header.metadata.get(f"general.sampling.{name}"))
+            for field, name in SAMPLING
+        }
+        samples = generation["temperature"] or generation["top_p"]
+        generation |= {"eos_token_id": ends, "do_sample": samples}
+        self.files = {"config.json": raw, "generation_config.json": generation}
         self.no_tokenizer: str | None = None
         try:
             self.files |= self._tokenizer()
@@ -219,13 +235,12 @@ class GGUF:
         """Return the file's config.json. `Config` checks the values."""
         header = self._header
         family = header.value("general.architecture", str)
-        raw = {field: header.metadata.get(f"{family}.{name}") for field, name in FIELDS.items()}
-        if isinstance(raw["rms_norm_eps"], float):  # 1e-06 is stored as 9.99999997e-07
-            raw["rms_norm_eps"] = float(f"{raw['rms_norm_eps']:.6g}")
+        raw = {field: header.metadata.get(f"{family}.{name}") for field, name in FIELDS}
         tied = self._tie()  # removes an LM head that only repeats the embedding
         kinds = {tensor.kind for tensor in self.tensors.values() if tensor.rows > 1}
         return raw | {
             "model_type": family,
+            "rms_norm_eps": rounded(raw["rms_norm_eps"]),
             "tie_word_embeddings": tied,
             "vocab_size": self.tensors[EMBEDDING].shape[0],
             # The type of the matrices, if all of them have the same.

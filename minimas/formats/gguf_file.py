@@ -263,8 +263,7 @@ class Header:
         return struct.unpack(f"<{form}", self._read(struct.calcsize(f"<{form}"), field))
 
     def _string(self, field: str) -> str:
-        # A large vocabulary has 300,000 strings, and _unpack would take 1.5 times as long.
-        length = int.from_bytes(self._read(8, field), "little")
+        [length] = self._unpack("Q", field)
         try:
             return self._read(length, field).decode()
         except UnicodeDecodeError as error:

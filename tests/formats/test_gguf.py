@@ -20,7 +20,7 @@ from torch import Tensor
 from minimas import Qwen3, Sampling, Tokenizer, latent_mas, load, single
 from minimas.core.config import FAMILIES
 from minimas.fast.quantize import QuantizedLinear
-from minimas.formats.gguf import GGUF, LAYER, PRE_TOKENIZERS, TOP, WORDS
+from minimas.formats.gguf import GGUF, PARTS, PRE_TOKENIZERS, WORDS
 from minimas.formats.gguf_file import StoredTensor
 
 from ..models import (
@@ -41,7 +41,7 @@ from gguf.quants import dequantize, quantize  # noqa: E402
 Kind = gguf.GGMLQuantizationType
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")  # the gguf package reads these but does not write them
-BACK = {theirs: ours for ours, theirs in (TOP | LAYER).items()}
+BACK = {theirs: ours for ours, theirs in PARTS.items()}
 
 
 # -- writing files ---------------------------------------------------------------------------------
@@ -720,6 +720,35 @@ def test_pre_tokenizers_split_a_text_differently() -> None:
             ]
         )
     assert len({tuple(cut) for cut in cuts}) == len(PRE_TOKENIZERS)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "penalty_repeat": 1.1},
+            Sampling(0.6, 0.95, 20, 1.1, min_p=0.05),
+        ),
+        ({"top_p": 0.9}, Sampling(1.0, 0.9, 50)),  # Hugging Face's own defaults for the others
+        ({"penalty_repeat": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"temp": 0.0, "penalty_repeat": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({}, Sampling()),
+    ],
+)
+def test_a_gguf_file_has_the_sampling_of_the_folder_that_it_was_made_from(
+    found: dict[str, Any], expected: Sampling, tmp_path: Path
+) -> None:
+    """Qwen3 repeats itself without end if it decodes greedily, as it did from a GGUF file."""
+    extra = {f"general.sampling.{name}": value for name, value in found.items()}
+    lm = load(write(tmp_path / "a.gguf", tiny_model("qwen3"), extra=extra))
+    assert lm.sampling == expected
+
+
+def test_a_wrong_sampling_value_of_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:
+    extra = {"general.sampling.temp": 0.6, "general.sampling.top_p": 1.5}
+    lm = load(write(tmp_path / "a.gguf", tiny_model("qwen3"), extra=extra))
+    with pytest.raises(ValueError, match=r"a\.gguf.*generation_config\.json: top_p: found 1\.5"):
+        _ = lm.sampling
 
 
 @pytest.mark.parametrize(
