@@ -1,7 +1,7 @@
-"""LatentMAS (arXiv 2511.20639) in one file: four agents, one model, one working memory.
+"""LatentMAS (arXiv 2511.20639) on one page: four agents, one model, one working memory.
 
-Run `python examples/latentmas.py ["QUESTION"]`. It uses minimas.core and weights/tiny, a small
-model for such questions, which was trained without the method.
+Run `python examples/latentmas.py ["QUESTION"]`. It uses minimas.core (W_a in latent.py, the loop in
+rollout.py) and weights/tiny, which knows only such questions and was trained without the method.
 """
 
 import json
@@ -25,7 +25,7 @@ TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 model = load_model(TINY)
 tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
 teams = json.loads((TINY / "teams.json").read_text(encoding="utf-8"))
-*thinkers, last_agent = teams["sequential"]["agents"]
+agents = teams["sequential"]["agents"]
 # The alignment W_a (equation 3) maps a hidden state to an input embedding.
 align = Aligner.from_model(model, "ridge", rows=tokenizer.get_vocab_size())
 # The working memory (section 3.2): one KV cache, which every agent hands to the next one.
@@ -39,17 +39,17 @@ def feed(text: str) -> torch.Tensor:
     return prefill(model, [ids], cache)
 
 
-for agent in [*thinkers, last_agent]:
+for agent in agents:  # each has a chat turn of its own
     print(agent["name"])
     prompt = agent["prompt"].replace("{question}", question)
     hidden = feed(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
-    if agent is not last_agent:
+    if agent is not agents[-1]:
         # Latent thoughts (section 3.1): feed back e = rescale(h W_a), and never decode a token.
         thoughts, _ = think(model, align, hidden, cache, teams["latent_steps"])
         print(f"  thought {thoughts.shape[1]} times, now {cache.lengths[0]} slots")
         feed("<|im_end|>\n")  # the turn ends; its prompt and its thoughts stay in the cache
 
-# Only the last agent decodes text, here greedily. It sees the thoughts of all agents before it.
+# Only the last agent decodes text, here greedily. It attends to all prompts and thoughts before it.
 answer: list[int] = []
 while len(answer) < 256:
     token = int(model.logits(hidden).argmax())

@@ -5,6 +5,15 @@ answer. The methods differ in what is handed over: nothing, text, or the KV cach
 agents (LatentMAS, arXiv 2511.20639, section 3). `turns.Run.turn` is one step of each loop. This
 file does not depend on attention, on how a thought is made, or on printing.
 
+    thought     one latent step
+    turn        what agents do in one call of `Run.turn`: prefill, think and perhaps decode
+    chat turn   one message of the chat template, from its header to its end
+    row         one question of one agent
+    slot        one position of the KV cache
+    memory      the KV cache that the caller passes in; it comes before everything else
+    preamble    what all prompts begin with in layout "turn": system message, header and opening
+    shared      slots that no transfer cuts: the memory and the preamble
+
     B questions   R rows, B per agent   D hidden
 """
 
@@ -93,19 +102,19 @@ def latent_mas(
     """Let agents think in latent space and hand over their KV cache; the last one decodes.
 
     `latent_steps` is the number of thoughts per agent (None: the agent's own, else the model
-    folder's, else 40). The last agent thinks only if its own `latent_steps` is set. With "auto", a
-    row stops where the likeliest next token would end the turn, after at least one thought and at
-    most the agent's own number, else 40. `align` is a kind of map (see `Aligner.from_model`), a
-    FILE.safetensors that holds one, or any callable from hidden states to embeddings. An earlier
-    agent also decodes if its `writes` is set, see `Agent`.
+    folder's, else 40). The last agent thinks only if its own `latent_steps` is above 0; a number in
+    the call then replaces that. With "auto", a row stops where the likeliest next token would end
+    the turn, after at least one thought and at most the agent's own number, else 40. `align` is a
+    kind of map (see `Aligner.from_model`), a FILE.safetensors that holds one, or any callable from
+    hidden states to embeddings. An earlier agent also decodes if its `writes` is set, see `Agent`.
 
     `kind` ("math", "choice", "code", "free") and `choices` (a dict letter -> text, or one per
     question) set the form of the answer and how it is extracted. `sampling=None`: the model's own.
     `on_event` is called with every event (see `results`); to iterate over events, use `stream`.
-    `transfer` is what the next agent gets: "full" (prompts and thoughts, the paper), "latents"
-    (the beginning that all agents share, and all thoughts), "last" (that beginning, and what the
-    previous agent added; after parallel agents, the last of them), or, as controls, "none" or
-    "shuffled" (question i gets the cache of question i + 1, the last one that of the first).
+    `transfer` is what the next agent gets after the memory: "full" (prompts and thoughts, the
+    paper), "latents" (the preamble and all thoughts), "last" (the preamble and what the previous
+    agent added; after parallel agents, the last of them), or, as controls, "none" or "shuffled"
+    (question i gets the cache of question i + 1, the last one that of the first).
     `layout` is "turn" or "chat", see `Team` (None: the team's own). `close=False` does not close
     the chat turns of the earlier agents, as in the authors' code.
 
@@ -148,10 +157,10 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
         handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
         last = run.last_turn(handed)
     elif method == "text_mas":
-        team = settings.pop("team", "sequential")
+        team = settings.pop("team", "sequential")  # a call of `stream` may leave it out
         text_run = Run(**settings)
         last = yield from hand_over_text(text_run, choose_team(text_run.lm, team))
-    elif method == "single":
+    elif method == "single":  # a team of one agent: nothing is handed over
         alone = Run(**settings)
         last = yield from hand_over_text(alone, alone.lm.teams.get("single", SINGLE))
     else:
@@ -160,7 +169,12 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
 
 
 def hand_over(run: "LatentRun") -> Events["HandOver"]:
-    """Let every agent but the last prefill its prompt and think. Returns what the last gets."""
+    """Let every agent but the last prefill its prompt and think. Returns what the last gets.
+
+    Sequential agents continue one KV cache. Parallel agents each start from the memory, and their
+    caches are joined at the end. `run` has what belongs to the call, such as the prompts, and
+    `agent_run` what belongs to the agent's model.
+    """
     team = run.resolved_team
     B = len(run.questions)
     cache = run.new_cache()
@@ -172,7 +186,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
         agent_run = run.with_model_of(agents[0])
         if team.parallel:
             cache = agent_run.new_cache(len(agents))
-        else:
+        else:  # the same cache, unless the previous agent had another model
             cache = receive(agent_run, turns, cache, shared)
         texts, shared = run.next_prompts(numbers, cache, shared)
         turn = yield from agent_run.turn(
@@ -211,11 +225,16 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     """Let every agent but the last generate text for the next. Returns the last agent's turn."""
     require_models(run, team)
-    numbers = range(len(run.questions))
+    B = len(run.questions)
     turns = []
-    said: list[Any] = [[] for _ in numbers]  # per question: the agents and their texts
+    said: list[Any] = [[] for _ in range(B)]  # per question: the agents and their texts
 
     def prompt(agent: Agent, q: int) -> PromptText:
+        """Return the prompt of an agent for question `q`.
+
+        With `{context}`, the earlier texts are quoted in this one user message. Without it, every
+        earlier prompt and text is a chat turn of its own, before this prompt.
+        """
         conversation = [*said[q], (agent, None)]
         context = ""
         if "{context}" in agent.prompt:
@@ -232,18 +251,18 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
         return talk
 
     *earlier, last = team.agents
-    side_by_side = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
-    for agents in side_by_side:
+    stages = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
+    for agents in stages:
         agent_run = run.with_model_of(agents[0])
-        rows = [prompt(agent, q) for agent in agents for q in numbers]
-        turn = yield from agent_run.turn(agents, rows, agent_run.new_cache(len(agents)))
+        texts = [prompt(agent, q) for agent in agents for q in range(B)]
+        turn = yield from agent_run.turn(agents, texts, agent_run.new_cache(len(agents)))
         turns.append(turn)
         for row, out in enumerate(turn.outputs):
-            i, q = divmod(row, len(numbers))
+            i, q = divmod(row, B)
             said[q].append((agents[i], out.text))
     agent_run = run.with_model_of(last)
     return LastTurn(
-        agent_run, last, [prompt(last, q) for q in numbers], agent_run.new_cache(), 0, None, turns
+        agent_run, last, [prompt(last, q) for q in range(B)], agent_run.new_cache(), 0, None, turns
     )
 
 
@@ -257,7 +276,10 @@ class HandOver(NamedTuple):
 
 
 class LastTurn(NamedTuple):
-    """The last agent's turn, not yet taken. Taking it changes the cache, so take it only once."""
+    """The last agent's turn before it is taken.
+
+    It changes the cache in place, so call `answer` or `prefill_and_think`, and only once.
+    """
 
     run: Run
     agent: Agent
@@ -327,21 +349,21 @@ class LatentRun(Run):
 
     @property
     def align_map(self) -> Align:
-        """Return the map from the model's hidden states to its embeddings."""
+        """Return the map from hidden states to embeddings, of the model of this run."""
         return self.align if callable(self.align) else self.lm.aligner(self.align)
 
     def steps(self, agent: Agent, final: bool = False) -> int:
         """Return an agent's number of thoughts, 0 for a last agent without its own number."""
-        if final and agent.latent_steps is None:
+        if final and not agent.latent_steps:
             return 0
         default = AUTO_STEPS if self.auto_steps else self.lm.default_steps
         given = [self.latent_steps, agent.latent_steps, default]
         return next(number for number in given if isinstance(number, int))
 
     def stages(self) -> list[Sequence[int]]:
-        """Return which agents, by number, share a batch; the last agent is left out.
+        """Return the numbers of the agents in each batch; the last agent is left out.
 
-        Parallel agents share a batch if all have the same number of thoughts and the same `writes`.
+        Parallel agents are one batch if all have the same number of thoughts and the same `writes`.
         They have one model: `require_models` refuses parallel agents with several.
         """
         *earlier, _ = self.resolved_team.agents
@@ -366,7 +388,7 @@ class LatentRun(Run):
         return [layout.prompt(i, first) for layout, i in rows], shared
 
     def shifted(self) -> "LatentRun":
-        """Return a copy of this run with the next question in place of each, the first one last."""
+        """Return a copy of this run that has question i + 1 as question i, the first one last."""
         other = copy.copy(self)
         for field in (
             "questions", "choices", "generators", "layouts_per_question", "memory_rows",
@@ -382,7 +404,7 @@ class LatentRun(Run):
         agent_run = self.with_model_of(last)
         cache = receive(agent_run, handed.turns, handed.cache, handed.shared)
         first = self.is_new(cache)
-        # The preamble in the cache holds another question: put this question's in its place.
+        # Shuffled: the preamble in the cache has another question. Replace it by this question's.
         if handed.run is not self and self.layouts_per_question[0].preamble.text and not first:
             preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
             _, preamble = agent_run.prefill(preambles, agent_run.new_cache())
@@ -392,7 +414,11 @@ class LatentRun(Run):
         return LastTurn(agent_run, last, texts, cache, steps, agent_run.align_map, handed.turns)
 
     def _require_context_of_all(self) -> None:
-        """Raise ValueError if any turn, up to the last one, does not fit into the context."""
+        """Raise ContextError, before any work starts, if a turn does not fit into the context.
+
+        This counts the slots of each row as `hand_over`, `for_next_agent`, `join` and `last_turn`
+        make and cut them, and must change with them.
+        """
         agents = self.resolved_team.agents
         working = self.shifted() if self.transfer == "shuffled" else self
         rows = zip(
@@ -408,7 +434,7 @@ class LatentRun(Run):
                 final = i == len(agents) - 1
                 layout = last_layout if final else earlier_layout
                 start = base if self.resolved_team.parallel and not final else held
-                first = start == base
+                first = start == base  # see `is_new`
                 tokens = len(self.tokenizer.encode_turn(layout.prompt(i, first)))
                 if first:
                     shared = base + len(layout.preamble_ids(i))

@@ -62,7 +62,9 @@ def run_ask(args: Namespace) -> None:
     saves = args.save_memory is not None
     if saves and (args.parallel or len(rows) > 1):
         raise ParameterError(
-            "save_memory", f"found {len(rows)} questions, expected one, without --parallel"
+            "save_memory",
+            f"found {len(rows)} questions{' with --parallel' if args.parallel else ''}, "
+            "expected one question without --parallel",
         )
     shuffled = args.transfer == "shuffled"
     groups = batches(rows, args.kind, len(rows) if shuffled else args.batch_size)
@@ -174,7 +176,7 @@ def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
     source = Path(args.text)
     if Path(args.out).resolve() == source.resolve():
-        raise ParameterError("out", f"found {args.out!r}, expected another file than the text")
+        raise ParameterError("out", f"found {args.out!r}, expected a file other than the text")
     text = read_input(source)
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out, args.bits)

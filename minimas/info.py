@@ -59,7 +59,7 @@ def describe(
         "vocabulary": f"{c.vocab_size:,} tokens, context {c.max_position_embeddings:,}",
         "parameters": f"{count:,} ({c.vocab_size * width / count:.0%} in the token embedding)",
         "weights": ", ".join(f"{form} {in_words(size)}" for form, size in sizes.items()),
-        "memory": f"{slot / 1024:,.1f} KiB a token; {in_words(cache)} for {batch_size} × "
+        "memory": f"{slot / 1024:,.1f} KiB per token; {in_words(cache)} for {batch_size} × "
         f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
         "peak": ", ".join(f"{form} {in_words(peak)}" for form, peak in peaks.items()),
         "fits": places(peaks),

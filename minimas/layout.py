@@ -3,15 +3,15 @@
     chat   system · user: opening P1 · assistant: ⟨thoughts⟩ · user: opening P2 · …
     turn   system · user: opening P1 ⟨thoughts⟩ P2 ⟨thoughts⟩ … opening Pn · assistant: …
 
-Without the thoughts, a team's prompts together are the conversation as the chat template renders
-it. A template that makes this impossible raises an error. In layout "turn" there is no empty
-assistant turn before the last agent's, so the last agent has no empty answer to imitate
-(docs/results.md).
+Without the thoughts, all prompts of a team, one after the other, are the conversation exactly as
+the chat template renders it. A template that makes this impossible raises an error. In layout
+"turn" there is no empty assistant turn before the last agent's, so the last agent has no empty
+answer to imitate (docs/results.md).
 
-In layout "turn", everything up to the end of the first opening is the *preamble*. A transfer that
-cuts the KV cache keeps the preamble, or the next prompt repeats it, so that a paragraph is always
-in a well-formed user turn. This file does not depend on models, thoughts, or the order in which
-agents work.
+In layout "turn", the system message, the user header and the first opening are the *preamble*.
+Every transfer keeps it in the KV cache except "none", after which the next prompt begins with it.
+So a paragraph is always inside a user turn. This file does not depend on models, thoughts, or the
+order in which agents work.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,11 @@ class Layout:
     preamble = PromptText("")
 
     def prompt(self, agent: int, first: bool) -> PromptText:
-        """Return the prompt of agent number `agent`; `first` if nothing is handed over to it."""
+        """Return the prompt of agent number `agent`, -1 for the last.
+
+        It is `first` if nothing is handed over to it, so that it begins the conversation or follows
+        the memory.
+        """
         text = user_text(self.opening, self.prompts[agent])
         role = self.team.agents[agent]
         last = len(self.prompts[agent:]) == 1
@@ -67,7 +71,8 @@ class TurnLayout(Layout):
 
     def __post_init__(self) -> None:
         *earlier, last = self.prompts
-        # The last agent's paragraph begins with the opening again, like a single agent's prompt.
+        # Opening, separator, paragraph 0, separator, paragraph 1, … The last paragraph begins with
+        # the opening again, like a single agent's prompt.
         parts = [self.opening, self.opening and SEPARATOR]
         for paragraph in [*earlier, user_text(self.opening, last) if earlier else last]:
             parts += [paragraph, SEPARATOR]
@@ -76,8 +81,8 @@ class TurnLayout(Layout):
             parts[:-1], role.system, role.prefix, not self.continues
         )
         self.preamble = header + opening
-        # A separator comes before the paragraph with its number. The last paragraph includes the
-        # end of the user turn.
+        # Separator i comes before paragraph i. The last paragraph includes the end of the user turn
+        # and the header of the answer.
         self._separators = pieces[::2]
         self._paragraphs = pieces[1::2]
 

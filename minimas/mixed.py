@@ -41,7 +41,7 @@ def require_models(run: Run, team: Team) -> None:
         )
     if named and (team.parallel or any(run.memory_lengths)):
         raise ParameterError(
-            "models", "found some with parallel agents or a memory, expected neither"
+            "models", "found models with parallel agents or a memory, expected neither of these"
         )
     for name, lm in run.models.items():
         if text_tokenizer(lm).backend.get_vocab() != run.tokenizer.backend.get_vocab():

@@ -14,7 +14,7 @@ from . import __version__
 
 ASK = """answer a question with a team of agents
 --kind            math,choice,code,free  question kind (default: from its fields, else free)
---batch-size      ≥1=1    rows of a file at once (default: %(default)s)
+--batch-size      ≥1=1    questions per batch of a file (default: %(default)s)
 --method          latent_mas,text_mas,single=latent_mas  (default: %(default)s)
 --transfer        full,latents,last,none,shuffled  what the next agent gets (default: full)
 --save-memory     text    write the KV cache after the answer to this file

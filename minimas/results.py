@@ -36,8 +36,9 @@ class Usage:
 class AgentTrace(Usage):
     """What one agent did on one question.
 
-    `prompt` is the text that was prefilled, `text` what the agent generated ("" if it did not). A
-    control token that the question or another agent's text spells was prefilled as ordinary text.
+    `prompt` is the text that was prefilled, `text` what the agent generated ("" if it did not).
+    Text of the question or of another agent that looks like a control token was prefilled as
+    ordinary text.
     """
 
     name: str = ""
@@ -66,7 +67,7 @@ class Result:
 
 
 class AgentStart(NamedTuple):
-    """An agent starts. `prompt_tokens` is a sum over all rows, `latent_steps` is a number per row.
+    """An agent starts. `prompt_tokens` is a sum over all rows, `latent_steps` the limit per row.
 
     Agents that work side by side share their events; `agent` then names all of them.
     """
@@ -90,8 +91,8 @@ class Piece(NamedTuple):
 class AgentEnd(NamedTuple):
     """An agent is done. There is one trace, and one row of `memory`, per agent and question.
 
-    `memory` is the KV cache: do not keep it after the event. If the agent does not hand it over,
-    the last generated tokens may be missing from it.
+    `memory` is the KV cache itself, which later turns change: `fork` it to keep it. If the agent
+    does not hand it over, the last generated tokens may be missing from it.
     """
 
     agent: str

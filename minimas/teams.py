@@ -3,7 +3,6 @@
 This file does not depend on models or on methods.
 """
 
-import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +41,8 @@ class Agent:
     `writes` makes an agent other than the last one generate text into its KV cache before it hands
     over. `prefix` is text after the assistant header, such as "<think>\\n". `model` is a name in
     the call's `models` (None: the call's own model). The last agent always generates text, and
-    thinks only if its own `latent_steps` is set. Raises ValueError naming a field of another type,
-    or `latent_steps` below 0.
+    thinks only if its own `latent_steps` is above 0. Raises ValueError naming a field of another
+    type, or `latent_steps` below 0.
     """
 
     name: str
@@ -66,7 +65,7 @@ class Team:
     from the call's `memory`. `layout` says where the prompts of `latent_mas` go in the
     conversation:
 
-    - "chat": every agent has a chat turn, which is closed before the hand-over (the paper's form).
+    - "chat": every agent has a chat turn, as in the paper. It is closed before the hand-over.
     - "turn": all agents share one user turn. Each adds a paragraph and its thoughts, and only the
       last agent opens an assistant turn. On the real models that were measured, thoughts do less
       harm in this layout (docs/results.md).
@@ -148,8 +147,7 @@ def sequential() -> Team:
 
     Each agent works on the KV cache of all agents before it.
     """
-    agents = tuple(itertools.starmap(Agent, prompts.SEQUENTIAL.items()))
-    return Team(agents, layout="turn", opening=prompts.OPENING)
+    return _built_in(prompts.SEQUENTIAL)
 
 
 def hierarchical(chained: bool = False) -> Team:
@@ -158,8 +156,12 @@ def hierarchical(chained: bool = False) -> Team:
     The experts work side by side and do not see each other. `chained` makes them work one after the
     other on one KV cache, as in the authors' code (its issue 32).
     """
-    agents = tuple(itertools.starmap(Agent, prompts.HIERARCHICAL.items()))
-    return Team(agents, parallel=not chained, layout="turn", opening=prompts.OPENING)
+    return _built_in(prompts.HIERARCHICAL, parallel=not chained)
+
+
+def _built_in(texts: dict[str, str], parallel: bool = False) -> Team:
+    agents = tuple(Agent(name, prompt) for name, prompt in texts.items())
+    return Team(agents, parallel, "turn", prompts.OPENING)
 
 
 TEAMS = {"sequential": sequential(), "hierarchical": hierarchical()}

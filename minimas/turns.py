@@ -49,16 +49,18 @@ class TurnResult(NamedTuple):
     def for_next_agent(self, transfer: str, shared: list[int]) -> tuple[KVCache, list[int]]:
         """Return the cache that the next agent gets, and how many of its slots per row are shared.
 
-        `shared` counts the slots per row that all agents share: memory, and the layout's preamble.
+        `shared` counts the slots per row that no transfer cuts: the memory and the preamble. Only
+        this turn is left to cut, because earlier turns were cut when they ended.
         """
         cache = self.cache
-        start = list(map(max, self.start, shared))  # the first turn includes the preamble: keep it
-        if transfer == "none":  # every turn starts where the call's memory ends
+        # The first turn prefilled the preamble too: the slots to cut begin after it.
+        own_start = list(map(max, self.start, shared))
+        if transfer == "none":  # only the memory is left, as every turn starts after it
             return cache.truncate(self.start), self.start
         if transfer == "last":
-            cache = cache.drop(shared, start)
+            cache = cache.drop(shared, own_start)
         if transfer == "latents":
-            cache = cache.truncate(self.thoughts_end).drop(start, self.prompt_end)
+            cache = cache.truncate(self.thoughts_end).drop(own_start, self.prompt_end)
         return cache, shared
 
 
@@ -81,8 +83,8 @@ class Run:
     continues: bool = False
     models: Any = None
 
-    # The time in which this model has prefilled earlier turns of other models; `mixed` sets it.
-    seconds = 0.0
+    # Without annotations, because these are not parameters.
+    seconds = 0.0  # that `mixed.receive` took to prefill the turns of other models
     auto_steps = False  # whether rows stop thinking where their turn would end
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class Run:
         self.end_ids = self.lm.end_ids
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
-        self.prefilled = [0] * B  # slots that were filled in `seconds`: prompt tokens too
+        self.prefilled = [0] * B  # slots that `mixed.receive` filled: they count as prompt tokens
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
             expected = f"expected a KVCache with 1 row or {B}, one for each question"
@@ -146,8 +148,8 @@ class Run:
     def is_new(self, cache: KVCache) -> bool:
         """Return whether nothing was added to a cache from `new_cache`.
 
-        Its lengths tell, because no transfer cuts into the memory. The rows of the first agent
-        stand for those of all agents.
+        Its lengths tell, because every turn adds slots and no transfer cuts into the memory. The
+        rows of the first agent stand for those of all agents.
         """
         return cache.lengths[: len(self.questions)] == self.memory_lengths
 
@@ -200,7 +202,8 @@ class Run:
     def prefill(self, ids: list[list[int]], cache: KVCache) -> tuple[Tensor, KVCache]:
         """Prefill one prompt per row. Returns each row's last state (R, 1, D) and the KV cache.
 
-        If `cache` is empty, a subclass may return another cache that already holds the prompts.
+        The cache is returned, because in an evaluation runs share equal first prompts: there a
+        subclass returns a copy of a cache that already holds them.
         """
         return prefill(self.lm.model, ids, cache), cache
 
@@ -221,7 +224,7 @@ class Run:
         `texts` holds one prompt per row. `final` marks the last agent's turn. With `keeps_cache`
         all generated tokens are in the cache afterwards. `closes` appends the chat turn's end.
         """
-        began = self.clock() - self.seconds
+        began = self.clock() - self.seconds  # the agent's time includes that of `mixed.receive`
         start = list(cache.lengths)
         ids = [self.tokenizer.encode_turn(text) for text in texts]
         workers = [agent for agent in agents for _ in self.questions]  # one per row
@@ -239,7 +242,7 @@ class Run:
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         if decodes:
             outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
-        if closes:  # else the next agent's system message would be part of this answer
+        if closes:  # otherwise the next prompt would continue the open assistant turn
             self.prefill([self.closing] * len(ids), cache)
         seconds = (self.clock() - began) / len(ids)
         traces = []
@@ -260,7 +263,7 @@ class Run:
     ) -> Events[list[Thought]]:
         """Think from hidden (R, 1, D), and yield each thought. Returns all thoughts of the turn.
 
-        A subclass may use another map.
+        In an evaluation, a subclass gives each row a random map of its own.
         """
         until = self.ends_turn if self.auto_steps else None
         thoughts = []
@@ -272,7 +275,8 @@ class Run:
     def ends_turn(self, hidden: Tensor, thoughts: Tensor) -> Tensor:
         """Return whether the likeliest next token would end the turn, (R,) bool.
 
-        It is always False before the first thought is fed.
+        It is always False before the first thought is fed. `thoughts` includes the one that is
+        about to be fed.
         """
         tokens = self.lm.model.logits(hidden)[:, 0].argmax(-1)
         ends = torch.tensor([*self.end_ids], device=tokens.device)

@@ -661,7 +661,7 @@ def test_info_needs_no_weights(run: Run, tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert "qwen3" in out and f"{count:,}" in out and "untied" in out and "bfloat16" in out
     assert "q4 " in out and "nf4 " in out and "8 GB: bfloat16, float32, q4, q8, nf4, int8" in out
-    assert f"{2 * 2 * 2 * 6 * 8 / 1024:,.1f} KiB a token" in out
+    assert f"{2 * 2 * 2 * 6 * 8 / 1024:,.1f} KiB per token" in out
     assert_one_line(run("info", tmp_path / "none"), 1, "none: no such folder")
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     assert_one_line(run("info", folder), 1, r"config\.json: model_type: found 'gpt2', expected")

@@ -234,7 +234,7 @@ def test_an_empty_file_name_is_not_ignored(files: Files) -> None:
 def test_a_memory_does_not_overwrite_its_own_text(files: Files) -> None:
     for path in (files["eva.txt"], files.folder / "none" / ".." / "eva.txt"):
         said = files.refused("remember", files["eva.txt"], "--out", path)
-        assert "--out: found " in said and "expected another file than the text" in said
+        assert "--out: found " in said and "expected a file other than the text" in said
         assert files["eva.txt"].read_text() == EVA
 
 

@@ -531,7 +531,7 @@ def test_info_counts_parameters_without_the_weights(
     assert lines["parameters"].startswith(f"{sum(w.numel() for w in model.parameters()):,} ")
     cache = model.new_cache(1)
     model(model.embed(random_ids(model, 1, 8)), cache)
-    assert lines["memory"].startswith(f"{cache.nbytes / 8 / 1024:,.1f} KiB a token")
+    assert lines["memory"].startswith(f"{cache.nbytes / 8 / 1024:,.1f} KiB per token")
     assert lines["alignment"].startswith(
         "tied: W_a is the identity" if tied else "untied: W_a is a 16 × 16 map"
     )

@@ -94,7 +94,8 @@ class KVCache:
     def positions_at(self, slots: Tensor, total: int, ragged: bool) -> Positions:
         """Return the positions that write to `slots` (B, T) and attend to slots 0 … total - 1.
 
-        If not `ragged`, all rows have equal lengths, and `slots` is (1, T): the last T slots.
+        If not `ragged`, all rows have equal lengths, and `slots` is (1, T): the last T slots. A
+        recorded step on a GPU calls this itself, because its slots must be a tensor.
         """
         c = self.config
         mask = None
@@ -121,6 +122,7 @@ class KVCache:
         total = positions.total
         for stores, new in ((self.keys, keys), (self.values, values)):
             store = stores[layer] = with_capacity(stores[layer], total, heads=new.shape[1])
+            # With rows and slots next to each other, the index gives (B, T) and moves no other.
             store.transpose(1, 2)[positions.where] = new.transpose(1, 2)  # (B, T, K, d)
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
@@ -195,9 +197,10 @@ class KVCache:
         gaps = list(map(sub, stops, starts))  # slots to drop per row
         new = copy.copy(self)
         new.lengths = list(map(sub, self.lengths, gaps))
-        first, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
+        begin, gap = torch.tensor([starts, gaps], device=self.device)[..., None]  # (B, 1) each
         slots = torch.arange(max(new.lengths), device=self.device)  # (S,)
-        moves = gap * (slots >= first)  # (B, S)
+        # Slot s of the result is slot s + moves of this cache, whose key moves back by as much.
+        moves = gap * (slots >= begin)  # (B, S)
         # The slots after a row's end are free and may hold anything.
         index = (slots + moves).clamp(max=max(self.lengths) - 1)[:, None, :, None]  # (B, 1, S, 1)
         rotation = angles(-moves, self.config.head_dim, self.config.rope_theta, self.dtype)
@@ -207,8 +210,9 @@ class KVCache:
 
     @classmethod
     def concat(cls, caches: Sequence["KVCache"]) -> "KVCache":
-        """Join caches of equal batch size row by row; keys are rotated to their new positions.
+        """Join caches of equal batch size: the slots of each follow those of the cache before it.
 
+        Row b is joined with row b, and keys are rotated to their new positions.
         For caches that were computed separately, the result equals one forward pass in which no
         part sees another (a block mask), not a causal pass over all parts. Raises ValueError if
         there are no caches, or if their models, dtypes, devices or batch sizes differ.
@@ -228,7 +232,7 @@ class KVCache:
             rotation = angles(first, joined.config.head_dim, joined.config.rope_theta, joined.dtype)
             rows = torch.arange(len(first), device=joined.device)[:, None]  # (B, 1)
             slots = first + torch.arange(width, device=joined.device)  # (B, T)
-            # Nothing attends here, so a mask of (T, S) is not needed.
+            # `append` uses only the last two. Nothing attends here, so no mask (T, S) is needed.
             positions = Positions(*rotation, None, max(joined.lengths) + width, (rows, slots))
             for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
                 keys = rotate(keys[:, :, :width], *rotation)

@@ -45,9 +45,9 @@ def alignment_matrix(
 
         2 W_outᵀ (W_out W − W_in) + 2 λ W = 0   ⇔   (W_outᵀ W_out + λI) W = W_outᵀ W_in
 
-    The sums over V are computed from `chunk` rows at a time, so that no matrix is copied as a
-    whole. They are float32, or float64 for float64 weights and for V ≤ D. For weights on an Apple
-    GPU, the map is computed and stays on the CPU. Raises ValueError for unequal V or weights that
+    The sums over V are computed from `chunk` rows at a time, so that no whole matrix is converted.
+    The sums are float32, or float64 if the weights are or if V ≤ D. For weights on an Apple GPU,
+    the map is computed on the CPU and stays there. Raises ValueError for unequal V or weights that
     are not finite.
     """
     if w_out.ndim != 2 or w_out.shape[:-1] != w_in.shape[:-1]:
@@ -56,7 +56,7 @@ def alignment_matrix(
             "expected (V, D) and (V, D') with one V"
         )
     V, D = w_out.shape
-    # If V ≤ D, the matrix may be invertible only because of λ, which float32 loses.
+    # If V ≤ D, the matrix may be invertible only because of λ, which float32 would round away.
     wide = torch.promote_types(w_out.dtype, torch.float32) if V > D else torch.float64
     device = for_float64(w_out[:0]).device
     gram = torch.zeros(D, D, dtype=wide, device=device)  # W_outᵀ W_out
@@ -81,10 +81,11 @@ class Aligner:
 
         e = rescale((h · scale) W) + shift
 
-    `scale` (D,) is the first factor, and `matrix` is W (D, D), or (D, D') if the embedding is that
-    of another model. `norm` is the norm that vectors are rescaled to. `shift` (D,) is added last;
-    `from_model` never sets it, but a map that was made elsewhere may have it. A step whose
-    parameter is None is left out. `model` is the model that the map is for. Only `save` needs it.
+    `h` is multiplied by `scale` (D,), then by `matrix` W, which is (D, D), or (D, D') if the
+    embedding is that of another model. `norm` is the norm that vectors are rescaled to. `shift`
+    (D,) is added last; `from_model` never sets it, but a map that was made elsewhere may have it. A
+    step whose parameter is None is left out. `model` is the model whose hidden states are mapped.
+    Only `save` needs it.
     """
 
     def __init__(
@@ -115,10 +116,10 @@ class Aligner:
         "ridge" is the paper's W_a. "identity" only rescales h. "prenorm" is (h ÷ g) W_a, where g
         is the gain of the final norm, so it maps the state before the gain. "random" is a control
         with W_a's singular values and random directions. All of these rescale to the mean norm of
-        the embeddings. "none" feeds h back unchanged. `rows` is the number of embedding rows to
-        use (None: all), as rows after the tokenizer's last id are padding. `receiver` is the model
-        that W_in belongs to (None: the same model). Raises ValueError for another kind, or rows
-        out of range.
+        the embeddings. "none" feeds h back unchanged. Only the first `rows` embeddings are used
+        (None: all), because those after the tokenizer's last id belong to no token. `receiver` is
+        the model that W_in belongs to (None: the same model). Raises ValueError for an unknown
+        kind, or rows out of range.
         """
         if kind not in ALIGNMENTS:
             raise ParameterError("align", f"found {kind!r}, {EXPECTED}")
@@ -131,7 +132,8 @@ class Aligner:
             return made
         w_in = w_in[:rows]
         wide = torch.promote_types(model.dtype, torch.float32)
-        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]  # not copied as a whole
+        # In chunks, so that the embedding is not converted as a whole.
+        norms = [part.to(wide).norm(dim=-1) for part in w_in.split(16384)]
         made.norm = float(for_float64(torch.cat(norms)).double().mean())
         if kind == "identity":
             return made

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         q = rotate(q, positions.cos, positions.sin)
         k = rotate(k, positions.cos, positions.sin)
         k, v = cache.append(layer, k, v, positions)  # (B, K, S, d)
-        # Query heads that share a key-value head become its rows, so no key or value is copied.
+        # Query heads that share a key-value head are stacked along T, so no key or value is copied.
         q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, K, H/K · T, d)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=positions.mask)
         x = x.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)  # (B, T, H · d)
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """A decoder-only transformer from embeddings to hidden states.
+    """A decoder-only transformer from embeddings to hidden states: Qwen3, Qwen2.5 or Llama.
 
     Made for inference: parameters are random until they are loaded, and have no gradients until
     `requires_grad_(True)`.
@@ -112,7 +112,8 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.name = name
-        # None, or a faster forward pass of one position: (inputs_embeds, cache) -> hidden.
+        # None, or a faster forward pass of one position, (inputs_embeds, cache) -> hidden, that
+        # `fast` has put here. It has no backward pass.
         self.step: Callable[[Tensor, KVCache], Tensor] | None = None
         # Not nn.Embedding(V, D): on the meta device, its normal_() spends a second on imports.
         embedding = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)  # (V, D)
@@ -203,8 +204,8 @@ def finite(
 ) -> Tensor:
     """Return `x`. Raises ValueError with `name` and `cause` if it holds NaN or infinity.
 
-    On a GPU nothing is checked, because reading a value there waits for all kernels. `decode` in
-    `text.generate` checks the logits when it reads the tokens.
+    On a GPU nothing is checked, because reading a value there waits for all kernels. Check the
+    logits there when the tokens are read, as `decode` in `text.generate` does.
     """
     if x.is_cpu and not x.isfinite().all():
         raise ValueError(f"{name}: found a state that is not finite: {cause}")

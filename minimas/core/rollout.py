@@ -1,8 +1,6 @@
-"""The latent loop: think in embeddings instead of tokens. Each row may stop early.
+"""The latent loop: run the model on its own states instead of tokens. Each row may stop early.
 
-A map (see `latent`) turns each row's last hidden state into an embedding. This embedding is fed in
-place of a token's, and the next step maps the hidden state that results. This file does not depend
-on tokens, prompts, agents or sampling.
+This file does not depend on tokens, prompts, agents or sampling.
 
     B rows   n thoughts   D hidden
 """
@@ -39,12 +37,13 @@ def think(
     steps: int,
     until: Until | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Think `steps` latent thoughts from `hidden` (B, 1, D), the state at each row's last position.
+    """Run `steps` latent steps from `hidden` (B, 1, D), the state at each row's last position.
 
-    Each step maps the last hidden state to an embedding with `align` and feeds it, so that `cache`
-    grows by one slot. `align` is any callable from (B, 1, D) to (B, 1, D) in the same dtype, such
-    as an `Aligner`. Returns the embeddings, (B, steps, D), and the last hidden state, (B, 1, D),
-    which has not been fed. With 0 steps nothing changes.
+    Each step maps the last hidden state to an embedding with `align` and feeds it in place of a
+    token's, so that `cache` grows by one slot. `align` is any callable from (B, 1, D) to (B, 1, D)
+    in the same dtype, such as an `Aligner`. Returns the embeddings fed, (B, steps, D), and the
+    state after the last one, (B, 1, D). Decode from that state, or leave it and append the next
+    prompt to `cache`. With 0 steps nothing changes.
 
     `until` lets each row stop before it has `steps` thoughts. It is any callable that
     takes the hidden states (B, 1, D) and the embeddings (B, n, D): those fed so far, followed by
@@ -71,7 +70,7 @@ def rollout(
     """Yield each latent step of `think` once it is done. Parameters and errors are the same."""
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    finite(_checked("hidden", hidden, hidden[:, :1]), model.name)
+    finite(_checked("hidden", hidden, hidden[:, :1]), model.name)  # the same shape if (B, 1, D)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
     made = list[Tensor]()
     for _ in range(steps):

@@ -86,7 +86,7 @@ class Compiled:
 
     On a CPU more than `max_rows` rows go through the layers without compilation, because the
     products take nearly all of their time, and compiling them takes minutes. In bf16 with AVX-512
-    this is one row: torch's own kernels are faster for several.
+    it is one row: torch's own kernels are faster for several.
     """
 
     def __init__(self, model: Qwen3) -> None:

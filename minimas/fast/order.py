@@ -3,10 +3,10 @@
 torch multiplies a few rows by packed 4-bit values directly. That kernel unpacks the matrix again
 for every few rows of x, so a prefill is faster when the matrix is unpacked once and multiplied in
 16 or 32 bits. torch has no operator that unpacks, and each instruction set has its own order of
-values. Two orders are known, and `tile_of_this_cpu` finds by trial if this CPU has one of them. On
-any other device the kernel multiplies all rows. The gain in q4 (three layers of Qwen2.5-0.5B's
-shapes, one thread of a 2-core AMD EPYC with AVX2, 2026-11-29): a prefill of 512 rows takes 890 ms,
-and 1,430 ms through the kernel: 1.6 times as fast.
+values. Two orders are known, and `tile_of_this_cpu` finds by trial whether this CPU has one of
+them. On any other device the kernel multiplies all rows. The gain in q4 (three layers of
+Qwen2.5-0.5B's shapes, one thread of a 2-core AMD EPYC with AVX2, 2026-11-29): a prefill of 512 rows
+takes 890 ms, and 1,430 ms through the kernel: 1.6 times as fast.
 
     N outputs, rows of W   K inputs   G = K / 32 groups of inputs, each with a scale and a zero
 """

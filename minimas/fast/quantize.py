@@ -312,8 +312,8 @@ class Q8Linear(QuantizedLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         if self.has_loop and len(rows) == 1 and torch.compiler.is_compiling():
-            # The compiler makes one loop of it, see few_rows.py. as_strided keeps what computes the
-            # inputs out of the loop: torch 2.13 made wrong code of both.
+            # The compiler makes one loop of it, see few_rows.py. as_strided keeps the computation
+            # of the inputs out of the loop: torch 2.13 made wrong code when it fused the two.
             rows = rows.float()
             rows = rows.as_strided(rows.shape, rows.stride())
             sums = [(half.float() * rows).sum(-1) for half in self.values.tensor_split(2)]

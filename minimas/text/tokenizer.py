@@ -219,7 +219,9 @@ class Tokenizer:
         if not first:
             before = self.turn("x", last=False).text + "x" + self.turn_end
             if not turn.text.startswith(before):
-                raise self._refusal("one that can append a turn to a closed one")
+                raise self._refusal(
+                    "one that closes a turn differently at the end of a conversation"
+                )
             turn = turn.cut(len(before), len(turn.text))
             if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
                 raise self._refusal("one that numbers the turns")
