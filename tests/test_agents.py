@@ -418,9 +418,12 @@ def test_latent_steps_come_from_the_argument_then_the_agent_then_the_folder(
 
 def test_the_last_agent_has_latent_steps_only_if_it_sets_them_itself(lm: LM) -> None:
     """With the steps of the other agents, its answer would not start from the assistant header."""
-    thinker = Team((*CHAIN.agents[:-1], dataclasses.replace(CHAIN.agents[-1], latent_steps=2)))
+    *earlier, last = CHAIN.agents
+    thinker = Team((*earlier, dataclasses.replace(last, latent_steps=2)))
+    silent = Team((*earlier, dataclasses.replace(last, latent_steps=0)))
     for team, asked, thought in (
         (CHAIN, 1, [1, 1, 0]),
+        (silent, 1, [1, 1, 0]),
         (thinker, None, [40, 40, 2]),
         (thinker, 1, [1, 1, 1]),
     ):

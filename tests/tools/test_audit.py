@@ -202,7 +202,7 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
     for record in half[::3]:
         record["correct"] = None  # code that was not allowed to run
     assert "with the memory 50% of the answers are right, without it 0%" in verdict(half)
-    assert "Nothing can be said" in verdict([])
+    assert "No verdict is possible" in verdict([])
     two = verdict(records("nll", full=moved(-0.5), none=none))
     assert "questions the memory lowers the loss of the right answer by 0.4" in two
 

@@ -109,7 +109,7 @@ def add_quality_flags(parser: argparse.ArgumentParser) -> None:
     add("--perplexity", type=Path, metavar="FOLDER")
     text = "a text, or a .jsonl file of questions and solutions"
     add("--text", type=Path, metavar="FILE", help=text)
-    text = "number of tokens of the text, which is read in windows of --window tokens"
+    text = "number of tokens of the text, which is prefilled in windows of --window tokens"
     add("--tokens", type=int, default=1024, help=text)
     add("--window", type=int, default=256)
     add("--formats", nargs="*", default=[*FORMATS])

@@ -210,7 +210,8 @@ def layer_table(labels: str, errors: dict[str, list[float]], all_layers: bool) -
 def perplexity(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Return the table of --perplexity and the loss of every token.
 
-    The same tokens are read one by one and in chunks. The table also has the error of the weights.
+    The same tokens are prefilled one by one and in chunks. The table also has the error of the
+    weights.
     """
     samples: dict[str, Any] = {}
     windows: list[list[int]] = []
@@ -230,8 +231,8 @@ def perplexity(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
             print(f"{name}, {way}: {value:.4f}", file=sys.stderr, flush=True)
     count = len(samples["bf16"]["in chunks"])
     lines = [
-        f"Perplexity of {count:,} tokens of {args.text} in windows of {args.window}, read one by "
-        "one (the kernels of a step) and in chunks (those of a prefill). In brackets: the ratio "
+        f"Perplexity of {count:,} tokens of {args.text} in windows of {args.window}, prefilled one "
+        "by one (the kernels of a step) and in chunks (those of a prefill). In brackets: the ratio "
         "to bf16 ± its standard error, paired by token.",
         "",
         f"| | {' | '.join(CHUNK_TOKENS)} | relative error of the weights |",

@@ -67,18 +67,18 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The model's name in sentences and pictures."""
+        """Return the model's name for sentences and pictures."""
         return "weights/tiny" if self.is_tiny else Path(self.model).name
 
     @cached_property
     def is_tiny(self) -> bool:
-        """Whether the model has the teams of the tiny task, so that the task suits it."""
+        """Return whether the model has the teams of the tiny task, so that the task suits it."""
         team = self.lm.teams.get("sequential")
         return team is not None and team.agents[0].prompt == PROMPTS["planner"]
 
     @cached_property
     def limit_of_tokens(self) -> int:
-        """The largest number of tokens that are generated for an answer."""
+        """Return the largest number of generated tokens per answer."""
         return self.max_new_tokens or (24 if self.is_tiny else 256)
 
     @property

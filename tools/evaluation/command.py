@@ -325,7 +325,9 @@ class Evaluation:
         if arms and arms[-1].name == VOTE:
             arms[-1] = replace(arms[-1], samples=args.samples or self.samples_to_vote_on(full))
         elif args.samples and args.arms is not None:
-            raise ValueError(f"samples (--samples): found without the arm {VOTE!r}, expected it")
+            raise ValueError(
+                f"samples (--samples): found without the arm {VOTE!r}, expected it in --arms"
+            )
         return arms
 
     def samples_to_vote_on(self, full: Arm) -> int:
@@ -458,7 +460,7 @@ def check_parallel(args: argparse.Namespace, size: int, processes: int) -> None:
         return
     for name in ("audit", "lens", "replay", "regrade"):
         if getattr(args, name):
-            expected = "expected one process per model, because one of several would run alone"
+            expected = "expected one process per model, as only one of several would run this"
             raise ValueError(f"{name} (--{name}): found with --parallel, {expected}")
     if "RANK" not in os.environ or processes % size:
         expected = "expected torchrun with a multiple of that number"

@@ -15,7 +15,9 @@ from .stats import p_value, paired
 Record = dict[str, Any]
 ALPHA = 0.01  # an effect with p below it counts as found
 AGAINST = ("full", "prompts only", "none")
-NOTHING = "Nothing can be said: at least two of the arms full, prompts only and none are needed."
+NOTHING = (
+    "No verdict is possible: it needs at least two of the arms 'full', 'prompts only' and 'none'."
+)
 
 
 def compare(found: Sequence[Record], metric: str, first: str, second: str) -> Record | None:

@@ -3,8 +3,8 @@
     e = rescale((h · scale) W)     W (D, D), or W₀ + A B with A (D, R) and B (R, D); scale fixed
 
 The trained map is a `minimas.Aligner`, for --align FILE. The vectors (k, D) are fed in the first k
-steps of every agent, whatever the agent has read. An Aligner cannot hold them, so only this tool
-feeds them. As a control, there can be as many vectors as steps (*gist slots*), and no map at all.
+steps of every agent, whatever the agent has prefilled. An Aligner cannot hold them, so only this
+tool feeds them. As a control, there can be as many vectors as steps (*gist slots*), and no map at all.
 
 This module does not use losses, rollouts or questions.
 

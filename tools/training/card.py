@@ -38,7 +38,7 @@ class Arm(NamedTuple):
 
     @property
     def bar(self) -> str:
-        """The bar as text, empty if the row has none."""
+        """Return the bar as text, empty if the row has none."""
         if self.at_least:
             return f"≥ {self.at_least}"
         return f"≤ {self.at_most}" if self.at_most < 100 else ""

@@ -77,12 +77,12 @@ class Story(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The story and the question about it."""
+        """Return the story and the question about it."""
         return f"{self.text} {self.ask}"
 
     @property
     def ask(self) -> str:
-        """The question without the story."""
+        """Return the question without the story."""
         return f"How many {self.thing} does {self.name} have?"
 
 
