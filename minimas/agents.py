@@ -75,7 +75,8 @@ def text_mas(
     """Let the agents hand over text, which replaces `{context}` in the prompts of later agents.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
-    errors: see `latent_mas`. A text that is too long raises an error only once it is generated.
+    errors: see `latent_mas`. A prompt that does not fit, or that the chat template refuses, raises
+    an error only when it is the agent's turn, because it depends on the texts before it.
     """
     return call("text_mas", **locals())
 

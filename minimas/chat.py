@@ -28,10 +28,19 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
     options["keep_memory"] = True
     memory = start = options.get("memory")
     turns = 0
+    try:  # noqa: SIM105
+        # Lines of more than 4,095 bytes, the arrow keys, and earlier messages.
+        import readline  # noqa: F401
+    except ImportError:  # on Windows
+        pass
     say(args, f"minimas: type a message, {COMMANDS}")
     while True:
-        print("> " * sys.stdin.isatty(), end="", file=sys.stderr, flush=True)
-        line = (sys.stdin.readline() or "/exit").strip()
+        # Not where answers are redirected, because `input` would print the sign among them.
+        sign = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
+        try:
+            line = input(sign).strip()
+        except EOFError:
+            return
         try:
             match line.split(maxsplit=1):
                 case ["/exit"]:

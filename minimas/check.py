@@ -146,8 +146,7 @@ def check(
     base, _ = found["prompts only"]
     arms = []
     for name, (nlls, tokens) in found.items():
-        rises = list(map(sub, nlls, base))
-        difference = None if nlls is base else interval(rises)
+        difference = None if nlls is base else interval(list(map(sub, nlls, base)))
         ended = fmean(count < MAX_NEW_TOKENS for count in tokens)
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
     verdict, flags = judge(team.layout, arms)

@@ -20,7 +20,7 @@ from .check import QUESTIONS, check
 from .core.cache import KVCache
 from .core.errors import ParameterError
 from .info import describe
-from .load import LM, load
+from .load import LM, load, text_tokenizer
 from .memory import remember
 from .rows import batches, read_input, read_rows
 from .screen import ERRORS, Screen, Settings, report_error, say, show_answers, usage_line
@@ -43,8 +43,10 @@ def run(args: Namespace) -> int:
         sys.stdout.flush()
         if args.parallel:
             torch.distributed.destroy_process_group()
-    except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
+    except BrokenPipeError as error:  # the reader of stdout, such as `head`, has enough
         silence(sys.stdout)
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C has ended the reader too
+            raise KeyboardInterrupt from None
         if args.save_memory:
             return report_error(OSError("stdout was closed: --save-memory wrote no file"), args)
     except ERRORS as error:
@@ -105,8 +107,9 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)
     lm = load_model(args)
-    if args.think is not None and lm.tokenizer:
-        lm.tokenizer.set_thinking(args.think)
+    tokenizer = text_tokenizer(lm)
+    if args.think is not None:
+        tokenizer.set_thinking(args.think)
     sampling = replace(lm.sampling, **changed)
     settings = {
         "model": args.model,
@@ -175,13 +178,19 @@ def read_question(text: str) -> str:
 def run_remember(args: Namespace) -> None:
     """Prefill a text, and write its KV cache to a file."""
     source = Path(args.text)
-    if Path(args.out).resolve() == source.resolve():
-        raise ParameterError("out", f"found {args.out!r}, expected a file other than the text")
+    target = Path(args.out).resolve()
+    if target == source.resolve() or not target.parent.is_dir():
+        raise ParameterError(
+            "out",
+            f"found {args.out!r}, expected a file other than the text, in a folder that exists",
+        )
     text = read_input(source)
     memory = remember(load_model(args), text, args.latent_steps, args.align, args.role)
     memory.save(args.out, args.bits)
-    slots = f"{memory.lengths[0]:,} slots"
-    say(args, f"{args.out}: {slots}, {Path(args.out).stat().st_size / 1e6:,.2f} MB")
+    say(
+        args,
+        f"{args.out}: {memory.lengths[0]:,} slots, {Path(args.out).stat().st_size / 1e6:,.2f} MB",
+    )
 
 
 def run_check(args: Namespace) -> None:

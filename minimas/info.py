@@ -44,7 +44,6 @@ def describe(
     with torch.device("meta"):
         model = Qwen3(c)
         slot = KVCache(c, 1, getattr(torch, c.dtype)).slot_nbytes
-    cache = batch_size * (context + max_new_tokens) * slot
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
     count = sum(weights.values())
     width = c.hidden_size
@@ -59,7 +58,8 @@ def describe(
         "vocabulary": f"{c.vocab_size:,} tokens, context {c.max_position_embeddings:,}",
         "parameters": f"{count:,} ({c.vocab_size * width / count:.0%} in the token embedding)",
         "weights": ", ".join(f"{form} {in_words(size)}" for form, size in sizes.items()),
-        "memory": f"{slot / 1024:,.1f} KiB per token; {in_words(cache)} for {batch_size} × "
+        "memory": f"{slot / 1024:,.1f} KiB per token; "
+        f"{in_words(slot * batch_size * (context + max_new_tokens))} for {batch_size} × "
         f"({context:,} prompt tokens and latent steps + {max_new_tokens:,} generated tokens)",
         "peak": ", ".join(f"{form} {in_words(peak)}" for form, peak in peaks.items()),
         "fits": places(peaks),

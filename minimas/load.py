@@ -60,9 +60,8 @@ class LM:
         self._aligners: dict[Any, Aligner] = {}
 
     def __repr__(self) -> str:
-        model = self.model
-        layer = type(model.get_submodule("model.layers.0.mlp.up_proj"))
-        return f"LM({model.name}: {layer.__name__}, {model.dtype}, {model.device})"
+        layer = type(self.model.get_submodule("model.layers.0.mlp.up_proj"))
+        return f"LM({self.model.name}: {layer.__name__}, {self.model.dtype}, {self.model.device})"
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

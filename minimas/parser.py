@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line without the usage, and exit with status 2."""
-        self.exit(2, f"minimas: error: {message}\n")
+        self.exit(2, f"minimas: error: {' '.join(message.split()):.500}\n")
 
 
 def build_parser() -> Parser:

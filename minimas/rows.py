@@ -44,8 +44,10 @@ def checked_row(row: Any, line: int) -> Row:
     question = found.get("question")
     kind = found.get("kind", "free")
     if not is_text(question):
-        shown = "nothing" if question is None else f"{question!r:.80}"
-        raise ValueError(f"question: found {shown}, expected text that is not blank")
+        raise ValueError(
+            f"question: found {'nothing' if question is None else repr(question)[:80]}, "
+            "expected text that is not blank"
+        )
     if kind not in KINDS:
         raise ValueError(f"kind: found {kind!r:.80}, expected one of {', '.join(KINDS)}")
     if "choices" in found:

@@ -82,7 +82,8 @@ class Team:
     opening: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "agents", tuple(self.agents))
+        agents = [self.agents] if isinstance(self.agents, Agent) else self.agents
+        object.__setattr__(self, "agents", tuple(agents))
         if {*map(type, self.agents)} != {Agent}:
             raise ParameterError(
                 "team", f"found {self.agents or 'no agents'!s:.80}, expected at least one Agent"

@@ -122,8 +122,10 @@ class Run:
         self.prefilled = [0] * B  # slots that `mixed.receive` filled: they count as prompt tokens
         memory = self.memory or self.lm.model.new_cache(1)
         if not isinstance(memory, KVCache) or len(memory.lengths) not in (1, B):
-            expected = f"expected a KVCache with 1 row or {B}, one for each question"
-            raise ParameterError("memory", f"found {memory!r:.80}, {expected}")
+            raise ParameterError(
+                "memory",
+                f"found {memory!r:.80}, expected a KVCache with 1 row or {B}, one per question",
+            )
         memory.set_owner(self.lm.model)
         self.memory = memory
         self.memory_rows = [0] * B if len(memory.lengths) == 1 else list(range(B))

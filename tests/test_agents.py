@@ -631,6 +631,12 @@ def test_half_of_a_surrogate_pair_is_refused_in_any_text(lm: LM, field: str) -> 
         latent_mas(lm, QUESTIONS[:1], team, sampling=SHORT, **how)
 
 
+def test_a_forgotten_comma_makes_a_team_of_one_agent() -> None:
+    """`Team((Agent(…)))` was a TypeError about an iterable."""
+    solver = Agent("solver", "{question}")
+    assert Team(solver).agents == (solver,)  # type: ignore[arg-type]
+
+
 def test_a_team_without_agents_is_refused() -> None:
     with pytest.raises(ValueError, match=r"team.*found no agents, expected at least one"):
         Team(())

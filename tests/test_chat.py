@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from minimas.__main__ import main
 from minimas.core.model import prefill
 
 from .models import TINY, distance, tiny_model, write_folder
+from .processes import within
 from .test_cli import start
 from .text import QWEN, SHORT, endless_folder, load_text_lm, text_folder, tiny_tokenizer
 
@@ -345,12 +346,30 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return endless_folder(tmp_path_factory.mktemp("endless") / "model", 100_000)
 
 
+class Terminal:
+    """A pseudo-terminal: a process uses `end` as its streams, and a test types and reads."""
+
+    def __init__(self, ends: tuple[int, int]) -> None:
+        self.master, self.end = ends
+        self.shown = ""  # what was shown and not yet returned by `until`
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def until(self, text: str) -> str:
+        """Return what the terminal shows, up to the end of `text`."""
+        while text not in self.shown:
+            self.shown += os.read(self.master, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+
 @contextlib.contextmanager
-def terminal() -> Any:
-    """Yield the two ends of a pseudo-terminal."""
+def terminal() -> Iterator[Terminal]:
     ends = pty.openpty()
     try:
-        yield ends
+        with within():
+            yield Terminal(ends)
     finally:
         for end in ends:
             os.close(end)
@@ -359,35 +378,70 @@ def terminal() -> Any:
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
     """The conversation stays as it was before the message. At the prompt, Ctrl-C ends the chat."""
-    with terminal() as (master, slave):
+    with terminal() as tty:
         flags = ["chat", "-m", endless, "-n", 90_000]
-        with start(*flags, stdin=slave) as process:
-            assert process.stdout is not None and process.stderr is not None
-            os.write(master, b"hi\n")
-            partly = process.stdout.read(5)
+        with start(*flags, stdin=tty.end, stdout=tty.end) as process:
+            assert process.stderr is not None
+            tty.until("> ")
+            tty.type("hi\n")
+            tty.until("hi\r\n")
+            assert os.read(tty.master, 5), "the answer begins"
             process.send_signal(signal.SIGINT)
             while "stopped" not in (line := process.stderr.readline()):
                 assert line, "it ended"
-            os.write(master, b"/show\n")
+            tty.until("\r\n> ")
+            tty.type("/show\n")
+            tty.until("/show\r\n> ")
             while "turns: 0" not in (line := process.stderr.readline()):
                 assert line, "it ended"
-            assert len(partly) == 5 and process.stdout.readline().endswith("\n")
             while "versions" not in process.stderr.readline():
                 pass
-            assert process.stderr.read(2) == "> "
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "\nminimas: stopped\n")
+            _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "\nminimas: stopped\n")
 
 
 @pytest.mark.slow
-def test_the_prompt_sign_is_shown_only_on_a_terminal(tmp_path: Path) -> None:
-    """The prompt sign is on stderr, so that answers can be redirected."""
-    with terminal() as (master, slave), start("chat", "--quiet", stdin=slave) as process:
-        os.write(master, EVA.encode() + b"\n\x04")
+def test_the_prompt_sign_is_shown_on_a_terminal() -> None:
+    with (
+        terminal() as tty,
+        start("chat", "--quiet", stdin=tty.end, stdout=tty.end) as process,
+    ):
+        assert tty.until("> ") == "> "
+        tty.type(EVA + "\n")
+        assert tty.until("</think> 6\r\n> ") == f"{EVA}\r\n<think> 2 9 6</think> 6\r\n> "
+        tty.type("\x04")
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_prompt_sign_is_not_among_answers_that_are_redirected() -> None:
+    with terminal() as tty, start("chat", "--quiet", stdin=tty.end) as process:
+        tty.type(EVA + "\n\x04")
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, "<think> 2 9 6</think> 6\n")
-    assert err.count("> ") == 2
+    assert (process.returncode, out, err) == (0, "<think> 2 9 6</think> 6\n", "")
+
+
+@pytest.mark.slow
+def test_a_long_message_from_a_terminal_is_complete(endless: Path) -> None:
+    """A terminal's own lines end after 4,095 bytes. The rest was lost, without a word."""
+    pytest.importorskip("readline")
+    part = "Eva has 2 cards. " * 50
+    flags = ["chat", "-m", endless, "-n", 1, "--json", "--quiet"]
+    with terminal() as tty, start(*flags, stdin=tty.end, stdout=tty.end) as process:
+        tty.until("> ")
+        for _ in range(8):
+            tty.type(part)
+            tty.until("cards. ")
+        tty.type("\n")
+        tty.until("{")
+        record = json.loads("{" + tty.until("}\r\n"))
+        tty.until("> ")
+        tty.type("\x04")
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert record["question"] == (8 * part).strip()
 
 
 @pytest.mark.slow

@@ -785,6 +785,28 @@ def test_a_closed_stdout_ends_ask_quietly(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ctrl_c_that_ends_the_reader_of_stdout_too_is_not_a_success(folder: Path) -> None:
+    """`minimas … | tee file` ended with status 0: Ctrl-C ends `tee`, which closes the pipe."""
+    argv = ["ask", "-m", folder, "hi", "-n", 90_000, "--latent-steps", 1, "--json"]
+    with start(*argv) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while "refiner" not in (line := process.stderr.readline()):
+            assert line, "it ended before the last agent began"
+        time.sleep(0.5)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert (process.returncode, err) == (130, "\nminimas: stopped\n")
+
+
+def test_a_usage_error_is_one_short_line(run: Run) -> None:
+    """An argument with a line break made two lines, and a long one was repeated as a whole."""
+    outcome = run("ask", "one", "two\nthree " * 1000)
+    assert outcome.status == 2 and outcome.out == ""
+    assert outcome.err.count("\n") == 1 and len(outcome.err) < 600
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_gives_one_line(folder: Path) -> None:
     argv = ["ask", "-m", folder, "hi", "-n", 3, "--quiet"]

@@ -219,8 +219,8 @@ def test_a_memory_that_cannot_be_saved_does_not_lose_the_answer(files: Files) ->
         status, out, err = files.run("ask", ASKED, "--quiet", "--save-memory", path)
         assert (status, out) == (1, " 6\n")
         assert re.fullmatch(rf"minimas: error: {path}: cannot write the memory .*\n", err), err
-        said = files.refused("remember", files["eva.txt"], "--out", path)
-        assert f"{path}: cannot write the memory" in said
+    said = files.refused("remember", files["eva.txt"], "--out", files.folder)
+    assert f"{files.folder}: cannot write the memory" in said
 
 
 def test_an_empty_file_name_is_not_ignored(files: Files) -> None:
@@ -236,6 +236,15 @@ def test_a_memory_does_not_overwrite_its_own_text(files: Files) -> None:
         said = files.refused("remember", files["eva.txt"], "--out", path)
         assert "--out: found " in said and "expected a file other than the text" in said
         assert files["eva.txt"].read_text() == EVA
+
+
+def test_a_folder_that_does_not_exist_is_found_before_the_text_is_prefilled(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long text was prefilled for minutes, and its KV cache was lost."""
+    monkeypatch.setattr("minimas.commands.load_model", lambda *_: pytest.fail("it loaded a model"))
+    said = files.refused("remember", files["eva.txt"], "--out", files["none"] / "m.safetensors")
+    assert "--out: found " in said and "in a folder that exists" in said
 
 
 def test_a_text_that_cannot_be_remembered_gives_one_line(

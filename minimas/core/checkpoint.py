@@ -55,9 +55,9 @@ def empty_model(name: str, source: Any) -> Qwen3:
     for key, weight in wanted.items():
         shape = tuple(weight.shape)
         if shapes.get(key) != shape:
-            found = f"shape {shapes[key]}" if key in shapes else "nothing"
             raise ValueError(
-                f"{source.path}: tensor {key}: found {found}, expected shape {shape} by config.json"
+                f"{source.path}: tensor {key}: found {shapes.get(key, 'nothing')}, "
+                f"expected shape {shape} by config.json"
             )
     for key in shapes.keys() - wanted.keys():
         if not key.endswith(".rotary_emb.inv_freq"):  # in old Llama checkpoints

@@ -52,7 +52,7 @@ def write(
         if target.exists() and not target.is_file():
             raise OSError("found a folder or a device, expected a file")
         partial.touch()
-        mode = partial.stat().st_mode
+        mode = (target if target.exists() else partial).stat().st_mode
         save_file(stored, partial, metadata=metadata)
         partial.chmod(mode)  # save_file makes a file that only its owner can read
         partial.replace(target)  # a full disk leaves an older file intact
@@ -97,7 +97,7 @@ def opened(path: str | Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
+        raise FileNotFoundError(f"{path}: no such file, or not allowed to open it") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: found a damaged file or another format, expected safetensors ({error})"

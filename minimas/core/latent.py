@@ -140,11 +140,12 @@ class Aligner:
         matrix = alignment_matrix(head.weight[:rows], w_in)
         if kind == "random":  # orthogonal bases, the same in every call
             source = torch.Generator().manual_seed(0)
-            draws = [
-                torch.randn(n, min(matrix.shape), generator=source, dtype=torch.float64)
+            left, right = (
+                torch.linalg.qr(
+                    torch.randn(n, min(matrix.shape), generator=source, dtype=torch.float64)
+                ).Q.to(matrix.device)
                 for n in matrix.shape
-            ]
-            left, right = (torch.linalg.qr(draw.to(matrix.device)).Q for draw in draws)
+            )
             matrix = left * torch.linalg.svdvals(matrix) @ right.T  # (D, D')
         made.matrix = matrix.to(wide).to(model.device)
         if kind == "prenorm":
@@ -184,7 +185,7 @@ class Aligner:
         """Map hidden states (…, D) to embeddings (…, D), in at least float32, then cast back."""
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         x = x if self.scale is None else x * self.scale
-        x = x if self.matrix is None else x @ self.matrix
+        x = x if self.matrix is None else x @ self.matrix.to(x)
         if self.norm is not None:
             x = self.norm * F.normalize(x, dim=-1)
         x = x if self.shift is None else x + self.shift

@@ -35,7 +35,7 @@ def device_mesh(device: torch.device, parallel: Any) -> Any:
 
     if parallel is not True:
         return parallel
-    if "RANK" not in os.environ:
+    if "WORLD_SIZE" not in os.environ:
         raise ParameterError(
             "parallel",
             "found a process without a rank, "

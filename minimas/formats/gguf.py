@@ -131,8 +131,12 @@ class GGUF:
         self.tensors: dict[str, StoredTensor] = {}
         for tensor in header.tensors:
             field = f"tensor {tensor.name!r:.80}"
-            plain = tensor.name != "rope_freqs.weight"  # how Llama 3's RoPE scaling is stored
-            header.require(plain, field, "RoPE scaling", "none (not supported)")
+            header.require(
+                tensor.name != "rope_freqs.weight",  # how Llama 3's RoPE scaling is stored
+                field,
+                "RoPE scaling",
+                "none (not supported)",
+            )
             key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
             header.require(key not in self.tensors, field, "it repeated", "it once")
             self.tensors[key] = tensor
@@ -275,7 +279,6 @@ class GGUF:
         ]
         require(not wrong, "tokenizer.ggml.merges", wrong[:1], "two tokens that make a third")
         flags = dict.fromkeys("single_word lstrip rstrip normalized".split(), False)
-        whole = pre == "llama-bpe"  # a word that is a token stays whole
         tokenizer = {
             "added_tokens": [
                 {"id": i, "content": token, "special": types[i] == CONTROL, **flags}
@@ -285,7 +288,12 @@ class GGUF:
             "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
             "decoder": BYTES,
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs, "ignore_merges": whole},
+            "model": {
+                "type": "BPE",
+                "vocab": vocabulary,
+                "merges": pairs,
+                "ignore_merges": pre == "llama-bpe",  # a word that is a token stays whole
+            },
         }
         by_id = dict(enumerate(tokens))
         names = {"eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}

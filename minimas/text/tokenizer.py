@@ -374,8 +374,9 @@ def _to_json(
     value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, **named: Any
 ) -> str:
     """Return JSON text: the filter `tojson`, with the parameters that it has in transformers."""
-    named |= {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
-    return json.dumps(value, **named)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **named
+    )
 
 
 def _raise_exception(message: str) -> Any:

@@ -463,10 +463,23 @@ def test_other_users_can_read_a_memory_file_if_the_umask_allows_it(
     for umask in (0o022, 0o077):
         before = os.umask(umask)
         try:
-            remember(model, random_ids(model, 1, 3))[1].save(tmp_path / "m")
+            remember(model, random_ids(model, 1, 3))[1].save(tmp_path / f"{umask}")
         finally:
             os.umask(before)
-        assert (tmp_path / "m").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert (tmp_path / f"{umask}").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_memory_file_keeps_its_permissions_when_it_is_replaced(
+    model: Qwen3, tmp_path: Path
+) -> None:
+    """A conversation that only its owner could open became readable for all users."""
+    _, cache = remember(model, random_ids(model, 1, 3))
+    for mode in (0o600, 0o640, 0o604):
+        cache.save(tmp_path / "m")
+        (tmp_path / "m").chmod(mode)
+        cache.save(tmp_path / "m")
+        assert (tmp_path / "m").stat().st_mode & 0o777 == mode
 
 
 def test_a_cache_that_cannot_be_saved_says_why(model: Qwen3, tmp_path: Path) -> None:

@@ -296,6 +296,19 @@ def test_the_parts_of_a_map_give_its_equation(model: Qwen3) -> None:
     assert apart(align(h).flatten(0, 1), expected) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_an_aligner_of_the_exact_matrix_maps_states_of_any_dtype(dtype: torch.dtype) -> None:
+    """`alignment_matrix` is float64, so an Aligner of it failed on every other model."""
+    model = tiny_model(dtype=dtype)
+    matrix = alignment_matrix(model.lm_head.weight, model.model.embed_tokens.weight)
+    hidden = torch.randn(2, 1, model.config.hidden_size, dtype=dtype)
+    mapped = Aligner(matrix, 3.0)(hidden)
+    ours = Aligner.from_model(model)
+    ours.norm = 3.0
+    assert mapped.dtype == dtype and apart(mapped, ours(hidden)) <= 1e-5
+    assert apart(mapped, Aligner(matrix.T, 3.0)(hidden)) > 1e-3
+
+
 def test_a_saved_map_loads_in_another_dtype_of_its_model(tmp_path: Path) -> None:
     """Mixed dtypes cannot be multiplied, so a map saved in bf16 must be converted to float64 and
     back.

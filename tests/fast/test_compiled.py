@@ -326,13 +326,13 @@ def test_compiled_logits_equal_plain_ones(quantize: str | None, dtype: torch.dty
     assert fast.fingerprint() == plain.fingerprint()
 
 
-def test_a_model_that_would_not_get_faster_is_not_compiled() -> None:
-    """float16 has no loop for few rows."""
+def test_a_model_of_any_dtype_is_compiled() -> None:
+    """With float16 on a CPU, compile=True did nothing, without a word."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model = tiny_model(dtype=dtype)
         packed.pack(model)
         compile_steps(model)
-        assert (model.step is not None) == (dtype != torch.float16), dtype
+        assert model.step is not None, dtype
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -4,7 +4,7 @@
 
 The trained map is a `minimas.Aligner`, for --align FILE. The vectors (k, D) are fed in the first k
 steps of every agent, whatever the agent has prefilled. An Aligner cannot hold them, so only this
-tool feeds them. As a control, there can be as many vectors as steps (*gist slots*), and no map at all.
+tool feeds them. As a control, there can be as many vectors as steps (*gist slots*), and no map.
 
 This module does not use losses, rollouts or questions.
 
