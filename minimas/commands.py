@@ -4,6 +4,7 @@ This module only connects arguments with functions.
 """
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -38,6 +39,9 @@ def run(args: Namespace) -> int:
     if args.parallel and os.environ.get("RANK", "0") != "0":
         args.quiet = True  # rank 0 alone prints
         silence(sys.stdout)
+    logging.basicConfig(
+        format="minimas: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING
+    )
     try:
         COMMANDS[args.command](args)
         sys.stdout.flush()

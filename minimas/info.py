@@ -132,10 +132,10 @@ def describe_memory(path: Path) -> dict[str, str]:
         "model": f"{metadata.get('model')}, fingerprint {metadata.get('fingerprint')}",
     }
     if kind == "memory":
-        keys = tensors["keys.0"]
-        lengths = tensors["lengths"].tolist()
-        layers = sum(name.startswith("keys.") for name in tensors)
-        lines["memory"] = f"{len(lengths)} rows of {lengths} slots, {layers} layers, {keys.dtype}"
+        lines["memory"] = (
+            f"{len(tensors['lengths'])} rows of {tensors['lengths'].tolist()} slots, "
+            f"{sum(name.startswith('keys.') for name in tensors)} layers, {tensors['keys.0'].dtype}"
+        )
     else:
         lines["map"] = ", ".join(f"{name} {tuple(part.shape)}" for name, part in tensors.items())
     return lines

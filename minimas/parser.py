@@ -119,7 +119,8 @@ def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     top = Parser(prog="minimas", description="Agents that share a KV cache, not text (LatentMAS).")
     top.add_argument("--version", action="version", version=f"minimas {__version__}")
-    top.set_defaults(parallel=False, compile=False, save_memory=None)  # flags of `ask` only
+    # For commands that do not have these flags.
+    top.set_defaults(parallel=False, compile=False, save_memory=None, quiet=False)
     commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, table in COMMANDS.items():
         purpose, *_ = table.split("\n")

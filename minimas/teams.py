@@ -178,7 +178,9 @@ def _build(kind: type[Any], raw: Any, where: str) -> Any:
             made.require_question()
         return made
     except TypeError as error:  # a field is missing or unknown
-        expected = f"expected an object of {', '.join(get_type_hints(kind))} ({error})"
-        raise ValueError(f"{where}: found {raw!r:.80}, {expected}") from error
+        raise ValueError(
+            f"{where}: found {raw!r:.80}, "
+            f"expected an object of {', '.join(get_type_hints(kind))} ({error})"
+        ) from error
     except ValueError as error:  # a type, the layout, or a field that the layout does not allow
         raise ValueError(f"{where}: {error}") from error

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -782,6 +783,25 @@ def test_a_closed_stdout_ends_ask_quietly(folder: Path) -> None:
         process.stdout.close()
         err = process.stderr.read()
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ask", "info"])
+def test_a_warning_has_a_prefix_and_quiet_leaves_it_out(command: str, tmp_path: Path) -> None:
+    """A field that is ignored was reported even with --quiet, and not as a line of minimas."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"foo_bar": 3}))
+    said = f"minimas: {folder}/config.json: foo_bar is unknown and ignored\n"
+    argv = ["ask", TINY_EXAMPLE, "-m", folder] if command == "ask" else ["info", folder]
+    with start(*argv) as process:
+        _, err = process.communicate(timeout=60)
+    assert said in err
+    if command == "ask":
+        with start(*argv, "--quiet") as process:
+            _, err = process.communicate(timeout=60)
+        assert err == ""
 
 
 @pytest.mark.slow
