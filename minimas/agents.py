@@ -463,6 +463,8 @@ def choose_team(lm: LM, team: str | Team) -> Team:
     teams = TEAMS | lm.teams
     if not isinstance(team, str) or team not in teams:
         raise ParameterError(
-            "team", f"found {team!r:.80}, expected a Team or one of {', '.join(teams)}"
+            "team",
+            f"found {team!r:.80}, expected a Team or one of {', '.join(teams)} "
+            "(on the command line also FILE.json)",
         )
     return teams[team]
