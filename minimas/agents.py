@@ -75,8 +75,8 @@ def text_mas(
     """Let the agents hand over text, which replaces `{context}` in the prompts of later agents.
 
     A prompt without `{context}` follows the earlier turns, as in a conversation. Parameters and
-    errors: see `latent_mas`. A prompt that does not fit, or that the chat template refuses, raises
-    an error only when it is the agent's turn, because it depends on the texts before it.
+    errors: see `latent_mas`. A prompt depends on the texts before it. If it does not fit, or if the
+    chat template refuses it, the error comes only when it is the agent's turn.
     """
     return call("text_mas", **locals())
 

@@ -122,7 +122,7 @@ class KVCache:
         total = positions.total
         for stores, new in ((self.keys, keys), (self.values, values)):
             store = stores[layer] = with_capacity(stores[layer], total, heads=new.shape[1])
-            # With rows and slots next to each other, the index gives (B, T) and moves no other.
+            # Slots next to rows: indexing both leaves the other dimensions in place.
             store.transpose(1, 2)[positions.where] = new.transpose(1, 2)  # (B, T, K, d)
         return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 

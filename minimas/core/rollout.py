@@ -70,7 +70,7 @@ def rollout(
     """Yield each latent step of `think` once it is done. Parameters and errors are the same."""
     if steps < 0:
         raise ParameterError("latent_steps", f"found {steps}, expected 0 or more")
-    finite(_checked("hidden", hidden, hidden[:, :1]), model.name)  # the same shape if (B, 1, D)
+    finite(_checked("hidden", hidden, hidden[:, :1]), model.name)  # both are (B, 1, D)
     running = torch.ones_like(hidden[:, 0, 0], dtype=torch.bool)  # (B,)
     made = list[Tensor]()
     for _ in range(steps):
