@@ -14,6 +14,12 @@ from .load import LM
 from .screen import ERRORS, Settings, report_error, say, show_answers
 from .teams import Agent, Team
 
+try:  # noqa: SIM105
+    # On a terminal: lines of more than 4,095 bytes, the arrow keys, and earlier messages.
+    import readline  # noqa: F401
+except ImportError:  # on Windows
+    pass
+
 COMMANDS = "/clear, /save FILE (after a message), /load FILE, /show or /exit"
 
 
@@ -28,11 +34,6 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
     options["keep_memory"] = True
     memory = start = options.get("memory")
     turns = 0
-    try:  # noqa: SIM105
-        # Lines of more than 4,095 bytes, the arrow keys, and earlier messages.
-        import readline  # noqa: F401
-    except ImportError:  # on Windows
-        pass
     say(args, f"minimas: type a message, {COMMANDS}")
     while True:
         # Not where answers are redirected, because `input` would print the sign among them.

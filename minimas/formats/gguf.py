@@ -252,10 +252,7 @@ class GGUF:
         }
 
     def _tokenizer(self) -> dict[str, Any]:
-        """Return the two files of a byte-level BPE tokenizer.
-
-        Raises ValueError if their content would be a guess.
-        """
+        """Return the files of a byte-level BPE tokenizer. Raises ValueError if one is a guess."""
         value = self._header.value
         require = self._header.require
         model = value("tokenizer.ggml.model", str)
