@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(endless: Path) -> None:
                 assert line, "it ended"
             while "versions" not in process.stderr.readline():
                 pass
+            time.sleep(0.5)  # the sign is shown just before it waits for input
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "\nminimas: stopped\n")
