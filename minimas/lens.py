@@ -53,9 +53,10 @@ class Lens:
         if isinstance(event, Thought):
             self._thoughts.append(event)
         if isinstance(event, AgentEnd):
-            model = event.memory.owner  # the agent's model
+            # The owner of the KV cache is the agent's model.
             self.seen += [
-                (trace, self._views(row, model)) for row, trace in enumerate(event.traces)
+                (trace, self._views(row, event.memory.owner))
+                for row, trace in enumerate(event.traces)
             ]
 
     def _views(self, row: int, model: Any) -> list[ThoughtView]:

@@ -82,8 +82,8 @@ class Compiled:
     """A model's step of one position with compiled layers.
 
     On a CPU more than `max_rows` rows go through the layers without compilation, because the
-    products take nearly all of their time, and compiling them takes minutes. In bf16 with AVX-512
-    it is one row: torch's own kernels are faster for several.
+    products take nearly all of their time, and compiling them takes minutes. Where weights can be
+    packed it is one row: torch's packed product is faster for several.
     """
 
     def __init__(self, model: Qwen3) -> None:
@@ -91,12 +91,11 @@ class Compiled:
         self.cpu_linears = [
             m for m in model.model.layers.modules() if isinstance(m, packed.CPULinear)
         ]
-        one_row = self.cpu_linears and packed.AVX512
-        self.max_rows = 1 if one_row else MAX_ROWS
+        self.max_rows = 1 if self.cpu_linears and packed.packing_is_faster() else MAX_ROWS
         # Vectors of 256 bits make a product in few_rows.py 6 times as fast on an Intel Xeon without
         # bf16 instructions: 1.4 ms against 8.6. On an AMD EPYC with bf16 instructions they cost
         # little: a step takes 40 ms with AVX2's code, and 38 with that of AVX-512.
-        options: Any = {"cpp.simdlen": 256} if one_row else None
+        options: Any = {"cpp.simdlen": 256} if self.cpu_linears and packed.AVX512 else None
         self.block = torch.compile(Block.forward, dynamic=True, options=options)
         self.head = torch.compile(Qwen3.logits, dynamic=True, options=options)
 

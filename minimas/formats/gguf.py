@@ -202,8 +202,8 @@ class GGUF:
         """
         if self.config.model_type == "llama" and re.search(r"\.[qk]_proj\.", key):
             half = self.config.head_dim // 2
-            pairs = rows.unflatten(0, (-1, half, 2))  # (N, .) -> (H, d/2, 2, .)
-            rows = pairs.transpose(1, 2).flatten(0, 2)  # (H, 2, d/2, .) -> (N, .)
+            # (N, .) -> (H, d/2, 2, .) -> (H, 2, d/2, .) -> (N, .)
+            rows = rows.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
         return rows
 
     def _tie(self) -> bool:
