@@ -41,15 +41,15 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
     exceeds the context.
     """
     model = run.lm.model
-    limit = model.config.max_position_embeddings
     # The whole text is untrusted: a control token in a solution stays text.
     ids = [run.tokenizer.encode_turn(PromptText.from_user(text)) for text in texts]
     for q, row in enumerate(ids):
         needed = cache.lengths[q] + len(row)
-        if not row or needed > limit:
+        if not row or needed > model.config.max_position_embeddings:
             raise ValueError(
                 f"question {q + 1}: found {needed} slots with a solution of {len(row)} tokens, "
-                f"expected at most {limit} (the context), and a solution of 1 token or more"
+                f"expected at most {model.config.max_position_embeddings} (the context), and a "
+                "solution of 1 token or more"
             )
     losses = []
     for q, row in enumerate(ids):

@@ -20,8 +20,9 @@ from ..core.config import Config
 from .gguf_file import FLOATS, StoredTensor, read_header, table
 
 CHUNK_WEIGHTS = 2**20  # weights decoded at a time
-# The parts of a model and of a layer: GGUF's names and Hugging Face's names.
-PARTS = dict(
+# The parts of a model and of a layer: GGUF's names and Hugging Face's names. They are one table,
+# because no name occurs in both.
+TOP = LAYER = dict(
     table("""
         token_embd model.embed_tokens
         output_norm model.norm
@@ -137,7 +138,7 @@ class GGUF:
                 "RoPE scaling",
                 "none (not supported)",
             )
-            key = ".".join(PARTS.get(part, part) for part in tensor.name.split("."))
+            key = ".".join(TOP.get(part, part) for part in tensor.name.split("."))
             header.require(key not in self.tensors, field, "it repeated", "it once")
             self.tensors[key] = tensor
         raw = self._config()

@@ -20,7 +20,7 @@ from torch import Tensor
 from minimas import Qwen3, Sampling, Tokenizer, latent_mas, load, single
 from minimas.core.config import FAMILIES
 from minimas.fast.quantize import QuantizedLinear
-from minimas.formats.gguf import GGUF, PARTS, PRE_TOKENIZERS, WORDS
+from minimas.formats.gguf import GGUF, LAYER, PRE_TOKENIZERS, TOP, WORDS
 from minimas.formats.gguf_file import StoredTensor
 
 from ..models import (
@@ -41,7 +41,7 @@ from gguf.quants import dequantize, quantize  # noqa: E402
 Kind = gguf.GGMLQuantizationType
 BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")  # the gguf package reads these but does not write them
-BACK = {theirs: ours for ours, theirs in PARTS.items()}
+BACK = {theirs: ours for ours, theirs in (TOP | LAYER).items()}
 
 
 # -- writing files ---------------------------------------------------------------------------------
