@@ -260,11 +260,11 @@ BAD = {
     ),
     "misshapen": (
         tensors(lambda t: t.update({UP: torch.ones(23, 16)})),
-        rf"tensor {UP}: found \(23, 16\), expected shape \(24, 16\)",
+        rf"tensor {UP}: found shape \(23, 16\), expected shape \(24, 16\)",
     ),
     "transposed": (
         tensors(lambda t: t.update({UP: torch.ones(16, 24)})),
-        r"found \(16, 24\), expected shape \(24, 16\)",
+        r"found shape \(16, 24\), expected shape \(24, 16\)",
     ),
     "integer": (
         tensors(lambda t: t.update({UP: torch.ones(24, 16).long()})),
@@ -292,7 +292,7 @@ BAD = {
     ),
     "a wide claim": (
         config(hidden_size=10**7),
-        r"tensor model\..*: found .*, expected .*10000000",
+        r"tensor model\..*: found shape .*, expected .*10000000",
     ),
     "a claim beyond 64 bits": (
         config(vocab_size=10**14, hidden_size=10**14),

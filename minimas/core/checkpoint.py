@@ -56,8 +56,8 @@ def empty_model(name: str, source: Any) -> Qwen3:
         shape = tuple(weight.shape)
         if shapes.get(key) != shape:
             raise ValueError(
-                f"{source.path}: tensor {key}: found {shapes.get(key, 'nothing')}, "
-                f"expected shape {shape} by config.json"
+                f"{source.path}: tensor {key}: found {'shape ' * (key in shapes)}"
+                f"{shapes.get(key, 'nothing')}, expected shape {shape} by config.json"
             )
     for key in shapes.keys() - wanted.keys():
         if not key.endswith(".rotary_emb.inv_freq"):  # in old Llama checkpoints
