@@ -32,7 +32,7 @@ from .core.rollout import Align
 from .layout import user_text
 from .load import LM
 from .mixed import MAPS, receive, require_models
-from .results import Event, Events, OnEvent, Result, finish
+from .results import Event, Events, OnEvent, Result, run_to_end
 from .teams import SINGLE, TEAMS, Agent, Team
 from .text.generate import Sampling
 from .text.tokenizer import PromptText
@@ -147,7 +147,7 @@ def stream(
 
 def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
     """Run a method and return its results; `settings` are its other parameters by name."""
-    return finish(work(method, **settings), on_event)
+    return run_to_end(work(method, **settings), on_event)
 
 
 def work(method: str, **settings: Any) -> Events[list[Result]]:
@@ -155,8 +155,8 @@ def work(method: str, **settings: Any) -> Events[list[Result]]:
     if method == "latent_mas":
         run = LatentRun(**settings)
         # Shuffled: all agents but the last work on question i + 1, and question i gets the cache.
-        handed = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
-        last = run.last_turn(handed)
+        handover = yield from hand_over(run.shifted() if run.transfer == "shuffled" else run)
+        last = run.last_turn(handover)
     elif method == "text_mas":
         team = settings.pop("team", "sequential")  # a call of `stream` may leave it out
         text_run = Run(**settings)
@@ -182,7 +182,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     shared = run.memory_lengths
     turns: list[TurnResult] = []
     experts = list[Any]()  # per agent: its cache, and the number of shared slots per row
-    for numbers in run.stages():
+    for numbers in run.batches():
         agents = [team.agents[i] for i in numbers]
         agent_run = run.with_model_of(agents[0])
         if team.parallel:
@@ -252,8 +252,8 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
         return talk
 
     *earlier, last = team.agents
-    stages = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
-    for agents in stages:
+    batches = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
+    for agents in batches:
         agent_run = run.with_model_of(agents[0])
         texts = [prompt(agent, q) for agent in agents for q in range(B)]
         turn = yield from agent_run.turn(agents, texts, agent_run.new_cache(len(agents)))
@@ -292,13 +292,13 @@ class LastTurn(NamedTuple):
 
     def answer(self) -> Events[list[Result]]:
         """Prefill, think if the agent has its own `latent_steps`, and decode the answers."""
-        kept = self.run.keep_memory
-        turn = yield from self._take(final=True, keeps_cache=kept, closes=kept)
+        keep = self.run.keep_memory
+        turn = yield from self._take(final=True, keeps_cache=keep, closes=keep)
         return self.run.results([*self.turns, turn])
 
     def prefill_and_think(self) -> tuple[Tensor, KVCache]:
         """Do what `answer` does before it decodes. Returns the states (B, 1, D) and the cache."""
-        turn = finish(self._take(decodes=False))
+        turn = run_to_end(self._take(decodes=False))
         return turn.hidden, turn.cache
 
     def _take(self, **how: Any) -> Events[TurnResult]:
@@ -361,7 +361,7 @@ class LatentRun(Run):
         given = [self.latent_steps, agent.latent_steps, default]
         return next(number for number in given if isinstance(number, int))
 
-    def stages(self) -> list[Sequence[int]]:
+    def batches(self) -> list[Sequence[int]]:
         """Return the numbers of the agents in each batch; the last agent is left out.
 
         Parallel agents are one batch if all have the same number of thoughts and the same `writes`.
@@ -399,20 +399,20 @@ class LatentRun(Run):
             setattr(other, field, [*rest, first])
         return other
 
-    def last_turn(self, handed: HandOver) -> LastTurn:
+    def last_turn(self, handover: HandOver) -> LastTurn:
         """Return the last agent's turn after what this run or another one has handed over."""
         last = self.resolved_team.agents[-1]
         agent_run = self.with_model_of(last)
-        cache = receive(agent_run, handed.turns, handed.cache, handed.shared)
+        cache = receive(agent_run, handover.turns, handover.cache, handover.shared)
         first = self.is_new(cache)
         # Shuffled: the preamble in the cache has another question. Replace it by this question's.
-        if handed.run is not self and self.layouts_per_question[0].preamble.text and not first:
+        if handover.run is not self and self.layouts_per_question[0].preamble.text and not first:
             preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
             _, preamble = agent_run.prefill(preambles, agent_run.new_cache())
-            cache = KVCache.concat([preamble, cache.drop(0, handed.shared)])
+            cache = KVCache.concat([preamble, cache.drop(0, handover.shared)])
         texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
         steps = self.steps(last, final=True)
-        return LastTurn(agent_run, last, texts, cache, steps, agent_run.align_map, handed.turns)
+        return LastTurn(agent_run, last, texts, cache, steps, agent_run.align_map, handover.turns)
 
     def _require_context_of_all(self) -> None:
         """Raise ContextError, before any work starts, if a turn does not fit into the context.
@@ -448,8 +448,8 @@ class LatentRun(Run):
                     run = self.with_model_of(later)
                     end = run.require_context(agent, start, tokens, steps, decodes, closes)
                 added = steps if self.transfer == "latents" else end - max(start, shared)
-                kept = shared if self.transfer == "last" else max(held, shared)
-                held = base if self.transfer == "none" else kept + added
+                uncut = shared if self.transfer == "last" else max(held, shared)
+                held = base if self.transfer == "none" else uncut + added
 
 
 def choose_team(lm: LM, team: str | Team) -> Team:

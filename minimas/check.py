@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from .agents import LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import losses_after
-from .results import OnEvent, finish
+from .results import OnEvent, run_to_end
 from .text.generate import Sampling, generate
 
 STEPS = 10  # latent steps per agent: enough for a harmful map to show its effect
@@ -158,7 +158,7 @@ def check(
 
 def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], list[int]]:
     """Return the loss of each solution, and the number of tokens of each answer."""
-    hidden, cache = run.last_turn(finish(hand_over(run), on_event)).prefill_and_think()
+    hidden, cache = run.last_turn(run_to_end(hand_over(run), on_event)).prefill_and_think()
     losses = losses_after(run, hidden, cache, SOLUTIONS)
     answers = generate(
         run.lm.model,

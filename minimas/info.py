@@ -144,7 +144,7 @@ def describe_memory(path: Path) -> dict[str, str]:
 def weight_bytes(weights: dict[str, int], c: Config, gguf: GGUF | None) -> dict[str, float]:
     """Return the bytes of `weights`, name -> number of weights, in each format.
 
-    See `replacement` and `finish` in fast/quantize.py for what becomes of each weight.
+    See `replacement` and `complete` in fast/quantize.py for what becomes of each weight.
     """
     count = sum(weights.values())
     sizes = {"bfloat16": 2.0 * count, "float32": 4.0 * count}

@@ -74,7 +74,7 @@ class Lens:
         chances, tokens = logits.softmax(-1).topk(min(self.top, size))
         entropies = entropy(logits)  # (n,)
         unit = F.normalize(fed)  # (n, D)
-        before = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
+        to_previous = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
         # In float32: a CPU without matrix units takes six times as long in bf16.
         table = model.model.embed_tokens.weight[:size].split(CHUNK_ROWS)
         scores = [unit @ F.normalize(rows.float()).T for rows in table]  # (n, CHUNK_ROWS) each
@@ -84,6 +84,6 @@ class Lens:
             ids = [[token] for token in (*tokens[t].tolist(), int(nearest[t]))]
             *names, near = self.tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
             likely = list(zip(names, chances[t].tolist(), strict=True))
-            numbers = float(entropies[t]), norm, before[t]
+            numbers = float(entropies[t]), norm, to_previous[t]
             views.append(ThoughtView(likely, *numbers, near, float(cosines[t])))
         return views

@@ -25,7 +25,7 @@ from .core.model import Qwen3
 from .fast.compiled import check_compiler, compile_steps
 from .fast.packed import pack
 from .fast.parallel import Part, add_shares, device_mesh
-from .fast.quantize import check, finish, has_kernels, replacement
+from .fast.quantize import check, complete, has_kernels, replacement
 from .formats.gguf import GGUF
 from .formats.gguf_file import read_header
 from .hub import download
@@ -189,7 +189,7 @@ def load(
         tqdm, desc=f"loading {name}", leave=False, disable=quiet or not sys.stderr or None
     )
     fill(model, source, target, used, replace, bar)
-    finish(model, quantize)
+    complete(model, quantize)
     pack(model)
     if compile:
         compile_steps(model)

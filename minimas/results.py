@@ -106,7 +106,7 @@ T = TypeVar("T")
 Events = Generator[Event, None, T]  # yields events and returns a T
 
 
-def finish(events: Events[T], on_event: OnEvent | None = None) -> T:
+def run_to_end(events: Events[T], on_event: OnEvent | None = None) -> T:
     """Run a generator of events to its end, calling `on_event` with each. Returns its result."""
     while True:
         try:

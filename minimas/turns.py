@@ -291,8 +291,8 @@ class Run:
             traces = [trace for turn in turns for trace in turn.traces[q :: len(self.questions)]]
             said = with_opened_think(traces[-1].prompt, out.text)
             answer = extract(self.kind, said, self.choices[q])
-            kept = turns[-1].cache.select([q]) if self.keep_memory else None
-            results.append(Result(question, out.text, answer, out.finish_reason, traces, kept))
+            memory = turns[-1].cache.select([q]) if self.keep_memory else None
+            results.append(Result(question, out.text, answer, out.finish_reason, traces, memory))
         return results
 
     def _decode(

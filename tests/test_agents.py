@@ -39,7 +39,7 @@ from minimas import (
 from minimas.agents import TRANSFERS, LatentRun, hand_over
 from minimas.core.model import prefill
 from minimas.lens import Lens
-from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, finish
+from minimas.results import AgentEnd, AgentStart, Event, Piece, Thought, run_to_end
 
 from .models import TINY, config_dict, distance, tiny_model
 from .text import (
@@ -1134,7 +1134,7 @@ def test_the_last_turn_can_be_repeated_on_a_copy_of_its_cache(lm: LM, transfer: 
     assert hidden.shape == (2, 1, 16)
     assert cache.lengths != turn.cache.lengths
     for _ in range(2):
-        results = finish(turn._replace(cache=turn.cache.fork()).answer())
+        results = run_to_end(turn._replace(cache=turn.cache.fork()).answer())
         assert [r.text for r in results] == [r.text for r in expected]
         assert [len(r.agents) for r in results] == [len(CHAIN.agents)] * 2
 
@@ -1143,7 +1143,7 @@ def test_a_run_can_use_what_another_run_handed_over(lm: LM) -> None:
     """This equals "shuffled" over two calls. The traces are from the run that did the work."""
     how: dict[str, Any] = {"team": CHAIN, "latent_steps": 2, "sampling": SHORT}
     own, other = (LatentRun(lm, [question], **how) for question in QUESTIONS[:2])
-    [found] = finish(own.last_turn(finish(hand_over(other))).answer())
+    [found] = run_to_end(own.last_turn(run_to_end(hand_over(other))).answer())
     expected, _ = latent_mas(lm, QUESTIONS[:2], transfer="shuffled", **how)
     assert found.text == expected.text
     assert [agent.prompt for agent in found.agents] == [agent.prompt for agent in expected.agents]

@@ -5,7 +5,7 @@ from typing import Any
 
 from minimas import LM
 from minimas.agents import LastTurn, LatentRun, hand_over
-from minimas.results import finish
+from minimas.results import run_to_end
 
 
 def last_turn(
@@ -13,4 +13,4 @@ def last_turn(
 ) -> LastTurn:
     run = LatentRun(lm, questions, team=team, **options)
     working = run.shifted() if run.transfer == "shuffled" else run
-    return run.last_turn(finish(hand_over(working)))
+    return run.last_turn(run_to_end(hand_over(working)))

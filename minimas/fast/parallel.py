@@ -81,9 +81,9 @@ class Part:
 
     def low_bits(self, key: str) -> str:
         """Return the low-bit format of a matrix, or "" if one of q4's groups would be cut."""
-        kept: str = self.source.low_bits(key)
-        N, K = self.source.shapes[key] if kept == "q4" else (0, 0)
-        return "" if N % self.ranks or K // GROUP % self.ranks else kept
+        form: str = self.source.low_bits(key)
+        N, K = self.source.shapes[key] if form == "q4" else (0, 0)
+        return "" if N % self.ranks or K // GROUP % self.ranks else form
 
     def blocks(self, key: str) -> Any:
         """Return this rank's part of a tensor's blocks."""

@@ -105,8 +105,8 @@ def replacement(
     `quantize` is q4.
     """
     key = f"{name}.weight"
-    keeps = quantize in (None, *TORCH_FORMATS) and dtype.itemsize == 2 and has_kernels(device)
-    target = in_file = source.low_bits(key) if keeps else ""
+    stays = quantize in (None, *TORCH_FORMATS) and dtype.itemsize == 2 and has_kernels(device)
+    target = in_file = source.low_bits(key) if stays else ""
     # Only projections: embedding and LM head keep what the file has, because W_a needs them.
     if name.endswith("_proj") and in_file != "q4":
         target = quantize or in_file
@@ -122,7 +122,7 @@ def replacement(
     return quantized(target, source.read(key, dtype).to(device), bias)
 
 
-def finish(model: Any, quantize: str | None) -> None:
+def complete(model: Any, quantize: str | None) -> None:
     """Complete a model whose layers were replaced. Moving it raises an error from now on.
 
     In q4 and q8, a tied LM head becomes the 8-bit embedding itself, or else an 8-bit copy of it.
@@ -130,7 +130,7 @@ def finish(model: Any, quantize: str | None) -> None:
     """
     layers = [module for name, module in model.named_modules() if name.endswith("_proj")]
     plain = sum(type(layer) is nn.Linear for layer in layers)
-    kept = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    low_bits = any(isinstance(module, QuantizedLinear) for module in model.modules())
     if quantize and plain:
         logging.getLogger("minimas").warning(
             "%s: %d matrices are not quantized: their sizes do not fit the blocks of %s",
@@ -138,10 +138,10 @@ def finish(model: Any, quantize: str | None) -> None:
             plain,
             quantize,
         )
-    if model.lm_head is None and kept:
+    if model.lm_head is None and low_bits:
         table = model.model.embed_tokens
         model.lm_head = table if isinstance(table, Q8Linear) else Q8Linear(table.weight, None)
-    if kept or plain < len(layers):
+    if low_bits or plain < len(layers):
         model._apply = refuse_to_change
 
 

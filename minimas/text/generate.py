@@ -101,15 +101,15 @@ def sample(
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    kept = min(sampling.top_k or logits.shape[1], logits.shape[1])
-    scores, order = for_float64(logits).double().topk(kept)  # (B, kept), descending
+    count = min(sampling.top_k or logits.shape[1], logits.shape[1])
+    scores, order = for_float64(logits).double().topk(count)  # (B, count), descending
     # Relative to the largest: near temperature 0 the scores overflow, but their differences do not.
     probabilities = ((scores - scores[:, :1]) / sampling.temperature).softmax(-1)
     # A token stays if the probabilities before it sum to less than top_p. The first always stays.
-    before = probabilities.cumsum(-1) - probabilities
-    stays = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
+    earlier = probabilities.cumsum(-1) - probabilities
+    stays = (earlier < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
     probabilities = probabilities.where(stays, 0.0)
-    mass = probabilities.cumsum(-1)  # (B, kept)
+    mass = probabilities.cumsum(-1)  # (B, count)
     draws = [
         0.0 if g is None else torch.rand((), dtype=torch.float64, generator=g).item()
         for g in generators
@@ -159,8 +159,8 @@ def decode(
         if sampling.repetition_penalty != 1:
             penalize(logits, [seen[row] for row in rows], sampling.repetition_penalty)
         # Nothing is drawn for ended rows: their generators must not depend on the other rows.
-        drawing = [generators[row] if row in running else None for row in rows]
-        tokens = sample(logits, sampling, drawing)  # (B,)
+        row_generators = [generators[row] if row in running else None for row in rows]
+        tokens = sample(logits, sampling, row_generators)  # (B,)
         # The only copy to the host in a step: on a GPU it waits for all kernels.
         chosen = tokens.where(logits.isfinite().all(-1), -1).tolist()
         if -1 in chosen:
@@ -177,9 +177,9 @@ def decode(
             return
         # A compiled step has a fixed number of rows.
         if not keeps_cache and len(running) <= SHRINK_AT * len(rows) and model.step is None:
-            kept = [i for i, row in enumerate(rows) if row in running]
-            cache = cache.select(kept)
-            tokens = tokens[kept]
+            staying = [i for i, row in enumerate(rows) if row in running]
+            cache = cache.select(staying)
+            tokens = tokens[staying]
             rows = sorted(running)
         hidden = model(model.embed(tokens[:, None]), cache, [int(row in running) for row in rows])
 

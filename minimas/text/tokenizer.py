@@ -217,12 +217,12 @@ class Tokenizer:
         if not last:
             turn = turn.cut(0, turn.untrusted[-2][0])
         if not first:
-            before = self.turn("x", last=False).text + "x" + self.turn_end
-            if not turn.text.startswith(before):
+            exchange = self.turn("x", last=False).text + "x" + self.turn_end
+            if not turn.text.startswith(exchange):
                 raise self._refusal(
                     "one that closes a turn differently at the end of a conversation"
                 )
-            turn = turn.cut(len(before), len(turn.text))
+            turn = turn.cut(len(exchange), len(turn.text))
             if turn.text not in self._render([*EXCHANGE, *earlier, *own, *later]):
                 raise self._refusal("one that numbers the turns")
         return turn + PromptText(prefix)

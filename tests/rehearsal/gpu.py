@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from minimas import Qwen3
 from minimas.core.checkpoint import fill
 from minimas.core.config import Config
-from minimas.fast.quantize import finish, replacement
+from minimas.fast.quantize import complete, replacement
 
 CUDA, MPS = torch.device("cuda:0"), torch.device("mps:0")
 # hidden_size, intermediate_size, attention heads of Qwen3-0.6B, 4B and 8B; the rest is the same.
@@ -127,7 +127,7 @@ class FakeGPU:
         source: Any = FakeSource(model)
         replace = partial(replacement, source, self.device, dtype, quantize)
         fill(model, source, self.device, dtype, replace)
-        finish(model, quantize)
+        complete(model, quantize)
         return model
 
     def allocate(self, x: Tensor) -> None:

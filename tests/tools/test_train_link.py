@@ -22,7 +22,7 @@ from minimas import LM, Aligner, KVCache, Team, latent_mas, load
 from minimas.agents import LatentRun, hand_over
 from minimas.core.cache import Positions
 from minimas.nll import losses_after
-from minimas.results import finish
+from minimas.results import run_to_end
 from minimas.teams import TEAMS
 from tools.linking import command, rollout
 from tools.linking.cache import GradCache
@@ -184,7 +184,7 @@ def test_questions_with_their_own_teams_can_share_a_batch(lm: LM, layout: str) -
         team = Team.from_dict(row["team"], "row")
         run = LatentRun(lm, [row["question"]], "math", team=team, latent_steps=4, align=align,
                         transfer="latents", layout=layout)  # fmt: skip
-        turn = run.last_turn(finish(hand_over(run)))
+        turn = run.last_turn(run_to_end(hand_over(run)))
         [expected] = losses_after(run, *turn.prefill_and_think(), [row["solution"]])
         assert tokens.sum().item() == pytest.approx(expected.total, rel=1e-9)
     other = nll(lm, rows, setting, align, others=True)

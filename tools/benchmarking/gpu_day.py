@@ -28,7 +28,7 @@ from torch import Tensor
 from minimas import Aligner, Config, Qwen3
 from minimas.core.checkpoint import fill
 from minimas.fast.compiled import check_compiler, compile_steps
-from minimas.fast.quantize import check, finish, replacement
+from minimas.fast.quantize import check, complete, replacement
 from tools.shared.arguments import Parser, whole
 from tools.shared.files import write_whole
 from tools.shared.streams import print_progress
@@ -101,7 +101,7 @@ class OnDevice(Minimas):
         source = RandomWeights(model, device)
         replace = partial(replacement, source, device, torch.bfloat16, quantize)
         fill(model, source, device, torch.bfloat16, replace)
-        finish(model, quantize)
+        complete(model, quantize)
         if recorded and device.type == "cuda":
             compile_steps(model)
         self.model = model.eval()

@@ -28,7 +28,7 @@ from torch import Tensor
 from minimas import Result, Team, latent_mas, single, text_mas
 from minimas.agents import choose_team, hand_over_text
 from minimas.core.rollout import Align
-from minimas.results import Events, finish
+from minimas.results import Events, run_to_end
 from minimas.text.generate import GeneratedText
 from minimas.turns import Run, TurnResult
 from tools.evaluation.grading import plain_grader
@@ -130,7 +130,7 @@ def outcomes(setting: Setting, rows: Sequence[Row], team: Team) -> list[Outcome]
 
     def by_text(given: Sequence[str]) -> list[Result]:
         run = ForcedRun(lm, questions, **shared, plans=list(given))
-        return finish(finish(hand_over_text(run, team)).answer())
+        return run_to_end(run_to_end(hand_over_text(run, team)).answer())
 
     steps, align = setting.steps(most=20), lm.aligner("ridge")
     thinking = shared | {"latent_steps": steps}

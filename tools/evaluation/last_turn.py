@@ -15,7 +15,7 @@ from minimas.agents import HandOver, LatentRun, choose_team, hand_over, hand_ove
 from minimas.agents import LastTurn as MethodsLastTurn
 from minimas.layout import Layout
 from minimas.nll import Loss, losses_after
-from minimas.results import AgentTrace, Events, OnEvent, Result, Thought, finish
+from minimas.results import AgentTrace, Events, OnEvent, Result, Thought, run_to_end
 from minimas.teams import SINGLE, Agent, Team
 from minimas.text.tokenizer import PromptText
 from minimas.turns import Run
@@ -94,7 +94,7 @@ def latent_turn(
     run = VariantRun(lm, questions, **settings)
     if handed is None:
         working = run.shifted() if run.transfer == "shuffled" else run
-        given = finish(hand_over(working), on_event)
+        given = run_to_end(hand_over(working), on_event)
     else:
         assert handed.given is not None, "text agents do not hand over a KV cache"
         given = handed.given
@@ -111,7 +111,7 @@ def text_turn(
     """Run every agent except the last one, as `text_mas` does, or as `single` if `team` is None."""
     run = SharingRun(lm, questions, **settings)
     chosen = choose_team(lm, team) if team else lm.teams.get("single", SINGLE)
-    return LastTurn(finish(hand_over_text(run, chosen), on_event), None, on_event)
+    return LastTurn(run_to_end(hand_over_text(run, chosen), on_event), None, on_event)
 
 
 class LastTurn:
@@ -177,7 +177,7 @@ class LastTurn:
 
     def answer(self) -> list[Result]:
         """Return the results after the last agent has generated its answers."""
-        return finish(self.turn.answer(), self.on_event)
+        return run_to_end(self.turn.answer(), self.on_event)
 
     def losses(
         self, texts: Sequence[Sequence[str]], memory: KVCache | None = None

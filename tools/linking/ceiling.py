@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minimas import LM
 from minimas.agents import hand_over
-from minimas.results import AgentStart, Thought, finish
+from minimas.results import AgentStart, Thought, run_to_end
 from tools.evaluation.last_turn import PrefillOnce
 from tools.evaluation.rows import Row
 
@@ -71,7 +71,7 @@ def thoughts_of(lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Alig
         elif isinstance(event, Thought):
             turns[-1].append(event.embedding)
 
-    finish(hand_over(start_run(lm, rows, settings, align)), listen)
+    run_to_end(hand_over(start_run(lm, rows, settings, align)), listen)
     return FreeThoughts([torch.cat(steps, 1) for steps in turns])
 
 

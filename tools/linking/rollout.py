@@ -20,7 +20,7 @@ from minimas import LM, Agent, Result, Sampling, Team
 from minimas.agents import LastTurn, LatentRun, hand_over
 from minimas.answers import grade
 from minimas.layout import Layout
-from minimas.results import finish
+from minimas.results import run_to_end
 from minimas.text.tokenizer import PromptText
 from tools.evaluation.last_turn import PrefillOnce, SharingRun
 from tools.evaluation.rows import Row, kind_of, own_team
@@ -133,7 +133,7 @@ def last_turn(
     """
     run = start_run(lm, rows, settings, align)
     working = run.shifted() if others or settings.transfer == "shuffled" else run
-    return run.last_turn(finish(hand_over(working)))
+    return run.last_turn(run_to_end(hand_over(working)))
 
 
 def solution_scores(turn: LastTurn, texts: Sequence[str]) -> Iterator[Scores]:
@@ -193,7 +193,7 @@ OBJECTIVES: dict[str, Callable[..., list[Tensor]]] = {"nll": nll, "distill": div
 @torch.no_grad()
 def answers(lm: LM, rows: Sequence[Row], settings: TeamSettings, align: Align) -> list[bool]:
     """Return whether the greedy answer to each question is right."""
-    results: list[Result] = finish(last_turn(lm, rows, settings, align).answer())
+    results: list[Result] = run_to_end(last_turn(lm, rows, settings, align).answer())
     return [
         grade(kind_of(row), result.text, row["answer"], row.get("choices"))
         for row, result in zip(rows, results, strict=True)
