@@ -461,144 +461,148 @@ def test_a_wrong_value_of_a_flag_says_what_was_expected(run: Run, flag: str, val
     assert_one_line(run("ask", "q", flag, value), (1, 2), expected)
 
 
-def bad_inputs() -> dict[str, tuple[Callable[[Path], list[Any]], str]]:
-    """Return name -> (function that writes files and returns arguments of `ask`, error pattern)."""
+def rows_file(content: bytes) -> Callable[[Path], list[Any]]:
+    def make(tmp: Path) -> list[Any]:
+        (tmp / "q.jsonl").write_bytes(content)
+        return ["--file", tmp / "q.jsonl"]
 
-    def rows(content: bytes) -> Callable[[Path], list[Any]]:
-        def make(tmp: Path) -> list[Any]:
-            (tmp / "q.jsonl").write_bytes(content)
-            return ["--file", tmp / "q.jsonl"]
-
-        return make
-
-    def file(name: str, content: bytes) -> Callable[[Path], list[Any]]:
-        def make(tmp: Path) -> list[Any]:
-            (tmp / "model" / name).write_bytes(content)
-            return ["q"]
-
-        return make
-
-    def team(content: bytes) -> Callable[[Path], list[Any]]:
-        def make(tmp: Path) -> list[Any]:
-            (tmp / "t.json").write_bytes(content)
-            return ["q", "--team", tmp / "t.json"]
-
-        return make
-
-    good = b'{"question": "fine?"}\n'
-    return {
-        "no such file": (lambda tmp: ["--file", tmp / "none.jsonl"], r"none\.jsonl"),
-        "a folder as file": (lambda tmp: ["--file", tmp], r".*"),
-        "an empty file": (rows(b""), r"q\.jsonl: found .*expected"),
-        "a file of blank lines": (rows(b"\n\n"), r"q\.jsonl: .*"),
-        "no JSON": (rows(good + b"{"), r"q\.jsonl: line 2: .*JSON"),
-        "too deep JSON": (rows(good + b"[" * 100_000), r"q\.jsonl: line 2: .*JSON"),
-        "no UTF-8": (rows(good + b'{"question": "\xff"}'), r"q\.jsonl: "),
-        "no object": (rows(good + b'"q"'), r"q\.jsonl: line 2: found str, expected an object"),
-        "no question": (
-            rows(good + b'{"quesiton": "q"}'),
-            r"q\.jsonl: line 2: question: found .*expected",
-        ),
-        "a number as question": (
-            rows(good + b'{"question": 5}'),
-            r"q\.jsonl: line 2: question: found 5, expected",
-        ),
-        "an empty question": (
-            rows(good + b'{"question": ""}'),
-            r"q\.jsonl: line 2: question: found '', expected",
-        ),
-        "a blank question": (
-            rows(good + b'{"question": " "}'),
-            r"q\.jsonl: line 2: question: found ' ', expected",
-        ),
-        "half a character": (
-            rows(good + b'{"question": "\\ud800"}'),
-            r"(q\.jsonl: line 2|question)",
-        ),
-        "choices as a list": (
-            rows(good + b'{"question": "q", "choices": ["a"]}'),
-            r"line 2: choices: found .*expected",
-        ),
-        "no choices at all": (
-            rows(good + b'{"question": "q", "choices": {}}'),
-            r"line 2: choices: found .*expected",
-        ),
-        "half a character as argument": (lambda tmp: ["\udcff?"], r"(question|QUESTION)"),
-        "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team: found 'trio', expected"),
-        "no such team file": (
-            lambda tmp: ["q", "--team", tmp / "t.json"],
-            r"No such file or directory: .*t\.json",
-        ),
-        "a team without agents": (team(b'{"agents": []}'), r"t\.json: team: found no agents"),
-        "a team with a typo": (
-            team(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'),
-            r"t\.json: .*write",
-        ),
-        "no such map": (
-            lambda tmp: ["q", "--align", tmp / "m.safetensors"],
-            r"m\.safetensors: no such file",
-        ),
-        "a foreign map": (
-            lambda tmp: ["q", "--align", tmp / "model/model.safetensors"],
-            r"model\.safetensors: format: found .*, expected minimas-aligner-1",
-        ),
-        "a broken team": (team(b"{"), r"t\.json: not valid JSON"),
-        "no such dtype": (
-            lambda tmp: ["q", "--dtype", "float8"],
-            r"--dtype: found 'float8', expected",
-        ),
-        "no such device": (
-            lambda tmp: ["q", "--device", "tpu"],
-            r"--device: found 'tpu', expected",
-        ),
-        "no such model": (lambda tmp: ["q", "--model", tmp / "none"], r"none: no such folder"),
-        "a file as model": (
-            lambda tmp: ["q", "--model", tmp / "model/config.json"],
-            r"config\.json: found a file",
-        ),
-        "a request beyond the context": (
-            lambda tmp: ["q", "-n", "1" + "0" * 400],
-            r"--max-new-tokens.*expected",
-        ),
-        "thoughts beyond the context": (
-            lambda tmp: ["q", "--latent-steps", 10**30],
-            r"--latent-steps.*expected",
-        ),
-        "no tokenizer": (
-            lambda tmp: (tmp / "model/tokenizer.json").unlink() or ["q"],
-            r"tokenizer\.json is missing",
-        ),
-        "a broken tokenizer": (
-            file("tokenizer.json", b"{}"),
-            r"tokenizer\.json: not a readable tokenizer",
-        ),
-        "a broken template": (file("chat_template.jinja", b"{% if %}"), r"chat_template\.jinja: "),
-        "broken settings": (
-            file("generation_config.json", b"{"),
-            r"generation_config\.json: not valid JSON",
-        ),
-        "a wrong setting": (
-            file("generation_config.json", b'{"do_sample": true, "top_p": 5}'),
-            r"generation_config\.json: top_p.*: found 5, expected",
-        ),
-        "a wrong end token": (
-            file("generation_config.json", b'{"eos_token_id": "x"}'),
-            r"eos_token_id: found 'x', expected",
-        ),
-        "a wrong teams.json": (
-            file("teams.json", b'{"sequential": 5}'),
-            r"teams\.json: sequential",
-        ),
-        "a broken config": (file("config.json", b"{"), r"config\.json: not valid JSON"),
-        "truncated weights": (file("model.safetensors", b"\x00" * 7), r"model\.safetensors: "),
-    }
+    return make
 
 
-@pytest.mark.parametrize("case", bad_inputs())
+def model_file(name: str, content: bytes) -> Callable[[Path], list[Any]]:
+    def make(tmp: Path) -> list[Any]:
+        (tmp / "model" / name).write_bytes(content)
+        return ["q"]
+
+    return make
+
+
+def team_file(content: bytes) -> Callable[[Path], list[Any]]:
+    def make(tmp: Path) -> list[Any]:
+        (tmp / "t.json").write_bytes(content)
+        return ["q", "--team", tmp / "t.json"]
+
+    return make
+
+
+GOOD_ROW = b'{"question": "fine?"}\n'
+# Name -> a function that writes files and returns arguments of `ask`, and the error's pattern.
+BAD_INPUTS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
+    "no such file": (lambda tmp: ["--file", tmp / "none.jsonl"], r"none\.jsonl"),
+    "a folder as file": (lambda tmp: ["--file", tmp], r".*"),
+    "an empty file": (rows_file(b""), r"q\.jsonl: found .*expected"),
+    "a file of blank lines": (rows_file(b"\n\n"), r"q\.jsonl: .*"),
+    "no JSON": (rows_file(GOOD_ROW + b"{"), r"q\.jsonl: line 2: .*JSON"),
+    "too deep JSON": (rows_file(GOOD_ROW + b"[" * 100_000), r"q\.jsonl: line 2: .*JSON"),
+    "no UTF-8": (rows_file(GOOD_ROW + b'{"question": "\xff"}'), r"q\.jsonl: "),
+    "no object": (rows_file(GOOD_ROW + b'"q"'), r"q\.jsonl: line 2: found str, expected an object"),
+    "no question": (
+        rows_file(GOOD_ROW + b'{"quesiton": "q"}'),
+        r"q\.jsonl: line 2: question: found .*expected",
+    ),
+    "a number as question": (
+        rows_file(GOOD_ROW + b'{"question": 5}'),
+        r"q\.jsonl: line 2: question: found 5, expected",
+    ),
+    "an empty question": (
+        rows_file(GOOD_ROW + b'{"question": ""}'),
+        r"q\.jsonl: line 2: question: found '', expected",
+    ),
+    "a blank question": (
+        rows_file(GOOD_ROW + b'{"question": " "}'),
+        r"q\.jsonl: line 2: question: found ' ', expected",
+    ),
+    "half a character": (
+        rows_file(GOOD_ROW + b'{"question": "\\ud800"}'),
+        r"(q\.jsonl: line 2|question)",
+    ),
+    "choices as a list": (
+        rows_file(GOOD_ROW + b'{"question": "q", "choices": ["a"]}'),
+        r"line 2: choices: found .*expected",
+    ),
+    "no choices at all": (
+        rows_file(GOOD_ROW + b'{"question": "q", "choices": {}}'),
+        r"line 2: choices: found .*expected",
+    ),
+    "half a character as argument": (lambda tmp: ["\udcff?"], r"(question|QUESTION)"),
+    "no such team": (lambda tmp: ["q", "--team", "trio"], r"--team: found 'trio', expected"),
+    "no such team file": (
+        lambda tmp: ["q", "--team", tmp / "t.json"],
+        r"No such file or directory: .*t\.json",
+    ),
+    "a team without agents": (team_file(b'{"agents": []}'), r"t\.json: team: found no agents"),
+    "a team with a typo": (
+        team_file(b'{"agents": [{"name": "a", "prompt": "p", "write": true}]}'),
+        r"t\.json: .*write",
+    ),
+    "no such map": (
+        lambda tmp: ["q", "--align", tmp / "m.safetensors"],
+        r"m\.safetensors: no such file",
+    ),
+    "a foreign map": (
+        lambda tmp: ["q", "--align", tmp / "model/model.safetensors"],
+        r"model\.safetensors: format: found .*, expected minimas-aligner-1",
+    ),
+    "a broken team": (team_file(b"{"), r"t\.json: not valid JSON"),
+    "no such dtype": (
+        lambda tmp: ["q", "--dtype", "float8"],
+        r"--dtype: found 'float8', expected",
+    ),
+    "no such device": (
+        lambda tmp: ["q", "--device", "tpu"],
+        r"--device: found 'tpu', expected",
+    ),
+    "no such model": (lambda tmp: ["q", "--model", tmp / "none"], r"none: no such folder"),
+    "a file as model": (
+        lambda tmp: ["q", "--model", tmp / "model/config.json"],
+        r"config\.json: found a file",
+    ),
+    "a request beyond the context": (
+        lambda tmp: ["q", "-n", "1" + "0" * 400],
+        r"--max-new-tokens.*expected",
+    ),
+    "thoughts beyond the context": (
+        lambda tmp: ["q", "--latent-steps", 10**30],
+        r"--latent-steps.*expected",
+    ),
+    "no tokenizer": (
+        lambda tmp: (tmp / "model/tokenizer.json").unlink() or ["q"],
+        r"tokenizer\.json is missing",
+    ),
+    "a broken tokenizer": (
+        model_file("tokenizer.json", b"{}"),
+        r"tokenizer\.json: not a readable tokenizer",
+    ),
+    "a broken template": (
+        model_file("chat_template.jinja", b"{% if %}"),
+        r"chat_template\.jinja: ",
+    ),
+    "broken settings": (
+        model_file("generation_config.json", b"{"),
+        r"generation_config\.json: not valid JSON",
+    ),
+    "a wrong setting": (
+        model_file("generation_config.json", b'{"do_sample": true, "top_p": 5}'),
+        r"generation_config\.json: top_p.*: found 5, expected",
+    ),
+    "a wrong end token": (
+        model_file("generation_config.json", b'{"eos_token_id": "x"}'),
+        r"eos_token_id: found 'x', expected",
+    ),
+    "a wrong teams.json": (
+        model_file("teams.json", b'{"sequential": 5}'),
+        r"teams\.json: sequential",
+    ),
+    "a broken config": (model_file("config.json", b"{"), r"config\.json: not valid JSON"),
+    "truncated weights": (model_file("model.safetensors", b"\x00" * 7), r"model\.safetensors: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
 def test_a_wrong_input_gives_one_line_and_fails(run: Run, tmp_path: Path, case: str) -> None:
     """It names the file, line or flag, found and expected. No earlier question is answered."""
     write_folder(tmp_path / "model", text_model(), tokenizer=TINY)
-    make, pattern = bad_inputs()[case]
+    make, pattern = BAD_INPUTS[case]
     argv = make(tmp_path)
     assert_one_line(
         run("ask", *([] if "--model" in argv else ["-m", tmp_path / "model"]), *argv),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import minimas
+from minimas.agents import TRANSFERS
 from minimas.answers import KINDS
 from minimas.check import STEPS
 from minimas.core.latent import ALIGNMENTS
@@ -71,7 +72,7 @@ def test_the_flags_have_the_same_names_as_the_library() -> None:
     methods = (minimas.latent_mas, minimas.text_mas, minimas.single)
     assert choices("ask", "--method") == [method.__name__ for method in methods]
     assert choices("ask", "--kind") == list(KINDS)
-    assert choices("ask", "--transfer") == list(minimas.agents.TRANSFERS)  # type: ignore[attr-defined]
+    assert choices("ask", "--transfer") == list(TRANSFERS)
     for command in ("ask", "check"):
         assert choices(command, "--quantize") == list(FORMATS)
         assert choices(command, "--layout") == list(LAYOUTS)

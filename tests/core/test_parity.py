@@ -20,7 +20,9 @@ CLOSE = 1e-12
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))  # type: ignore[no-any-return]
+    mean = x.pow(2).mean(-1, keepdim=True)
+    scaled = x * torch.rsqrt(mean + self.variance_epsilon)
+    return self.weight * scaled  # type: ignore[no-any-return]
 
 
 def _rope(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

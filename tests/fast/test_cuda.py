@@ -49,7 +49,8 @@ def test_answers_equal_those_of_the_cpu(method: object, temperature: float) -> N
     texts = []
     for device in ("cpu", "cuda"):
         lm = load(TINY, device=device, dtype="float32")
-        texts.append([r.text for r in method(lm, QUESTIONS, sampling=sampling)])  # type: ignore[operator]
+        results = method(lm, QUESTIONS, sampling=sampling)  # type: ignore[operator]
+        texts.append([result.text for result in results])
     assert texts[0] == texts[1]
 
 

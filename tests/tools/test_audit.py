@@ -144,7 +144,7 @@ def records(metric: str, **arms: list[float]) -> list[Record]:
     ]
 
 
-def test_the_verdict_reports_harm_help_and_no_effect() -> None:
+def test_the_verdict_reports_harm_help_and_no_effect_on_the_loss() -> None:
     """The verdict is one sentence.
 
     If another question's thoughts help as much, the verdict must say so, because then the effect
@@ -185,6 +185,12 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
     assert "with this model they help; the prompts' memory" in unknown, (
         "of an arm that was not run nothing is said"
     )
+    two = verdict(records("nll", full=moved(-0.5), none=none))
+    assert "questions the memory lowers the loss of the right answer by 0.4" in two
+
+
+def test_the_verdict_reports_harm_help_and_no_effect_on_the_answers() -> None:
+    """An answer that was not graded does not count as wrong."""
     right = records("accuracy", full=[1.0] * 30 + [0.0] * 10, none=[1.0] * 10 + [0.0] * 30)
     assert (
         "with the memory 75% of the answers are right, without it 25%: it helps (p < 0.001)"
@@ -203,8 +209,6 @@ def test_the_verdict_reports_harm_help_and_no_effect() -> None:
         record["correct"] = None  # code that was not allowed to run
     assert "with the memory 50% of the answers are right, without it 0%" in verdict(half)
     assert "No verdict is possible" in verdict([])
-    two = verdict(records("nll", full=moved(-0.5), none=none))
-    assert "questions the memory lowers the loss of the right answer by 0.4" in two
 
 
 def test_a_loss_that_the_answers_contradict_is_not_called_harm() -> None:

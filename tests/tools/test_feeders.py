@@ -269,8 +269,8 @@ def test_gumbel_noise_comes_from_the_generator_of_the_question() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ",gain,gain:,gain:x,gain:-1,gain:nan,gain:1:2,mean:1,soft:0,soft:x,soft:1:x,soft:1:2:3,soft:-1,soft:,"
-    "gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
+    ",gain,gain:,gain:x,gain:-1,gain:nan,gain:1:2,mean:1,soft:0,soft:x,soft:1:x,soft:1:2:3,soft:-1,"
+    "soft:,gumbel:0,gumbel:1:2,token:1,pause:,ridge:1,Soft,None".split(","),
 )
 def test_an_unknown_kind_is_refused_with_a_list_of_kinds(kind: str, made: Feeders) -> None:
     """The error names the flag.

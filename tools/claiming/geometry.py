@@ -71,8 +71,7 @@ def measure_overlap(setting: Setting) -> Finding:
         choices=[row.get("choices") for row in rows], sampling=setting.sampling,
     )  # fmt: skip
     assert lm.tokenizer is not None
-    encode = lm.tokenizer.encode
-    written = [[encode(agent.text) for agent in result.agents[:-1]] for result in texts]
+    written = [[lm.tokenizer.encode(agent.text) for agent in one.agents[:-1]] for one in texts]
     every = [token for agents in written for ids in agents for token in ids]
     if not every:
         raise ValueError("found no text of the agents, expected at least one token")
