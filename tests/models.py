@@ -240,3 +240,8 @@ def reference(
 def apart(a: Tensor, b: Tensor) -> float:
     """Return the largest difference between two tensors, relative to the largest entry of `b`."""
     return float((a - b).abs().max() / b.abs().max())
+
+
+def apart_by_norm(a: Tensor, b: Tensor) -> float:
+    """Return the norm of the difference between two tensors, relative to the norm of `b`."""
+    return float(torch.dist(a.double(), b.double()) / b.double().norm())

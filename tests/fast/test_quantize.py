@@ -30,7 +30,15 @@ from minimas.fast.quantize import (
     round_rows,
 )  # fmt: skip
 
-from ..models import TINY, random_ids, random_model, remember, tiny_config, write_folder
+from ..models import (
+    TINY,
+    apart_by_norm,
+    random_ids,
+    random_model,
+    remember,
+    tiny_config,
+    write_folder,
+)
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 needs_bnb = pytest.mark.skipif(not HAS_BNB, reason="bitsandbytes is not installed")
@@ -48,10 +56,6 @@ def gaussian(N: int, K: int, seed: int) -> torch.Tensor:
 
 def rows(R: int, K: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(R, K, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 # -- from weights to values --------------------------------------------------------------------
@@ -93,9 +97,9 @@ def test_weights_on_a_4_bit_grid_are_quantized_without_loss(size: tuple[int, int
     scale = torch.randint(1, 9, (N, K // GROUP, 1), generator=source) / 64
     weight = ((values - 8) * scale).view(N, K).bfloat16()
     found = quantized("q4", weight, None)
-    assert isinstance(found, QuantizedLinear) and apart(found.weight, weight) < 5e-3 < apart(
-        weight, found.weight * 1.1
-    )
+    assert isinstance(found, QuantizedLinear) and apart_by_norm(
+        found.weight, weight
+    ) < 5e-3 < apart_by_norm(weight, found.weight * 1.1)
 
 
 def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
@@ -104,7 +108,7 @@ def test_rows_of_zeros_and_of_one_value_are_kept() -> None:
     weight[1], weight[2] = 0.5, -3
     for name in ("q4", "q8"):
         layer = quantized(name, weight, None)
-        assert isinstance(layer, QuantizedLinear) and apart(layer.weight, weight) < 0.01
+        assert isinstance(layer, QuantizedLinear) and apart_by_norm(layer.weight, weight) < 0.01
         assert bool((layer.weight[0].abs() < 1e-20).all())
 
 
@@ -150,8 +154,10 @@ def test_a_quantized_layer_is_close_to_its_matrix(name: str, count: int) -> None
     assert layer is not None
     found, expected = layer(x[None]), F.linear(x.float(), weight.float(), bias.float())
     assert found.shape == (1, count, 96) and found.dtype == torch.bfloat16
-    assert apart(found[0].float() - bias.float(), expected - bias.float()) < LOSS[name]
-    assert apart(layer(x.flip(1)[None])[0], expected) > 0.5  # another input gives another output
+    assert apart_by_norm(found[0].float() - bias.float(), expected - bias.float()) < LOSS[name]
+    assert (
+        apart_by_norm(layer(x.flip(1)[None])[0], expected) > 0.5
+    )  # another input gives another output
 
 
 @given(SIZES, st.sampled_from(["q4", "q8"]))
@@ -165,10 +171,10 @@ def test_the_kernel_for_few_rows_matches_the_stored_weights(
     layer, x = quantized(name, gaussian(*size), None), rows(3, size[1])
     assert isinstance(layer, QuantizedLinear)
     expected = F.linear(x.double(), layer.weight.double())
-    assert apart(layer(x), expected) < 0.006
+    assert apart_by_norm(layer(x), expected) < 0.006
     many = x.repeat(140, 1)
     assert len(many) > layer.max_kernel_rows
-    assert apart(layer(many)[:3], expected) < 0.006
+    assert apart_by_norm(layer(many)[:3], expected) < 0.006
 
 
 @pytest.mark.parametrize("name", ["q4", "q8"])
@@ -183,11 +189,11 @@ def test_matrices_in_several_chunks_may_have_any_number_of_rows(
     weight, bias = gaussian(N, K, 0), rows(1, N, seed=2)[0]
     layer = quantized(name, weight, bias)
     assert isinstance(layer, QuantizedLinear)
-    assert apart(layer.weight, weight) < LOSS[name]
+    assert apart_by_norm(layer.weight, weight) < LOSS[name]
     for count in (1, 3, 70):
         x = rows(count, K)
         expected = F.linear(x.double(), layer.weight.double(), bias.double())
-        assert apart(layer(x), expected) < 0.01
+        assert apart_by_norm(layer(x), expected) < 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +259,7 @@ def test_each_order_is_unpacked_by_its_formula(
         packed[at, :, lane] |= values[row] << 4 * high
     scale, zero = scales.float().repeat_interleave(GROUP, 0).unbind(-1)  # (K, N)
     expected = ((values.float() - 8).T * scale + zero).T
-    assert apart(unpack4(packed.view(N, K // 2), scales, tile), expected) < 0.004
+    assert apart_by_norm(unpack4(packed.view(N, K // 2), scales, tile), expected) < 0.004
 
 
 def test_an_unknown_packing_order_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,8 +285,8 @@ def test_blocks_of_a_gguf_file_keep_their_values(size: tuple[int, int, int], kin
     x = rows(2, K)
     weight = values.double().view(N, -1, GROUP) * scale.double()[..., None]
     weight = (weight + offset.double()[..., None]).view(N, K)
-    assert apart(layer.weight, weight) < 0.004  # the rounding of bf16
-    assert apart(layer(x), F.linear(x.double(), weight)) < 0.01
+    assert apart_by_norm(layer.weight, weight) < 0.004  # the rounding of bf16
+    assert apart_by_norm(layer(x), F.linear(x.double(), weight)) < 0.01
 
 
 def test_an_8_bit_layer_works_as_an_embedding() -> None:
@@ -304,9 +310,9 @@ def test_a_row_with_large_values_does_not_change_its_neighbours() -> None:
     layer = quantized("q8", weight, None)
     assert isinstance(layer, QuantizedLinear)
     both = torch.cat([small_row, 3000 * rows(1, 64, seed=5)])
-    assert apart(layer(both)[:1], layer(small_row)) < 0.003
+    assert apart_by_norm(layer(both)[:1], layer(small_row)) < 0.003
     coarse = (both / (both.abs().amax() / 127)).round() * (both.abs().amax() / 127)
-    assert apart(F.linear(coarse[:1], weight), F.linear(small_row, weight)) > 0.5
+    assert apart_by_norm(F.linear(coarse[:1], weight), F.linear(small_row, weight)) > 0.5
 
 
 def test_one_large_activation_does_not_round_the_others_to_zero() -> None:
@@ -319,7 +325,7 @@ def test_one_large_activation_does_not_round_the_others_to_zero() -> None:
     small[0, 7] = 0
     found = layer(x).double() - 1000 * layer.weight[:, 7].double()
     assert (
-        apart(found, F.linear(small.double(), layer.weight.double())) < 0.6
+        apart_by_norm(found, F.linear(small.double(), layer.weight.double())) < 0.6
     )  # bf16 rounds the sum
     unit = 1000 / 127
     assert bool(((small / unit).round() == 0).all())  # with one scale, all of them become zero
@@ -338,8 +344,8 @@ def test_many_rows_with_outliers_are_as_exact_as_few() -> None:
     small[:, 3] = 0
     rest = found - many[:, 3:4].double() @ layer.weight[:, 3:4].double().T
     small_alone = F.linear(small[with_outlier].double(), layer.weight.double())
-    assert apart(rest[with_outlier], small_alone) < 0.6  # bf16 rounds the sum
-    assert apart(found[without_outlier], expected[without_outlier]) < 0.006
+    assert apart_by_norm(rest[with_outlier], small_alone) < 0.6  # bf16 rounds the sum
+    assert apart_by_norm(found[without_outlier], expected[without_outlier]) < 0.006
 
 
 def test_a_gradient_through_many_rows_unpacks_a_matrix_once(
@@ -360,7 +366,7 @@ def test_rows_may_have_any_length(K: int) -> None:
     """The 8-bit kernel crashes the process if a row is not a multiple of its vectors."""
     layer, x = quantized("q8", gaussian(7, K, 0), None), rows(3, K)
     assert isinstance(layer, Q8Linear)
-    assert apart(layer(x), F.linear(x.double(), layer.weight.double())) < 0.006
+    assert apart_by_norm(layer(x), F.linear(x.double(), layer.weight.double())) < 0.006
 
 
 @pytest.mark.parametrize("name", ["q4", "q8"])
@@ -373,7 +379,9 @@ def test_gradients_reach_the_input_of_a_quantized_layer(name: str) -> None:
         second(first(x)).float().sum().backward()
         assert x.grad is not None and float(x.grad.abs().sum()) > 0
         assert (
-            apart(x.grad, torch.ones(count, 64) @ second.weight.float() @ first.weight.float())
+            apart_by_norm(
+                x.grad, torch.ones(count, 64) @ second.weight.float() @ first.weight.float()
+            )
             < 0.01
         )
 
@@ -404,8 +412,8 @@ def test_a_quantized_model_equals_the_model_of_its_unpacked_weights(
     plain.load_state_dict({key: value.double() for key, value in state.items()})
     ids = random_ids(model, 2, 9)
     hidden, expected = remember(model, ids)[0], remember(plain, ids)[0]
-    assert apart(hidden, expected) < 0.03 < 0.3 < apart(hidden, expected.flip(0))
-    assert apart(model.logits(hidden), hidden.double() @ head.double().T) < 0.02
+    assert apart_by_norm(hidden, expected) < 0.03 < 0.3 < apart_by_norm(hidden, expected.flip(0))
+    assert apart_by_norm(model.logits(hidden), hidden.double() @ head.double().T) < 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,6 +25,7 @@ from minimas.formats.gguf_file import StoredTensor
 
 from ..models import (
     apart,
+    apart_by_norm,
     random_ids,
     random_model,
     remember,
@@ -516,10 +517,6 @@ def test_a_coarser_type_may_differ_more_and_still_be_a_copy(
     file = GGUF(path)
     assert file.config.tie_word_embeddings is tied
     assert file.tensors["model.embed_tokens.weight"].kind == ("Q8_0" if tied else kind)
-
-
-def apart_by_norm(a: Tensor, b: Tensor) -> float:
-    return float(torch.dist(a, b) / b.norm())
 
 
 def test_an_untied_head_is_not_treated_as_a_copy(tmp_path: Path) -> None:
