@@ -20,7 +20,7 @@ ASK = """answer a question with a team of agents
 --save-memory     text    write the KV cache after the answer to this file
 --compile         yes     faster steps after a warm-up of up to a minute
 --models          named   model for a team file's agents whose model is NAME; repeatable
---parallel        yes     divide the model among the ranks of torchrun (docs/design.md)
+--parallel        yes     divide the model among the ranks of torchrun (docs/two_gpus.md)
 """
 CHAT = """talk with one agent or a team: one message per line; keeps the KV cache
 --method          single,latent_mas,text_mas=single  who answers (default: %(default)s)
