@@ -4,11 +4,11 @@ The last agent of a team answers in four settings: without a KV cache, with the 
 agents' prompts, and with the cache of prompts and latent thoughts from each of two maps. These are
 the paper's map ("ridge") and the one that leaves out the final norm's gain ("prenorm"). Two things
 are measured on six built-in questions: the loss of a worked solution (see `nll`), and the length of
-the answers. A harmful cache shows in at least one of them: garbled states raise the loss, and a
-bare number in place of reasoning is short.
+the first 24 tokens of the answers. A harmful cache shows in at least one of them: garbled states
+raise the loss, and a bare number in place of reasoning is short.
 
-Six questions show only large effects. `tools/evaluate.py --audit` measures the same on your own
-data.
+Six questions show only large effects, and 24 tokens do not show whether long answers get shorter.
+`tools/evaluate.py --audit` measures the same on your own data.
 """
 
 import shlex
@@ -149,10 +149,16 @@ def check(
         difference = None if nlls is base else interval(list(map(sub, nlls, base)))
         ended = fmean(count < MAX_NEW_TOKENS for count in tokens)
         arms.append(ArmReport(name, fmean(nlls), difference, fmean(tokens), ended))
-    verdict, flags = judge(team.layout, arms)
-    command = f"python -m minimas ask --model {shlex.quote(lm.model.name)} {flags}QUESTION"
+    verdict, flags = judge(team.layout, latent_steps, arms)
     return Report(
-        lm.model.name, team.layout, latent_steps, MAX_NEW_TOKENS, len(ASKED), arms, verdict, command
+        lm.model.name,
+        team.layout,
+        latent_steps,
+        MAX_NEW_TOKENS,
+        len(ASKED),
+        arms,
+        verdict,
+        f"python -m minimas ask --model {shlex.quote(lm.model.name)} {flags}QUESTION",
     )
 
 
@@ -180,7 +186,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - error, mean + error)
 
 
-def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
+def judge(layout: str, latent_steps: int, arms: Sequence[ArmReport]) -> tuple[str, str]:
     """Return the verdict in one sentence, and the flags of the recommended command line."""
     alone, prompts, *mapped = arms
     sample = f"On {len(QUESTIONS)} questions in layout {layout}:"
@@ -192,7 +198,7 @@ def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
             "so their reasoning is lost.",
             "--layout turn " if layout == "chat" else "--method single ",
         )
-    said = f"{sample} answers keep their length ({lengths})"
+    said = f"{sample} answers do not shrink to a bare number ({lengths}, at most {MAX_NEW_TOKENS})"
     harms = []
     for name, arm in zip(("the paper's map", "prenorm"), mapped, strict=True):
         rise: Any = arm.difference  # only "prompts only" has none
@@ -201,7 +207,5 @@ def judge(layout: str, arms: Sequence[ArmReport]) -> tuple[str, str]:
             f"; {name} {'hurts' if harms[-1] else 'shows no harm'} "
             f"({rise} nats per token, {arm.tokens:.0f} tokens)"
         )
-    flags = f"--layout {layout} "
-    if harms[0]:
-        flags += "--latent-steps 0 " if harms[1] else "--align prenorm "
-    return f"{said}.", flags
+    flags = f"--layout {layout} --latent-steps {0 if all(harms) else latent_steps} "
+    return f"{said}.", flags + "--align prenorm " * (harms == [True, False])

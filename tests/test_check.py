@@ -82,14 +82,14 @@ def made(
     prompts: float,
     ridge: tuple[float, float, float],
     prenorm: tuple[float, float, float],
-) -> tuple[str, list[ArmReport]]:
+) -> tuple[str, int, list[ArmReport]]:
     arms = [
         ArmReport("no cache", 1.0, Interval(0.0, -0.1, 0.1), 60, 0.1),
         ArmReport("prompts only", 1.0, None, prompts, 0.1),
         ArmReport("20 thoughts, ridge", 1.0, Interval(*ridge), 58, 0.1),
         ArmReport("20 thoughts, prenorm", 1.0, Interval(*prenorm), 58, 0.1),
     ]
-    return layout, arms
+    return layout, 20, arms
 
 
 FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
@@ -98,27 +98,34 @@ FINE, BAD, UNSURE = (0.001, -0.01, 0.012), (0.4, 0.3, 0.5), (0.4, -0.1, 0.9)
 @pytest.mark.parametrize(
     ("given", "flags", "said"),
     [
-        (made("turn", 58, FINE, FINE), "--layout turn ", "the paper's map shows no harm"),
-        (made("turn", 58, UNSURE, FINE), "--layout turn ", "the paper's map shows no harm"),
-        (made("turn", 58, BAD, FINE), "--layout turn --align prenorm ", "the paper's map hurts"),
+        (made("turn", 58, FINE, FINE), "--layout turn --latent-steps 20 ", "map shows no harm"),
+        (made("turn", 58, UNSURE, FINE), "--layout turn --latent-steps 20 ", "map shows no harm"),
+        (
+            made("turn", 58, BAD, FINE),
+            "--layout turn --latent-steps 20 --align prenorm ",
+            "the paper's map hurts",
+        ),
         (made("turn", 58, BAD, BAD), "--layout turn --latent-steps 0 ", "prenorm hurts"),
         (made("chat", 5, FINE, FINE), "--layout turn ", "their reasoning is lost"),
         (made("turn", 5, FINE, FINE), "--method single ", "their reasoning is lost"),
     ],
 )
 def test_the_recommendation_follows_from_the_measurement(
-    given: tuple[str, list[ArmReport]], flags: str, said: str
+    given: tuple[str, int, list[ArmReport]], flags: str, said: str
 ) -> None:
-    """Short answers, or a loss that certainly rises, count as harm. A wide interval does not."""
+    """Short answers, or a loss that certainly rises, count as harm. A wide interval does not.
+
+    The command has the number of thoughts that was checked: it recommended 40 after a check of 10.
+    """
     sentence, recommended = judge(*given)
     assert recommended == flags and said in sentence
     assert sentence.startswith("On 6 questions in layout ") and sentence.count(". ") == 0
 
 
 def test_short_answers_with_thoughts_also_count_as_harm() -> None:
-    layout, arms = made("turn", 58, FINE, FINE)
+    layout, steps, arms = made("turn", 58, FINE, FINE)
     arms[2] = replace(arms[2], tokens=6)
-    assert judge(layout, arms)[1] == "--layout turn --align prenorm "
+    assert judge(layout, steps, arms)[1] == "--layout turn --latent-steps 20 --align prenorm "
 
 
 def test_the_command_prints_a_table_or_one_json_object(
