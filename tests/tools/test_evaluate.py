@@ -524,6 +524,20 @@ def test_a_wrong_flag_gives_one_line(
     assert said in error
 
 
+def test_a_layout_that_a_team_cannot_have_is_refused_before_any_arm_runs(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The arms in layout chat of the first batch ran for minutes before the error."""
+    writer = {"name": "writer", "prompt": "{question}", "writes": True}
+    team = tmp_path / "team.json"
+    team.write_text(json.dumps({"agents": [writer, {"name": "last", "prompt": "{question}"}]}))
+    argv = ["--data", str(data), "--team", str(team), "--layout", "chat,turn"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "layout (--layout): found 'turn' with agent 'writer', writes: found true" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_team_for_rows_that_have_their_own_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

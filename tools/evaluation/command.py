@@ -1,6 +1,7 @@
 """The command line of tools/evaluate.py: its flags, and the run that they describe."""
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from torch import distributed
 import minimas
 from minimas.agents import TRANSFERS
 from minimas.core.config import read_json
+from minimas.core.errors import ParameterError
 from minimas.fast.quantize import FORMATS
 from minimas.lens import Lens
 from minimas.teams import LAYOUTS, TEAMS
@@ -250,6 +252,7 @@ class Evaluation:
         self.check_models()
         self.lens = Lens(lm, args.lens) if args.lens else None
         self.arms = self.choose_arms()
+        self.check_teams()
         if len(rows) == 1 and any(arm.transfer == "shuffled" for arm in self.arms):
             raise ValueError(
                 "transfer (--transfer, --arms): found 'shuffled' with one question, expected two "
@@ -277,6 +280,19 @@ class Evaluation:
                 "models (--models): found models with --lens or --audit, expected none"
             )
 
+    def rows_with_teams(self) -> list[int]:
+        """Return the rows whose teams may differ. Rows without a team share that of the first."""
+        return [i for i, row in enumerate(self.bench.rows) if i == 0 or "team" in row]
+
+    def check_teams(self) -> None:
+        """Raise ValueError naming the flag if a team cannot work in the layout of an arm."""
+        for arm, i in itertools.product(self.arms, self.rows_with_teams()):
+            try:
+                self.bench.team(i, arm)
+            except ParameterError as error:
+                name = error.parameter
+                raise ValueError(f"{name} (--{name}): {error.problem}") from error
+
     def join(self, device: str, size: int) -> Any:
         """Return the mesh of the processes that hold one model together with this process."""
         from torch.distributed.device_mesh import init_device_mesh
@@ -300,9 +316,8 @@ class Evaluation:
                     "expected none"
                 )
             lists["team"] = [None]
-        # Rows without a team share one, so the first row stands for all of them.
-        rows = [i for i, row in enumerate(bench.rows) if i == 0 or "team" in row]
-        teams = [bench.team(i, Arm("", team=name)) for name in args.team for i in rows]
+        pairs = itertools.product(args.team, self.rows_with_teams())
+        teams = [bench.team(i, Arm("", team=name)) for name, i in pairs]
         thinks_last = any(team.agents[-1].latent_steps is not None for team in teams)
         if args.layout == [None] and all(team.layout == "turn" for team in teams):
             lists["close"] = lists["close"][:1]  # there is only one turn
