@@ -26,6 +26,7 @@ from minimas import (
     hierarchical,
     latent_mas,
     sequential,
+    single,
     text_mas,
     think,
 )
@@ -284,6 +285,26 @@ def test_every_transfer_gives_the_last_agent_a_complete_user_turn(lm: LM, transf
     prefill(lm, "<|im_start|>user\n", header)
     for row in range(len(results)):
         assert distance(caches[-1].select([row]).truncate(header.lengths[0]), header) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["math", "free"])
+@pytest.mark.parametrize("layout", ["turn", "chat"])
+@pytest.mark.parametrize("team", ["sequential", "hierarchical"])
+def test_without_a_hand_over_the_built_in_teams_are_a_single_agent(
+    lm: LM, team: str, layout: str, kind: str
+) -> None:
+    """So transfer "none" is not measured: its answers are those of `single` (docs/results.md)."""
+    how: dict[str, Any] = {"kind": kind, "sampling": Sampling(max_new_tokens=4)}
+    alone = single(lm, QUESTIONS, **how)
+    none, full = (
+        latent_mas(lm, QUESTIONS, team, 1, layout=layout, transfer=transfer, **how)
+        for transfer in ("none", "full")
+    )
+    for expected, dropped, handed_over in zip(alone, none, full, strict=True):
+        [agent] = expected.agents
+        last, other = dropped.agents[-1], handed_over.agents[-1]
+        assert (last.prompt, last.text) == (agent.prompt, agent.text)
+        assert last.memory_bytes == agent.memory_bytes < other.memory_bytes
 
 
 @given(st.lists(hostile_texts(), min_size=3, max_size=3))
