@@ -825,7 +825,7 @@ def test_a_prompt_that_arms_share_is_prefilled_once_without_changing_results(lm:
         how: dict[str, Any] = {"latent_steps": steps, "align": align}
         plain = latent_turn(lm, QUESTIONS, **how).losses([["1 2"]] * 3)
         assert plain == latent_turn(lm, QUESTIONS, once=once, **how).losses([["1 2"]] * 3)
-    assert len(once.kept) == 1
+    assert len(once.prefilled) == 1
 
 
 def rows(count: int, tmp_path: Path) -> list[Record]:

@@ -143,9 +143,9 @@ class Bench:
             others = [self.partner(i) for i in rows]
             their_team = self.team(others[0], arm)
             theirs = thinking | self.mixed(their_team, arm)
-            handed = latent_turn(self.lm, team=their_team, **theirs, **asked(others))
+            earlier = latent_turn(self.lm, team=their_team, **theirs, **asked(others))
             thinking |= self.mixed(team, arm)
-            return latent_turn(self.lm, team=team, handed=handed, **thinking, **asked(rows))
+            return latent_turn(self.lm, team=team, earlier=earlier, **thinking, **asked(rows))
         last = team.agents[-1]
         if transfer == "none" and "{question}" in team.opening + last.prompt:
             team = replace(team, agents=(last,))  # the others would have no effect

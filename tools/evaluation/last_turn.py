@@ -31,7 +31,7 @@ class PrefillOnce:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[Any, tuple[Tensor, KVCache]] = {}
+        self.prefilled: dict[Any, tuple[Tensor, KVCache]] = {}
 
 
 @dataclass
@@ -49,10 +49,10 @@ class SharingRun(Run):
         if self.once is None or any(cache.lengths):
             return super().prefill(ids, cache)
         key = self.lm, *map(tuple, ids)
-        if key not in self.once.kept:
-            self.once.kept[key] = super().prefill(ids, cache)
-        hidden, kept = self.once.kept[key]
-        return hidden, kept.fork()
+        if key not in self.once.prefilled:
+            self.once.prefilled[key] = super().prefill(ids, cache)
+        hidden, cached = self.once.prefilled[key]
+        return hidden, cached.fork()
 
     def think(
         self, align: Any, hidden: Tensor, cache: KVCache, steps: int
@@ -82,22 +82,22 @@ class VariantRun(LatentRun, SharingRun):
 def latent_turn(
     lm: LM,
     questions: Sequence[str],
-    handed: "LastTurn | None" = None,
+    earlier: "LastTurn | None" = None,
     on_event: OnEvent | None = None,
     **settings: Any,
 ) -> "LastTurn":
     """Run every agent except the last one, as `latent_mas` does. `settings` are its parameters.
 
-    With `handed` no agent runs: the last agent gets the KV cache that was handed over in that turn,
-    one row per question.
+    With `earlier` no agent runs: the last agent gets the KV cache that was handed over there, one
+    row per question.
     """
     run = VariantRun(lm, questions, **settings)
-    if handed is None:
+    if earlier is None:
         working = run.shifted() if run.transfer == "shuffled" else run
         given = run_to_end(hand_over(working), on_event)
     else:
-        assert handed.given is not None, "text agents do not hand over a KV cache"
-        given = handed.given
+        assert earlier.given is not None, "text agents do not hand over a KV cache"
+        given = earlier.given
     return LastTurn(run.last_turn(given), given, on_event)
 
 
@@ -135,7 +135,7 @@ class LastTurn:
         self.prompts: list[PromptText] = turn.prompts
         self.agent: Agent = turn.agent
         # The run whose agents made the KV cache. In the shuffled arm it has other questions.
-        self.handed_by = given.run if given and isinstance(given.run, LatentRun) else None
+        self.handover_run = given.run if given and isinstance(given.run, LatentRun) else None
         self.latent_steps: int = turn.steps
 
     def traces(self, question: int) -> list[AgentTrace]:
@@ -152,7 +152,7 @@ class LastTurn:
         over.
         """
         held = self.held[question]
-        run, traces = self.handed_by, self.traces(question)
+        run, traces = self.handover_run, self.traces(question)
         if self.given is None or run is None or not held:
             return []
         whole = run.transfer != "latents"

@@ -51,7 +51,7 @@ def segments(last: LastTurn) -> list[tuple[str, int, int]]:
     The parts are the prompt, the thoughts and the generated text of each agent. Raises ValueError
     if the cache is not full, that is, if slots were removed from it.
     """
-    transfer = last.handed_by.transfer if last.handed_by else None
+    transfer = last.handover_run.transfer if last.handover_run else None
     if transfer not in ("full", "shuffled"):
         raise ValueError(f"transfer: found {transfer!r}, expected full or shuffled")
     names = [trace.name for trace in last.traces(0)]

@@ -73,14 +73,14 @@ def batches(
     """
     rng = random.Random(f"{seed}/{round_}")
     teller = Teller(tokenizer, rng)
-    stages = [stage for stage in CURRICULUM if progress >= stage[0]]
-    _, longest, kinds = stages[-1]
+    reached = [stage for stage in CURRICULUM if progress >= stage[0]]
+    _, longest, kinds = reached[-1]
     drawn = [teller.draw(kinds, longest) for _ in range(TRANSCRIPTS)]
     found: list[list[Transcript]] = []
     for parallel in (False, True):
         batch: list[Transcript] = []
-        alike = [transcript for transcript in drawn if bool(transcript.experts) == parallel]
-        for transcript in sorted(alike, key=_size):
+        same_kind = [transcript for transcript in drawn if bool(transcript.experts) == parallel]
+        for transcript in sorted(same_kind, key=_size):
             if (len(batch) + 1) * _size(transcript) > BATCH_TOKENS:
                 found.append(batch)
                 batch = []
