@@ -15,7 +15,7 @@ files.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -106,8 +106,6 @@ class Qwen3(nn.Module):
     `requires_grad_(True)`.
     """
 
-    __call__: Callable[..., Tensor]
-
     def __init__(self, config: Config, name: str = "unnamed model") -> None:
         super().__init__()
         self.config = config
@@ -168,6 +166,9 @@ class Qwen3(nn.Module):
             x = self.model.norm(x)
         cache.advance(T if lengths is None else lengths, most=T)
         return x
+
+    if TYPE_CHECKING:  # the call of nn.Module takes anything
+        __call__ = forward
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token: (B, T, D) -> (B, T, V)."""
