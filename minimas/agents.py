@@ -357,9 +357,10 @@ class LatentRun(Run):
         """Return an agent's number of thoughts, 0 for a last agent without its own number."""
         if final and not agent.latent_steps:
             return 0
-        default = AUTO_STEPS if self.auto_steps else self.lm.default_steps
-        given = [self.latent_steps, agent.latent_steps, default]
-        return next(number for number in given if isinstance(number, int))
+        for steps in (self.latent_steps, agent.latent_steps):
+            if isinstance(steps, int):
+                return steps
+        return AUTO_STEPS if self.auto_steps else self.lm.default_steps
 
     def batches(self) -> list[Sequence[int]]:
         """Return the numbers of the agents in each batch; the last agent is left out.

@@ -36,10 +36,9 @@ def chat(args: Namespace, lm: LM, options: Settings, settings: Settings) -> None
     turns = 0
     say(args, f"minimas: type a message, {COMMANDS}")
     while True:
-        # Not where answers are redirected, because `input` would print the sign among them.
-        sign = "> " * (sys.stdin.isatty() and sys.stdout.isatty())
         try:
-            line = input(sign).strip()
+            # Where answers are redirected, `input` would print the sign among them.
+            line = input("> " * (sys.stdin.isatty() and sys.stdout.isatty())).strip()
         except EOFError:
             return
         try:

@@ -84,6 +84,9 @@ class Lens:
             ids = [[token] for token in (*tokens[t].tolist(), int(nearest[t]))]
             *names, near = self.tokenizer.backend.decode_batch(ids, skip_special_tokens=False)
             likely = list(zip(names, chances[t].tolist(), strict=True))
-            numbers = float(entropies[t]), norm, to_previous[t]
-            views.append(ThoughtView(likely, *numbers, near, float(cosines[t])))
+            views.append(
+                ThoughtView(
+                    likely, float(entropies[t]), norm, to_previous[t], near, float(cosines[t])
+                )
+            )
         return views

@@ -194,12 +194,12 @@ def tokens(path: Path) -> int:
 
 def test_the_core_is_small_enough_to_read_in_one_evening() -> None:
     """The aim is 6,800."""
-    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_252
+    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_247
 
 
 def test_the_library_does_not_grow() -> None:
     """The aim is 33,000. Before a feature is added, split a concept, move one out, or cut it."""
-    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_424
+    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_400
 
 
 @pytest.mark.parametrize("folder", ["minimas", "tests", "tools", "examples"])

@@ -45,7 +45,6 @@ def write(
     if made_by is None:
         raise ValueError(f"{path}: found {what} without a model, expected one made by a model")
     stored = {name: part.contiguous().cpu() for name, part in tensors.items() if part is not None}
-    metadata = {"format": f"minimas-{what}-1"} | made_by
     target = Path(path).resolve()
     partial = Path(f"{target}.{os.getpid()}.partial")
     try:
@@ -53,7 +52,7 @@ def write(
             raise OSError("found a folder or a device, expected a file")
         partial.touch()
         mode = (target if target.exists() else partial).stat().st_mode
-        save_file(stored, partial, metadata=metadata)
+        save_file(stored, partial, {"format": f"minimas-{what}-1"} | made_by)
         partial.chmod(mode)  # save_file makes a file that only its owner can read
         partial.replace(target)  # a full disk leaves an older file intact
     except (OSError, SafetensorError) as error:

@@ -165,5 +165,5 @@ class Recorded:
             return self.layers(inputs_embeds, positions, the_cache())
 
         with torch.cuda.device(cache.device):
-            copies = tuple(x.clone() for x in sample)  # the inputs that the recording reads
-            return torch.cuda.make_graphed_callables(step, copies)
+            # The copies are the inputs that the recording reads.
+            return torch.cuda.make_graphed_callables(step, tuple(x.clone() for x in sample))

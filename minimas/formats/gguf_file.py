@@ -203,8 +203,12 @@ class Header:
         Raises ValueError for another type, or if the field is missing and `default` is None.
         """
         value = self.metadata.get(field, default)
-        found = "nothing" if value is None else repr(value)
-        self.require(type(value) is kind, field, found, f"a value of type {kind.__name__}")
+        self.require(
+            type(value) is kind,
+            field,
+            "nothing" if value is None else repr(value),
+            f"a value of type {kind.__name__}",
+        )
         return value
 
     def _values(self, kind: int, count: int, field: str) -> list[Any]:
