@@ -141,8 +141,7 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises the same errors as
     the method, when the first event is requested.
     """
-    results = yield from work(method, lm=lm, questions=questions, **settings)
-    yield from results
+    yield from (yield from work(method, lm=lm, questions=questions, **settings))
 
 
 def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
@@ -201,6 +200,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
             closes=run.closes_turns,
         )
         cache, shared = turn.for_next_agent(run.transfer, shared)
+        turn = turn._replace(cache=None)  # frees what is not handed over
         turns.append(turn)
         if team.parallel:
             experts += [
@@ -219,8 +219,7 @@ def join(experts: Sequence[tuple[KVCache, list[int]]]) -> tuple[KVCache, list[in
     slots right after the shared ones, but in the joined cache other agents' slots lie between.
     """
     (first, shared), *others = experts
-    rest = [cache.drop(0, other_shared) for cache, other_shared in others]
-    return KVCache.concat([first, *rest]), shared
+    return KVCache.concat([first, *(cache.drop(0, start) for cache, start in others)]), shared
 
 
 def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
@@ -257,6 +256,7 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
         agent_run = run.with_model_of(agents[0])
         texts = [prompt(agent, q) for agent in agents for q in range(B)]
         turn = yield from agent_run.turn(agents, texts, agent_run.new_cache(len(agents)))
+        turn = turn._replace(cache=None)  # frees it: only the text is handed over
         turns.append(turn)
         for row, out in enumerate(turn.outputs):
             i, q = divmod(row, B)
@@ -385,8 +385,8 @@ class LatentRun(Run):
         first = self.is_new(cache)
         rows = [(layout, i) for i in numbers for layout in self.layouts_per_question]
         if first:
-            counts = [len(layout.preamble_ids(i)) for layout, i in rows]
-            shared = list(map(add, cache.lengths, counts))
+            preambles = [layout.preamble_ids(i) for layout, i in rows]
+            shared = list(map(add, cache.lengths, map(len, preambles)))
         return [layout.prompt(i, first) for layout, i in rows], shared
 
     def shifted(self) -> "LatentRun":
@@ -408,12 +408,20 @@ class LatentRun(Run):
         first = self.is_new(cache)
         # Shuffled: the preamble in the cache has another question. Replace it by this question's.
         if handover.run is not self and self.layouts_per_question[0].preamble.text and not first:
-            preambles = [layout.preamble_ids(0) for layout in self.layouts_per_question]
-            _, preamble = agent_run.prefill(preambles, agent_run.new_cache())
+            _, preamble = agent_run.prefill(
+                [layout.preamble_ids(0) for layout in self.layouts_per_question],
+                agent_run.new_cache(),
+            )
             cache = KVCache.concat([preamble, cache.drop(0, handover.shared)])
-        texts = [layout.prompt(-1, first) for layout in self.layouts_per_question]
-        steps = self.steps(last, final=True)
-        return LastTurn(agent_run, last, texts, cache, steps, agent_run.align_map, handover.turns)
+        return LastTurn(
+            agent_run,
+            last,
+            [layout.prompt(-1, first) for layout in self.layouts_per_question],
+            cache,
+            self.steps(last, final=True),
+            agent_run.align_map,
+            handover.turns,
+        )
 
     def _require_context_of_all(self) -> None:
         """Raise ContextError, before any work starts, if a turn does not fit into the context.
@@ -444,10 +452,10 @@ class LatentRun(Run):
                     start += last_base + len(layout.preamble_ids(0)) - shared
                 steps = self.steps(agent, final)
                 closes = self.keep_memory if final else self.closes_turns
-                decodes = final or agent.writes
                 for later in agents[i:]:  # its model may prefill this turn again; `end` is the same
-                    run = self.with_model_of(later)
-                    end = run.require_context(agent, start, tokens, steps, decodes, closes)
+                    end = self.with_model_of(later).require_context(
+                        agent, start, tokens, steps, final or agent.writes, closes
+                    )
                 added = steps if self.transfer == "latents" else end - max(start, shared)
                 uncut = shared if self.transfer == "last" else max(held, shared)
                 held = base if self.transfer == "none" else uncut + added

@@ -36,7 +36,7 @@ class TurnResult(NamedTuple):
     """One turn of one or more agents: what was fed, and the KV cache after it."""
 
     lm: LM
-    cache: KVCache
+    cache: Any  # a KVCache, or None once it is handed over
     hidden: Tensor  # (R, 1, D): the state after the prompt and the thoughts
     ids: list[list[int]]  # token ids of the prompts, per row
     thoughts: list[Thought]
@@ -290,9 +290,16 @@ class Run:
         for q, (question, out) in enumerate(zip(self.questions, turns[-1].outputs, strict=True)):
             traces = [trace for turn in turns for trace in turn.traces[q :: len(self.questions)]]
             said = with_opened_think(traces[-1].prompt, out.text)
-            answer = extract(self.kind, said, self.choices[q])
-            memory = turns[-1].cache.select([q]) if self.keep_memory else None
-            results.append(Result(question, out.text, answer, out.finish_reason, traces, memory))
+            results.append(
+                Result(
+                    question,
+                    out.text,
+                    extract(self.kind, said, self.choices[q]),
+                    out.finish_reason,
+                    traces,
+                    turns[-1].cache.select([q]) if self.keep_memory else None,
+                )
+            )
         return results
 
     def _decode(

@@ -8,6 +8,7 @@ turns.
 import dataclasses
 import itertools
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -1147,6 +1148,34 @@ def test_a_run_can_use_what_another_run_handed_over(lm: LM) -> None:
     expected, _ = latent_mas(lm, QUESTIONS[:2], transfer="shuffled", **how)
     assert found.text == expected.text
     assert [agent.prompt for agent in found.agents] == [agent.prompt for agent in expected.agents]
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "held"),
+    [
+        (text_mas, {}, [0, 0, 0, 0]),
+        (text_mas, {"team": "hierarchical"}, [0, 0]),
+        (latent_mas, {"transfer": "full"}, [0, 1, 1, 1]),  # one cache, which every agent continues
+        (latent_mas, {"transfer": "latents"}, [0, 0, 0, 0]),  # a cut is a new cache
+        (latent_mas, {"transfer": "last"}, [0, 0, 0, 0]),
+        (latent_mas, {"team": "hierarchical"}, [0, 0]),
+    ],
+)
+def test_a_kv_cache_that_no_agent_needs_is_freed(
+    lm: LM, method: Callable[..., Any], how: dict[str, Any], held: list[int]
+) -> None:
+    """`text_mas` kept every agent's cache to the end, gigabytes with a batch on a real model."""
+    caches: list[Any] = []  # weak references
+    found: list[int] = []
+
+    def count(event: Event) -> None:
+        if isinstance(event, AgentStart):
+            found.append(len({id(cache()) for cache in caches if cache()}))
+        if isinstance(event, AgentEnd):
+            caches.append(weakref.ref(event.memory))
+
+    method(lm, QUESTIONS, on_event=count, sampling=Sampling(max_new_tokens=2), **how)
+    assert found == held
 
 
 def test_events_show_each_agents_memory(lm: LM) -> None:
