@@ -175,6 +175,8 @@ def load(
     asked = _dtype(dtype)
     _check(target, asked, quantize, compile, parallel)
     mesh = device_mesh(target, parallel)
+    if quantize is not None:  # after the mesh has set each rank's GPU, because this starts CUDA
+        check(quantize, target, asked)
     path = resolve(name)
     source: Any = Folder(path) if path.is_dir() else GGUF(path)
     model = empty_model(str(name), source)
@@ -276,8 +278,6 @@ def _check(
         )
     if mps:
         log.warning("--device mps: the developers have no Apple GPU; nothing was tested on one")
-    if quantize is not None:
-        check(quantize, device, dtype)
     if compile:
         check_compiler(device.type)
 

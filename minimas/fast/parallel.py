@@ -72,8 +72,8 @@ class Part:
         layer = key.split(".")[-2]
         if not layer.endswith("_proj"):
             return tensor
-        part: Tensor = tensor.chunk(self.ranks, int(layer in BY_INPUTS))[self.rank]
-        return part.contiguous()
+        part = tensor.chunk(self.ranks, int(layer in BY_INPUTS))[self.rank]
+        return part.contiguous()  # type: ignore[no-any-return]
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
         """Return this rank's part of the tensor `key` in `dtype`, on the CPU."""
@@ -96,4 +96,8 @@ def add_shares(model: Any, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 
     add_up = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
-    parallelize_module(model, mesh, {f"model.layers.*.*.{name}": add_up for name in BY_INPUTS})
+    parallelize_module(
+        model,
+        mesh,
+        {"model.layers.*.self_attn.o_proj": add_up, "model.layers.*.mlp.down_proj": add_up},
+    )

@@ -576,6 +576,7 @@ def test_a_step_that_reads_a_value_is_detected(reads: Callable[[Tensor], Tensor]
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # PyTorch calls it a prototype
 def test_no_step_waits_for_a_gpu() -> None:
     """PyTorch reports every operation that waits, including copies from the host."""
     model = tiny_model().to("cuda")

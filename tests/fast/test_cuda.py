@@ -14,7 +14,13 @@ from minimas.fast.quantize import QuantizedLinear
 
 from ..models import TINY, apart, random_ids, remember, tiny_model
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    # The compiler imports deprecated parts of torch, and warns that float32 could be faster.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+    ),
+]
 QUESTIONS = [
     "Eva has 2 cards. She finds 7 more. She loses 3. How many cards does Eva have?",
     "Tom has 3 coins. He finds 2 more. He doubles the coins. He eats 1. "

@@ -77,7 +77,8 @@ def test_only_rank_0_prints() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.stdout != ""
-    assert done.stderr.count("judger: ") == 1
+    # torch warned eight times of patterns that match no layer.
+    assert done.stderr.count("judger: ") == 1 and "Warning" not in done.stderr
     refused = torchrun(3, *ask, "--parallel")
     said = "minimas: error: --parallel: found 3 ranks, expected a divisor of num_attention_heads, 4"
     assert said in refused.stderr
@@ -113,6 +114,17 @@ def test_parallel_without_torchrun_is_refused_before_loading() -> None:
         load("/nowhere/at/all", device="cpu", parallel=True)
     with pytest.raises(ValueError, match="compile: found with --device mps or --parallel"):
         load("/nowhere/at/all", device="cpu", compile=True, parallel=True)
+
+
+def test_each_rank_has_chosen_its_gpu_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of --quantize started CUDA, and torch left both ranks on the first GPU."""
+    calls: list[str] = []
+    module = sys.modules["minimas.load"]  # in the package, `load` is the function
+    monkeypatch.setattr(module, "device_mesh", lambda *_: calls.append("mesh"))
+    monkeypatch.setattr(module, "check", lambda *_: calls.append("check"))
+    with pytest.raises(FileNotFoundError):
+        load("/nowhere/at/all", device="cpu", quantize="q8", parallel=True)
+    assert calls == ["mesh", "check"]
 
 
 @pytest.mark.parametrize(
