@@ -141,7 +141,8 @@ def stream(
     `settings` are the other parameters of the method, without `on_event`. Raises the same errors as
     the method, when the first event is requested.
     """
-    yield from (yield from work(method, lm=lm, questions=questions, **settings))
+    results = yield from work(method, lm=lm, questions=questions, **settings)
+    yield from results
 
 
 def call(method: str, on_event: OnEvent | None, **settings: Any) -> list[Result]:
@@ -385,8 +386,8 @@ class LatentRun(Run):
         first = self.is_new(cache)
         rows = [(layout, i) for i in numbers for layout in self.layouts_per_question]
         if first:
-            preambles = [layout.preamble_ids(i) for layout, i in rows]
-            shared = list(map(add, cache.lengths, map(len, preambles)))
+            counts = [len(layout.preamble_ids(i)) for layout, i in rows]
+            shared = list(map(add, cache.lengths, counts))
         return [layout.prompt(i, first) for layout, i in rows], shared
 
     def shifted(self) -> "LatentRun":

@@ -461,28 +461,27 @@ def test_a_wrong_value_of_a_flag_says_what_was_expected(run: Run, flag: str, val
     assert_one_line(run("ask", "q", flag, value), (1, 2), expected)
 
 
-def rows_file(content: bytes) -> Callable[[Path], list[Any]]:
+def written(name: str, content: bytes, *arguments: str) -> Callable[[Path], list[Any]]:
+    """Return a function that writes a file and returns `arguments`; "@" stands for its path."""
+
     def make(tmp: Path) -> list[Any]:
-        (tmp / "q.jsonl").write_bytes(content)
-        return ["--file", tmp / "q.jsonl"]
+        path = tmp / name
+        path.write_bytes(content)
+        return [path if argument == "@" else argument for argument in arguments]
 
     return make
+
+
+def rows_file(content: bytes) -> Callable[[Path], list[Any]]:
+    return written("q.jsonl", content, "--file", "@")
 
 
 def model_file(name: str, content: bytes) -> Callable[[Path], list[Any]]:
-    def make(tmp: Path) -> list[Any]:
-        (tmp / "model" / name).write_bytes(content)
-        return ["q"]
-
-    return make
+    return written(f"model/{name}", content, "q")
 
 
 def team_file(content: bytes) -> Callable[[Path], list[Any]]:
-    def make(tmp: Path) -> list[Any]:
-        (tmp / "t.json").write_bytes(content)
-        return ["q", "--team", tmp / "t.json"]
-
-    return make
+    return written("t.json", content, "q", "--team", "@")
 
 
 GOOD_ROW = b'{"question": "fine?"}\n'

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..core.errors import ParameterError
 from .order import GROUP
 
-BY_INPUTS = ("o_proj", "down_proj")  # divided by inputs; the other layers of a block by outputs
+# Divided by their inputs. All other layers of a block are divided by their outputs.
+BY_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def device_mesh(device: torch.device, parallel: Any) -> Any:
@@ -69,10 +70,10 @@ class Part:
 
     def of(self, key: str, tensor: Tensor) -> Tensor:
         """Return this rank's part of the tensor `key`, (N, K), (N,) or groups (N, K / 32)."""
-        layer = key.split(".")[-2]
-        if not layer.endswith("_proj"):
+        if "_proj." not in key:
             return tensor
-        part = tensor.chunk(self.ranks, int(layer in BY_INPUTS))[self.rank]
+        by_inputs = any(name in key for name in BY_INPUTS)
+        part = tensor.chunk(self.ranks, int(by_inputs))[self.rank]
         return part.contiguous()  # type: ignore[no-any-return]
 
     def read(self, key: str, dtype: torch.dtype) -> Tensor:
@@ -96,8 +97,4 @@ def add_shares(model: Any, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import PrepareModuleOutput, parallelize_module
 
     add_up = PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate())
-    parallelize_module(
-        model,
-        mesh,
-        {"model.layers.*.self_attn.o_proj": add_up, "model.layers.*.mlp.down_proj": add_up},
-    )
+    parallelize_module(model, mesh, {f"model.layers.*.{name}": add_up for name in BY_INPUTS})

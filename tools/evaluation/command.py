@@ -21,7 +21,7 @@ from minimas.core.config import read_json
 from minimas.core.errors import ParameterError
 from minimas.fast.quantize import FORMATS
 from minimas.lens import Lens
-from minimas.teams import LAYOUTS, TEAMS
+from minimas.teams import LAYOUTS, TEAMS, Team
 from tools.shared.arguments import FAILURES, Parser, list_of, one_of, print_error, whole, yes_no
 from tools.shared.files import write_whole
 
@@ -271,8 +271,7 @@ class Evaluation:
     def check_models(self) -> None:
         """Raise ValueError for a model that no team uses, and for models with --lens or --audit."""
         args, bench = self.args, self.bench
-        teams = [bench.team(i, Arm("", team=t)) for t in args.team for i in range(len(bench.rows))]
-        used = {agent.model for team in teams for agent in team.agents}
+        used = {agent.model for team in self.teams() for agent in team.agents}
         if unused := sorted(bench.models.keys() - used):
             raise ValueError(f"models (--models): found {unused}, expected names that agents use")
         if bench.models and (args.lens or args.audit):
@@ -280,13 +279,20 @@ class Evaluation:
                 "models (--models): found models with --lens or --audit, expected none"
             )
 
-    def rows_with_teams(self) -> list[int]:
-        """Return the rows whose teams may differ. Rows without a team share that of the first."""
-        return [i for i, row in enumerate(self.bench.rows) if i == 0 or "team" in row]
+    def rows_of_all_teams(self) -> list[int]:
+        """Return all rows that have their own team, and one of those that share the run's."""
+        own = [i for i, row in enumerate(self.bench.rows) if "team" in row]
+        others = [i for i, row in enumerate(self.bench.rows) if "team" not in row]
+        return own + others[:1]
+
+    def teams(self) -> list[Team]:
+        """Return the teams of the rows, and for rows that have none, those that --team names."""
+        pairs = itertools.product(self.args.team, self.rows_of_all_teams())
+        return [self.bench.team(i, Arm("", team=name)) for name, i in pairs]
 
     def check_teams(self) -> None:
         """Raise ValueError naming the flag if a team cannot work in the layout of an arm."""
-        for arm, i in itertools.product(self.arms, self.rows_with_teams()):
+        for arm, i in itertools.product(self.arms, self.rows_of_all_teams()):
             try:
                 self.bench.team(i, arm)
             except ParameterError as error:
@@ -316,8 +322,7 @@ class Evaluation:
                     "expected none"
                 )
             lists["team"] = [None]
-        pairs = itertools.product(args.team, self.rows_with_teams())
-        teams = [bench.team(i, Arm("", team=name)) for name, i in pairs]
+        teams = self.teams()
         thinks_last = any(team.agents[-1].latent_steps is not None for team in teams)
         if args.layout == [None] and all(team.layout == "turn" for team in teams):
             lists["close"] = lists["close"][:1]  # there is only one turn
