@@ -180,7 +180,7 @@ def hand_over(run: "LatentRun") -> Events["HandOver"]:
     B = len(run.questions)
     cache = run.new_cache()
     shared = run.memory_lengths
-    turns: list[TurnResult] = []
+    turns = list[TurnResult]()
     experts = list[Any]()  # per agent: its cache, and the number of shared slots per row
     for numbers in run.batches():
         agents = [team.agents[i] for i in numbers]
@@ -255,8 +255,11 @@ def hand_over_text(run: Run, team: Team) -> Events["LastTurn"]:
     batches = [earlier] if team.parallel and earlier else [[agent] for agent in earlier]
     for agents in batches:
         agent_run = run.with_model_of(agents[0])
-        texts = [prompt(agent, q) for agent in agents for q in range(B)]
-        turn = yield from agent_run.turn(agents, texts, agent_run.new_cache(len(agents)))
+        turn = yield from agent_run.turn(
+            agents,
+            [prompt(agent, q) for agent in agents for q in range(B)],
+            agent_run.new_cache(len(agents)),
+        )
         turn = turn._replace(cache=None)  # frees it: only the text is handed over
         turns.append(turn)
         for row, out in enumerate(turn.outputs):

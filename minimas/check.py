@@ -172,7 +172,7 @@ def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], lis
         hidden,
         cache,
         GREEDY,
-        run.end_ids,
+        run.lm.end_ids,
         run.generators,
         prompts=[[]] * len(ASKED),
     )

@@ -22,8 +22,9 @@ def download(
     # The last try needs no optional files, which may be missing when offline.
     for patterns, local in ((every, True), (every, False), (needed, True)):
         try:
-            folder = snapshot_download(repo, allow_patterns=patterns, local_files_only=local)
-            return find(Path(folder))
+            return find(
+                Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local))
+            )
         except (OSError, ValueError, HTTPError) as error:  # incomplete, gated, no such repository
             reason = reason if local else str(error).strip().partition("\n")[0]
     raise FileNotFoundError(

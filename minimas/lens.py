@@ -76,8 +76,10 @@ class Lens:
         unit = F.normalize(fed)  # (n, D)
         to_previous = [None, *(unit[1:] * unit[:-1]).sum(-1).tolist()]
         # In float32: a CPU without matrix units takes six times as long in bf16.
-        table = model.model.embed_tokens.weight[:size].split(CHUNK_ROWS)
-        scores = [unit @ F.normalize(rows.float()).T for rows in table]  # (n, CHUNK_ROWS) each
+        scores = [  # (n, CHUNK_ROWS) each
+            unit @ F.normalize(rows.float()).T
+            for rows in model.model.embed_tokens.weight[:size].split(CHUNK_ROWS)
+        ]
         cosines, nearest = torch.cat(scores, 1).max(-1)
         views = []
         for t, norm in enumerate(fed.norm(dim=-1).tolist()):

@@ -61,6 +61,6 @@ def losses_after(run: Run, hidden: Tensor, cache: KVCache, texts: Sequence[str])
             states = torch.cat([states, later], 1)  # (1, T, D)
         logits = model.logits(states)[0]  # (T, V)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        target = torch.tensor(row, device=wide.device)
-        losses.append(Loss(float(F.cross_entropy(wide, target, reduction="sum")), len(row)))
+        total = F.cross_entropy(wide, torch.tensor(row, device=wide.device), reduction="sum")
+        losses.append(Loss(float(total), len(row)))
     return losses

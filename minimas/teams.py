@@ -117,8 +117,9 @@ class Team:
     def require_question(self) -> None:
         """Raise ValueError if no agent sees the question, for example after a typo: {Question}."""
         if "{question}" not in "".join([self.opening, *(agent.prompt for agent in self.agents)]):
-            expected = "expected {question} in the opening or in a prompt"
-            raise ParameterError("team", f"found no agent who sees the question, {expected}")
+            raise ParameterError(
+                "team", "found no agent who sees the question, expected {question} in a prompt"
+            )
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Team":

@@ -116,7 +116,7 @@ class Run:
         self.used_sampling = self.sampling or self.lm.sampling
         if not isinstance(self.used_sampling, Sampling):
             raise ParameterError("sampling", f"found {self.sampling!r:.80}, expected a Sampling")
-        self.end_ids = self.lm.end_ids
+        _ = self.lm.end_ids  # raises for a wrong file
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
         self.prefilled = [0] * B  # slots that `mixed.receive` filled: they count as prompt tokens
@@ -139,7 +139,6 @@ class Run:
             other.lm = self.models[agent.model]
             # Empty, like the call's own: `require_models` refuses models with a memory.
             other.memory = other.lm.model.new_cache(1)
-            other.end_ids = other.lm.end_ids
         return other
 
     def new_cache(self, agents: int = 1) -> KVCache:
@@ -281,20 +280,23 @@ class Run:
         about to be fed.
         """
         tokens = self.lm.model.logits(hidden)[:, 0].argmax(-1)
-        ends = torch.tensor([*self.end_ids], device=tokens.device)
-        return torch.isin(tokens, ends) & (thoughts.shape[1] > 1)
+        ends = torch.zeros_like(tokens, dtype=torch.bool)
+        for end_id in self.lm.end_ids:  # a tensor of them would be copied to the GPU in each step
+            ends |= tokens == end_id
+        return ends & (thoughts.shape[1] > 1)
 
     def results(self, turns: Sequence[TurnResult]) -> list[Result]:
         """Return one result per question, from all agents' turns in order."""
         results = []
         for q, (question, out) in enumerate(zip(self.questions, turns[-1].outputs, strict=True)):
             traces = [trace for turn in turns for trace in turn.traces[q :: len(self.questions)]]
-            said = with_opened_think(traces[-1].prompt, out.text)
             results.append(
                 Result(
                     question,
                     out.text,
-                    extract(self.kind, said, self.choices[q]),
+                    extract(
+                        self.kind, with_opened_think(traces[-1].prompt, out.text), self.choices[q]
+                    ),
                     out.finish_reason,
                     traces,
                     turns[-1].cache.select([q]) if self.keep_memory else None,
@@ -313,7 +315,7 @@ class Run:
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(
-            self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.end_ids,
+            self.lm.model, self.tokenizer, hidden, cache, self.used_sampling, self.lm.end_ids,
             self.generators * (len(ids) // B), ids, keeps_cache,
         )  # fmt: skip
         for row, piece, done in pieces:

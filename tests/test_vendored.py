@@ -194,7 +194,7 @@ def tokens(path: Path) -> int:
 
 def test_the_core_is_small_enough_to_read_in_one_evening() -> None:
     """The aim is 6,800."""
-    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_247
+    assert sum(tokens(path) for path in (LIBRARY / "core").glob("*.py")) <= 8_242
 
 
 def test_the_library_does_not_grow() -> None:

@@ -89,13 +89,15 @@ def fill(
         for leaf, _ in module.named_parameters(recurse=False):
             weight = source.read(f"{name}.{leaf}", dtype).to(device)
             setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-    if model.config.tie_word_embeddings and HEAD in source.shapes:
-        head = source.read(HEAD, dtype).to(device)
-        if not torch.equal(head, model.model.embed_tokens.weight):
-            raise ValueError(
-                f"{source.path}: tie_word_embeddings: found true in config.json, but "
-                "lm_head.weight is different"
-            )
+    if (
+        model.config.tie_word_embeddings
+        and HEAD in source.shapes
+        and not torch.equal(source.read(HEAD, dtype).to(device), model.model.embed_tokens.weight)
+    ):
+        raise ValueError(
+            f"{source.path}: tie_word_embeddings: found true in config.json, but "
+            "lm_head.weight is different"
+        )
 
 
 class Folder:
@@ -166,8 +168,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: weight_map: found {index!r:.80}, expected tensor names -> file names"
         )
-    existing = {file.name for file in folder.glob("*.safetensors")}
-    if missing := set(map(str, index.values())) - existing:
+    missing = set(map(str, index.values())) - {file.name for file in folder.glob("*.safetensors")}
+    if missing:
         raise FileNotFoundError(
             f"{path}: weight_map: found {min(missing)!r}, expected a .safetensors file in this "
             "folder, which has none of that name"

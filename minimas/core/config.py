@@ -125,9 +125,8 @@ class Config:
                 fields.setdefault(field, sizes["hidden_size"] // sizes["num_attention_heads"])
             value: Any = fields.get(field)
             kind = type(largest)
-            good = type(value) in (int, kind) and 0 < value <= largest
             expected = f"a positive {'integer' if kind is int else 'number'}, at most {largest:,}"
-            check(good, field, expected)
+            check(type(value) in (int, kind) and 0 < value <= largest, field, expected)
             sizes[field] = kind(value)
         full = ["full_attention"] * sizes["num_hidden_layers"]
         check(fields.get("layer_types", full) == full, "layer_types", "only 'full_attention'")

@@ -173,10 +173,11 @@ class Aligner:
         tensors = files.read(path, "aligner", model)
         D = model.config.hidden_size
         shapes = {"matrix": (D, D), "scale": (D,), "shift": (D,), "norm": ()}
-        wide = torch.promote_types(model.dtype, torch.float32)
-        parts: dict[str, Any] = {}
+        parts = dict[str, Any]()
         for name, part in tensors.items():
-            parts[name] = files.floats(path, tensors, name, shapes, model, wide)
+            parts[name] = files.floats(
+                path, tensors, name, shapes, model, torch.promote_types(model.dtype, torch.float32)
+            )
             if name == "norm":
                 parts[name] = float(part)
         return cls(**parts, model=model)

@@ -82,13 +82,14 @@ def rollout(
             running = running & ~_checked(
                 "until", until(hidden, torch.cat([*made, embedding], 1)), running
             )
-            if not running.any():
+            # New slots per row: 0 in a stopped one. On a GPU, the only wait in a step.
+            lengths = running.tolist()
+            if not any(lengths):
                 return
             rows = running[:, None, None]  # (B, 1, 1)
             embedding = embedding.where(rows, 0)
             made.append(embedding)
-            # `running` as lengths: 1 new slot in a running row, 0 in a stopped one.
-            after = model(embedding, cache, running).where(rows, hidden)
+            after = model(embedding, cache, lengths).where(rows, hidden)
         yield Thought(hidden, embedding, running, finite(after, model.name))
         hidden = after
 

@@ -24,6 +24,7 @@ from tokenizers.decoders import DecodeStream
 
 from ..core.config import read_json
 
+Token = tuple[int, int, int]  # its id, and the characters it covers: start and end
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -153,8 +154,8 @@ class Tokenizer:
         """
         return [token for token, _, _ in self.tokens(turn)]
 
-    def tokens(self, turn: PromptText) -> list[tuple[int, int, int]]:
-        """Return the tokens of a turn as (id, start, end): the id and the characters it covers.
+    def tokens(self, turn: PromptText) -> list[Token]:
+        """Return the tokens of a turn.
 
         Raises ValueError as `encode_turn` does, or for half of a surrogate pair.
         """
@@ -165,7 +166,7 @@ class Tokenizer:
         cuts = {0, len(turn.text)}
         control = set(self.control.values())
         while True:
-            tokens: list[tuple[int, int, int]] = []
+            tokens = list[Token]()
             for start, end in itertools.pairwise(sorted(cuts)):
                 piece = self.backend.encode(turn.text[start:end], add_special_tokens=False)
                 for token, (a, b) in zip(piece.ids, piece.offsets, strict=True):

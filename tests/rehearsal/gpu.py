@@ -26,7 +26,7 @@ SHAPES = {"0.6B": (1024, 3072, 16), "4B": (2560, 9728, 32), "8B": (4096, 12288, 
 VALUE = 7  # the result of every read of a number; as a token, it does not end a text
 READS = {  # functions that read a tensor's values on the host, and their results here
     "item": lambda x: VALUE,
-    "tolist": lambda x: nested(x.shape),
+    "tolist": lambda x: nested(x.shape, x.dtype == torch.bool or VALUE),  # all values are true
     "__bool__": lambda x: x.dtype == torch.bool,  # all values are finite, with no error code
     "__int__": lambda x: VALUE,
     "__float__": lambda x: float(VALUE),
@@ -191,6 +191,8 @@ class ByHand(TorchFunctionMode):
             return READS[name](args[0])
         if on_gpu and func is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if on_gpu and name == "__invert__":  # asks for the device itself, too
+            return args[0].logical_not()
         if on_gpu and name in BY_HAND:
             own = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
             for x in own:
@@ -225,9 +227,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) 
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def nested(shape: Sequence[int]) -> Any:
-    """Return the lists that `tolist` returns for a tensor of this shape."""
-    return [nested(shape[1:]) for _ in range(shape[0])] if shape else VALUE
+def nested(shape: Sequence[int], value: int) -> Any:
+    """Return the lists that `tolist` returns for a tensor of this shape with one value."""
+    return [nested(shape[1:], value) for _ in range(shape[0])] if shape else value
 
 
 def on_meta(x: Tensor) -> Tensor:

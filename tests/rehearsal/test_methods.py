@@ -4,11 +4,12 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from minimas import LM, Agent, Sampling, Team, latent_mas, remember, single, text_mas
-from minimas.agents import TRANSFERS
+from minimas.agents import TRANSFERS, LatentRun
 from minimas.core.model import Qwen3
-from minimas.results import Thought
+from minimas.results import Thought, run_to_end
 
 from ..models import TINY, tiny_config
 from ..text import tiny_tokenizer
@@ -55,6 +56,22 @@ def test_latent_mas_stays_on_the_gpu(team: str, layout: str, transfer: str) -> N
         read = [wait for wait in gpu.waits if not wait.startswith("cpu to")]
         assert read == ["tolist"] * SAMPLING.max_new_tokens, "only the answer's tokens are read"
     assert [result.usage.output_tokens for result in results] == [SAMPLING.max_new_tokens] * 2
+
+
+def test_agents_that_stop_by_themselves_wait_once_per_thought() -> None:
+    """The end tokens were copied to the GPU in each step, and its mask was read twice."""
+    gpu, lm = rehearsed()
+    sampling = Sampling(max_new_tokens=3, repetition_penalty=1.1)
+    with gpu:
+        run = LatentRun(lm, QUESTIONS, team="sequential", latent_steps="auto", sampling=sampling)
+        cache = lm.model.new_cache(2)
+        ids = torch.zeros(2, 1, dtype=torch.int64, device=CUDA)
+        hidden = lm.model(lm.model.embed(ids), cache)
+        gpu.waits.clear()
+        thoughts = run_to_end(run.think(run.align_map, hidden, cache, 3))
+        assert gpu.waits == ["tolist"] * len(thoughts) == ["tolist"] * 3
+        latent_mas(lm, QUESTIONS, latent_steps="auto", sampling=sampling)
+        assert not [wait for wait in gpu.waits if wait.startswith("index")]
 
 
 def test_text_agents_and_a_memory_stay_on_the_gpu() -> None:

@@ -77,13 +77,18 @@ def test_a_latent_step_waits_for_nothing(size: str, quantize: str | None) -> Non
 @every_size
 @every_model
 def test_a_decode_step_waits_only_for_its_token(size: str, quantize: str | None) -> None:
-    """The check of the logits waited a second time in every step."""
+    """The check of the logits waited a second time in every step.
+
+    A repetition penalty copied the ids of each row's earlier tokens to the GPU in every step.
+    """
     gpu, model = rehearsed(size, quantize)
-    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.9)):
+    drawn = Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.1)
+    for sampling in (Sampling(), Sampling(repetition_penalty=1.1), drawn):
         with gpu:
             hidden, cache = start(model)
             generators = [generator(0, str(row)) for row in LENGTHS]
-            steps = decode(model, hidden, cache, sampling, {1}, generators, [[]] * len(LENGTHS))
+            prompts = [[0] * n for n in LENGTHS]
+            steps = decode(model, hidden, cache, sampling, {1}, generators, prompts)
             draws = ["item on the host"] * len(LENGTHS) if sampling.temperature else []
             for _ in range(4):
                 assert next(steps) == [VALUE] * len(LENGTHS)
