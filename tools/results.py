@@ -6,10 +6,11 @@
 
 A table is written between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`.
 NAME is the name of a file in docs/results/, or several names joined with +. The last column
-compares each arm with ARM, question by question. If ARM is "*, REST", the star stands for the name
-of the compared arm up to its first comma. With `; common questions` after ARM, only questions that
-all arms have answered count. If several files have the same question in the same arm, the first
-one counts. A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+compares each arm with ARM, question by question. If ARM is "*, PART", an arm is compared with the
+one whose name has PART in place of its own second part. With `; common questions` after ARM, only
+questions that all arms have answered count. If several files have the same question in the same
+arm, the first one counts. If the records have losses and answers, every arm has both in its line.
+A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
 This module only reads records; it does not make them.
 """
 
@@ -19,6 +20,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -39,9 +41,10 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 ANSWER_HEAD = [
-    "arm", "n", "correct, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
+    "n", "correct, 95 %", "cut off", "prefilled", "thoughts", "generated", "s per question",
 ]  # fmt: skip
-LOSS_HEAD = ["arm", "n", "gold NLL, 95 %"]
+COSTS = {"prefilled", "thoughts", "s per question"}  # left out beside losses
+LOSS_HEAD = ["n", "gold NLL, 95 %"]
 
 
 def read_records(names: str) -> list[Record]:
@@ -101,12 +104,24 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     """Return a Markdown table with a line for each arm.
 
     With `common`, only the questions that all arms have count. Raises ValueError if no record
-    belongs to the arm `base`, or if only some of the records have a loss.
+    belongs to the arm `base`, or if an arm has only losses and another one only answers.
     """
-    with_loss = sum("nll" in record for record in records)
-    if with_loss not in (0, len(records)):
-        found = f"found {with_loss} of {len(records)} with a loss"
-        raise ValueError(f"records: {found}, expected runs of one metric in a table")
+    both = [[r for r in records if ("nll" in r) == losses] for losses in (True, False)]
+    left_out = COSTS if all(both) else set()
+    parts = [columns(mine, base, common, left_out) for mine in both if mine]
+    names = set.union(*map(set, parts)) - {""}
+    for name in names:
+        if any(name not in part for part in parts):
+            raise ValueError(f"records: found {name!r} with one metric, expected both for all arms")
+    lines = [[name or "arm", *(cell for part in parts for cell in part[name])] for name in parts[0]]
+    lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def columns(
+    records: Sequence[Record], base: str, common: bool, left_out: set[str]
+) -> dict[str, list[str]]:
+    """Return the cells of each arm, from records of one metric. The head is that of the arm ""."""
     answers: dict[str, dict[tuple[str, int], Record]] = {}
     for record in records:
         own = answers.setdefault(label(record), {})
@@ -115,18 +130,25 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     if common:
         shared = set.intersection(*({r["id"] for r in mine} for mine in arms.values()))
         arms = {name: [r for r in mine if r["id"] in shared] for name, mine in arms.items()}
-    # A star in `base` stands for an arm's name up to its first comma.
-    bases = {name: base.replace("*", name.partition(",")[0]) for name in arms}
-    unknown = [own for own in bases.values() if own not in arms]
-    if unknown:
-        raise ValueError(f"base: found {unknown[0]!r}, expected one of {', '.join(arms)}")
-    losses = with_loss > 0
+    losses = "nll" in records[0]
     line, head = (loss_line, LOSS_HEAD) if losses else (answer_line, ANSWER_HEAD)
-    lines = [[*head, f"− {base.removeprefix('*, ')}"], ["---", *["--:"] * len(head)]]
+    shown = [name not in left_out for name in head]
+    cells = {"": [*compress(head, shown), f"− {base.removeprefix('*, ')}"]}
     for name, mine in arms.items():
-        compared = "" if name == bases[name] else difference(mine, arms[bases[name]], losses)
-        lines.append([name, *line(mine), compared])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        other = base_of(name, base)
+        if other not in arms:
+            raise ValueError(f"base: found {other!r}, expected one of {', '.join(arms)}")
+        compared = "" if name == other else difference(mine, arms[other], losses)
+        cells[name] = [*compress(line(mine), shown), compared]
+    return cells
+
+
+def base_of(name: str, base: str) -> str:
+    """Return the name of the arm that the arm `name` is compared with."""
+    if not base.startswith("*, "):
+        return base
+    first, _, *rest = [*name.split(", "), ""]
+    return ", ".join(filter(None, [first, base.removeprefix("*, "), *rest]))
 
 
 def answer_line(records: Sequence[Record]) -> list[str]:

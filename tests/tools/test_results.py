@@ -35,11 +35,18 @@ def test_every_stored_run_is_in_a_table_and_all_of_them_are_small() -> None:
     assert sum(path.stat().st_size for path in stored.values()) <= 4e6
 
 
-def test_a_table_of_two_metrics_is_refused() -> None:
+def test_a_table_of_two_metrics_needs_both_of_every_arm() -> None:
     """Its table failed with a division by zero."""
-    record = {"id": "a", "seed": 0, "arm": "single"}
-    with pytest.raises(ValueError, match="records: found 1 of 2 with a loss"):
-        results.table([record, record | {"id": "b", "nll": 1.0}], "single")
+    answer = {
+        "id": "a", "seed": 0, "arm": "single", "correct": True, "finish_reason": "stop",
+        "read": 1, "thought": 2, "written": 3, "seconds": 4.0,
+    }  # fmt: skip
+    loss = {"id": "b", "seed": 0, "arm": "single", "nll": 1.0}
+    head, _, line = results.table([answer, loss], "single").splitlines()
+    assert "gold NLL" in head and "correct" in head and "prefilled" not in head
+    assert "1.000" in line and "100.0%" in line and head.count("|") == line.count("|")
+    with pytest.raises(ValueError, match="records: found 'team' with one metric, expected both"):
+        results.table([answer, loss, loss | {"arm": "team"}], "single")
 
 
 def test_a_comment_with_a_typo_does_not_hide_its_table() -> None:
@@ -79,6 +86,8 @@ def test_each_arm_may_be_compared_with_its_own_base() -> None:
     assert "+0.500" in lines[3] and "+0.250" in lines[5]
     with pytest.raises(ValueError, match="base: found 'b, none'"):
         results.table([record for record in records if record["arm"] != "b, none"], "*, none")
+    named = ("latent_mas, 20 × ridge, layout chat", "*, prompts only")
+    assert results.base_of(*named) == "latent_mas, prompts only, layout chat"
 
 
 def test_what_is_stored_is_what_the_run_wrote(
