@@ -86,12 +86,14 @@ class FakeSource:
 class FakeGPU:
     """A context in which tensors of `device` can be made. `waits` names what the host waited for.
 
-    `peak` is the largest number of bytes that were allocated on the GPU at the same time.
+    `peak` is the largest number of bytes that were allocated on the GPU at the same time, `copied`
+    the number of bytes that crossed between the host and the GPU, and `recordings` the number of
+    graphs that were recorded.
     """
 
     def __init__(self, device: torch.device = CUDA) -> None:
         self.device, self.waits = device, list[str]()
-        self.allocated = self.peak = 0
+        self.allocated = self.peak = self.copied = self.recordings = 0
         self.fake = FakeTensorMode(allow_non_fake_inputs=False)
         self.contexts: list[contextlib.ExitStack] = []
 
@@ -99,7 +101,7 @@ class FakeGPU:
         stack = contextlib.ExitStack()
         for name, value in {
             "cuda.get_device_capability": lambda device: (9, 0),
-            "cuda.make_graphed_callables": lambda step, sample: step,
+            "cuda.make_graphed_callables": self._record,
             "cuda.device": lambda device: contextlib.nullcontext(),
             "cuda.synchronize": lambda device: None,
             "mps.synchronize": lambda: None,
@@ -113,6 +115,7 @@ class FakeGPU:
         stack.enter_context(ByHand(self))
         self.contexts.append(stack)
         self.waits.clear()
+        self.copied = self.recordings = 0
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -137,6 +140,10 @@ class FakeGPU:
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
         weakref.finalize(storage, self._free, size)
+
+    def _record(self, step: Any, sample: Any) -> Any:
+        self.recordings += 1
+        return step
 
     def _free(self, size: int) -> None:
         self.allocated -= size
@@ -164,6 +171,8 @@ class Watch(TorchDispatchMode):
             if on_mps and torch.float64 in {x.dtype, *dtypes}:  # not even on the way to the CPU
                 raise TypeError(f"{func}: found float64 on {MPS}, which does not have it")
             moved = any(x.device != other.device for other in given) and "copy" in str(func)
+            if moved:
+                self.gpu.copied += x.nbytes
             if moved and not kwargs.get("non_blocking", False):
                 self.gpu.waits.append(f"{given[0].device} to {x.device}")
             if x.device == self.gpu.device and id(x.untyped_storage()) not in storages:

@@ -108,7 +108,7 @@ def test_a_recorded_step_waits_for_nothing(quantize: str | None) -> None:
                 hidden = model(hidden, cache)
         finally:
             model.step = None
-        assert not gpu.waits
+        assert not gpu.waits and gpu.recordings == 1, "a step was recorded again"
         assert cache.lengths == [n + 3 for n in LENGTHS] and on_gpu(model, cache)
 
 
@@ -118,6 +118,7 @@ def test_caches_are_cut_and_joined_on_the_gpu(size: str) -> None:
     gpu, model = rehearsed(size, None)
     with gpu:
         _, cache = start(model)
+        gpu.copied = 0
         found = {
             "fork": cache.fork(),
             "select": cache.select([2, 0, 1]),
@@ -139,8 +140,9 @@ def test_caches_are_cut_and_joined_on_the_gpu(size: str) -> None:
             assert on_gpu(model, other), name
             model(model.embed(torch.zeros(3, 1, dtype=torch.int64, device=CUDA)), other)
         assert all(wait.endswith("cuda:0") or wait.startswith("index") for wait in gpu.waits), (
-            "only a few integers may be copied, and nothing be read"
+            "nothing may be read"
         )
+        assert 0 < gpu.copied < 1000, "only a few integers may be copied"
 
 
 def test_prefill_in_chunks_limits_the_memory_for_a_long_prompt() -> None:
