@@ -2,7 +2,7 @@
 
     python tools/results.py                          # rewrite every table in place
     python tools/results.py --check                  # status 1 if a table differs from its records
-    python tools/results.py --add NAME RUN_DIR …     # store runs as docs/results/NAME.jsonl.gz
+    python tools/results.py --add NAME RUN …         # store runs as docs/results/NAME.jsonl.gz
 
 A table is written between two comments, `<!-- records: NAME; base: ARM -->` and `<!-- end -->`.
 NAME is the name of a file in docs/results/, or several names joined with +. The last column
@@ -10,7 +10,8 @@ compares each arm with ARM, question by question. If ARM is "*, PART", an arm is
 one whose name has PART in place of its own second part. With `; common questions` after ARM, only
 questions that all arms have answered count. If several files have the same question in the same
 arm, the first one counts. If the records have losses and answers, every arm has both in its line.
-A record is a line of `results.jsonl`, as tools/evaluate.py writes it.
+A record is a line of `results.jsonl`, as tools/evaluate.py writes it. RUN is the folder of a run or
+one of its .jsonl files.
 This module only reads records; it does not make them.
 """
 
@@ -56,17 +57,19 @@ def read_records(names: str) -> list[Record]:
     return found
 
 
-def store(name: str, folders: Sequence[Path]) -> None:
-    """Write the result files of runs as one compressed file.
+def store(name: str, runs: Sequence[Path]) -> None:
+    """Write the result files of runs as one compressed file. A run is a folder or a single file.
 
     The same results always give the same bytes. Raises FileNotFoundError for a folder without
     results, before an older file is overwritten.
     """
     paths = []
-    for folder in folders:
-        found = sorted(folder.glob("*.jsonl"))
+    for run in runs:
+        found = [run] if run.is_file() else sorted(run.glob("results*.jsonl"))
         if not found:
-            raise FileNotFoundError(f"{folder}: found no *.jsonl, expected a run of evaluate.py")
+            raise FileNotFoundError(
+                f"{run}: found no results*.jsonl, expected a run of evaluate.py"
+            )
         paths += found
     text = "".join(path.read_text(encoding="utf-8") for path in paths)
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -201,14 +204,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="only compare, write nothing")
-    names = ("NAME", "RUN_DIR")
+    names = ("NAME", "RUN")
     parser.add_argument("--add", nargs="+", metavar=names, help="store runs as NAME.jsonl.gz")
     args = parser.parse_args(argv)
     if args.add and (args.check or len(args.add) < 2):
-        parser.error("argument --add: expected NAME and one or more RUN_DIR, without --check")
+        parser.error("argument --add: expected NAME and one or more RUN, without --check")
     try:
         if args.add:
-            store(args.add[0], [Path(folder) for folder in args.add[1:]])
+            store(args.add[0], [Path(run) for run in args.add[1:]])
             return 0
         return rewrite(args.check)
     except FAILURES as error:

@@ -9,6 +9,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -609,7 +610,12 @@ def test_an_audit_of_chosen_arms_has_only_these_arms(
     assert main(command) == 0
     before = json.loads((out / "summary.json").read_text())
     assert list(before["arms"]) == ["nll: full", "nll: prompts only", "nll: none"]
-    assert before["audit"]["diagnostics"]["transplant"]
+    means = before["audit"]["diagnostics"]["transplant"]
+    lines = map(json.loads, (out / "transplants.jsonl").read_text().splitlines())
+    records = [(record["id"], record["arm"], record["nll"]) for record in lines]
+    assert len(records) == 2 * len(means) == 10, "one record per question and arm"
+    layer_0 = [nll for _, arm, nll in records if arm == "thoughts in layer 0"]
+    assert fmean(layer_0) == pytest.approx(means["layer 0"])
     calls: list[Any] = []
     monkeypatch.setattr(probe, "diagnose", lambda *_: calls.append(1) or {})
     assert main(command) == 0 and not calls
@@ -617,6 +623,7 @@ def test_an_audit_of_chosen_arms_has_only_these_arms(
     # A page of another map in the same folder showed the old diagnostics.
     (out / "results.jsonl").unlink()
     assert main([*command, "--align", "prenorm"]) == 0 and calls == [1]
+    assert main([*command, "--align", "prenorm", "--diagnose", "1"]) == 0 and calls == [1, 1]
     (out / "diagnostics.json").write_text("")
     capsys.readouterr()
     assert main([*command, "--align", "prenorm"]) == 1

@@ -60,12 +60,12 @@ def test_a_comment_with_a_typo_does_not_hide_its_table() -> None:
 def test_a_run_that_is_not_there_does_not_overwrite_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A typo in RUN_DIR stored the other runs, or none, under the name of published records."""
+    """A typo in RUN stored the other runs, or none, under the name of published records."""
     monkeypatch.setattr(results, "RECORDS", tmp_path)
     old = tmp_path / "one.jsonl.gz"
     old.write_bytes(b"old")
     assert results.main(["--add", "one", str(tmp_path / "none")]) == 1
-    assert "none: found no *.jsonl, expected a run" in capsys.readouterr().err
+    assert "none: found no results*.jsonl, expected a run" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         results.main(["--add", "one"])
     assert old.read_bytes() == b"old"

@@ -99,6 +99,8 @@ def parser() -> Parser:
     add("--lens", type=whole(1), metavar="K", help=lens)
     add("--audit", action="store_true", help="run all control arms, diagnostics and a verdict")
     add("--arms", type=list_of(str), metavar="NAMES", help="list of an audit's arms (default: all)")
+    diagnose = "questions whose attention and transplants an audit computes (default: %(default)s)"
+    add("--diagnose", type=whole(1), default=4, metavar="N", help=diagnose)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--replay", metavar="ID", help="compute one question of a run again and compare")
     add("--regrade", action="store_true", help="grade the texts of a finished run again")
@@ -463,10 +465,12 @@ class Evaluation:
         Those of a run with other settings are computed again.
         """
         path = self.folder / "diagnostics.json"
-        settings = json.loads(json.dumps(self.settings))
+        settings = json.loads(json.dumps(self.settings)) | {"diagnose": self.args.diagnose}
         stored = read_json(path, needed=False)
         if stored.get("settings") != settings:
-            found = probe.diagnose(self.bench, self.arms)
+            found = probe.diagnose(self.bench, self.arms, self.args.diagnose)
+            records = [json.dumps(record) + "\n" for record in found.pop("transplants", [])]
+            write_whole(self.folder / "transplants.jsonl", "".join(records))
             stored = {"settings": settings, "diagnostics": found}
             write_whole(path, json.dumps(stored, indent=1) + "\n")
             stored = read_json(path)

@@ -28,7 +28,13 @@ from .last_turn import LastTurn, slots
 from .looking import attention_by_head
 
 HOST = "pause"  # the map of the host of a transplant; its slots do not depend on hidden states
-MAX_QUESTIONS = 4  # questions that are diagnosed
+NAMES = {  # of the arms of a transplant, in records
+    "host": "pauses in all layers",
+    "all layers": "thoughts in all layers",
+    "layer 0": "thoughts in layer 0",
+    "all but layer 0": "thoughts in all layers but layer 0",
+    "donor": "thoughts, own cache",
+}
 Record = dict[str, Any]
 
 
@@ -165,8 +171,10 @@ def geometry(tap: Tap, steps: int, w_in: Tensor) -> dict[str, float | None]:
 # -- all of them ------------------------------------------------------------------------------
 
 
-def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
-    """Return attention, transplants and geometry on the first questions, or {} without thoughts.
+def diagnose(bench: Bench, arms: Sequence[Arm], most: int) -> Record:
+    """Return attention, transplants and geometry on the first `most` questions.
+
+    Returns {} without thoughts.
 
     `arms` are the arms of an audit, named "METRIC: NAME". The metric has no effect here.
     """
@@ -177,7 +185,7 @@ def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
     steps = bench.lm.default_steps if full.latent_steps is None else full.latent_steps
     if steps == 0:
         return {}
-    rows = range(min(MAX_QUESTIONS, len(bench.rows)))
+    rows = range(min(most, len(bench.rows)))
     attended, moved = [], []
     for i in rows:
         gold, donor = gold_text(bench.rows[i]), bench.last_turn([i], full)
@@ -194,6 +202,11 @@ def diagnose(bench: Bench, arms: Sequence[Arm]) -> Record:
         "attention": mean_attention(attended),
         "geometry": {name: found for name, found in geometries.items() if found},
         "transplant": {name: sum(one[name] for one in moved) / len(moved) for name in moved[0]},
+        "transplants": [
+            {"id": bench.rows[i]["id"], "seed": 0, "arm": NAMES[name], "nll": nll}
+            for i, one in zip(rows, moved, strict=True)
+            for name, nll in one.items()
+        ],
     }
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # These have no effect on results.
 NOT_ARGUMENTS = {"out", "replay", "regrade", "debug", "quiet", "parallel"}
 # Paths, whose contents are settings.
-NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model", "models"}
+NOT_SETTINGS = NOT_ARGUMENTS | {"data_dir", "data", "model", "models", "diagnose"}
 Record = dict[str, Any]
 
 
