@@ -22,7 +22,7 @@ from .agents import LatentRun, choose_team, hand_over
 from .load import LM
 from .nll import losses_after
 from .results import OnEvent, run_to_end
-from .text.generate import Sampling, generate
+from .text.generate import Sampling
 
 STEPS = 10  # latent steps per agent: enough for a harmful map to show its effect
 MAX_NEW_TOKENS = 24  # an answer with reasoning is longer, a bare number is shorter
@@ -166,16 +166,7 @@ def _measure(run: LatentRun, on_event: OnEvent | None) -> tuple[list[float], lis
     """Return the loss of each solution, and the number of tokens of each answer."""
     hidden, cache = run.last_turn(run_to_end(hand_over(run), on_event)).prefill_and_think()
     losses = losses_after(run, hidden, cache, SOLUTIONS)
-    answers = generate(
-        run.lm.model,
-        run.tokenizer,
-        hidden,
-        cache,
-        GREEDY,
-        run.lm.end_ids,
-        run.generators,
-        prompts=[[]] * len(ASKED),
-    )
+    answers = run_to_end(run.decode(hidden, cache, [[]] * len(ASKED)))
     return [loss.mean for loss in losses], [len(answer.ids) for answer in answers]
 
 

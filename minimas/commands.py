@@ -110,6 +110,9 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     team = options.get("team", "")
     if team.endswith(".json"):
         team = Team.from_json(team).with_layout(args.layout)
+    pairs = [text.partition("=") for text in options.get("models") or ()]
+    if not all(map(all, pairs)):  # each is (NAME, "=", FOLDER)
+        raise ParameterError("models", f"found {args.models}, expected NAME=FOLDER")
     lm = load_model(args)
     tokenizer = text_tokenizer(lm)
     if args.think is not None:
@@ -133,9 +136,8 @@ def prepare(args: Namespace) -> tuple[LM, Settings, Settings]:
     if "layout" in options:
         settings["layout"] = options["team"].layout
         lm.aligner(options["align"])  # raises for a wrong kind or file
-    if options.get("models"):
-        pairs = [text.partition("=") for text in options["models"]]
-        options["models"] = {name: load_model(args, path or name) for name, _, path in pairs}
+    if pairs:
+        options["models"] = {name: load_model(args, path) for name, _, path in pairs}
     if args.memory:
         options["memory"] = KVCache.concat([KVCache.load(file, lm.model) for file in args.memory])
     return lm, options, settings
@@ -193,7 +195,7 @@ def run_remember(args: Namespace) -> None:
     memory.save(args.out, args.bits)
     say(
         args,
-        f"{args.out}: {memory.lengths[0]:,} slots, {Path(args.out).stat().st_size / 1e6:,.2f} MB",
+        f"{args.out}: {memory.lengths[0]:,} slots, {target.stat().st_size / 1e6:,.2f} MB",
     )
 
 

@@ -242,7 +242,7 @@ class Run:
         thoughts_end = list(cache.lengths)
         outputs = [GeneratedText("", [], "stop")] * len(ids)
         if decodes:
-            outputs = yield from self._decode(hidden, cache, ids, final, keeps_cache)
+            outputs = yield from self.decode(hidden, cache, ids, final, keeps_cache)
         if closes:  # otherwise the next prompt would continue the open assistant turn
             self.prefill([self.closing] * len(ids), cache)
         seconds = (self.clock() - began) / len(ids)
@@ -304,14 +304,18 @@ class Run:
             )
         return results
 
-    def _decode(
+    def decode(
         self,
         hidden: Tensor,
         cache: KVCache,
         ids: list[list[int]],
-        final: bool,
-        keeps_cache: bool,
+        final: bool = False,
+        keeps_cache: bool = False,
     ) -> Events[list[GeneratedText]]:
+        """Generate text from hidden (R, 1, D), and yield each piece. Returns each row's text.
+
+        For `ids`, the prompts' tokens, and `keeps_cache`, see `text.generate.decode`.
+        """
         outputs: dict[int, GeneratedText] = {}
         B = len(self.questions)
         pieces = stream(

@@ -277,6 +277,13 @@ def test_a_question_of_ten_thousand_words_is_answered(run: Run, folder: Path) ->
     assert status == 0 and out.strip(), err
 
 
+@pytest.mark.parametrize("models", ["small", "small=", "=folder"])
+def test_a_model_without_a_name_or_a_folder_is_refused(run: Run, models: str) -> None:
+    """The message was about a missing folder "small", and came after the first model was loaded."""
+    outcome = run("ask", TINY_EXAMPLE, "-m", "missing", "--models", models)
+    assert_one_line(outcome, 2, rf"--models: found \['{models}'\], expected NAME=FOLDER")
+
+
 @pytest.mark.parametrize("words", [10_000, 100_000])
 def test_a_question_longer_than_the_context_is_refused_within_seconds(
     run: Run, folder: Path, words: int
