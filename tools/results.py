@@ -112,11 +112,16 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     both = [[r for r in records if ("nll" in r) == losses] for losses in (True, False)]
     left_out = COSTS if all(both) else set()
     parts = [columns(mine, base, common, left_out) for mine in both if mine]
-    names = set.union(*map(set, parts)) - {""}
+    head, *names = dict.fromkeys(name for part in parts for name in part)
     for name in names:
         if any(name not in part for part in parts):
             raise ValueError(f"records: found {name!r} with one metric, expected both for all arms")
-    lines = [[name or "arm", *(cell for part in parts for cell in part[name])] for name in parts[0]]
+    if base.startswith("*, "):  # an arm follows its base
+        order = {name: place for place, name in enumerate(names)}
+        names.sort(key=lambda name: order[base_of(name, base)])
+    lines = [
+        [name or "arm", *(cell for part in parts for cell in part[name])] for name in (head, *names)
+    ]
     lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -173,14 +178,22 @@ def loss_line(records: Sequence[Record]) -> list[str]:
 
 
 def difference(records: Sequence[Record], base: Sequence[Record], losses: bool) -> str:
-    """Return the paired difference from the base arm as text, or "" without a common question."""
+    """Return the paired difference from the base arm as text, or "" without a common question.
+
+    For losses it includes the median, because a few questions may have most of the difference.
+    """
     field = "nll" if losses else "correct"
-    line = paired(values(records, field), values(base, field), exact=not losses)
+    first, second = values(records, field), values(base, field)
+    line = paired(first, second, exact=not losses)
     if line is None:
         return ""
     scale, form, unit = (1, "+.3f", "") if losses else (100, "+.0f", " points")
     middle, low, high = (format(line[name] * scale, form) for name in ("mean", "low", "high"))
-    return f"{middle}{unit} [{low}, {high}], {p_value(line)}"
+    text = f"{middle}{unit} [{low}, {high}], {p_value(line)}"
+    if losses:
+        typical = median(first[key] - second[key] for key in first if key in second)
+        text += f", median {round(typical, 3) + 0.0:+.3f}"  # + 0.0: no -0.000
+    return text
 
 
 def rewritten(page: str) -> str:
