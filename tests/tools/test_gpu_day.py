@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def test_out_without_a_file_is_wrong_usage() -> None:
 
 @pytest.mark.slow
 def test_every_variant_is_measured_and_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "day.json"
-    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 0, capsys.readouterr().out
+    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 0, capfd.readouterr().out
     day = json.loads(out.read_text())
     assert day["left_out"] == [] and day["copy_bytes_per_second"] > 0
     measured = [(r["format"], r["recorded"], r["task"]) for r in day["measured"]]
@@ -42,7 +43,7 @@ def test_every_variant_is_measured_and_saved(
     assert measured == [(*variant, task) for variant in gpu_day.VARIANTS for task in tasks]
     for record in day["measured"]:
         assert record["per_second"] > 0 and ("share" in record) == (record["task"] != "prefill")
-    assert capsys.readouterr().out.count("of the bandwidth") == 2 * len(gpu_day.VARIANTS)
+    assert capfd.readouterr().out.count("of the bandwidth") == 2 * len(gpu_day.VARIANTS)
 
 
 def test_a_variant_that_fails_or_has_no_time_does_not_stop_the_others(
@@ -61,20 +62,52 @@ def test_a_variant_that_fails_or_has_no_time_does_not_stop_the_others(
         return real(config, format, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gpu_day, "measure", measure)
-    monkeypatch.setattr(
-        gpu_day, "VARIANTS", [("q4", False), ("q8", False), ("transformers", False)]
-    )
+    plan = [("tiny", "q4", False), ("tiny", "q8", False), ("tiny", "transformers", False)]
     out = tmp_path / "day.json"
-    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 1
-    day = json.loads(out.read_text())
-    assert {r["per_second"] for r in day["measured"]} == {2.0}
+    gpu_day.save(out, {"measured": [], "left_out": [], "failed": False, "next": 0})
+    gpu_day.work(out, True, plan, 99)
+    assert gpu_day.load(out)["next"] == 2, "after a failure, a new process goes on"
+    gpu_day.work(out, True, plan, 99)
+    day = gpu_day.load(out)
+    assert {r["per_second"] for r in day["measured"]} == {2.0} and day["failed"]
     assert day["left_out"] == [
         "tiny q4 is left out: no memory",
         "tiny q8 has failed: a kernel that is not there",
     ]
-    monkeypatch.setattr("time.perf_counter", iter(range(0, 10**6, 1000)).__next__)
-    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 0
-    assert all("no time was left" in line for line in json.loads(out.read_text())["left_out"])
+    gpu_day.save(out, day | {"next": 0, "left_out": []})
+    gpu_day.work(out, True, plan, -1)
+    assert [line.split(": ")[1] for line in gpu_day.load(out)["left_out"]] == [
+        "no time was left"
+    ] * 3
+
+
+def end_at_the_first(
+    out: Path, rehearse: bool, plan: list[gpu_day.Variant], seconds: float
+) -> None:
+    """Take the place of `work`: the first variant ends its process, the second one hangs."""
+    day = gpu_day.load(out)
+    if day["next"] == 0:
+        os._exit(7)  # as after an illegal access to memory
+    if day["next"] == 1:
+        time.sleep(LIMIT)
+    gpu_day.save(out, day | {"next": len(plan)})
+
+
+@pytest.mark.slow
+def test_a_variant_that_ends_or_stops_its_process_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that the program did not expect ended a day with a GPU."""
+    monkeypatch.setattr(gpu_day, "work", end_at_the_first)
+    monkeypatch.setattr(gpu_day, "LONGEST", 10)
+    variants = [("bf16", True), ("bf16", False), ("q4", True)]
+    monkeypatch.setattr(gpu_day, "VARIANTS", variants)
+    out = tmp_path / "day.json"
+    assert gpu_day.main(["--rehearse", "--out", str(out)]) == 1
+    first, second = gpu_day.load(out)["left_out"]
+    assert "tiny bf16 recorded has failed: its process ended with status 7" in first
+    assert "tiny bf16 has failed: its process ended with status -9" in second
+    assert first in capsys.readouterr().out
 
 
 @pytest.mark.slow

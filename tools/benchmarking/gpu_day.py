@@ -6,8 +6,9 @@
 tools/gpu_day.sh runs this module. The weights are random and made on the device, and the layers are
 those that `load` makes. Every measurement has one row and 512 tokens of context. The share of the
 bandwidth is the number of bytes that a step must read, divided by its time and by the speed of a
-copy. A variant that does not fit into the memory or the time is left out with a message. The JSON
-file is written after every variant. This module does not use prompts or checkpoints.
+copy. A variant that does not fit into the memory or the time is left out with a message. One that
+fails does not stop the others, whatever the error is. The JSON file is written after every variant.
+This module does not use prompts or checkpoints.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,7 +57,9 @@ VARIANTS = (  # format, recorded steps or not; the most important variants come 
 )
 UNITS = {"latent": "latent steps/s", "decode": "tokens/s", "prefill": "prompt tokens/s"}
 ROUNDS = 7
+LONGEST = 90  # seconds; a variant that has no result after 90 to 180 s is stopped
 Record = dict[str, Any]
+Variant = tuple[str, str, bool]  # size, format, recorded steps or not
 
 
 def shape(size: str) -> Config:
@@ -231,74 +235,120 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=whole(1), default=420, help=text)
     parser.add_argument("--out", type=Path, default=Path("gpu_day.json"), metavar="FILE.json")
     args = parser.parse_args(argv)
-    device = torch.device("cpu" if args.rehearse else "cuda")
     if not args.rehearse and not torch.cuda.is_available():
         print("gpu_day: found no CUDA GPU, expected one, or --rehearse", file=sys.stderr)
         return 1
-    return Day(args, device).run()
+    day = measure_all(args)
+    for line in (*day["left_out"], *aims(day["measured"])):
+        print(line)
+    return int(day["failed"])
 
 
-class Day:
-    """One run: what was measured, what was left out, and the file with both."""
+def measure_all(args: argparse.Namespace) -> Record:
+    """Measure all variants, the most important first. Returns what the file holds at the end.
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device, self.began = args, device, time.perf_counter()
-        self.tokens = 16 if args.rehearse else 512
-        self.speed = copy_speed(device)
-        self.made: list[Record] = []
-        self.left_out: list[str] = []
-        self.failed = False
+    A child process measures them. After a variant that ends it or takes too long, a new one goes on
+    with the next variant: once a kernel has failed, no other one runs in the same process.
+    """
+    began = time.perf_counter()
+    sizes = TINY if args.rehearse else SIZES
+    plan = [(size, *variant) for variant in VARIANTS for size in sizes]
+    day: Record = {"measured": [], "left_out": [], "failed": False, "next": 0}
+    save(args.out, day)
+    while day["next"] < len(plan):
+        left = args.seconds - (time.perf_counter() - began)
+        child = get_context("spawn").Process(
+            target=work, args=(args.out, args.rehearse, plan, left)
+        )
+        child.start()
+        before = -1
+        while child.is_alive() and before != day["next"]:
+            before = day["next"]
+            child.join(LONGEST)
+            day = load(args.out)
+        child.kill()
+        child.join()
+        day = load(args.out)
+        if child.exitcode:  # it could not record the failure itself
+            problem = f"its process ended with status {child.exitcode} (-9: after {LONGEST} s)"
+            fail(day, name_of(*plan[day["next"]]), problem)
+            save(args.out, day)
+    return day
 
-    def run(self) -> int:
-        """Measure all variants, the most important first. Returns 0, or 1 if one has failed."""
-        sizes = TINY if self.args.rehearse else SIZES
-        print_progress(f"a copy reads and writes {self.speed / 1e9:,.0f} GB/s")
+
+def save(out: Path, day: Record) -> None:
+    """Write everything that has been measured so far."""
+    write_whole(out, json.dumps(day, indent=1) + "\n")
+
+
+def load(out: Path) -> Record:
+    """Return what `save` has written."""
+    day: Record = json.loads(out.read_text(encoding="utf-8"))
+    return day
+
+
+def fail(day: Record, name: str, problem: str) -> None:
+    """Record that a variant has failed."""
+    day["failed"] = True
+    day["left_out"].append(f"{name} has failed: {problem}")
+    day["next"] += 1
+
+
+def name_of(size: str, format: str, recorded: bool) -> str:
+    """Return the name of a variant in messages."""
+    return f"{size} {format}{' recorded' * recorded}"
+
+
+def work(out: Path, rehearse: bool, plan: Sequence[Variant], seconds: float) -> None:
+    """Measure the variants of the plan, from the file's "next" on, until one fails.
+
+    The file is written after every variant.
+    """
+    began = time.perf_counter()
+    device = torch.device("cpu" if rehearse else "cuda")
+    day = load(out)
+    if "copy_bytes_per_second" not in day:
+        day["copy_bytes_per_second"] = copy_speed(device)
+        print_progress(f"a copy reads and writes {day['copy_bytes_per_second'] / 1e9:,.0f} GB/s")
+    day |= {
+        "device": "cpu, rehearsed" if rehearse else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "context": 16 if rehearse else 512,
+    }
+    going = True
+    while going and day["next"] < len(plan):
+        left = seconds - (time.perf_counter() - began)
+        going = one(day, plan[day["next"]], device, left)
+        save(out, day)
+
+
+def one(day: Record, variant: Variant, device: torch.device, seconds: float) -> bool:
+    """Measure one variant and print it. Returns False if it has failed."""
+    size, format, recorded = variant
+    name, tokens = name_of(*variant), day["context"]
+    try:
+        if seconds < 0:
+            raise TimeoutError("no time was left")
         with torch.no_grad():
-            for format, recorded in VARIANTS:
-                for size in sizes:
-                    self.one(size, format, recorded)
-        for line in (*self.left_out, *aims(self.made)):
-            print(line)
-        return int(self.failed)
-
-    def one(self, size: str, format: str, recorded: bool) -> None:
-        """Measure one variant at one size, print it and write the file."""
-        name = f"{size} {format}{' recorded' * recorded}"
-        try:
-            if time.perf_counter() - self.began > self.args.seconds:
-                raise TimeoutError(f"no time was left of the {self.args.seconds} s")
-            found = measure(shape(size), format, recorded, self.device, self.tokens)
-        except (ImportError, TimeoutError, torch.OutOfMemoryError) as error:
-            self.left_out.append(f"{name} is left out: {' '.join(str(error).split()):.200}")
-        except (RuntimeError, ValueError, TypeError) as error:
-            self.failed = True
-            self.left_out.append(f"{name} has failed: {' '.join(str(error).split()):.200}")
-        else:
-            new = records(found, size, format, recorded, self.tokens, self.speed)
-            self.made += new
-            for record in new:
-                share = f", {record['share']:.0%} of the bandwidth" if "share" in record else ""
-                speed = f"{record['per_second']:,.1f} {UNITS[record['task']]}"
-                print(f"{name}: {speed}{share}", flush=True)
-        self.write()
-        gc.collect()  # frees the model of this variant before the next one is made
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def write(self) -> None:
-        """Write everything that has been measured so far."""
-        on_gpu = self.device.type == "cuda"
-        whole_day = {
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu, rehearsed",
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "seconds": time.perf_counter() - self.began,
-            "context": self.tokens,
-            "copy_bytes_per_second": self.speed,
-            "measured": self.made,
-            "left_out": self.left_out,
-        }
-        write_whole(self.args.out, json.dumps(whole_day, indent=1) + "\n")
+            found = measure(shape(size), format, recorded, device, tokens)
+    except (ImportError, TimeoutError, torch.OutOfMemoryError) as error:
+        day["left_out"].append(f"{name} is left out: {' '.join(str(error).split()):.200}")
+    except (RuntimeError, ValueError, TypeError) as error:
+        fail(day, name, f"{' '.join(str(error).split()):.200}")
+        return False
+    else:
+        new = records(found, size, format, recorded, tokens, day["copy_bytes_per_second"])
+        day["measured"] += new
+        for record in new:
+            share = f", {record['share']:.0%} of the bandwidth" if "share" in record else ""
+            speed = f"{record['per_second']:,.1f} {UNITS[record['task']]}"
+            print(f"{name}: {speed}{share}", flush=True)
+    day["next"] += 1
+    gc.collect()  # frees the model of this variant before the next one is made
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return True
 
 
 if __name__ == "__main__":
