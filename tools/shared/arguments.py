@@ -7,7 +7,10 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
+
+from minimas.parser import whole_number
 
 # Errors that a command reports in one line. Any other error is a bug and gets a traceback.
 FAILURES = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
@@ -52,14 +55,7 @@ def one_of(names: Sequence[str], suffix: str = "") -> Callable[[str], str]:
 
 def whole(low: int) -> Callable[[str], int]:
     """Return a converter for a whole number that is at least `low`."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            problem = f"found {text!r:.40}, expected a whole number, {low} or more"
-            raise argparse.ArgumentTypeError(problem)
-        return int(text)
-
-    return number
+    return partial(whole_number, low)
 
 
 def yes_no(text: str) -> bool:
