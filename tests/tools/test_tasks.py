@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minimas import Team
+from minimas import Team, latent_mas, load
 from minimas.answers import grade
 from tools import download
 from tools.evaluation import sandbox
@@ -19,6 +19,7 @@ from tools.evaluation.grading import code_program
 from tools.evaluation.rows import kind_of, read_rows
 from tools.evaluation.tasks import OPTIONS, TASKS, load_task, split_evidence
 
+from ..models import TINY
 from ..processes import LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,6 +203,21 @@ def test_every_local_benchmark_file_is_valid_and_of_its_kind(name: str) -> None:
             grade(row["kind"], rf"\boxed{{{row['answer']}}}", row["answer"], row.get("choices"))
             for row in rows
         )
+
+
+# -- the tiny task ---------------------------------------------------------------------------------
+
+
+def test_the_tiny_task_has_new_questions_that_its_model_can_answer() -> None:
+    """Its tables had no command, and questions from the training would be too easy."""
+    rows = load_task("tiny", limit=40, seed=1)
+    assert rows == load_task("tiny", limit=50, seed=1)[:40] != load_task("tiny", limit=40, seed=2)
+    operations = [row["question"].count(".") - 1 for row in rows]
+    assert set(operations) == {3, 4, 5}
+    assert {row["question"].count(".") for row in load_task("tiny_wide")} == {*range(2, 8)}
+    results = latent_mas(load(TINY, device="cpu"), [row["question"] for row in rows], kind="math")
+    right = [result.answer == row["answer"] for result, row in zip(results, rows, strict=True)]
+    assert sum(right) >= 38
 
 
 # -- split evidence --------------------------------------------------------------------------------

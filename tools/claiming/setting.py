@@ -3,7 +3,6 @@
 This module does not depend on claims, pictures or the files that are written.
 """
 
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +20,11 @@ from tools.evaluation.arms import Arm
 from tools.evaluation.bench import Bench
 from tools.evaluation.grading import plain_grader
 from tools.evaluation.rows import Row, kind_of, read_rows
-from tools.training.tiny_task import PROMPTS, story
+from tools.evaluation.tasks import tiny_rows
+from tools.training.tiny_task import PROMPTS
 
 Record = dict[str, Any]
 HOLDS, FAILS, NOT_SHOWN = "holds here", "does not hold here", "not shown here"
-OPERATIONS = (3, 4, 5)  # per question of the tiny task, as in its model card
 
 
 @dataclass
@@ -146,17 +145,6 @@ def values(records: Sequence[Record], field: str, **settings: Any) -> dict[tuple
     """Return (question, seed) -> value of the records with these settings, in the data's order."""
     chosen = [r for r in records if all(r[name] == value for name, value in settings.items())]
     return {(r["id"], r["seed"]): float(r[field]) for r in chosen if r[field] is not None}
-
-
-def tiny_rows(count: int, seed: int) -> list[Row]:
-    """Return new questions of the tiny task, none of which was used in training."""
-    rng, rows = random.Random(f"claims {seed}"), list[Row]()
-    for i in range(count):
-        told = story(rng, rng.choice(OPERATIONS), fresh=True)
-        answer = str(told.totals[-1])
-        rows.append({"id": f"tiny-{i}", "question": told.question, "answer": answer})
-        rows[-1] |= {"solution": f" {answer}", "kind": "math", "chance": 1 / 9}
-    return rows
 
 
 def built_in_rows(count: int, seed: int) -> list[Row]:

@@ -1,4 +1,7 @@
-"""Load tasks by name: benchmarks from a folder of data files, and generated split evidence.
+"""Load tasks by name: benchmarks from a folder of data files, and two generated tasks.
+
+**The tiny task.** New questions for weights/tiny, none of which was used in its training. "tiny"
+has 3 to 5 operations per question, as in its model card, and "tiny_wide" 1 to 6.
 
 **Split evidence.** Each of three readers has its own note. The question is about the notes, but the
 agent that answers has only the question, so a right answer must come through the KV cache of the
@@ -16,6 +19,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from tools.training.tiny_task import story
 
 from .grading import code_program as code_program  # for users of a task's rows
 from .rows import Row, read_rows
@@ -42,6 +47,8 @@ TASKS = {
     "arc_challenge": Task("choice", ("arc_challenge.jsonl", "arc_challenge_test.jsonl")),
     "mbppplus": Task("code", ("mbppplus.jsonl",)),
     "humanevalplus": Task("code", ("humanevalplus.jsonl",)),
+    "tiny": Task("math"),
+    "tiny_wide": Task("math"),
     "split_evidence": Task("math"),
     "split_evidence_2": Task("math"),
     "split_evidence_3": Task("math"),
@@ -62,6 +69,8 @@ def load_task(
     if limit is not None and limit < 1:
         raise ValueError(f"--limit: found {limit}, expected 1 or more")
     task = TASKS[name]
+    if name.startswith("tiny"):
+        return tiny_rows(limit or DEFAULT_COUNT, seed, name)
     if not task.files:
         level = int(name.partition("evidence_")[2] or 1)
         return split_evidence(limit or DEFAULT_COUNT, seed, level)
@@ -70,6 +79,22 @@ def load_task(
             return [{"kind": task.kind} | row for row in read_rows(path)[:limit]]
     expected = f"expected the file that this command downloads: python tools/download.py {name}"
     raise FileNotFoundError(f"{data_dir}: found no {' or '.join(task.files)}, {expected}")
+
+
+# -- the tiny task ----------------------------------------------------------------------------
+
+TINY_OPERATIONS = {"tiny": (3, 4, 5), "tiny_wide": (1, 2, 3, 4, 5, 6)}
+
+
+def tiny_rows(count: int, seed: int = 0, name: str = "tiny") -> list[Row]:
+    """Return `count` rows of "tiny" or "tiny_wide". The number of operations is drawn for each."""
+    rng, rows = random.Random(f"claims {seed}"), list[Row]()
+    for i in range(count):
+        told = story(rng, rng.choice(TINY_OPERATIONS[name]), fresh=True)
+        answer = str(told.totals[-1])
+        rows.append({"id": f"{name.replace('_', '-')}-{i}", "question": told.question})
+        rows[-1] |= {"answer": answer, "solution": f" {answer}", "kind": "math", "chance": 1 / 9}
+    return rows
 
 
 # -- split evidence ---------------------------------------------------------------------------
