@@ -9,7 +9,7 @@ NAME is the name of a file in docs/results/, or several names joined with +. The
 compares each arm with ARM, question by question. If ARM is "*, PART", an arm is compared with the
 one whose name has PART in place of its own second part. With `; common questions` after ARM, only
 questions that all arms have answered count. If several files have the same question in the same
-arm, the first one counts. If the records have losses and answers, every arm has both in its line.
+arm, the first one counts. If the records have losses and answers, a line has both of its arm.
 A record is a line of `results.jsonl`, as tools/evaluate.py writes it. RUN is the folder of a run or
 one of its .jsonl files.
 This module only reads records; it does not make them.
@@ -21,7 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -106,22 +106,20 @@ def label(record: Record) -> str:
 def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     """Return a Markdown table with a line for each arm.
 
-    With `common`, only the questions that all arms have count. Raises ValueError if no record
-    belongs to the arm `base`, or if an arm has only losses and another one only answers.
+    With `common`, only the questions that all arms have count. Cells of a metric that was not
+    measured are empty. Raises ValueError if no record belongs to the arm `base`.
     """
     both = [[r for r in records if ("nll" in r) == losses] for losses in (True, False)]
     left_out = COSTS if all(both) else set()
     parts = [columns(mine, base, common, left_out) for mine in both if mine]
     head, *names = dict.fromkeys(name for part in parts for name in part)
-    for name in names:
-        if any(name not in part for part in parts):
-            raise ValueError(f"records: found {name!r} with one metric, expected both for all arms")
     if base.startswith("*, "):  # an arm follows its base
         order = {name: place for place, name in enumerate(names)}
         names.sort(key=lambda name: order[base_of(name, base)])
-    lines = [
-        [name or "arm", *(cell for part in parts for cell in part[name])] for name in (head, *names)
-    ]
+    lines = []
+    for name in (head, *names):
+        cells = [part.get(name, [""] * len(part[head])) for part in parts]
+        lines.append([name or "arm", *chain(*cells)])
     lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
