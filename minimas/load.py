@@ -140,12 +140,13 @@ class LM:
 def text_tokenizer(lm: Any) -> Tokenizer:
     """Return the tokenizer of an `LM`.
 
-    Raises ValueError for another object, or for a model without a tokenizer.
+    Raises ValueError for another object, for a model without a tokenizer, or for wrong end tokens.
     """
     if not isinstance(lm, LM):
         raise ParameterError("lm", f"found {lm!r:.80}, expected what `load` returns")
     if lm.tokenizer is None:
         raise ValueError(f"{lm.no_tokenizer}: questions and memories need a tokenizer")
+    _ = lm.end_ids  # raises for a wrong file
     return lm.tokenizer
 
 

@@ -116,7 +116,6 @@ class Run:
         self.used_sampling = self.sampling or self.lm.sampling
         if not isinstance(self.used_sampling, Sampling):
             raise ParameterError("sampling", f"found {self.sampling!r:.80}, expected a Sampling")
-        _ = self.lm.end_ids  # raises for a wrong file
         self.closing = self.tokenizer.encode(self.tokenizer.turn_end)
         self.generators = [generator(self.seed, question) for question in self.questions]
         self.prefilled = [0] * B  # slots that `mixed.receive` filled: they count as prompt tokens

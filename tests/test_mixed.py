@@ -242,6 +242,22 @@ def test_the_shorter_context_of_two_models_is_respected_before_any_work(lm: LM) 
     assert events == []
 
 
+def test_wrong_end_tokens_of_the_second_model_are_found_before_any_work(
+    lm: LM, tmp_path: Path
+) -> None:
+    """They were found when its agent decoded, after the work of all other agents."""
+    second = other_lm(text_folder(tmp_path / "second"))
+    (second.folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    events: list[Event] = []
+    for method in (latent_mas, text_mas):
+        with pytest.raises(ValueError, match="eos_token_id: found 'x'"):
+            method(
+                lm, ["a"], assign_models(CHAIN, None, None, "b"), models={"b": second},
+                on_event=events.append,
+            )  # fmt: skip
+    assert events == []
+
+
 def test_a_team_file_can_name_models(tmp_path: Path) -> None:
     raw = {"agents": [{"name": "a", "prompt": "{question}", "model": "small"}]}
     assert Team.from_dict(raw, "team").agents[0].model == "small"

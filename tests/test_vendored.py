@@ -199,7 +199,7 @@ def test_the_core_is_small_enough_to_read_in_one_evening() -> None:
 
 def test_the_library_does_not_grow() -> None:
     """The aim is 33,000. Before a feature is added, split a concept, move one out, or cut it."""
-    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_392
+    assert sum(tokens(LIBRARY / path) for path in FILES) <= 41_389
 
 
 @pytest.mark.parametrize("folder", ["minimas", "tests", "tools", "examples"])
