@@ -29,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's tools
 
+from tools.evaluation.ledger import files  # noqa: E402
 from tools.evaluation.stats import bootstrap, p_value, paired, share  # noqa: E402
 from tools.shared.arguments import FAILURES, print_error  # noqa: E402
 from tools.shared.files import write_whole  # noqa: E402
@@ -65,7 +66,7 @@ def store(name: str, runs: Sequence[Path]) -> None:
     """
     paths = []
     for run in runs:
-        found = [run] if run.is_file() else sorted(run.glob("results*.jsonl"))
+        found = [run] if run.is_file() else files(run)
         if not found:
             raise FileNotFoundError(
                 f"{run}: found no results*.jsonl, expected a run of evaluate.py"
@@ -119,7 +120,7 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
     lines = []
     for name in (head, *names):
         cells = [part.get(name, [""] * len(part[head])) for part in parts]
-        lines.append([name or "arm", *chain(*cells)])
+        lines.append([name, *chain(*cells)])
     lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -127,7 +128,7 @@ def table(records: Sequence[Record], base: str, common: bool = False) -> str:
 def columns(
     records: Sequence[Record], base: str, common: bool, left_out: set[str]
 ) -> dict[str, list[str]]:
-    """Return the cells of each arm, from records of one metric. The head is that of the arm ""."""
+    """Return the cells of each arm, after those of the head, from records of one metric."""
     answers: dict[str, dict[tuple[str, int], Record]] = {}
     for record in records:
         own = answers.setdefault(label(record), {})
@@ -139,7 +140,7 @@ def columns(
     losses = "nll" in records[0]
     line, head = (loss_line, LOSS_HEAD) if losses else (answer_line, ANSWER_HEAD)
     shown = [name not in left_out for name in head]
-    cells = {"": [*compress(head, shown), f"− {base.removeprefix('*, ')}"]}
+    cells = {"arm": [*compress(head, shown), f"− {base.removeprefix('*, ')}"]}
     for name, mine in arms.items():
         other = base_of(name, base)
         if other not in arms:

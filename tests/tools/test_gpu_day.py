@@ -68,10 +68,17 @@ def test_a_variant_that_fails_or_has_no_time_does_not_stop_the_others(
 def end_at_the_first(
     out: Path, rehearse: bool, plan: list[gpu_day.Variant], seconds: float
 ) -> None:
-    """Take the place of `work`: the first variant ends its process, the others do nothing."""
+    """Take the place of `work_and_exit`: variant 0 ends its process, 1 fails, others do nothing.
+
+    After the failure of variant 1, which is recorded, the process crashes as it ends.
+    """
     day = gpu_day.load(out)
     if day["next"] == 0:
         os._exit(7)  # as after an illegal access to memory
+    if day["next"] == 1:
+        gpu_day.fail(day, "variant 1", "recorded")
+        gpu_day.save(out, day)
+        os._exit(8)
     gpu_day.save(out, day | {"next": len(plan)})
 
 
@@ -80,10 +87,11 @@ def test_a_variant_that_ends_its_process_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An error that the program did not expect ended a day with a GPU."""
-    monkeypatch.setattr(gpu_day, "work", end_at_the_first)
+    monkeypatch.setattr(gpu_day, "work_and_exit", end_at_the_first)
     out = tmp_path / "day.json"
     assert gpu_day.main(["--rehearse", "--out", str(out)]) == 1
-    [line] = gpu_day.load(out)["left_out"]
+    line, recorded = gpu_day.load(out)["left_out"]
+    assert recorded == "variant 1 has failed: recorded", "variant 2 has not failed"
     assert "tiny bf16 recorded has failed: its process ended with status 7" in line
     assert line in capsys.readouterr().out
 

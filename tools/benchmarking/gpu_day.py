@@ -15,6 +15,7 @@ import argparse
 import gc
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -248,7 +249,8 @@ def measure_all(args: argparse.Namespace) -> Record:
     """Measure all variants, the most important first. Returns what the file holds at the end.
 
     A child process measures them. After a variant that ends it or takes too long, a new one goes on
-    with the next variant: once a kernel has failed, no other one runs in the same process.
+    with the next variant: once a kernel has failed, no other one runs in the same process. A
+    variant that ended a process in which others had run is tried again, as the first of a new one.
     """
     began = time.perf_counter()
     sizes = TINY if args.rehearse else SIZES
@@ -258,7 +260,7 @@ def measure_all(args: argparse.Namespace) -> Record:
     while day["next"] < len(plan):
         left = args.seconds - (time.perf_counter() - began)
         child = get_context("spawn").Process(
-            target=work, args=(args.out, args.rehearse, plan, left)
+            target=work_and_exit, args=(args.out, args.rehearse, plan, left)
         )
         child.start()
         before = -1
@@ -269,10 +271,12 @@ def measure_all(args: argparse.Namespace) -> Record:
         child.kill()
         child.join()
         day = load(args.out)
-        if child.exitcode:  # it could not record the failure itself
+        if child.exitcode and day["next"] == before:  # it could not record the failure itself
             problem = f"its process ended with status {child.exitcode} (-9: after {LONGEST} s)"
             fail(day, name_of(*plan[day["next"]]), problem)
             save(args.out, day)
+    day["seconds"] = time.perf_counter() - began
+    save(args.out, day)
     return day
 
 
@@ -321,6 +325,16 @@ def work(out: Path, rehearse: bool, plan: Sequence[Variant], seconds: float) -> 
         left = seconds - (time.perf_counter() - began)
         going = one(day, plan[day["next"]], device, left)
         save(out, day)
+
+
+def work_and_exit(*settings: Any) -> None:
+    """Call `work` in a process of its own.
+
+    The process ends at once, because after a failed kernel CUDA may crash or block at the normal
+    end, which would be taken for a failure of the next variant.
+    """
+    work(*settings)
+    os._exit(0)
 
 
 def one(day: Record, variant: Variant, device: torch.device, seconds: float) -> bool:

@@ -69,7 +69,7 @@ def load_task(
     if limit is not None and limit < 1:
         raise ValueError(f"--limit: found {limit}, expected 1 or more")
     task = TASKS[name]
-    if name.startswith("tiny"):
+    if name in TINY_OPERATIONS:
         return tiny_rows(limit or DEFAULT_COUNT, seed, name)
     if not task.files:
         level = int(name.partition("evidence_")[2] or 1)
@@ -88,12 +88,12 @@ TINY_OPERATIONS = {"tiny": (3, 4, 5), "tiny_wide": (1, 2, 3, 4, 5, 6)}
 
 def tiny_rows(count: int, seed: int = 0, name: str = "tiny") -> list[Row]:
     """Return `count` rows of "tiny" or "tiny_wide". The number of operations is drawn for each."""
-    rng, rows = random.Random(f"claims {seed}"), list[Row]()
+    rng, rows = random.Random(f"claims {seed}"), list[Row]()  # the questions of docs/claims.md
     for i in range(count):
         told = story(rng, rng.choice(TINY_OPERATIONS[name]), fresh=True)
         answer = str(told.totals[-1])
-        rows.append({"id": f"{name.replace('_', '-')}-{i}", "question": told.question})
-        rows[-1] |= {"answer": answer, "solution": f" {answer}", "kind": "math", "chance": 1 / 9}
+        row = {"id": f"{name.replace('_', '-')}-{i}", "question": told.question, "kind": "math"}
+        rows.append(row | {"answer": answer, "solution": f" {answer}", "chance": 1 / 9})
     return rows
 
 
