@@ -982,6 +982,7 @@ def test_a_layout_that_changes_the_last_prompt_is_an_arm_without_a_cache_too() -
     ("flags", "message"),
     [
         (["--arms", "full,none"], "arms (--arms): found without --audit"),
+        (["--diagnose", "9"], "diagnose (--diagnose): found without --audit"),
         (["--samples", "5"], "samples (--samples): found no single agent"),
         (["--samples", "5", "--method", "single", "--metric", "nll"], "samples (--samples): found"),
         (["--samples", "5", "--audit", "--arms", "full,none"], "samples (--samples): found"),

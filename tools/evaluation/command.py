@@ -59,6 +59,7 @@ from .settings import Record, has_math_verify, run_head, run_settings
 from .summary import summarize, table
 from .tasks import load_task
 
+DIAGNOSED = 4  # questions
 VOTE = f"accuracy: {SAME_SECONDS}"
 UNIT = "a unit is one batch of questions with one arm and seed, and is written as a whole"
 DESCRIPTION = (
@@ -99,8 +100,8 @@ def parser() -> Parser:
     add("--lens", type=whole(1), metavar="K", help=lens)
     add("--audit", action="store_true", help="run all control arms, diagnostics and a verdict")
     add("--arms", type=list_of(str), metavar="NAMES", help="list of an audit's arms (default: all)")
-    diagnose = "questions whose attention and transplants an audit computes (default: %(default)s)"
-    add("--diagnose", type=whole(1), default=4, metavar="N", help=diagnose)
+    diagnose = f"questions whose attention and transplants an audit computes (default: {DIAGNOSED})"
+    add("--diagnose", type=whole(1), metavar="N", help=diagnose)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     add("--replay", metavar="ID", help="compute one question of a run again and compare")
     add("--regrade", action="store_true", help="grade the texts of a finished run again")
@@ -330,8 +331,10 @@ class Evaluation:
             lists["close"] = lists["close"][:1]  # there is only one turn
         arms = grid(thinks_last, method=args.method, metric=args.metric, **lists)
         samples = args.samples or 1
-        if args.arms is not None:
-            raise ValueError("arms (--arms): found without --audit, expected it only with --audit")
+        for name in ("arms", "diagnose"):
+            if getattr(args, name) is not None:
+                expected = "found without --audit, expected it only with --audit"
+                raise ValueError(f"{name} (--{name}): {expected}")
         votes = any(arm.method == "single" and arm.metric == "accuracy" for arm in arms)
         if args.samples and not votes:
             raise ValueError(
@@ -465,10 +468,11 @@ class Evaluation:
         Those of a run with other settings are computed again.
         """
         path = self.folder / "diagnostics.json"
-        settings = json.loads(json.dumps(self.settings)) | {"diagnose": self.args.diagnose}
+        most = self.args.diagnose or DIAGNOSED
+        settings = json.loads(json.dumps(self.settings)) | {"diagnose": most}
         stored = read_json(path, needed=False)
         if stored.get("settings") != settings:
-            found = probe.diagnose(self.bench, self.arms, self.args.diagnose)
+            found = probe.diagnose(self.bench, self.arms, most)
             records = [json.dumps(record) + "\n" for record in found.pop("transplants", [])]
             write_whole(self.folder / "transplants.jsonl", "".join(records))
             stored = {"settings": settings, "diagnostics": found}
